@@ -1,0 +1,30 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both create .venv on first use.
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lint docs clean
+
+# The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "Python 3.12 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python "torch==2.13.0" -e ".[dev]"
+	@touch $@
+
+demo: .venv/.ready
+	$(BIN)/python examples/demo.py
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+docs: .venv/.ready
+	$(BIN)/python -m bridge.mapping.docs > docs/mapping.md
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info
