@@ -227,7 +227,10 @@ class Geometry:
         _refuse_unsupported(fields)
         num_layers = positive("num_hidden_layers")
         kinds = _layer_kinds(text.get("layer_types"), num_layers)
-        overrides = _per_layer_overrides(text.get("per_layer_config"), fields, kinds)
+        per_layer = text.get("per_layer_config")
+        if per_layer is None and "per_layer_config" in text:
+            per_layer = {}  # the older fields count only where the key is absent
+        overrides = _per_layer_overrides(per_layer, fields, kinds)
         sources = _kv_sources(kinds, fields["num_kv_shared_layers"])
         rope = _ROPE_DEFAULTS if text.get("rope_parameters") is None else text["rope_parameters"]
         heads, window = positive("num_attention_heads"), positive("sliding_window")
@@ -260,9 +263,9 @@ class Geometry:
                 )
             )
         for layer in layers:
-            source = layers[layer.kv_source]
-            if (layer.head_dim, layer.num_query_groups) != (source.head_dim, source.num_query_groups):
-                raise GeometryError(f"layer {layer.index} shares K/V of layer {source.index}, whose heads differ")
+            first = layers[kinds.index(layer.kind)]
+            if (layer.head_dim, layer.num_query_groups) != (first.head_dim, first.num_query_groups):
+                raise GeometryError(f"layer {layer.index} has other heads than layer {first.index}, of the same kind")
 
         moe = ple = None
         if fields["enable_moe_block"]:

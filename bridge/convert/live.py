@@ -1,0 +1,262 @@
+"""Weights of a live, sharded Megatron model: filled from, and turned back into, Hugging Face tensors.
+
+How a model is sharded is Megatron's knowledge: its sharded state dict says which box of which global tensor a parameter
+is. The tables say where the rows of that tensor come from. Nothing else is needed, for any parallel layout, and the same
+walk serves gradients, which map like their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from bridge.convert.dtypes import TORCH_DTYPES
+from bridge.errors import MappingError
+from bridge.hf.tensors import RowReader
+from bridge.mapping.table import Entry, Table
+from bridge.mapping.transforms import Block
+
+# How much is read, sent or written at once.
+CHUNK_BYTES = 64 << 20
+
+# What Megatron is asked for: one checkpoint key per layer, because layers differ in shape.
+METADATA = {"non_homogeneous_layers": True}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A parameter of this rank, or a part of one: where it lies in a global Megatron tensor, and its values.
+
+    `main` is True on exactly one of the ranks that hold the box.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+    main: bool
+
+    @property
+    def rows(self) -> range:
+        """Rows of the global tensor that the box covers."""
+        return range(self.offset[0], self.offset[0] + self.tensor.shape[0])
+
+
+def boxes(model: Sequence[torch.nn.Module], value: Callable[[Tensor], Tensor | None] = lambda p: p.data) -> list[Box]:
+    """Every box of a model's chunks on this rank; `value` picks what of a parameter is meant (its data, its gradient)."""
+    found: list[Box] = []
+    for chunk in model:
+        for item in unwrap_model(chunk).sharded_state_dict(metadata=dict(METADATA)).values():
+            if not isinstance(item, ShardedTensor | ShardedTensorFactory):
+                continue  # _extra_state of layers that have any: no weights
+            tensor = value(item.data)
+            if tensor is None:
+                continue
+            if isinstance(item, ShardedTensorFactory):
+                parts = item.build_fn(item.key, tensor, item.replica_id, None)
+            else:
+                item.data = tensor
+                parts = [item]
+            found += [
+                Box(p.key, tuple(p.global_shape), tuple(p.global_offset), p.data, is_main_replica(p.replica_id))
+                for p in parts
+            ]
+    return found
+
+
+def load_from_hf(model: Sequence[torch.nn.Module], table: Table, reader: RowReader) -> None:
+    """Fill a live model from an HF folder; each rank reads the rows of its own boxes, in bounded chunks."""
+
+    def pieces(entry: Entry) -> Iterator[tuple[Block, str]]:
+        for block in entry.blocks:
+            yield block, entry.sources[block.source].name
+
+    _load(model, table, reader, pieces)
+
+
+def load_from_megatron(model: Sequence[torch.nn.Module], table: Table, reader: RowReader) -> None:
+    """Fill a live model from a Megatron distributed checkpoint, written at whatever layout."""
+
+    def pieces(entry: Entry) -> Iterator[tuple[Block, str]]:
+        yield Block(0, 0, 0, max(1, entry.shape[0])), entry.key
+
+    _load(model, table, reader, pieces)
+
+
+def _load(
+    model: Sequence[torch.nn.Module],
+    table: Table,
+    reader: RowReader,
+    pieces: Callable[[Entry], Iterator[tuple[Block, str]]],
+) -> None:
+    by_key: dict[str, list[Box]] = defaultdict(list)
+    for box in boxes(model):
+        by_key[box.key].append(box)
+    for key, held in by_key.items():
+        entry = _entry(table, key, held[0].global_shape)
+        for block, name in pieces(entry):
+            wanted = [box for box in held if _overlap(box.rows, block)]
+            if not wanted:
+                continue
+            # Boxes of one key (the layers of a per-layer table, say) share rows: read each row once for all of them.
+            low = max(block.row, min(box.rows.start for box in wanted))
+            high = min(block.row + block.num_rows, max(box.rows.stop for box in wanted))
+            for start, tensor in _read(reader, name, block.source_row + low - block.row, high - low, entry.shape[1:]):
+                _scatter(tensor, low + start, wanted)
+
+
+def _read(
+    reader: RowReader, name: str, first: int, count: int, row_shape: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows [first, first + count) of a stored tensor in chunks: (offset from `first`, rows)."""
+    dtype = TORCH_DTYPES[reader.tensors[name].dtype]
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, count, step):
+        rows = min(step, count - start)
+        buffer = np.empty(rows * row_bytes, dtype=np.uint8)
+        reader.read_rows(name, first + start, first + start + rows, buffer)
+        yield start, torch.from_numpy(buffer).view(dtype).view(rows, *row_shape)
+
+
+@torch.no_grad()
+def _scatter(rows: Tensor, first_row: int, wanted: Sequence[Box]) -> None:
+    """Copy rows of a global tensor into the boxes that hold a part of them."""
+    for box in wanted:
+        low = max(first_row, box.rows.start)
+        high = min(first_row + rows.shape[0], box.rows.stop)
+        if low < high:
+            columns = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.tensor.shape[1:], strict=True))
+            source = rows[(slice(low - first_row, high - first_row), *columns)]
+            box.tensor[low - box.rows.start : high - box.rows.start].copy_(source)
+
+
+def _overlap(rows: range, block: Block) -> bool:
+    return rows.start < block.row + block.num_rows and block.row < rows.stop
+
+
+def _entry(table: Table, key: str, shape: tuple[int, ...]) -> Entry:
+    entry = table.entries.get(key)
+    if entry is None:
+        raise MappingError(f"the model has {key}, which is in no mapping table")
+    if entry.shape != shape:
+        raise MappingError(f"the model's {key} has shape {list(shape)}, the table's {list(entry.shape)}")
+    return entry
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Where one main box of a key is."""
+
+    rank: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Gatherer:
+    """Rows of whole Megatron tensors out of a live sharded model. Every rank of the world takes part in every call."""
+
+    def __init__(
+        self, model: Sequence[torch.nn.Module], table: Table, value: Callable[[Tensor], Tensor | None] = lambda p: p.data
+    ) -> None:
+        self.table = table
+        self._mine: dict[str, list[Box]] = defaultdict(list)
+        for box in boxes(model, value):
+            if box.main:
+                self._mine[box.key].append(box)
+        self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.owners = self._gather_owners()
+        for key, owners in self.owners.items():
+            entry = _entry(table, key, self._global_shape(key, owners))
+            held = sum(math.prod(owner.shape) for owner in owners)
+            if held != math.prod(entry.shape):
+                raise MappingError(f"{key}: the ranks hold {held} of {math.prod(entry.shape)} values")
+
+    def _gather_owners(self) -> dict[str, list[_Owner]]:
+        mine = {
+            key: [_Owner(self._rank, box.offset, tuple(box.tensor.shape), box.tensor.dtype) for box in held]
+            for key, held in self._mine.items()
+        }
+        everyone = [mine]
+        if torch.distributed.is_initialized():
+            everyone = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(everyone, mine)
+        owners: dict[str, list[_Owner]] = defaultdict(list)
+        for held_by_rank in everyone:
+            for key, found in held_by_rank.items():
+                owners[key] += found
+        return owners
+
+    def _global_shape(self, key: str, owners: Sequence[_Owner]) -> tuple[int, ...]:
+        return tuple(
+            max(owner.offset[axis] + owner.shape[axis] for owner in owners) for axis in range(len(owners[0].shape))
+        )
+
+    def rows(self, key: str, start: int, stop: int, dst: int | None = None) -> Tensor | None:
+        """Rows [start, stop) of tensor `key`, on every rank, or on rank `dst` only (None elsewhere).
+
+        The result is on the CPU.
+        """
+        owners = self.owners[key]
+        entry = self.table.entries[key]
+        receives = dst is None or dst == self._rank
+        whole = torch.empty(stop - start, *entry.shape[1:], dtype=owners[0].dtype) if receives else None
+        position: dict[int, int] = defaultdict(int)
+        for owner in owners:
+            box_number = position[owner.rank]
+            position[owner.rank] += 1
+            low, high = max(start, owner.offset[0]), min(stop, owner.offset[0] + owner.shape[0])
+            if low >= high:
+                continue
+            piece = None
+            if owner.rank == self._rank:
+                box = self._mine[key][box_number]
+                piece = box.tensor[low - box.rows.start : high - box.rows.start].detach().contiguous()
+            piece = self._move(piece, owner, (high - low, *owner.shape[1:]), dst)
+            if whole is not None and piece is not None:
+                columns = tuple(slice(o, o + n) for o, n in zip(owner.offset[1:], owner.shape[1:], strict=True))
+                whole[(slice(low - start, high - start), *columns)] = piece.to("cpu")
+        return whole
+
+    def _move(self, piece: Tensor | None, owner: _Owner, shape: tuple[int, ...], dst: int | None) -> Tensor | None:
+        if not torch.distributed.is_initialized() or owner.rank == dst:
+            return piece
+        if dst is not None and self._rank not in (dst, owner.rank):
+            return None
+        if piece is None:
+            piece = torch.empty(shape, dtype=owner.dtype, device=torch.cuda.current_device())
+        if dst is None:
+            torch.distributed.broadcast(piece, src=owner.rank)
+        elif self._rank == dst:
+            torch.distributed.recv(piece, src=owner.rank)
+        else:
+            torch.distributed.send(piece, dst=dst)
+            return None
+        return piece
+
+
+def iter_hf(gatherer: Gatherer) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, whole tensor on the CPU) out of a live model, on every rank, one Megatron tensor in memory at a time.
+
+    Order and names are those of the tables; what is carried beside a checkpoint is not part of a model.
+    """
+    for key, entry in gatherer.table.entries.items():
+        if key not in gatherer.owners:
+            continue
+        whole = gatherer.rows(key, 0, max(1, entry.shape[0]))
+        assert whole is not None
+        for index, source in enumerate(entry.sources):
+            if len(entry.sources) == 1 and len(entry.blocks) == 1:
+                yield source.name, whole.view(source.shape)
+                continue
+            parts = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]
+            yield source.name, torch.cat(parts).view(source.shape)

@@ -1,0 +1,279 @@
+"""A Hugging Face model folder on disk: validated safetensors headers, rows read on demand, the files beside them.
+
+Weights are safetensors only; a pickle is never opened. Nothing in a header is believed before it is checked, so that a
+damaged or hostile folder ends in one CheckpointError and not in a crash, a hang or a read outside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bridge.errors import CheckpointError
+from bridge.hf.tensors import (
+    ITEM_SIZES,
+    as_bytes,
+    check_link,
+    check_rows,
+    inside,
+    open_regular,
+    pread_bytes,
+    pread_into,
+    row_bytes,
+    shown,
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# The bound of the safetensors format itself.
+_MAX_HEADER = 100_000_000
+_MAX_DIMENSIONS = 16
+_MAX_BYTES = 2**62
+# Other formats of the same weights: neither read nor copied along.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of the folder. `offset` is in bytes from the start of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class HfFolder:
+    """An open HF model folder. Thread-safe; a context manager.
+
+    `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
+    relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
+    stray shard). `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the
+    first weight file. `files`: the weight files.
+
+    Raises CheckpointError that names the file or tensor at fault.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.index_metadata: dict[str, Any] = {}
+        self.file_metadata: dict[str, str] = {}
+        self.files: list[Path] = []
+        self._fds: dict[Path, int] = {}
+        if not self.path.is_dir():
+            raise CheckpointError(f"{shown(self.path)}: not a folder")
+        try:
+            self._open_weights()
+            self.assets, self.ignored = _list_assets(self.path, set(self.files))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_weights(self) -> None:
+        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        if os.path.lexists(single) and os.path.lexists(index):
+            raise CheckpointError(f"{shown(self.path)}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the wrong one")
+        if os.path.lexists(single):
+            self._open_file(inside(self.path, SINGLE_FILE), None)
+            return
+        if not os.path.lexists(index):
+            if any((self.path / name).exists() for name in _PICKLES):
+                raise CheckpointError(
+                    f"{shown(self.path)}: has only pytorch_model.bin, a pickle, which is not read; convert it to safetensors"
+                )
+            raise CheckpointError(f"{shown(self.path)}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        weight_map, self.index_metadata = _read_index(inside(self.path, INDEX_FILE))
+        by_file: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            by_file.setdefault(file, set()).add(name)
+        for file, names in by_file.items():
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(f"{shown(index)}: names {shown(file)}, which is not a safetensors file")
+            self._open_file(inside(self.path, file), names)
+
+    def _open_file(self, path: Path, listed: set[str] | None) -> None:
+        """Read one header; `listed` are the tensors that the index expects in the file."""
+        if path in self._fds:
+            raise CheckpointError(f"{shown(path)}: named twice by the index")
+        fd, size = open_regular(path)
+        self._fds[path] = fd
+        self.files.append(path)
+        tensors, metadata = _read_header(fd, size, path)
+        if len(self.files) == 1:
+            self.file_metadata = metadata
+        if listed is not None:
+            for name in listed - tensors.keys():
+                raise CheckpointError(f"{shown(path)}: lacks the tensor {shown(name)} that the index lists there")
+            for name in tensors.keys() - listed:
+                raise CheckpointError(
+                    f"{shown(path)}: holds the tensor {shown(name)} that the index does not list there"
+                )
+        self.tensors.update(tensors)
+
+    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
+        """Fill `out` (contiguous, writable, of exactly that size) with rows [start, stop) of a tensor.
+
+        Raises CheckpointError: no such tensor, rows that do not exist, a file that became shorter.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
+        view = as_bytes(out)
+        check_rows(name, info, start, stop, len(view))
+        pread_into(self._fds[info.file], view, info.offset + start * row_bytes(info), info.file)
+
+    def close(self) -> None:
+        """Close the files. Safe to call twice."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    fd, size = open_regular(path)
+    try:
+        if size > _MAX_HEADER:
+            raise CheckpointError(f"{shown(path)}: {size} bytes, which is no index")
+        index = _parse_object(pread_bytes(fd, size, 0, path), path)
+    finally:
+        os.close(fd)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{shown(path)}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{shown(path)}: weight_map gives no file name for {shown(name)}")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object without duplicate keys at any depth."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{shown(path)}: the key {shown(twice)} occurs twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+    except RecursionError:
+        raise CheckpointError(f"{shown(path)}: JSON nested too deep") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{shown(path)}: header is not UTF-8") from None
+    except ValueError as error:
+        raise CheckpointError(f"{shown(path)}: header is not JSON ({shown(str(error))})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{shown(path)}: header is not a JSON object")
+    return value
+
+
+def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    if size < 8:
+        raise CheckpointError(f"{shown(path)}: {size} bytes, too short for a safetensors file")
+    length = int.from_bytes(pread_bytes(fd, 8, 0, path), "little")
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{shown(path)}: header of {length} bytes, more than the format allows")
+    if 8 + length > size:
+        raise CheckpointError(f"{shown(path)}: header of {length} bytes in a file of {size}: truncated")
+    data = pread_bytes(fd, length, 8, path)
+    if not data.startswith(b"{"):
+        raise CheckpointError(f"{shown(path)}: header does not start with '{{'")
+    header = _parse_object(data, path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{shown(path)}: __metadata__ is not an object of strings")
+    base, tensors = 8 + length, {}
+    for name, entry in header.items():
+        tensors[name] = _read_entry(name, entry, base, path)
+    _check_layout(tensors, base, size, path)
+    return tensors, metadata
+
+
+def _read_entry(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
+    where = f"{shown(path)}: tensor {shown(name)}"
+    if not name:
+        raise CheckpointError(f"{shown(path)}: a tensor has no name")
+    if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: header entry is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{where}: dtype {shown(dtype)} is not supported")
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape is not a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets are not a begin and an end")
+    nbytes = ITEM_SIZES[dtype]
+    for size in shape:
+        # Checked at every step: the product of hostile sizes is itself a number of arbitrary length.
+        nbytes *= size
+        if nbytes > _MAX_BYTES:
+            raise CheckpointError(f"{where}: shape is larger than any file")
+    if offsets[1] - offsets[0] != nbytes:
+        raise CheckpointError(f"{where}: {offsets[1] - offsets[0]} bytes of data, its dtype and shape need {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), path, base + offsets[0], nbytes)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_BYTES for item in value)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], base: int, size: int, path: Path) -> None:
+    """The data of the tensors must fill the file, without holes and without overlaps."""
+    end = base
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset < end:
+            raise CheckpointError(f"{shown(path)}: tensor {shown(info.name)} overlaps the one before it")
+        if info.offset > end:
+            raise CheckpointError(
+                f"{shown(path)}: a hole of {info.offset - end} bytes before tensor {shown(info.name)}"
+            )
+        end = info.offset + info.nbytes
+        if end > size:
+            raise CheckpointError(
+                f"{shown(path)}: tensor {shown(info.name)} ends at byte {end}, the file at {size}: truncated"
+            )
+    if end != size:
+        raise CheckpointError(f"{shown(path)}: {size - end} bytes behind the last tensor")
+
+
+def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to carry along, weight files to leave), relative and sorted."""
+    assets, ignored = [], []
+    for parent, folders, names in os.walk(folder):
+        # Hidden folders are caches and version control, not part of the model.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise CheckpointError(f"{shown(Path(parent) / name)}: a linked folder, which is not followed")
+        for name in names:
+            path = Path(parent) / name
+            if path in weights or name == INDEX_FILE:
+                continue
+            relative = path.relative_to(folder)
+            if path.suffix in _WEIGHT_SUFFIXES or name.endswith(tuple(f"{s}.index.json" for s in _WEIGHT_SUFFIXES)):
+                ignored.append(relative)
+                continue
+            check_link(folder, path)
+            if not path.is_file():
+                raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
+            assets.append(relative)
+    return sorted(assets), sorted(ignored)

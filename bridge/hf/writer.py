@@ -1,0 +1,262 @@
+"""Writing safetensors shards by rows: every position is planned before the first byte, so rows may come in any order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bridge.errors import CheckpointError, UsageError
+from bridge.hf.folder import INDEX_FILE, SINGLE_FILE
+from bridge.hf.tensors import (
+    ITEM_SIZES,
+    Chunk,
+    TensorSpec,
+    Unit,
+    as_bytes,
+    check_rows,
+    check_specs,
+    fsync_folder,
+    pread_bytes,
+    pread_into,
+    pwrite_all,
+    row_bytes,
+    shown,
+    split_rows,
+    write_error,
+)
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "500 MB", "2GiB" or a plain number. Raises UsageError."""
+    if isinstance(text, int):
+        text = str(text)
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{shown(text)} is not a size; write it as 5GB, 500MB or 2GiB")
+    number, letter, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if size <= 0:
+        raise UsageError(f"{shown(text)} is not a size above zero")
+    return size
+
+
+class RowLedger:
+    """Which rows were written: that every row is written once is checked when a writer finishes. Thread-safe."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], folder: Path) -> None:
+        self._specs, self._folder = specs, folder
+        self._lock = threading.Lock()
+        self._ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
+
+    def add(self, name: str, start: int, stop: int) -> None:
+        with self._lock:
+            self._ranges[name].append((start, stop))
+
+    def check(self) -> None:
+        """Raise CheckpointError that names a tensor of which rows are missing or were written twice."""
+        for name, ranges in self._ranges.items():
+            end, spec = 0, self._specs[name]
+            if spec.nbytes == 0:
+                continue
+            for start, stop in sorted(ranges):
+                if start != end:
+                    what = "were not written" if start > end else "were written twice"
+                    low, high = sorted((start, end))
+                    raise CheckpointError(f"{shown(self._folder)}: rows {low} to {high} of {shown(name)} {what}")
+                end = stop
+            rows = spec.shape[0] if spec.shape else 1
+            if end != rows:
+                raise CheckpointError(f"{shown(self._folder)}: rows {end} to {rows} of {shown(name)} were not written")
+
+
+class HfWriter:
+    """Writes `model.safetensors`, or shards and an index, into an existing folder. Thread-safe.
+
+    Shards are cut as transformers cuts them: tensors in the given order, a new shard where the next tensor would pass
+    `max_shard_size` bytes. Within a shard the wider dtypes come first, so that every tensor is aligned to its dtype.
+    Nothing is written before the first `write_rows`, and a file that exists is written over in place.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tensors: Sequence[TensorSpec],
+        max_shard_size: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.specs = check_specs(tensors, shown(self.folder))
+        if not self.specs:
+            raise CheckpointError(f"{shown(self.folder)}: no tensors to write")
+        self._ledger = RowLedger(self.specs, self.folder)
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+        self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._shards: dict[str, list[TensorSpec]] = {}
+        self._plan(list(tensors), max_shard_size, {"format": "pt"} if metadata is None else dict(metadata))
+
+    def _plan(self, tensors: list[TensorSpec], max_shard_size: int, metadata: dict[str, str]) -> None:
+        shards: list[list[TensorSpec]] = [[]]
+        filled = 0
+        for spec in tensors:
+            if shards[-1] and filled + spec.nbytes > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append(spec)
+            filled += spec.nbytes
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            shard.sort(key=lambda spec: -ITEM_SIZES[spec.dtype])
+            header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+            offset = 0
+            for spec in shard:
+                end = offset + spec.nbytes
+                header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+                offset = end
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            self._headers[file] = len(text).to_bytes(8, "little") + text
+            base = len(self._headers[file])
+            for spec in shard:
+                self._places[spec.name] = (file, base + header[spec.name]["data_offsets"][0])
+            self._shards[file] = shard
+            self._sizes[file] = base + offset
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all the files that will be written, the index apart."""
+        return sum(self._sizes.values())
+
+    def units(self, chunk_bytes: int) -> tuple[Unit, ...]:
+        """The files, and the chunks of at most `chunk_bytes` that fill each."""
+        return tuple(
+            Unit(file, self._sizes[file], tuple(c for spec in shard for c in split_rows(spec, chunk_bytes)))
+            for file, shard in self._shards.items()
+        )
+
+    def write_rows(self, name: str, start: int, array: Any, crc: int | None = None) -> None:
+        """Write rows from `start` on; their number follows from the bytes of `array` (contiguous, any dtype).
+
+        `crc` (the CRC32 of the bytes, for formats that store it) is not needed here. Raises CheckpointError.
+        """
+        del crc
+        spec = self.specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"{shown(self.folder)}: no tensor {shown(name)} was planned")
+        view, size = as_bytes(array), row_bytes(spec)
+        stop = start + (len(view) // size if size else 0)
+        check_rows(name, spec, start, stop, len(view))
+        file, offset = self._places[name]
+        pwrite_all(self._open(file), [view], offset + start * size, self.folder / file)
+        self._ledger.add(name, start, stop)
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if file not in self._fds:
+                path = self.folder / file
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                    self._fds[file] = fd
+                    os.ftruncate(fd, self._sizes[file])
+                except OSError as error:
+                    raise write_error(path, error) from None
+                pwrite_all(fd, [self._headers[file]], 0, path)
+            return self._fds[file]
+
+    def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
+        """Make one file durable and close it. A file of tensors without elements is created here."""
+        fd = self._open(unit.file)
+        try:
+            if sync:
+                os.fsync(fd)
+        except OSError as error:
+            raise write_error(self.folder / unit.file, error) from None
+        finally:
+            with self._lock:
+                del self._fds[unit.file]
+            os.close(fd)
+
+    def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
+        """Whether the file on disk is complete: its size, its header, and the CRC32 of every chunk.
+
+        If so its rows count as written. `scratch` must hold the largest chunk.
+        """
+        path = self.folder / unit.file
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            header = self._headers[unit.file]
+            if os.fstat(fd).st_size != unit.nbytes or pread_bytes(fd, len(header), 0, path) != header:
+                return False
+            for chunk, crc in zip(unit.chunks, crcs, strict=True):
+                view = scratch[: chunk.nbytes]
+                offset = self._places[chunk.name][1] + chunk.start * row_bytes(self.specs[chunk.name])
+                pread_into(fd, view, offset, path)
+                if zlib.crc32(view) != crc:
+                    return False
+        except (CheckpointError, ValueError):
+            return False
+        finally:
+            os.close(fd)
+        for chunk in unit.chunks:
+            self._ledger.add(chunk.name, chunk.start, chunk.stop)
+        return True
+
+    def finish(self) -> None:
+        """Check that every byte was written once, write the index, make all of it durable. Raises CheckpointError."""
+        self._ledger.check()
+        for file in self._shards:
+            if file in self._fds or not (self.folder / file).exists():
+                self.finish_unit(Unit(file, self._sizes[file], ()))
+        if len(self._shards) > 1:
+            write_text(self.folder / INDEX_FILE, json.dumps(self._index(), indent=2, sort_keys=True) + "\n")
+        fsync_folder(self.folder)
+
+    def _index(self) -> dict[str, Any]:
+        total = sum(spec.nbytes for spec in self.specs.values())
+        return {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for name, (file, _) in self._places.items()},
+        }
+
+    def close(self) -> None:
+        """Close the files without finishing. Safe to call twice, and after finish()."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write a small file and make it durable. Raises CheckpointError."""
+    data = text.encode() if isinstance(text, str) else text
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+__all__ = ["Chunk", "HfWriter", "RowLedger", "TensorSpec", "Unit", "parse_size", "write_text"]

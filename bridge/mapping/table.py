@@ -1,0 +1,191 @@
+"""Rows of the mapping tables, and their expansion for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from bridge.errors import MappingError
+from bridge.geometry import Geometry, LayerGeometry
+from bridge.mapping.transforms import Block, Shape, Transform, copy
+
+# One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
+Shard = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a row applies. `label` is what docs/mapping.md prints."""
+
+    label: str
+    holds: Callable[[Geometry, LayerGeometry | None], bool]
+
+
+ALWAYS = Condition("", lambda geometry, layer: True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    `megatron` and `hf` are name patterns; `{layer}` stands for the layer number. HF names are relative to the language
+    model's prefix, unless they start with a slash. `shapes` gives each HF tensor's dimensions by the names of
+    `dimensions()`. `shard` says which parallel group splits which axis of the Megatron tensor. A row without a Megatron
+    name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An `optional` row
+    may be absent from a folder. `trainable` is False for buffers.
+    """
+
+    megatron: str | None
+    hf: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
+    transform: Transform = copy
+    shard: Shard = (None,)
+    when: Condition = ALWAYS
+    optional: bool = False
+    trainable: bool = True
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.hf[0]
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of an HF folder: its on-disk name and shape."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row for one layer of one model: a Megatron key, its global shape, and where its rows come from."""
+
+    key: str
+    shape: Shape
+    sources: tuple[HfTensor, ...]
+    blocks: tuple[Block, ...]
+    row: Row
+    layer: LayerGeometry | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything one model maps: entries by Megatron key, and the HF tensors that are carried."""
+
+    geometry: Geometry
+    entries: Mapping[str, Entry]
+    carried: Mapping[str, HfTensor]
+    carried_prefixes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def by_hf_name(self) -> Mapping[str, tuple[Entry, int]]:
+        """HF name -> (entry, which of its sources)."""
+        return {
+            source.name: (entry, index)
+            for entry in self.entries.values()
+            for index, source in enumerate(entry.sources)
+        }
+
+    def is_carried(self, name: str) -> bool:
+        """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""
+        return name in self.carried or name.startswith(self.carried_prefixes)
+
+    def check_folder(self, shapes: Mapping[str, Shape], folder: object) -> None:
+        """Account for every tensor of an HF folder. Raises MappingError naming what is unknown, missing or misshapen."""
+        known = self.by_hf_name
+        unknown = [name for name in shapes if name not in known and not self.is_carried(name)]
+        if unknown:
+            raise MappingError(f"{folder}: {_some(unknown)} in no mapping table of this model")
+        missing = [name for name in known if name not in shapes]
+        if missing:
+            raise MappingError(f"{folder}: {_some(missing)} missing; the model needs it")
+        for name, shape in shapes.items():
+            expected = known[name][0].sources[known[name][1]] if name in known else self.carried.get(name)
+            if expected is not None and expected.shape != shape:
+                raise MappingError(f"{folder}: tensor {name} has shape {list(shape)}, expected {list(expected.shape)}")
+
+    def check_keys(self, keys: Mapping[str, Shape], where: object) -> None:
+        """Account for every key of a Megatron checkpoint or model, like `check_folder`."""
+        unknown = [key for key in keys if key not in self.entries]
+        if unknown:
+            raise MappingError(f"{where}: {_some(unknown)} in no mapping table of this model")
+        missing = [key for key in self.entries if key not in keys]
+        if missing:
+            raise MappingError(f"{where}: {_some(missing)} missing; the model needs it")
+        for key, shape in keys.items():
+            if self.entries[key].shape != shape:
+                raise MappingError(
+                    f"{where}: {key} has shape {list(shape)}, expected {list(self.entries[key].shape)}"
+                )
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:3])
+    kind = "tensor" if len(names) == 1 else f"{len(names)} tensors:"
+    return f"{kind} {listed}{', ...' if len(names) > 3 else ''} {'is' if len(names) == 1 else 'are'}"
+
+
+def dimensions(geometry: Geometry, layer: LayerGeometry | None) -> dict[str, int]:
+    """The sizes that rows speak of."""
+    sizes = {"1": 1, "hidden": geometry.hidden_size, "vocab": geometry.vocab_size}
+    if geometry.ple is not None:
+        sizes["ple"] = geometry.ple.dim
+        sizes["ple_vocab"] = geometry.ple.vocab_size
+        sizes["layers*ple"] = geometry.num_layers * geometry.ple.dim
+    if geometry.moe is not None:
+        sizes["experts"] = geometry.moe.num_experts
+        sizes["moe_ffn"] = geometry.moe.ffn_hidden_size
+        sizes["2*moe_ffn"] = 2 * geometry.moe.ffn_hidden_size
+    if layer is not None:
+        sizes |= {"head_dim": layer.head_dim, "q": layer.q_size, "kv": layer.kv_size, "ffn": layer.ffn_hidden_size}
+    return sizes
+
+
+def all_rows() -> tuple[Row, ...]:
+    """Every row of every table, in the order of the documentation."""
+    from bridge.mapping.moe import MOE
+    from bridge.mapping.ple import PLE
+    from bridge.mapping.text import TEXT
+
+    return (*TEXT, *PLE, *MOE)
+
+
+# On-disk prefixes of the towers and projectors. Until the multimodal tables take them over, they are carried.
+TOWER_PREFIXES = (
+    "model.vision_tower.",
+    "model.audio_tower.",
+    "model.embed_vision.",
+    "model.embed_audio.",
+    "model.vision_embedder.",
+)
+
+
+def table_for(geometry: Geometry) -> Table:
+    """Expand the tables for one model."""
+    entries: dict[str, Entry] = {}
+    carried: dict[str, HfTensor] = {}
+    for row in all_rows():
+        for layer in geometry.layers if row.per_layer else (None,):
+            if not row.when.holds(geometry, layer):
+                continue
+            sources = tuple(_sources(row, geometry, layer))
+            if row.megatron is None:
+                carried.update((source.name, source) for source in sources)
+                continue
+            key = _name(row.megatron, layer)
+            shape, blocks = row.transform([source.shape for source in sources], layer)
+            entries[key] = Entry(key, shape, sources, blocks, row, layer)
+    return Table(geometry, entries, carried, TOWER_PREFIXES if geometry.multimodal else ())
+
+
+def _sources(row: Row, geometry: Geometry, layer: LayerGeometry | None) -> Iterator[HfTensor]:
+    sizes = dimensions(geometry, layer)
+    for pattern, shape in zip(row.hf, row.shapes, strict=True):
+        name = pattern[1:] if pattern.startswith("/") else geometry.prefix + pattern
+        yield HfTensor(_name(name, layer), tuple(sizes[size] for size in shape))
+
+
+def _name(pattern: str, layer: LayerGeometry | None) -> str:
+    return pattern if layer is None else pattern.replace("{layer}", str(layer.index))

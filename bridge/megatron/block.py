@@ -1,0 +1,136 @@
+"""The decoder of one pipeline stage: its layers, what they share, and what enters and leaves the stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.utils import get_pg_size, make_viewless_tensor
+from torch import Tensor
+
+from bridge.geometry import LayerKind
+from bridge.megatron.attention import KeyValue
+from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.layer import layer_spec
+from bridge.megatron.norm import RMSNorm
+from bridge.megatron.pipeline import Boundary
+from bridge.megatron.ple import PerLayerEmbedding
+from bridge.megatron.rope import Rotary
+from bridge.megatron.visibility import Visibility
+
+
+class Gemma4Block(TransformerBlock):
+    """A TransformerBlock with a loop of its own: layers pass keys and values on, and take per-layer inputs."""
+
+    def __init__(
+        self,
+        config: Gemma4TransformerConfig,
+        layers: range,
+        pre_process: bool,
+        post_process: bool,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        backends = dict(config.attention_backends)
+        geometry = config.geometry
+        specs = [layer_spec(geometry, geometry.layers[i], backends[geometry.layers[i].kind]) for i in layers]
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        tp_size, sp = get_pg_size(pg_collection.tp), config.sequence_parallel
+        self.entry = Boundary.before(geometry, layers.start, tp_size, sp)
+        self.exit = Boundary.before(geometry, layers.stop, tp_size, sp)
+        self.ple: PerLayerEmbedding | None = None
+        if geometry.ple is not None:
+            self.ple = PerLayerEmbedding(config, layers, pg_collection)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None = None,
+        *,
+        input_ids: Tensor,
+        rotary: dict[LayerKind, Rotary],
+        visibility: Visibility,
+        **unused: Any,
+    ) -> Tensor:
+        """The input embeddings [s (/tp), b, h] on the first stage, else None: then what `set_input_tensor` was given.
+
+        Returns hidden states, final-normed on the last stage; on the others the payload of the boundary. `unused` are
+        Megatron's own arguments (rotary, inference, masks), which `rotary` and `visibility` replace.
+        """
+        slots = self.config.pipeline_payload
+        kv: dict[int, KeyValue] = {}
+        embeds: Tensor | None
+        if self.pre_process:
+            embeds = hidden_states
+        else:
+            payload = make_viewless_tensor(self.input_tensor, requires_grad=True, keep_graph=True)
+            hidden_states, embeds, kv = self.entry.unpack(payload, slots)
+        ple = self.ple(input_ids, embeds) if self.ple is not None else None
+
+        step = len(self.layers)
+        recompute = self.config.recompute_granularity == "full" and self.training
+        if recompute:
+            step = self.config.recompute_num_layers or 1
+        for start in range(0, len(self.layers), step):
+            # The `block` method recomputes only so many layers of a stage; `uniform` all of them, in groups.
+            once = recompute and (self.config.recompute_method != "block" or start < step)
+            hidden_states, kv = self._run(start, min(start + step, len(self.layers)), hidden_states, ple, kv, rotary,
+                                          visibility, once)  # fmt: skip
+
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        if not self.post_process:
+            hidden_states = self.exit.pack(hidden_states, embeds, kv, slots)
+        return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
+
+    def _run(
+        self,
+        start: int,
+        stop: int,
+        hidden_states: Tensor,
+        ple: Tensor | None,
+        kv: dict[int, KeyValue],
+        rotary: dict[LayerKind, Rotary],
+        visibility: Visibility,
+        recompute: bool,
+    ) -> tuple[Tensor, dict[int, KeyValue]]:
+        """Layers [start, stop) of the stage, recomputed in the backward pass or not; returns what later layers read."""
+        incoming = sorted(kv)
+        outgoing = self._still_read(stop, kv)
+
+        def run(hidden_states: Tensor, ple: Tensor | None, *flat: Tensor) -> tuple[Tensor, ...]:
+            shared = {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(incoming)}
+            for i in range(start, stop):
+                layer = self.layers[i]
+                source = layer.layer.kv_source
+                hidden_states, own = layer(
+                    hidden_states,
+                    rotary[layer.layer.kind],
+                    visibility,
+                    None if ple is None else ple[:, :, i],
+                    shared.get(source) if layer.layer.shares_kv else None,
+                )
+                if not layer.layer.shares_kv:
+                    shared[source] = own
+            return hidden_states, *(tensor for source in outgoing for tensor in shared[source])
+
+        # Every tensor that needs a gradient is an argument: what a checkpointed function closes over gets none.
+        arguments = (hidden_states, ple, *(tensor for source in incoming for tensor in kv[source]))
+        outputs = tensor_parallel.checkpoint(run, False, *arguments) if recompute else run(*arguments)
+        hidden_states, *flat = outputs
+        return hidden_states, {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(outgoing)}
+
+    def _still_read(self, stop: int, kv: dict[int, KeyValue]) -> list[int]:
+        """Layers up to `stop` of this stage, or of earlier ones, whose K/V a later layer of the model reads."""
+        geometry = self.config.geometry
+        end = self.layers[stop - 1].layer.index + 1
+        return sorted({layer.kv_source for layer in geometry.layers[end:] if layer.kv_source < end})

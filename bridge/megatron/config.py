@@ -1,0 +1,53 @@
+"""The TransformerConfig of a Gemma 4 model: Megatron's own, plus the geometry."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from bridge.geometry import Geometry
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The activation of every Gemma 4 FFN (gelu_pytorch_tanh)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@dataclass
+class Gemma4TransformerConfig(TransformerConfig):
+    """Megatron's config for one Gemma 4 model.
+
+    `pipeline_payload` is how many hidden-size slots travel between pipeline stages (see `pipeline.py`): callers of
+    Megatron's schedules pass `seq_length * pipeline_payload`.
+    """
+
+    geometry: Geometry = None  # type: ignore[assignment]
+    pipeline_payload: int = 1
+    attention_backends: tuple[tuple[str, str], ...] = (("sliding", "reference"), ("global", "reference"))
+    # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
+    heterogeneous_block_specs: bool = True
+    # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.
+    has_cond_embedder: bool = True
+
+    def get_config_for_layer(self, layer_number: int) -> Gemma4TransformerConfig:
+        """The config of layer `layer_number` (1-based), as Megatron's block asks for it."""
+        layer = self.geometry.layers[layer_number - 1]
+        config = copy.copy(self)
+        config.kv_channels = layer.head_dim
+        config.num_query_groups = layer.num_query_groups
+        config.ffn_hidden_size = layer.ffn_hidden_size
+        return config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gemma4TransformerConfig:
+        # Megatron deep-copies configs; the geometry holds read-only mappings and is shared instead.
+        clone = copy.copy(self)
+        memo[id(self)] = clone
+        for name, value in vars(self).items():
+            if name != "geometry":
+                setattr(clone, name, copy.deepcopy(value, memo))
+        return clone

@@ -1,0 +1,128 @@
+"""One decoder layer (transformers `Gemma4TextDecoderLayer`)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from bridge.geometry import Geometry, LayerGeometry
+from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
+from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.core_attention import CoreAttention
+from bridge.megatron.moe import Gemma4MoE
+from bridge.megatron.norm import ReplicatedLinear, RMSNorm, init_device
+from bridge.megatron.rope import Rotary
+from bridge.megatron.visibility import Visibility, mask_rule
+
+
+def _qkv_linear(input_size: int, output_size: int, /, *, layer: LayerGeometry, **kwargs: Any) -> ColumnParallelLinear:
+    """Megatron asks for q, k and v of every layer; this builds the rows that the layer has."""
+    return ColumnParallelLinear(input_size, qkv_rows(layer), **kwargs)
+
+
+def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str) -> ModuleSpec:
+    """The Megatron spec of one layer, from its geometry alone."""
+    attention = ModuleSpec(
+        module=Gemma4Attention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=partial(_qkv_linear, layer=layer),
+            core_attention=partial(CoreAttention, rule=mask_rule(geometry, layer), backend=backend),
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=IdentityOp if layer.shares_kv else RMSNorm,
+        ),
+    )
+    mlp = partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ffn_hidden_size=layer.ffn_hidden_size,
+    )
+    return ModuleSpec(
+        module=Gemma4Layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=IdentityFuncOp,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=IdentityFuncOp,
+        ),
+    )
+
+
+class Gemma4Layer(TransformerLayer):
+    """Attention, dense FFN, experts beside it where the model has them, per-layer input, layer scalar."""
+
+    def __init__(
+        self,
+        config: Gemma4TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            config, submodules, layer_number, pg_collection=pg_collection, vp_stage=vp_stage, **kwargs
+        )
+        geometry = config.geometry
+        self.layer = geometry.layers[self.layer_number - 1]
+        norm = partial(RMSNorm, config, config.hidden_size, config.layernorm_epsilon)
+        self.post_attention_layernorm = norm()
+        self.post_mlp_layernorm = norm()
+        self.moe: Gemma4MoE | None = None
+        if geometry.moe is not None:
+            self.moe = Gemma4MoE(config, self.layer_number, self.pg_collection)
+            self.post_dense_layernorm = norm()
+            self.post_moe_layernorm = norm()
+        self.has_ple = geometry.ple is not None
+        if geometry.ple is not None:
+            self.per_layer_input_gate = ReplicatedLinear(config, config.hidden_size, geometry.ple.dim)
+            self.per_layer_projection = ReplicatedLinear(config, geometry.ple.dim, config.hidden_size)
+            self.post_per_layer_input_norm = norm()
+        self.register_buffer(
+            "layer_scalar", torch.ones(1, dtype=config.params_dtype, device=init_device(config))
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary,
+        visibility: Visibility,
+        per_layer_input: Tensor | None = None,
+        shared_kv: KeyValue | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """[s (/tp), b, h] -> the same, and the layer's keys and values for the layers that share them."""
+        attention, kv = self.self_attention(self.input_layernorm(hidden_states), rotary, visibility, shared_kv)
+        hidden_states = hidden_states + self.post_attention_layernorm(attention)
+
+        hidden_states = hidden_states + self.post_mlp_layernorm(self._feed_forward(hidden_states))
+
+        if self.has_ple:
+            assert per_layer_input is not None
+            gated = gelu_tanh(self.per_layer_input_gate(hidden_states)) * per_layer_input
+            hidden_states = hidden_states + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+
+        return hidden_states * self.layer_scalar, kv
+
+    def _feed_forward(self, residual: Tensor) -> Tensor:
+        normed = self.pre_mlp_layernorm(residual)
+        if self.recompute_mlp and self.training:
+            dense = tensor_parallel.checkpoint(lambda x: self.mlp(x)[0], False, normed)
+        else:
+            dense, _ = self.mlp(normed)
+        if self.moe is None:
+            return dense
+        routed, _ = self.moe(residual)
+        return self.post_dense_layernorm(dense) + self.post_moe_layernorm(routed)

@@ -1,0 +1,99 @@
+"""Gemma 4 as a Megatron-Core GPTModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from bridge.megatron.block import Gemma4Block
+from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.rope import rotary_tables
+from bridge.megatron.visibility import Visibility
+
+
+class Gemma4Model(GPTModel):
+    """One stage of a Gemma 4 decoder. `layers` are the numbers of its layers, 0-based."""
+
+    def __init__(
+        self,
+        config: Gemma4TransformerConfig,
+        layers: range,
+        pre_process: bool,
+        post_process: bool,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        geometry = config.geometry
+        # GPTModel builds its own block; it is given no layers, and replaced by the one that runs Gemma 4's loop.
+        super().__init__(
+            config,
+            TransformerBlockSubmodules(layer_specs=[], layer_norm=None),
+            vocab_size=geometry.vocab_size,
+            max_sequence_length=geometry.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=geometry.tied,
+            position_embedding_type="none",
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        self.decoder = Gemma4Block(config, layers, pre_process, post_process, pg_collection, vp_stage)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Scaled input embeddings [s (/tp), b, h] of `input_ids` [b, s]."""
+        geometry = self.config.geometry
+        rows = self.embedding(input_ids=input_ids, position_ids=None)
+        return scale_embeddings(
+            rows, input_ids, geometry.pad_token_id, geometry.hidden_size, self.config, self.pg_collection.tp
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Logits [b, s, vocab / tp], or token losses [b, s] when `labels` are given; a payload on other stages.
+
+        `input_ids` [b, s] is needed on every stage of a model with per-layer embeddings. `attention_mask` is [b, s],
+        1 = real token; nothing else is a mask here. `position_ids` [b, s] count from 0 in every document when absent.
+        """
+        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
+        if position_ids is None:
+            position_ids = visibility.index
+            if cu_seqlens is not None:
+                position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embed(input_ids)
+        block = {
+            "input_ids": input_ids,
+            "rotary": rotary_tables(self.config.geometry, position_ids, self.config.params_dtype),
+            "visibility": visibility,
+        }
+        return super().forward(
+            input_ids,
+            position_ids,
+            None,
+            decoder_input=decoder_input,
+            labels=labels,
+            extra_block_kwargs=block,
+            **kwargs,
+        )
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        """The softcap, in the dtype of the logits; Megatron calls this between the head and the loss."""
+        cap = self.config.geometry.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,55 @@
+"""RMSNorm as Gemma 4 computes it (transformers `Gemma4RMSNorm`)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`."""
+    wide = x.float()
+    wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    if weight is not None:
+        wide = wide * weight.float()
+    return wide.type_as(x)
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with a weight [hidden_size] that is replicated on every tensor-parallel rank.
+
+    Under sequence parallelism each rank sees a part of the sequence only: `sequence_parallel` on the weight makes
+    Megatron sum its gradient over the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config))
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A linear without bias whose weight every tensor-parallel rank holds; under sequence parallelism like `RMSNorm`."""
+
+    def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
+        super().__init__(
+            in_features, out_features, bias=False, device=init_device(config), dtype=config.params_dtype
+        )
+        if config.perform_initialization and config.init_method is not None:
+            config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def init_device(config: TransformerConfig) -> torch.device:
+    """Where new parameters are made; under `torch.device("meta")` the meta device wins, as for Megatron's own layers."""
+    default = torch.get_default_device()
+    if default.type == "meta" or config.use_cpu_initialization:
+        return torch.device("meta" if default.type == "meta" else "cpu")
+    return torch.device(torch.cuda.current_device())

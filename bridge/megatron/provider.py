@@ -1,0 +1,182 @@
+"""From a geometry and a parallel layout to Megatron models: what verl, NeMo-RL and Megatron's own loops call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank
+
+from bridge.errors import ParallelError, UsageError
+from bridge.geometry import Geometry
+from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.core_attention import BACKENDS
+from bridge.megatron.model import Gemma4Model
+from bridge.megatron.parallel import Parallel
+from bridge.megatron.pipeline import Boundary, layout_string, stage_layers
+
+# What Megatron's selective recompute can name and this model's layers honour.
+RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
+
+
+@dataclass
+class Gemma4Provider:
+    """Builds the stages of one model in one layout.
+
+    `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...).
+    Raises ParallelError where the layout does not fit the geometry, before anything is built.
+    """
+
+    geometry: Geometry
+    parallel: Parallel = field(default_factory=Parallel)
+    dtype: torch.dtype = torch.bfloat16
+    attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "reference", "global": "reference"})
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_layout(self.geometry, self.parallel)
+        for kind, backend in self.attention_backends.items():
+            if kind not in ("sliding", "global") or backend not in BACKENDS:
+                raise UsageError(f"attention backend {kind}={backend}: known are {', '.join(BACKENDS)}")
+        unknown = set(self.overrides.get("recompute_modules") or ()) - set(RECOMPUTE_MODULES)
+        if unknown:
+            raise UsageError(f"recompute_modules {sorted(unknown)}: known are {', '.join(RECOMPUTE_MODULES)}")
+
+    @cached_property
+    def stages(self) -> list[range]:
+        """Layers of each pipeline stage; stage number vp_stage * pp + pp_rank."""
+        return stage_layers(self.geometry.num_layers, self.parallel.pp * self.parallel.vpp)
+
+    @cached_property
+    def config(self) -> Gemma4TransformerConfig:
+        """Megatron's config of the whole model."""
+        geometry, parallel = self.geometry, self.parallel
+        boundaries = [
+            Boundary.before(geometry, stage.start, parallel.tp, parallel.sequence_parallel) for stage in self.stages[1:]
+        ]
+        first = geometry.layers[0]
+        fields: dict[str, Any] = {
+            "geometry": geometry,
+            "pipeline_payload": max((boundary.slots for boundary in boundaries), default=1),
+            "attention_backends": tuple(self.attention_backends.items()),
+            "num_layers": geometry.num_layers,
+            "hidden_size": geometry.hidden_size,
+            "num_attention_heads": first.num_attention_heads,
+            "num_query_groups": first.num_query_groups,
+            "kv_channels": first.head_dim,
+            "ffn_hidden_size": first.ffn_hidden_size,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": geometry.rms_norm_eps,
+            "qk_layernorm": True,
+            "softmax_scale": 1.0,
+            "gated_linear_unit": True,
+            "activation_func": gelu_tanh,
+            "add_bias_linear": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "init_method_std": geometry.initializer_range,
+            "params_dtype": self.dtype,
+            "pipeline_dtype": self.dtype,
+            "bf16": self.dtype is torch.bfloat16,
+            "fp16": self.dtype is torch.float16,
+            "tensor_model_parallel_size": parallel.tp,
+            "pipeline_model_parallel_size": parallel.pp,
+            "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+            "expert_model_parallel_size": parallel.ep,
+            "expert_tensor_parallel_size": parallel.etp,
+            "context_parallel_size": parallel.cp,
+            "sequence_parallel": parallel.sequence_parallel,
+            # The mean over real tokens, not a mean of means; under CP and packing nothing else is right.
+            "calculate_per_token_loss": True,
+            # Fusions that need Apex, TE or a GPU compiler; the ones that pay are this project's own.
+            "gradient_accumulation_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_dropout_fusion": False,
+            "persist_layer_norm": False,
+        }
+        if parallel.pp > 1:
+            fields["pipeline_model_parallel_layout"] = layout_string(self.stages)
+            # With two interleaved stages, unoverlapped batched p2p delivers the wrong tensors in silence.
+            fields |= {"overlap_p2p_comm": parallel.vpp > 1, "batch_p2p_comm": parallel.vpp == 1}
+        if geometry.moe is not None:
+            fields |= {
+                "num_moe_experts": geometry.moe.num_experts,
+                "moe_router_topk": geometry.moe.topk,
+                "moe_ffn_hidden_size": geometry.moe.ffn_hidden_size,
+                "moe_router_load_balancing_type": "none",
+                "moe_router_pre_softmax": False,
+                "moe_token_dispatcher_type": "alltoall",
+            }
+        return Gemma4TransformerConfig(**(fields | self.overrides))
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> Gemma4Model:
+        """The model chunk of this rank and `vp_stage`; `pre_process` and `post_process` default to what its place says.
+
+        Megatron's groups must be initialised. Raises ParallelError where they are not of this provider's layout.
+        """
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "cp": groups.cp.size()}
+        for name, size in sizes.items():
+            if size != getattr(self.parallel, name):
+                raise ParallelError(f"the process groups have {name}={size}, the provider {self.parallel}")
+        stage = (vp_stage or 0) * self.parallel.pp + get_pg_rank(groups.pp)
+        if pre_process is None:
+            pre_process = is_pp_first_stage(groups.pp) and not vp_stage
+        if post_process is None:
+            post_process = is_pp_last_stage(groups.pp) and (vp_stage or 0) == self.parallel.vpp - 1
+        return Gemma4Model(
+            self.config,
+            self.stages[stage],
+            pre_process,
+            post_process,
+            groups,
+            vp_stage if self.parallel.vpp > 1 else None,
+        )
+
+    def build(self, pg_collection: ProcessGroupCollection | None = None) -> list[Gemma4Model]:
+        """All model chunks of this rank, in the order Megatron's schedules take them."""
+        return [self.provide(vp_stage=vp_stage, pg_collection=pg_collection) for vp_stage in range(self.parallel.vpp)]
+
+
+def check_layout(geometry: Geometry, parallel: Parallel) -> None:
+    """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes."""
+    tp = parallel.tp
+    for what, size in _split_by_tp(geometry):
+        if size % tp:
+            raise ParallelError(f"tp={tp} does not divide {what} ({size})")
+    for layer in geometry.layers:
+        if tp > layer.num_query_groups and tp % layer.num_query_groups:
+            raise ParallelError(
+                f"tp={tp} is neither a divisor nor a multiple of the {layer.num_query_groups} query groups of layer "
+                f"{layer.index}"
+            )
+    stage_layers(geometry.num_layers, parallel.pp * parallel.vpp)
+    if geometry.moe is None:
+        if parallel.ep > 1:
+            raise ParallelError(f"ep={parallel.ep}: this model has no experts")
+        return
+    if geometry.moe.num_experts % parallel.ep:
+        raise ParallelError(f"ep={parallel.ep} does not divide {geometry.moe.num_experts} experts")
+    if geometry.moe.ffn_hidden_size % parallel.etp:
+        raise ParallelError(f"etp={parallel.etp} does not divide the experts' width {geometry.moe.ffn_hidden_size}")
+    if tp > 1 and not parallel.sequence_parallel:
+        raise ParallelError(f"tp={tp} with experts needs sequence_parallel: Megatron's dispatchers split the sequence")
+
+
+def _split_by_tp(geometry: Geometry) -> Sequence[tuple[str, int]]:
+    sizes = [("the vocabulary", geometry.vocab_size), ("the attention heads", geometry.layers[0].num_attention_heads)]
+    if geometry.ple is not None:
+        sizes.append(("the per-layer vocabulary", geometry.ple.vocab_size))
+    sizes += [(f"the FFN of layer {layer.index}", layer.ffn_hidden_size) for layer in geometry.layers]
+    return sizes

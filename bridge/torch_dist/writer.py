@@ -1,0 +1,311 @@
+"""Writing a Megatron-Core distributed checkpoint (`torch_dist`) by rows, without torch and without building the model.
+
+The place of every item is planned before the first byte: tensors are cut into chunks of whole rows, chunks into files.
+So rows may come in any order and from any thread, and a file that an interrupted run completed can be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bridge.errors import CheckpointError
+from bridge.hf.tensors import (
+    Chunk,
+    TensorSpec,
+    Unit,
+    as_bytes,
+    check_rows,
+    check_specs,
+    fsync_folder,
+    pread_bytes,
+    pread_into,
+    pwrite_all,
+    row_bytes,
+    shown,
+    split_rows,
+    write_error,
+)
+from bridge.hf.writer import RowLedger, write_text
+from bridge.torch_dist.format import DTYPES, item_sizes, object_item, tensor_item
+from bridge.torch_dist.pickles import Call, Global, New, Pairs, dumps
+
+CHUNK_BYTES = 32 << 20
+FILE_BYTES = 512 << 20
+METADATA_FILE = ".metadata"
+CONFIG_FILE = "metadata.json"
+# Megatron-Core 0.19 keeps everything that is not a sharded tensor in this one object.
+COMMON_KEY = "common_state/shard_0_1"
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_SIZE = Global("torch", "Size")
+_PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A planned item: a chunk and its place."""
+
+    chunk: Chunk
+    file: str
+    offset: int
+    length: int
+
+
+class DistWriter:
+    """Writes a `torch_dist` folder that Megatron-Core's own loader reads at any parallel layout. Thread-safe.
+
+    `write_rows` takes rows that are one planned chunk or several whole ones (`chunks` says where they are cut);
+    `finish` writes the common state and the metadata, without which the folder is not a checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tensors: Sequence[TensorSpec],
+        chunk_bytes: int = CHUNK_BYTES,
+        file_bytes: int = FILE_BYTES,
+    ) -> None:
+        self.folder = Path(folder)
+        self.specs = check_specs(tensors, shown(self.folder))
+        self._ledger = RowLedger(self.specs, self.folder)
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+        self._items: dict[tuple[str, int], _Item] = {}
+        self._files: dict[str, list[_Item]] = {}
+        self._sizes: dict[str, int] = {}
+        self._plan(tensors, chunk_bytes, file_bytes)
+
+    def _plan(self, tensors: Sequence[TensorSpec], chunk_bytes: int, file_bytes: int) -> None:
+        file, filled = "", file_bytes
+        for spec in tensors:
+            if spec.dtype not in DTYPES:
+                raise CheckpointError(f"{shown(self.folder)}: tensor {shown(spec.name)} has the dtype {spec.dtype}")
+            for chunk in split_rows(spec, chunk_bytes):
+                length = sum(item_sizes(spec.dtype, self._chunk_shape(spec, chunk)))
+                if filled + length > file_bytes:
+                    file, filled = f"__0_{len(self._files)}.distcp", 0
+                    self._files[file] = []
+                item = _Item(chunk, file, filled, length)
+                self._items[spec.name, chunk.start] = item
+                self._files[file].append(item)
+                filled += length
+                self._sizes[file] = filled
+
+    @staticmethod
+    def _chunk_shape(spec: TensorSpec, chunk: Chunk) -> tuple[int, ...]:
+        return (chunk.stop - chunk.start, *spec.shape[1:]) if spec.shape else ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all the files that will be written, the metadata apart."""
+        return sum(self._sizes.values())
+
+    def units(self, chunk_bytes: int) -> tuple[Unit, ...]:
+        """The files and their chunks. The chunks are the writer's own, whatever `chunk_bytes` asks for."""
+        del chunk_bytes
+        return tuple(
+            Unit(file, self._sizes[file], tuple(item.chunk for item in items)) for file, items in self._files.items()
+        )
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """How one tensor is cut, in order."""
+        return sorted((item.chunk for (key, _), item in self._items.items() if key == name), key=lambda c: c.start)
+
+    def write_rows(self, name: str, start: int, array: Any, crc: int | None = None) -> None:
+        """Write whole chunks from row `start` on; `array` is contiguous, of any dtype, with exactly their bytes.
+
+        `crc` is the CRC32 of the bytes where the caller has it already (and `array` is one chunk). Raises
+        CheckpointError: rows that are not whole chunks, a disk that is full.
+        """
+        spec = self.specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"{shown(self.folder)}: no tensor {shown(name)} was planned")
+        view, size = as_bytes(array), row_bytes(spec)
+        while True:
+            item = self._items.get((name, start))
+            if item is None or len(view) < item.chunk.nbytes:
+                raise CheckpointError(f"{shown(self.folder)}: rows from {start} of {shown(name)} are not whole chunks")
+            chunk = item.chunk
+            check_rows(name, spec, chunk.start, chunk.stop, chunk.nbytes)
+            payload, view = view[: chunk.nbytes], view[chunk.nbytes :]
+            head, tail = tensor_item(
+                spec.dtype, self._chunk_shape(spec, chunk), zlib.crc32(payload) if crc is None or view else crc
+            )
+            pwrite_all(self._open(item.file), [head, payload, tail], item.offset, self.folder / item.file)
+            self._ledger.add(name, chunk.start, chunk.stop)
+            start, crc = chunk.stop, None
+            if not view or not size:
+                return
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if file not in self._fds:
+                path = self.folder / file
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                    self._fds[file] = fd
+                    os.ftruncate(fd, self._sizes[file])
+                except OSError as error:
+                    raise write_error(path, error) from None
+            return self._fds[file]
+
+    def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
+        """Make one file durable and close it."""
+        fd = self._open(unit.file)
+        try:
+            if sync:
+                os.fsync(fd)
+        except OSError as error:
+            raise write_error(self.folder / unit.file, error) from None
+        finally:
+            with self._lock:
+                del self._fds[unit.file]
+            os.close(fd)
+
+    def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
+        """Whether the file on disk is complete: its size, every item's frame, and the CRC32 of every chunk.
+
+        If so its rows count as written. `scratch` must hold the largest chunk.
+        """
+        path = self.folder / unit.file
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            if os.fstat(fd).st_size != unit.nbytes:
+                return False
+            for item, crc in zip(self._files[unit.file], crcs, strict=True):
+                spec, view = self.specs[item.chunk.name], scratch[: item.chunk.nbytes]
+                head, tail = tensor_item(spec.dtype, self._chunk_shape(spec, item.chunk), crc)
+                pread_into(fd, view, item.offset + len(head), path)
+                behind = item.offset + len(head) + len(view)
+                if (
+                    zlib.crc32(view) != crc
+                    or pread_bytes(fd, len(head), item.offset, path) != head
+                    or pread_bytes(fd, len(tail), behind, path) != tail
+                ):
+                    return False
+        except (CheckpointError, ValueError, OverflowError):
+            return False
+        finally:
+            os.close(fd)
+        for chunk in unit.chunks:
+            self._ledger.add(chunk.name, chunk.start, chunk.stop)
+        return True
+
+    def finish(
+        self, common_state: Mapping[str, Any] | None = None, content_metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check that every byte was written once, then write common state, `.metadata` and `metadata.json`.
+
+        `common_state` (plain values only) is what Megatron's `load` returns beside the tensors; `content_metadata`,
+        recorded in it, is what the sharded state dict was asked for with, by default per-layer keys. The two metadata
+        files come last: without them the folder is no checkpoint. Raises CheckpointError.
+        """
+        self._ledger.check()
+        for file in self._files:
+            if file in self._fds:
+                self.finish_unit(Unit(file, self._sizes[file], ()))
+        common = dict(common_state or {})
+        common["content_metadata"] = dict(content_metadata or {"non_homogeneous_layers": True})
+        _check_plain(common, "the common state")
+        data, common_file = object_item([common]), f"__0_{len(self._files)}.distcp"
+        write_text(self.folder / common_file, data)
+        write_text(self.folder / METADATA_FILE, dumps(self._metadata(common_file, len(data))))
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        write_text(self.folder / CONFIG_FILE, json.dumps(config))
+        fsync_folder(self.folder)
+
+    def _metadata(self, common_file: str, common_bytes: int) -> New:
+        """torch.distributed.checkpoint's Metadata, as torch itself would pickle it."""
+        tensors: list[tuple[Any, Any]] = []
+        storage: list[tuple[Any, Any]] = []
+        by_name: dict[str, list[_Item]] = {name: [] for name in self.specs}
+        for item in self._items.values():
+            by_name[item.chunk.name].append(item)
+        for name, items in by_name.items():
+            spec = self.specs[name]
+            chunks: list[New] = []
+            for item in items:
+                offsets = (item.chunk.start, *(0,) * (len(spec.shape) - 1)) if spec.shape else ()
+                chunks.append(
+                    _new(
+                        "ChunkStorageMetadata", offsets=_size(offsets), sizes=_size(self._chunk_shape(spec, item.chunk))
+                    )
+                )
+                index = _new("MetadataIndex", fqn=name, index=None, offset=_size(offsets))
+                storage.append((index, _storage_info(item.file, item.offset, item.length)))
+            properties = New(Global(_METADATA, "TensorProperties"), (), _properties(spec.dtype))
+            tensors.append(
+                (name, _new("TensorStorageMetadata", properties=properties, size=_size(spec.shape), chunks=chunks))
+            )
+        tensors.append((COMMON_KEY, New(Global(_METADATA, "BytesStorageMetadata"))))
+        storage.append((_new("MetadataIndex", fqn=COMMON_KEY, index=None), _storage_info(common_file, 0, common_bytes)))
+        meta = _new("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
+        return _new(
+            "Metadata",
+            state_dict_metadata=Pairs(tensors),
+            planner_data=None,
+            storage_data=Pairs(storage),
+            storage_meta=meta,
+            version="1.0.0",
+        )
+
+    def close(self) -> None:
+        """Close the files without finishing. Safe to call twice, and after finish()."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _new(name: str, **state: Any) -> New:
+    return New(Global(_METADATA, name), (), state)
+
+
+def _size(shape: tuple[int, ...]) -> Call:
+    return Call(_SIZE, (shape,))
+
+
+def _storage_info(file: str, offset: int, length: int) -> New:
+    cls = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+    return New(cls, (), {"relative_path": file, "offset": offset, "length": length})
+
+
+def _properties(dtype: str) -> tuple[Any, ...]:
+    """The state of TensorProperties: dtype, layout, requires_grad, memory format, pinned."""
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    return (Global("torch", DTYPES[dtype][0]), layout, False, memory_format, False)
+
+
+def _check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """Only plain values are stored: what reads them back without trusting the file is then certain."""
+    if depth > 32:
+        raise CheckpointError(f"{where} is nested too deep")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}, which is not a string")
+            _check_plain(item, f"{where}[{key!r}]", depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item, where, depth + 1)
+    elif not isinstance(value, _PLAIN):
+        raise CheckpointError(f"{where} holds a {type(value).__name__}, only plain values can be stored")

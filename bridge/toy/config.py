@@ -1,0 +1,133 @@
+"""How a toy is derived from a published config: one table of smaller numbers.
+
+Everything that makes a model what it is (layer pattern, heads, sharing, K=V, experts, rope, clipping, pooling, softcap)
+stays as published, because nothing here mentions it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from bridge.errors import UsageError
+
+Config = dict[str, Any]
+Smaller = int | list[int] | Callable[[Mapping[str, Any]], int]
+
+HEAD_DIM, GLOBAL_HEAD_DIM, TOWER_HEAD_DIM = 16, 32, 8
+
+# Per variant: layers, and how many of them share K/V. Two periods of the published pattern; the shared layers are the
+# second period, so that they are of both types and both producers lie in the first.
+_LAYERS: dict[str, dict[str, int]] = {
+    "e2b": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
+    "e4b": {"num_hidden_layers": 12, "num_kv_shared_layers": 6},
+    "12b": {"num_hidden_layers": 12},
+    "26b-a4b": {"num_hidden_layers": 12},
+    "31b": {"num_hidden_layers": 12},
+}
+VARIANTS: tuple[str, ...] = tuple(_LAYERS)
+
+# Section and field -> smaller value. It is used where the published config has the field and a value in it. Where one
+# width has to equal another in the models but not in the code (a tower's output and the text width), the toys differ,
+# so that a mix-up shows.
+_SMALLER: dict[str, dict[str, Smaller]] = {
+    "text_config": {
+        "vocab_size": 512,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": HEAD_DIM,
+        "hidden_size_per_layer_input": 16,
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 24,
+        "sliding_window": 8,
+    },
+    "vision_config": {
+        "num_hidden_layers": 2,
+        "head_dim": TOWER_HEAD_DIM,
+        "hidden_size": lambda published: published["num_attention_heads"] * TOWER_HEAD_DIM,
+        "intermediate_size": 160,
+        "patch_size": 4,
+        # The longest strip of 70 soft tokens, the smallest budget that the image processor takes, is 210 patches.
+        "position_embedding_size": 256,
+        "mm_embed_dim": 80,
+        "output_proj_dims": 80,
+        "mm_posemb_size": 128,
+    },
+    "audio_config": {
+        "num_hidden_layers": 2,
+        "hidden_size": lambda published: published["num_attention_heads"] * TOWER_HEAD_DIM,
+        "output_proj_dims": 80,
+        # The first of the two is also the number of mel bins: the model multiplies it into its projection's width.
+        "subsampling_conv_channels": [32, 16],
+    },
+}
+
+# The placeholders and their brackets sit at the end of the published vocabulary, so a small one has to move them.
+_SMALL_TOKEN_IDS: dict[str, int] = {
+    "boi_token_id": 502,
+    "boa_token_id": 503,
+    "image_token_id": 504,
+    "audio_token_id": 505,
+    "eoi_token_id": 506,
+    "eoa_token_index": 507,
+    "video_token_id": 508,
+}
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """The configs of one toy: the multimodal one, and which class and sub-config are written."""
+
+    multimodal: Config
+    text_only: bool
+    untied: bool
+
+    @property
+    def model_type(self) -> str:
+        return str(self.written["model_type"])
+
+    @property
+    def written(self) -> Config:
+        """The config whose class is written. That class obeys the `tie_word_embeddings` at the top of it."""
+        chosen = self.multimodal["text_config"] if self.text_only else self.multimodal
+        return {**chosen, "tie_word_embeddings": not self.untied}
+
+
+def published(variant: str) -> Config:
+    """The published multimodal config of a variant. Raises UsageError for an unknown name."""
+    if variant not in VARIANTS:
+        raise UsageError(f"unknown variant {variant!r}, expected one of {', '.join(VARIANTS)}")
+    text = resources.files("bridge").joinpath("variants", f"{variant}.json").read_text(encoding="utf-8")
+    config: Config = json.loads(text)
+    return config
+
+
+def shrink(config: Config, variant: str) -> Config:
+    """A published multimodal config, made small in every dimension."""
+    small = {**config, **_SMALL_TOKEN_IDS}
+    for section, table in _SMALLER.items():
+        values = config.get(section)
+        if values is None:
+            continue
+        given = {field: value for field, value in table.items() if values.get(field)}
+        small[section] = values | {field: value(values) if callable(value) else value for field, value in given.items()}
+    text = small["text_config"] | _LAYERS[variant]
+    text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+    text["per_layer_config"] = {
+        layer: own | {"head_dim": GLOBAL_HEAD_DIM}
+        for layer, own in text["per_layer_config"].items()
+        if int(layer) < text["num_hidden_layers"]
+    }
+    small["text_config"] = text
+    return small
+
+
+def toy_config(variant: str, *, text_only: bool = False, full_size: bool = False, untied: bool = False) -> ToyConfig:
+    """The config of a toy, or of the published size. Raises UsageError for an unknown variant."""
+    config = published(variant)
+    return ToyConfig(config if full_size else shrink(config, variant), text_only, untied)

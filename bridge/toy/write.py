@@ -1,0 +1,145 @@
+"""`write_toy`: a random checkpoint of a Gemma 4 variant, as transformers would have saved it."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from bridge.errors import CheckpointError, UsageError
+from bridge.geometry import Geometry
+from bridge.hf.tensors import TensorSpec
+from bridge.hf.writer import HfWriter
+from bridge.toy.assets import write_assets
+from bridge.toy.config import VARIANTS, ToyConfig, toy_config
+from bridge.toy.weights import Shape, chunks, is_float32_in_mixed
+
+__all__ = ["VARIANTS", "write_toy"]
+
+Dtype = Literal["bfloat16", "float32"]
+_ON_DISK: dict[str, str] = {"bfloat16": "BF16", "float32": "F32"}
+
+
+def write_toy(
+    variant: str,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: Dtype = "bfloat16",
+    text_only: bool = False,
+    full_size: bool = False,
+    untied: bool = False,
+    mixed_dtypes: bool = False,
+    dead_kv: bool = True,
+    overwrite: bool = False,
+    max_shard_size: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a checkpoint with random weights: safetensors, config, tokenizer, chat template, processor.
+
+    Args:
+        variant: one of `VARIANTS`.
+        folder: the target; complete when this returns, untouched when it raises.
+        seed: weights depend on variant, seed, tensor name and dtype only.
+        dtype: of all tensors, and in config.json.
+        text_only: the causal-LM class instead of the multimodal one.
+        full_size: the published geometry, streamed: memory stays bounded.
+        untied: with an `lm_head.weight` of its own.
+        mixed_dtypes: norms, router scales and some projections in float32, the rest in bfloat16.
+        dead_kv: with the k_proj, v_proj and k_norm that published E2B and E4B files carry in KV-shared layers, and
+            that no model reads.
+        overwrite: replace an existing folder.
+        max_shard_size: of a weight file, in bytes.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        UsageError: an unknown variant or dtype, options that exclude each other, an existing target.
+        CheckpointError: the folder cannot be written.
+    """
+    if dtype not in _ON_DISK:
+        raise UsageError(f"unknown dtype {dtype!r}, expected one of {', '.join(_ON_DISK)}")
+    if mixed_dtypes and dtype != "bfloat16":
+        raise UsageError(f"mixed_dtypes adds float32 tensors to bfloat16 ones, which dtype {dtype!r} excludes")
+    toy = toy_config(variant, text_only=text_only, full_size=full_size, untied=untied)
+    config, shapes = build(toy, dtype, dead_kv=dead_kv)
+    specs = [
+        TensorSpec(name, "F32" if mixed_dtypes and is_float32_in_mixed(name) else _ON_DISK[dtype], shape)
+        for name, shape in shapes.items()
+    ]
+    total = sum(spec.nbytes for spec in specs)
+    with _replacing(Path(folder), overwrite) as unfinished:
+        config.save_pretrained(unfinished)
+        write_assets(unfinished, toy.multimodal, text_only=text_only, full_size=full_size)
+        with HfWriter(unfinished, specs, max_shard_size) as writer:
+            done = 0
+            for spec in specs:
+                for start, rows in chunks(spec.name, spec.shape, spec.dtype, variant, seed):
+                    writer.write_rows(spec.name, start, rows)
+                    done += rows.nbytes
+                    if progress is not None:
+                        progress(done, total)
+            writer.finish()
+
+
+def build(toy: ToyConfig, dtype: str, *, dead_kv: bool) -> tuple[Any, dict[str, Shape]]:
+    """The transformers config to save, and the tensors on disk (name -> shape), sorted by name.
+
+    Both come from the transformers class itself, built without memory, and its own way of naming tensors on disk.
+    """
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    geometry = Geometry.from_dict(toy.written)
+    config = transformers.CONFIG_MAPPING[toy.model_type].from_dict(toy.written)
+    model_class = getattr(transformers, geometry.architecture)
+    config.architectures = [geometry.architecture]
+    # As after from_pretrained: the sub-configs say the dtype too.
+    parts = [getattr(config, name) for name in config.sub_configs]
+    for part in [config, *(part for part in parts if part is not None)]:
+        part.dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        model = model_class(config)
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys if geometry.tied else ():
+        state.pop(name, None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    if dead_kv:
+        shapes |= _dead_kv(geometry)
+    return config, dict(sorted(shapes.items()))
+
+
+def _dead_kv(geometry: Geometry) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for layer in geometry.layers:
+        if layer.shares_kv:
+            attention = f"{geometry.prefix}layers.{layer.index}.self_attn."
+            shapes[f"{attention}k_proj.weight"] = (layer.kv_size, geometry.hidden_size)
+            shapes[f"{attention}v_proj.weight"] = (layer.kv_size, geometry.hidden_size)
+            shapes[f"{attention}k_norm.weight"] = (layer.head_dim,)
+    return shapes
+
+
+@contextmanager
+def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A sibling folder to write into, that takes the name of `folder` if all goes well and vanishes otherwise."""
+    folder = folder.resolve()
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not overwrite:
+        raise UsageError(f"{folder}: already exists")
+    if occupied and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: is not a model folder, so it is not overwritten")
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if occupied:
+            shutil.rmtree(folder)
+        unfinished.replace(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
