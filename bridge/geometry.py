@@ -64,6 +64,8 @@ _UNIFIED_TEXT_DEFAULTS = _TEXT_DEFAULTS | {
     "use_bidirectional_attention": "vision",
     "hidden_size_per_layer_input": 0,
 }
+# Where the tokens stand that image, video and audio features replace; defaults of the multimodal configs.
+_PLACEHOLDERS = {"image": 258_880, "video": 258_884, "audio": 258_881}
 _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -149,6 +151,7 @@ class Geometry:
     max_position_embeddings: int
     pad_token_id: int | None
     bidirectional_vision: bool
+    placeholder_ids: frozenset[int]
     vision: Mapping[str, Any] | None
     audio: Mapping[str, Any] | None
 
@@ -199,11 +202,12 @@ class Geometry:
             # The multimodal classes obey the top-level value, whatever text_config says.
             tied = _typed(config, "tie_word_embeddings", bool, True)
             vision, audio = config.get("vision_config"), config.get("audio_config")
-            return cls._read(text, model_type, architecture, "model.language_model.", tied, vision, audio)
+            placeholders = frozenset(config.get(f"{kind}_token_id", default) for kind, default in _PLACEHOLDERS.items())
+            return cls._read(text, model_type, architecture, "model.language_model.", tied, vision, audio, placeholders)
         if model_type in _TEXT:
             wrapper, architecture = _TEXT[model_type]
             tied = _typed(config, "tie_word_embeddings", bool, True)
-            return cls._read(config, wrapper, architecture, "model.", tied, None, None)
+            return cls._read(config, wrapper, architecture, "model.", tied, None, None, frozenset())
         known = ", ".join([*_MULTIMODAL, *_TEXT])
         raise GeometryError(f"model_type is {model_type!r}, not a Gemma 4 model (one of {known})")
 
@@ -217,6 +221,7 @@ class Geometry:
         tied: bool,
         vision: Mapping[str, Any] | None,
         audio: Mapping[str, Any] | None,
+        placeholders: frozenset[int],
     ) -> Geometry:
         defaults = _UNIFIED_TEXT_DEFAULTS if model_type == "gemma4_unified" else _TEXT_DEFAULTS
         fields = defaults | {key: value for key, value in text.items() if key in defaults}
@@ -292,6 +297,7 @@ class Geometry:
             max_position_embeddings=positive("max_position_embeddings"),
             pad_token_id=fields["pad_token_id"],
             bidirectional_vision=fields["use_bidirectional_attention"] == "vision",
+            placeholder_ids=placeholders,
             vision=vision,
             audio=audio,
         )
@@ -342,7 +348,7 @@ def _layer_kinds(layer_types: Any, num_layers: int) -> list[LayerKind]:
 def _per_layer_overrides(
     per_layer: Any, fields: Mapping[str, Any], kinds: list[LayerKind]
 ) -> dict[int, Mapping[str, Any]]:
-    """What each layer overrides: from `per_layer_config`, or as `global_head_dim` and its sibling of older files say."""
+    """What each layer overrides: from `per_layer_config`, or as `global_head_dim` and its sibling say."""
     overrides: dict[int, Mapping[str, Any]] = {index: {} for index in range(len(kinds))}
     if per_layer is None:
         own: dict[str, Any] = {"head_dim": fields["global_head_dim"]}

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from bridge.convert.dtypes import TORCH_DTYPES
+from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import MappingError
 from bridge.hf.tensors import RowReader
 from bridge.mapping.table import Entry, Table
@@ -166,7 +166,10 @@ class Gatherer:
     """Rows of whole Megatron tensors out of a live sharded model. Every rank of the world takes part in every call."""
 
     def __init__(
-        self, model: Sequence[torch.nn.Module], table: Table, value: Callable[[Tensor], Tensor | None] = lambda p: p.data
+        self,
+        model: Sequence[torch.nn.Module],
+        table: Table,
+        value: Callable[[Tensor], Tensor | None] = lambda p: p.data,
     ) -> None:
         self.table = table
         self._mine: dict[str, list[Box]] = defaultdict(list)

@@ -88,7 +88,7 @@ class HfFolder:
         if not os.path.lexists(index):
             if any((self.path / name).exists() for name in _PICKLES):
                 raise CheckpointError(
-                    f"{shown(self.path)}: has only pytorch_model.bin, a pickle, which is not read; convert it to safetensors"
+                    f"{shown(self.path)}: has only pytorch_model.bin, a pickle, which is not read; convert it first"
                 )
             raise CheckpointError(f"{shown(self.path)}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
         weight_map, self.index_metadata = _read_index(inside(self.path, INDEX_FILE))

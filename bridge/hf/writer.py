@@ -1,4 +1,4 @@
-"""Writing safetensors shards by rows: every position is planned before the first byte, so rows may come in any order."""
+"""Writing safetensors shards by rows, in any order: every position is planned before the first byte."""
 
 from __future__ import annotations
 

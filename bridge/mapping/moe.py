@@ -18,7 +18,10 @@ MOE: tuple[Row, ...] = (
     ),
     Row(_LAYER + "moe.router.scale", ("layers.{layer}.router.scale",), (("hidden",),), when=HAS_MOE),
     Row(
-        _LAYER + "moe.router.per_expert_scale", ("layers.{layer}.router.per_expert_scale",), (("experts",),), when=HAS_MOE
+        _LAYER + "moe.router.per_expert_scale",
+        ("layers.{layer}.router.per_expert_scale",),
+        (("experts",),),
+        when=HAS_MOE,
     ),
     Row(
         _LAYER + "moe.pre_layernorm.weight",

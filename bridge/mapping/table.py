@@ -83,9 +83,7 @@ class Table:
     def by_hf_name(self) -> Mapping[str, tuple[Entry, int]]:
         """HF name -> (entry, which of its sources)."""
         return {
-            source.name: (entry, index)
-            for entry in self.entries.values()
-            for index, source in enumerate(entry.sources)
+            source.name: (entry, index) for entry in self.entries.values() for index, source in enumerate(entry.sources)
         }
 
     def is_carried(self, name: str) -> bool:
@@ -116,9 +114,7 @@ class Table:
             raise MappingError(f"{where}: {_some(missing)} missing; the model needs it")
         for key, shape in keys.items():
             if self.entries[key].shape != shape:
-                raise MappingError(
-                    f"{where}: {key} has shape {list(shape)}, expected {list(self.entries[key].shape)}"
-                )
+                raise MappingError(f"{where}: {key} has shape {list(shape)}, expected {list(self.entries[key].shape)}")
 
 
 def _some(names: list[str]) -> str:

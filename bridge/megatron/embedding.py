@@ -22,7 +22,7 @@ def scale_embeddings(
     gradient for that row is another matter and stays. `input_ids` is [b, s].
     """
     if pad_token_id is not None and torch.is_grad_enabled():
-        ids = input_ids.t()
+        ids = input_ids.t().contiguous()
         if config.sequence_parallel:
             ids = ids.chunk(get_pg_size(tp_group))[get_pg_rank(tp_group)]
         embeddings = torch.where((ids == pad_token_id)[..., None], embeddings.detach(), embeddings)

@@ -73,9 +73,7 @@ class Gemma4Layer(TransformerLayer):
         vp_stage: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, pg_collection=pg_collection, vp_stage=vp_stage, **kwargs
-        )
+        super().__init__(config, submodules, layer_number, pg_collection=pg_collection, vp_stage=vp_stage, **kwargs)
         geometry = config.geometry
         self.layer = geometry.layers[self.layer_number - 1]
         norm = partial(RMSNorm, config, config.hidden_size, config.layernorm_epsilon)
@@ -91,9 +89,7 @@ class Gemma4Layer(TransformerLayer):
             self.per_layer_input_gate = ReplicatedLinear(config, config.hidden_size, geometry.ple.dim)
             self.per_layer_projection = ReplicatedLinear(config, geometry.ple.dim, config.hidden_size)
             self.post_per_layer_input_norm = norm()
-        self.register_buffer(
-            "layer_scalar", torch.ones(1, dtype=config.params_dtype, device=init_device(config))
-        )
+        self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype, device=init_device(config)))
 
     def forward(
         self,

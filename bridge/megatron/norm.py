@@ -26,9 +26,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config))
-        )
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,9 +37,7 @@ class ReplicatedLinear(torch.nn.Linear):
     """A linear without bias whose weight every tensor-parallel rank holds; under sequence parallelism like `RMSNorm`."""
 
     def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
-        super().__init__(
-            in_features, out_features, bias=False, device=init_device(config), dtype=config.params_dtype
-        )
+        super().__init__(in_features, out_features, bias=False, device=init_device(config), dtype=config.params_dtype)
         if config.perform_initialization and config.init_method is not None:
             config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -22,7 +22,9 @@ from bridge.megatron.attention import KeyValue, local_query_groups
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:
     """Split layers over stages as evenly as they go; the first stages, which do less beside, take the odd ones."""
     if num_stages > num_layers:
-        raise ParallelError(f"{num_stages} pipeline stages (pp * vpp) for {num_layers} layers; use at most {num_layers}")
+        raise ParallelError(
+            f"{num_stages} pipeline stages (pp * vpp) for {num_layers} layers; use at most {num_layers}"
+        )
     stages, start = [], 0
     for stage in range(num_stages):
         count = num_layers // num_stages + (stage < num_layers % num_stages)

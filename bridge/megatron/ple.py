@@ -52,7 +52,9 @@ class PerLayerEmbedding(MegatronModule):
         tokens = self.embed_tokens(input_ids)
         if not self.config.sequence_parallel:
             tokens = tokens.transpose(0, 1)
-        tokens = scale_embeddings(tokens, input_ids, self.pad_token_id, self.ple.dim, self.config, self.pg_collection.tp)
+        tokens = scale_embeddings(
+            tokens, input_ids, self.pad_token_id, self.ple.dim, self.config, self.pg_collection.tp
+        )
         context = self.model_projection(embeds) * self.config.hidden_size**-0.5
         shape = (len(self.layers), self.ple.dim)
         context = self.projection_norm(context.unflatten(-1, shape))

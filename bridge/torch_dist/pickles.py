@@ -111,7 +111,8 @@ class _Interpreter:
             )
         return Global(module, name)
 
-    def run(self) -> Any:  # noqa: C901 - one branch an opcode, in the order of how often they occur
+    def run(self) -> Any:
+        # One branch an opcode, roughly in the order of how often they occur.
         data, memo = self.data, self.memo
         stack: list[Any] = []
         pos = 0

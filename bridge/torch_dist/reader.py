@@ -396,7 +396,7 @@ def _check_cover(shape: tuple[int, ...], chunks: list[DistChunk], where: str) ->
     ]
     if math.prod(map(len, cuts)) > _MAX_CELLS:
         raise CheckpointError(f"{where}: cut too irregularly to be checked")
-    # On the grid of all cuts every chunk is a block of cells; the volumes agree, so it is enough that none is hit twice.
+    # On the grid of all cuts a chunk is a block of cells; the volumes agree, so it is enough that none is hit twice.
     grid = np.zeros([max(len(cut) - 1, 0) for cut in cuts], dtype=np.uint8)
     at = [{value: i for i, value in enumerate(cut)} for cut in cuts]
     for chunk in solid:

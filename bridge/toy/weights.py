@@ -81,10 +81,11 @@ _FILLS: list[tuple[re.Pattern[str], Fill]] = [
         (r"\.std_scale$", Fill(1.0, 0.5, uniform=True)),
         (r"\.per_dim_scale$", Fill(0.0, 0.3)),
         (r"\.(q_norm|k_norm)\.weight$", Fill(1.5, 0.15, _head)),
-        # What a layer adds is smaller than the residual, as in a trained model: otherwise float noise grows by a third a
-        # layer and says nothing about mistakes.
-        (r"language_model.*\.post_(attention|feedforward)_layernorm\.weight$", Fill(0.4, 0.05)),
-        (r"model\.layers.*\.post_(attention|feedforward)_layernorm\.weight$", Fill(0.4, 0.05)),
+        # What a decoder layer adds is smaller than the residual, as in a trained model: otherwise float noise grows by
+        # a third a layer and says nothing about mistakes.
+        (r"model\.layers\..*\.post_(attention|feedforward)_layernorm\.weight$", Fill(0.4, 0.05)),
+        # Centred on zero: with a tied head, a positive one makes every token the most likely successor of itself.
+        (r"model\.norm\.weight$", Fill(0.0, 1.0)),
         (r"\.post_per_layer_input_norm\.weight$", Fill(0.4, 0.05)),
         (r"(norm|norm_1|norm_2|norm_(pre|post)_attn|norm_out|patch_ln1|patch_ln2)\.weight$", Fill(1.0, 0.1)),
         (r"\.layer\d\.norm\.weight$", Fill(1.0, 0.1)),

@@ -1,4 +1,4 @@
-"""A stock Megatron GPT model trains on gloo as it does on one rank, in every layout and with Megatron's own schedules."""
+"""A stock Megatron GPT model, with Megatron's own schedules, trains on gloo in every layout as it does on one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB, SEQUENCE, MICROBATCHES, GLOBAL_BATCH, STEPS = 64, 16, 4, 16, 3
 class Case:
     """A layout and what else of Megatron's configuration it turns on."""
 
-    parallel: Parallel = Parallel()
+    parallel: Parallel = field(default_factory=Parallel)
     moe: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
@@ -230,8 +230,7 @@ def fill_parameters(model: torch.nn.Module) -> None:
         if "layernorm" in shard.key and shard.key.endswith("weight"):
             whole += 1
         box = tuple(
-            slice(start, start + length)
-            for start, length in zip(shard.global_offset, whole.shape, strict=True)
+            slice(start, start + length) for start, length in zip(shard.global_offset, whole.shape, strict=True)
         )
         part = whole[box]
         for axis, length in enumerate((1,) * shard.prepend_axis_num + tuple(shard.local_shape)):

@@ -1,0 +1,294 @@
+"""A target folder that is complete or absent, and a conversion that goes on where it was interrupted.
+
+All work happens in `.NAME.partial` beside the target NAME: `data/` becomes the target by one rename when everything in
+it is on the disk; `journal.jsonl` records the files that are finished. The folder itself is the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import BridgeError, CheckpointError, UsageError
+from bridge.hf.tensors import fsync_folder, shown, write_error
+
+Notify = Callable[[str], None]
+_JOURNAL = "journal.jsonl"
+_DATA = "data"
+_OLD = "old"
+_VERSION = 1
+# A folder that --overwrite may replace has one of these (or nothing); any other was not made by a conversion.
+_MARKS = ("config.json", "metadata.json", ".metadata", "model.safetensors", "model.safetensors.index.json")
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+class Journal:
+    """The finished files of a conversion and the CRC32 of their chunks. Every record is durable before it counts."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.finished: dict[str, tuple[int, ...]] = {}
+        valid = self._load(fingerprint)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        os.ftruncate(self._fd, valid)
+        if not valid:
+            self._append({"version": _VERSION, "fingerprint": fingerprint})
+
+    def _load(self, fingerprint: str) -> int:
+        """Read what an earlier run recorded; the bytes of it that are valid (0: none, or another conversion's)."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+            head = json.loads(lines[0])
+            if head != {"version": _VERSION, "fingerprint": fingerprint}:
+                return 0
+        except (OSError, ValueError, RecursionError):
+            return 0
+        valid = len(lines[0]) + 1
+        # Behind the last newline there is nothing, or a record that the interruption cut off.
+        for line in lines[1:-1]:
+            try:
+                entry = json.loads(line)
+                self.finished[str(entry["file"])] = tuple(int(crc) for crc in entry["crcs"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                break
+            valid += len(line) + 1
+        return valid if len(lines) > 1 else 0
+
+    def record(self, file: str, crcs: Sequence[int]) -> None:
+        """Note that a file is finished. Raises CheckpointError."""
+        self._append({"file": file, "crcs": list(crcs)})
+        self.finished[file] = tuple(crcs)
+
+    def _append(self, entry: Mapping[str, object]) -> None:
+        try:
+            os.write(self._fd, (json.dumps(entry) + "\n").encode())
+            os.fsync(self._fd)
+        except OSError as error:
+            raise write_error(self.path, error) from None
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A conversion under way: write into `folder`, hand `journal` to `bridge.convert.stream.copy`."""
+
+    target: Path
+    folder: Path
+    journal: Journal
+
+
+def source_fingerprint(plan: str, files: Iterable[Path]) -> str:
+    """A digest of a plan (see `plan_digest`) and of the source files as they are now: path, size, time of change."""
+    digest = hashlib.blake2b(plan.encode(), digest_size=20)
+    for path in sorted(files):
+        try:
+            info = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+        digest.update(f"\n{path.resolve()}\0{info.st_size}\0{info.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def staged(
+    target: str | Path,
+    *,
+    plan: str,
+    sources: Sequence[Path],
+    source_folder: Path | None = None,
+    needed_bytes: int = 0,
+    overwrite: bool = False,
+    notify: Notify | None = None,
+) -> Iterator[Stage]:
+    """Make `target` complete or not at all.
+
+    `plan` and the `sources` (files) identify the conversion: when an interrupted one is the same, its finished files
+    are in the journal of the yielded stage. `needed_bytes` are checked against the free disk before anything is
+    written. `notify` gets a line of text when work is resumed, begun afresh, or kept for the next run.
+
+    When the block ends without an exception the folder is made durable and renamed to `target`; an existing target is
+    exchanged for it and then removed. On an exception the target stays as it was; finished files are kept beside it.
+
+    Raises UsageError (target exists, or lies in the source, or is being written by another process), CheckpointError
+    (disk too small or full, source changed meanwhile).
+    """
+    say = notify or _silent
+    # Not resolve(): a target that is a link is to be seen as one.
+    path = Path.cwd() / target
+    _check_target(path, overwrite)
+    if source_folder is not None:
+        _check_apart(path, source_folder)
+    fingerprint = source_fingerprint(plan, sources)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path.parent, error) from None
+    partial = path.parent / f".{path.name}.partial"
+    lock = _lock(partial, path)
+    journal: Journal | None = None
+    try:
+        try:
+            _recover(partial, path)
+            _check_target(path, overwrite)
+            journal = _open_journal(partial, fingerprint, say)
+            _check_disk(path, partial, needed_bytes)
+            (partial / _DATA).mkdir(exist_ok=True)
+            yield Stage(path, partial / _DATA, journal)
+            if source_fingerprint(plan, sources) != fingerprint:
+                journal.finished.clear()
+                raise CheckpointError(f"{shown(path)}: not written, because the source changed while it was being read")
+            _commit(partial, path, overwrite)
+        except BridgeError:
+            raise
+        except OSError as error:
+            # Whatever else was written here (assets, config): one line as well.
+            raise write_error(Path(error.filename or path), error) from None
+    except BaseException:
+        kept = journal is not None and bool(journal.finished)
+        if kept:
+            say(f"{len(journal.finished)} finished files are kept in {partial}: run the same command again to go on")  # type: ignore[union-attr]
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if journal is not None:
+            journal.close()
+        os.close(lock)
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not path.name:
+        raise UsageError(f"{shown(path)} cannot be a target")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise UsageError(f"{shown(path)}: exists and is not a folder")
+    if not overwrite:
+        raise UsageError(f"{shown(path)}: exists; remove it, choose another, or pass --overwrite")
+    if next(path.iterdir(), None) is not None and not any((path / mark).exists() for mark in _MARKS):
+        raise UsageError(
+            f"{shown(path)}: does not look like a checkpoint, so it is not overwritten; remove it yourself"
+        )
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    ours, theirs = target.resolve(), source.resolve()
+    if ours == theirs:
+        raise UsageError(f"{shown(target)}: is the source itself")
+    if ours.is_relative_to(theirs):
+        raise UsageError(f"{shown(target)}: lies inside the source {shown(source)}")
+    if theirs.is_relative_to(ours):
+        raise UsageError(f"{shown(target)}: the source {shown(source)} lies inside it")
+
+
+def _lock(partial: Path, target: Path) -> int:
+    """An open, locked descriptor of the working folder. The lock ends with the process, however it ends."""
+    while True:
+        try:
+            partial.mkdir(exist_ok=True)
+            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise write_error(partial, error) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(fd)
+                raise UsageError(f"{shown(target)}: another process is writing it right now") from None
+            # A file system without locks: nothing to be done about it.
+        # Between open and lock the one who held it may have removed the folder.
+        try:
+            if os.path.samestat(os.fstat(fd), partial.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def _recover(partial: Path, target: Path) -> None:
+    """Put back a target that an interrupted swap had moved away."""
+    old = partial / _OLD
+    if old.is_dir() and not os.path.lexists(target):
+        old.rename(target)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _open_journal(partial: Path, fingerprint: str, say: Notify) -> Journal:
+    stale = (partial / _JOURNAL).exists()
+    journal = Journal(partial / _JOURNAL, fingerprint)
+    if journal.finished:
+        say(f"resuming: {len(journal.finished)} files of an interrupted run are finished")
+        return journal
+    if stale and (partial / _DATA).exists():
+        say("beginning afresh: an interrupted run with other input or options was found and is discarded")
+    shutil.rmtree(partial / _DATA, ignore_errors=True)
+    return journal
+
+
+def _check_disk(target: Path, partial: Path, needed: int) -> None:
+    have = 0
+    for folder, _, names in os.walk(partial / _DATA):
+        # Blocks, not sizes: an unfinished file is sparse.
+        have += sum((Path(folder) / name).lstat().st_blocks * 512 for name in names)
+    free = shutil.disk_usage(partial).free
+    if needed - have > free:
+        rest = f" ({_gb(have)} are there already)" if have else ""
+        raise CheckpointError(f"{shown(target)}: needs {_gb(needed)} of disk{rest}, {_gb(free)} are free")
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.3f} MB"
+
+
+def _commit(partial: Path, target: Path, overwrite: bool) -> None:
+    """Make everything durable, then let it appear in one step."""
+    data = partial / _DATA
+    for folder, _, names in os.walk(data):
+        for name in names:
+            fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_folder(Path(folder))
+    # Again, because it may have appeared since.
+    _check_target(target, overwrite)
+    if not os.path.lexists(target):
+        data.rename(target)
+    elif not _exchange(data, target):
+        target.rename(partial / _OLD)
+        data.rename(target)
+    fsync_folder(target.parent)
+    # Holds the journal, and the target that was replaced.
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step, where the system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

@@ -1,0 +1,188 @@
+"""Logits and gradients of the Megatron model against the oracle, in any parallel layout. Runs on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megatron
+from bridge.errors import VerificationError
+from bridge.geometry import Geometry
+from bridge.hf.folder import HfFolder
+from bridge.mapping import table_for
+from bridge.mapping.table import TOWER_PREFIXES
+from bridge.megatron.parallel import Parallel, initialize
+from bridge.megatron.provider import Gemma4Provider
+from bridge.torch_dist.reader import DistReader
+from bridge.verify.reference import GRADIENT, LOGITS, Reference
+from bridge.verify.result import Check
+from bridge.verify.sample import Sample
+
+# Bounds of the comparison with transformers; a difference above them is a bug until its operation is named.
+LOGITS_RELATIVE = 1e-5
+GRADIENT_RELATIVE = 1e-4
+BF16_KL = 1e-3
+
+
+@dataclass(frozen=True)
+class ParityTask:
+    """One comparison. `checkpoint` is an HF folder, or the weights folder of a Megatron checkpoint (`megatron`).
+
+    `references` are files of `compute_reference`, "dtype" the one in the dtype of the run; with bf16, "float32" beside.
+    """
+
+    variant: str
+    geometry: Geometry
+    checkpoint: Path
+    megatron: bool
+    parallel: Parallel
+    dtype: torch.dtype
+    sample: Sample
+    references: dict[str, Path]
+    gradients: bool = True
+    logits: bool = True
+    micro_batch_size: int = 2
+    overrides: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def run_parity(task: ParityTask) -> list[Check]:
+    """Build, load, run Megatron's own schedule once, compare. Returns the rows that this rank measured."""
+    groups = initialize(task.parallel)
+    provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, overrides={
+        "perform_initialization": False, **task.overrides})  # fmt: skip
+    model = provider.build(groups)
+    table = table_for(task.geometry)
+    if task.megatron:
+        with DistReader(task.checkpoint) as reader:
+            load_from_megatron(model, table, reader)
+    else:
+        with HfFolder(task.checkpoint) as folder:
+            load_from_hf(model, table, folder)
+
+    wrapped: list[torch.nn.Module] = list(model)
+    config = provider.config
+    if task.gradients:
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in model]
+        config.finalize_model_grads_func = finalize_model_grads
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+    for chunk in wrapped:
+        chunk.train(task.gradients)
+
+    dp_rank, dp_size = groups.dp.rank(), groups.dp.size()
+    rows = task.sample.input_ids.shape[0]
+    per_rank = rows // dp_size
+    if rows % dp_size or per_rank % task.micro_batch_size:
+        raise VerificationError(
+            f"{rows} rows do not divide into dp={dp_size} × micro batches of {task.micro_batch_size}"
+        )
+    mine = range(dp_rank * per_rank, (dp_rank + 1) * per_rank, task.micro_batch_size)
+    batches = [slice(start, start + task.micro_batch_size) for start in mine]
+    captured: list[Tensor] = []
+
+    def forward_step(iterator: Iterator[slice], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = chunk(task.sample.input_ids[batch], None, task.sample.attention_mask[batch])
+
+        def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            captured.append(gather_from_tensor_model_parallel_region(logits.detach()))
+            counted = task.sample.counted[batch]
+            labels = task.sample.labels[batch].clamp(min=0)
+            # The last stage's own loss, on [s, b, vocab / tp].
+            losses = model[-1].compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+            return (losses * counted).sum(), counted.sum().to(torch.int), {}
+
+        return output, loss
+
+    length = task.sample.input_ids.shape[1]
+    with torch.set_grad_enabled(task.gradients):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(batches),
+            seq_length=length * config.pipeline_payload,
+            micro_batch_size=task.micro_batch_size,
+            forward_only=not task.gradients,
+        )
+
+    checks: list[Check] = []
+    if task.logits and captured and groups.tp.rank() == 0:
+        checks += _compare_logits(task, torch.cat(captured), slice(mine.start, mine.stop), dp_rank)
+    if task.gradients:
+        gatherer = Gatherer(model, table, lambda p: getattr(p, "main_grad", None))
+        checks += _compare_gradients(task, gatherer)
+    return checks
+
+
+def _compare_logits(task: ParityTask, logits: Tensor, rows: slice, dp_rank: int) -> list[Check]:
+    real = task.sample.attention_mask[rows].bool()
+    ours = logits.float()[real]
+
+    def row(metric: str, value: float, bound: float | None = None, detail: str = "", at_least: bool = False) -> Check:
+        note = ", ".join(text for text in (task.note, f"dp rank {dp_rank}" if dp_rank else "", detail) if text)
+        return Check("logits", task.variant, task.parallel, _name(task.dtype), metric, value, bound, note, at_least)
+
+    theirs = Reference(task.references["dtype"])[LOGITS][rows].float()[real]
+    largest = theirs.abs().max().item()
+    difference = (ours - theirs).abs().max().item()
+    exact = task.dtype is torch.float32
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    checks = [
+        row("relative", difference / largest, LOGITS_RELATIVE if exact else None),
+        row("kl", _kl(theirs, ours), None if exact else BF16_KL),
+        row("max_abs_diff", difference),
+        row("max_abs_logit", largest),
+        row("top1_agreement", agreement, at_least=True),
+    ]
+    if "float32" in task.references:
+        truth = Reference(task.references["float32"])[LOGITS][rows].float()[real]
+        checks.append(row("kl", _kl(truth, ours), None, "from transformers in float32"))
+        checks.append(row("kl", _kl(truth, theirs), None, "transformers' own, from its float32"))
+    return checks
+
+
+def _kl(reference: Tensor, other: Tensor) -> float:
+    """Mean KL(reference || other) over positions, in nats, of logits [n, vocab]."""
+    p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(other.double(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def _compare_gradients(task: ParityTask, gatherer: Gatherer) -> list[Check]:
+    """The worst ‖Δ‖/‖g‖ over parameters; one that only one side has is infinitely wrong."""
+    reference = Reference(task.references["dtype"])
+    expected = {name.removeprefix(GRADIENT) for name in reference.names if name.startswith(GRADIENT)}
+    worst, where, seen = 0.0, "", set()
+    for name, gradient in iter_hf(gatherer):
+        if torch.distributed.get_rank() != 0:
+            continue
+        seen.add(name)
+        value = float("inf")
+        if name in expected:
+            theirs = reference[GRADIENT + name].float()
+            difference, norm = (gradient.float() - theirs).norm().item(), theirs.norm().item()
+            value = difference / norm if norm else difference
+        if not value <= worst:
+            worst, where = value, name
+    if torch.distributed.get_rank() != 0:
+        return []
+    lost = sorted(name for name in expected - seen if not name.startswith(TOWER_PREFIXES))
+    if lost:
+        worst, where = float("inf"), f"no gradient for {lost[0]}"
+    detail = ", ".join(text for text in (task.note, f"{len(seen)} parameters, worst {where}") if text)
+    bound = GRADIENT_RELATIVE if task.dtype is torch.float32 else None
+    return [Check("gradients", task.variant, task.parallel, _name(task.dtype), "relative", worst, bound, detail)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
