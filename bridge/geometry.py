@@ -161,6 +161,11 @@ class Geometry:
         return self.model_type == "gemma4_unified"
 
     @property
+    def text_architecture(self) -> str:
+        """The transformers class of the text model alone."""
+        return _MULTIMODAL[self.model_type][2]
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

@@ -151,6 +151,8 @@ def _serve(index: int, connection: Connection, cuda: bool) -> None:
 
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # What the rank forks must not hold the line open: its end tells the parent that the rank has died.
+    os.register_at_fork(after_in_child=connection.close)
     if cuda:
         torch.cuda.set_device(index)
     while True:

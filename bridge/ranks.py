@@ -50,9 +50,10 @@ _LOG_TAIL = 4000
 class RankPool:
     """`size` ranks on this machine, started once and used for many calls.
 
-    What ranks print goes to a file, whose end is shown where a rank dies or hangs. `preload` names the modules that the ranks import before anything runs; the CPU runtime is enabled where it is among
-    them. `device="auto"` uses one GPU per rank where there are enough, else the CPU. Starting goes on in the background
-    until the first `run`. A context manager; a pool that is not closed is closed at exit.
+    What ranks print goes to a file, whose end is shown where a rank dies or hangs. `preload` names the modules that the
+    ranks import before anything runs; the CPU runtime is enabled where it is among them. `device="auto"` uses one GPU
+    per rank where there are enough, else the CPU. Starting goes on in the background until the first `run`. A context
+    manager; a pool that is not closed is closed at exit.
     """
 
     def __init__(

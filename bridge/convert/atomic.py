@@ -27,7 +27,14 @@ _DATA = "data"
 _OLD = "old"
 _VERSION = 1
 # A folder that --overwrite may replace has one of these (or nothing); any other was not made by a conversion.
-_MARKS = ("config.json", "metadata.json", ".metadata", "model.safetensors", "model.safetensors.index.json")
+_MARKS = (
+    "config.json",
+    "latest_checkpointed_iteration.txt",
+    "metadata.json",
+    ".metadata",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 

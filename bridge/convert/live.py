@@ -1,8 +1,8 @@
 """Weights of a live, sharded Megatron model: filled from, and turned back into, Hugging Face tensors.
 
-How a model is sharded is Megatron's knowledge: its sharded state dict says which box of which global tensor a parameter
-is. The tables say where the rows of that tensor come from. Nothing else is needed, for any parallel layout, and the same
-walk serves gradients, which map like their weights.
+How a model is sharded is Megatron's knowledge: its sharded state dict says which box of which global tensor a
+parameter is. The tables say where the rows of that tensor come from. Nothing else is needed, for any parallel layout,
+and the same walk serves gradients, which map like their weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Box:
 
 
 def boxes(model: Sequence[torch.nn.Module], value: Callable[[Tensor], Tensor | None] = lambda p: p.data) -> list[Box]:
-    """Every box of a model's chunks on this rank; `value` picks what of a parameter is meant (its data, its gradient)."""
+    """Every box of a model on this rank; `value` picks what of a parameter is meant: its data, its gradient."""
     found: list[Box] = []
     for chunk in model:
         for item in unwrap_model(chunk).sharded_state_dict(metadata=dict(METADATA)).values():

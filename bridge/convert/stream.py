@@ -32,7 +32,7 @@ from bridge.hf.tensors import (
     split_rows,
 )
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 _SCRATCH_BYTES = 4 << 20
 Progress = Callable[[int, int, str], None]
 
@@ -188,7 +188,7 @@ def compare(
     target: RowReader,
     *,
     workers: int = 2,
-    chunk_bytes: int = CHUNK_BYTES // 4,
+    chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, bool, str]]:
     """Compare what the plan would write with what `target` holds: (tensor, equal, what differs) for each, in order.
@@ -244,7 +244,7 @@ def checksums(
     names: Iterable[str] | None = None,
     *,
     workers: int = 2,
-    chunk_bytes: int = CHUNK_BYTES // 4,
+    chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """The CRC32 of the bytes of each tensor: the same numbers as `CopyResult.checksums`. Raises CheckpointError."""

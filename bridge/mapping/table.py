@@ -33,7 +33,8 @@ class Row:
     model's prefix, unless they start with a slash. `shapes` gives each HF tensor's dimensions by the names of
     `dimensions()`. `shard` says which parallel group splits which axis of the Megatron tensor. A row without a Megatron
     name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An `optional` row
-    may be absent from a folder. `trainable` is False for buffers.
+    may be absent from a folder; when it has a Megatron name, it is another copy of what a row above fills (a tied
+    head written out), checked to be equal when it is imported. `trainable` is False for buffers.
     """
 
     megatron: str | None
@@ -72,11 +73,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything one model maps: entries by Megatron key, and the HF tensors that are carried."""
+    """Everything one model maps: entries by Megatron key, HF tensors that are carried, and copies (name -> entry)."""
 
     geometry: Geometry
     entries: Mapping[str, Entry]
     carried: Mapping[str, HfTensor]
+    copies: Mapping[str, Entry]
     carried_prefixes: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -91,18 +93,26 @@ class Table:
         return name in self.carried or name.startswith(self.carried_prefixes)
 
     def check_folder(self, shapes: Mapping[str, Shape], folder: object) -> None:
-        """Account for every tensor of an HF folder. Raises MappingError naming what is unknown, missing or misshapen."""
+        """Account for every tensor of an HF folder. Raises MappingError: unknown, missing or misshapen, by name."""
         known = self.by_hf_name
-        unknown = [name for name in shapes if name not in known and not self.is_carried(name)]
+        unknown = [n for n in shapes if n not in known and n not in self.copies and not self.is_carried(n)]
         if unknown:
             raise MappingError(f"{folder}: {_some(unknown)} in no mapping table of this model")
         missing = [name for name in known if name not in shapes]
         if missing:
             raise MappingError(f"{folder}: {_some(missing)} missing; the model needs it")
         for name, shape in shapes.items():
-            expected = known[name][0].sources[known[name][1]] if name in known else self.carried.get(name)
-            if expected is not None and expected.shape != shape:
-                raise MappingError(f"{folder}: tensor {name} has shape {list(shape)}, expected {list(expected.shape)}")
+            expected = self._expected_shape(name)
+            if expected is not None and expected != shape:
+                raise MappingError(f"{folder}: tensor {name} has shape {list(shape)}, expected {list(expected)}")
+
+    def _expected_shape(self, name: str) -> Shape | None:
+        if name in self.by_hf_name:
+            entry, index = self.by_hf_name[name]
+            return entry.sources[index].shape
+        if name in self.copies:
+            return self.copies[name].shape
+        return self.carried[name].shape if name in self.carried else None
 
     def check_keys(self, keys: Mapping[str, Shape], where: object) -> None:
         """Account for every key of a Megatron checkpoint or model, like `check_folder`."""
@@ -162,6 +172,7 @@ def table_for(geometry: Geometry) -> Table:
     """Expand the tables for one model."""
     entries: dict[str, Entry] = {}
     carried: dict[str, HfTensor] = {}
+    copies: dict[str, Entry] = {}
     for row in all_rows():
         for layer in geometry.layers if row.per_layer else (None,):
             if not row.when.holds(geometry, layer):
@@ -171,9 +182,12 @@ def table_for(geometry: Geometry) -> Table:
                 carried.update((source.name, source) for source in sources)
                 continue
             key = _name(row.megatron, layer)
+            if row.optional:
+                copies.update((source.name, entries[key]) for source in sources)
+                continue
             shape, blocks = row.transform([source.shape for source in sources], layer)
             entries[key] = Entry(key, shape, sources, blocks, row, layer)
-    return Table(geometry, entries, carried, TOWER_PREFIXES if geometry.multimodal else ())
+    return Table(geometry, entries, carried, copies, TOWER_PREFIXES if geometry.multimodal else ())
 
 
 def _sources(row: Row, geometry: Geometry, layer: LayerGeometry | None) -> Iterator[HfTensor]:

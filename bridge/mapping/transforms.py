@@ -1,8 +1,8 @@
 """How the rows of Hugging Face tensors lie in one Megatron tensor.
 
-Every transform of the tables is a rearrangement of blocks of rows (axis 0): linear, exact and invertible. A transform is
-therefore a function from shapes to a list of `Block`s, and the same blocks drive whole tensors, streamed chunks, shards
-of a live model, gradients, and (read backwards) the export.
+Every transform of the tables is a rearrangement of blocks of rows (axis 0): linear, exact and invertible. A transform
+is therefore a function from shapes to a list of `Block`s, and the same blocks drive whole tensors, streamed chunks,
+shards of a live model, gradients, and (read backwards) the export.
 """
 
 from __future__ import annotations

@@ -33,15 +33,16 @@ def qkv_rows(layer: LayerGeometry) -> int:
 
 
 def local_query_groups(layer: LayerGeometry, tp_size: int) -> int:
-    """Query groups whose keys and values one rank holds; with more ranks than groups, each has one, several the same."""
+    """Query groups whose K/V one rank holds; with more ranks than groups each has one, several ranks the same."""
     return max(1, layer.num_query_groups // tp_size)
 
 
 class Gemma4Attention(SelfAttention):
     """Projection, q/k/v norms, rotation, core attention, output projection.
 
-    The fused projection is [q ... q k v] per query group. With more tensor-parallel ranks than groups its rows are split
-    evenly all the same, the output is gathered, and each rank takes its group: the checkpoint stays a plain axis-0 split.
+    The fused projection is [q ... q k v] per query group. With more tensor-parallel ranks than groups its rows are
+    split evenly all the same, the output is gathered, and each rank takes its group: the checkpoint stays a plain
+    axis-0 split.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class Gemma4Block(TransformerBlock):
         if geometry.ple is not None:
             self.ple = PerLayerEmbedding(config, layers, pg_collection)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor | None,
         attention_mask: Tensor | None = None,
@@ -70,10 +70,11 @@ class Gemma4Block(TransformerBlock):
         kv: dict[int, KeyValue] = {}
         embeds: Tensor | None
         if self.pre_process:
-            embeds = hidden_states
+            assert hidden_states is not None
+            state, embeds = hidden_states, hidden_states
         else:
             payload = make_viewless_tensor(self.input_tensor, requires_grad=True, keep_graph=True)
-            hidden_states, embeds, kv = self.entry.unpack(payload, slots)
+            state, embeds, kv = self.entry.unpack(payload, slots)
         ple = self.ple(input_ids, embeds) if self.ple is not None else None
 
         step = len(self.layers)
@@ -81,16 +82,16 @@ class Gemma4Block(TransformerBlock):
         if recompute:
             step = self.config.recompute_num_layers or 1
         for start in range(0, len(self.layers), step):
+            stop = min(start + step, len(self.layers))
             # The `block` method recomputes only so many layers of a stage; `uniform` all of them, in groups.
             once = recompute and (self.config.recompute_method != "block" or start < step)
-            hidden_states, kv = self._run(start, min(start + step, len(self.layers)), hidden_states, ple, kv, rotary,
-                                          visibility, once)  # fmt: skip
+            state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, once)
 
         if self.final_layernorm is not None:
-            hidden_states = self.final_layernorm(hidden_states)
+            state = self.final_layernorm(state)
         if not self.post_process:
-            hidden_states = self.exit.pack(hidden_states, embeds, kv, slots)
-        return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
+            state = self.exit.pack(state, embeds, kv, slots)
+        return make_viewless_tensor(state, requires_grad=state.requires_grad, keep_graph=True)
 
     def _run(
         self,
@@ -124,8 +125,11 @@ class Gemma4Block(TransformerBlock):
             return hidden_states, *(tensor for source in outgoing for tensor in shared[source])
 
         # Every tensor that needs a gradient is an argument: what a checkpointed function closes over gets none.
-        arguments = (hidden_states, ple, *(tensor for source in incoming for tensor in kv[source]))
-        outputs = tensor_parallel.checkpoint(run, False, *arguments) if recompute else run(*arguments)
+        flat = [tensor for source in incoming for tensor in kv[source]]
+        if recompute:
+            outputs = tensor_parallel.checkpoint(run, False, hidden_states, ple, *flat)
+        else:
+            outputs = run(hidden_states, ple, *flat)
         hidden_states, *flat = outputs
         return hidden_states, {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(outgoing)}
 

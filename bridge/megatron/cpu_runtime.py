@@ -128,6 +128,14 @@ def _patches() -> Iterator[Patch]:
     for owner in ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"):
         yield Patch(owner, "maybe_move_tensor_to_cpu", _move_from_cpu_too, "alltoall: split sizes stayed tensors")
 
+    # Checkpoints
+    yield Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        lambda original: functools.partial(original, "fork"),
+        "spawns a process for its queue, which imports __main__ and torch again (seconds); CUDA forbids it to fork",
+    )
+
 
 # fmt: off
 _FACTORIES = [
@@ -179,7 +187,7 @@ class _Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self._time = 0.0
 
-    def record(self, stream: Any = None) -> None:  # noqa: ARG002 - torch's signature
+    def record(self, stream: Any = None) -> None:
         self._time = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None: ...
@@ -333,7 +341,7 @@ class _Done:
 
 
 def _move_from_cpu_too(_: Callable[..., Any]) -> Callable[..., Any]:
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     return maybe_move_tensor_to_cpu

@@ -54,7 +54,7 @@ class Gemma4Model(GPTModel):
             rows, input_ids, geometry.pad_token_id, geometry.hidden_size, self.config, self.pg_collection.tp
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,

@@ -1,4 +1,7 @@
-"""The mixture of experts of 26B-A4B on Megatron-Core's MoELayer (transformers `Gemma4TextRouter`, `Gemma4TextExperts`)."""
+"""The mixture of experts of 26B-A4B on Megatron-Core's MoELayer.
+
+Mathematics: transformers `Gemma4TextRouter` and `Gemma4TextExperts`.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """A linear without bias whose weight every tensor-parallel rank holds; under sequence parallelism like `RMSNorm`."""
+    """A linear without bias whose weight every tensor-parallel rank holds; gradients as of `RMSNorm`."""
 
     def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, device=init_device(config), dtype=config.params_dtype)
@@ -44,7 +44,7 @@ class ReplicatedLinear(torch.nn.Linear):
 
 
 def init_device(config: TransformerConfig) -> torch.device:
-    """Where new parameters are made; under `torch.device("meta")` the meta device wins, as for Megatron's own layers."""
+    """Where new parameters are made; `torch.device("meta")` wins, as it does for Megatron's own layers."""
     default = torch.get_default_device()
     if default.type == "meta" or config.use_cpu_initialization:
         return torch.device("meta" if default.type == "meta" else "cpu")

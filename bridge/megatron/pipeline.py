@@ -1,10 +1,10 @@
 """Where pipeline stages are cut, and what travels between them.
 
 Megatron's schedules send one tensor [s, b, hidden] per boundary. Gemma 4 sometimes needs more to travel: the input
-embeddings (every later stage projects its own per-layer inputs from them), and the keys and values that layers on a later
-stage read. They go as further slots stacked on the sequence axis: the payload is [slots * s, b, hidden], the same number
-of slots at every boundary, so that the stock 1F1B and interleaved schedules carry it when they are called with
-`seq_length * slots`. Models without per-layer embeddings and shared K/V have one slot: nothing changes for them.
+embeddings (every later stage projects its own per-layer inputs from them), and the keys and values that layers on a
+later stage read. They go as further slots stacked on the sequence axis: the payload is [slots * s, b, hidden], the
+same number of slots at every boundary, so that the stock 1F1B and interleaved schedules carry it when they are called
+with `seq_length * slots`. Models without per-layer embeddings and shared K/V have one slot: nothing changes for them.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class Boundary:
         width = sum(2 * kv.groups * kv.head_dim * self.factor for kv in self.kv)
         return 1 + self.embeds + -(-width // self.hidden_size)
 
-    def pack(self, hidden_states: Tensor, embeds: Tensor, kv: dict[int, KeyValue], slots: int) -> Tensor:
-        """Hidden states [s', b, h] and what else crosses -> [slots * s', b, h]: a fresh tensor, for Megatron frees it."""
+    def pack(self, hidden_states: Tensor, embeds: Tensor | None, kv: dict[int, KeyValue], slots: int) -> Tensor:
+        """Hidden states [s', b, h] and what else crosses -> [slots * s', b, h], a fresh tensor: Megatron frees it."""
         rows, batch, hidden = hidden_states.shape
-        parts = [hidden_states, embeds] if self.embeds else [hidden_states]
+        parts = [hidden_states] if embeds is None or not self.embeds else [hidden_states, embeds]
         spare = (slots - len(parts)) * hidden
         if spare:
             flat = [_fold(tensor, self.factor) for entry in self.kv for tensor in kv[entry.source]]

@@ -77,7 +77,8 @@ class Visibility:
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
                 raise UsageError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, length]} (1 = real token)"
+                    f"attention_mask has shape {list(attention_mask.shape)}, "
+                    f"expected {[batch, length]} (1 = real token)"
                 )
             document = document.masked_fill(attention_mask == 0, -1)
         return cls(document, index, vision_blocks(mm_token_type_ids))

@@ -37,7 +37,7 @@ from bridge.hf.writer import RowLedger, write_text
 from bridge.torch_dist.format import DTYPES, item_sizes, object_item, tensor_item
 from bridge.torch_dist.pickles import Call, Global, New, Pairs, dumps
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 FILE_BYTES = 512 << 20
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"

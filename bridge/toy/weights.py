@@ -85,7 +85,7 @@ _FILLS: list[tuple[re.Pattern[str], Fill]] = [
         # a third a layer and says nothing about mistakes.
         (r"model\.layers\..*\.post_(attention|feedforward)_layernorm\.weight$", Fill(0.4, 0.05)),
         # Centred on zero: with a tied head, a positive one makes every token the most likely successor of itself.
-        (r"model\.norm\.weight$", Fill(0.0, 1.0)),
+        (r"model\.norm\.weight$", Fill(0.0, 0.5)),
         (r"\.post_per_layer_input_norm\.weight$", Fill(0.4, 0.05)),
         (r"(norm|norm_1|norm_2|norm_(pre|post)_attn|norm_out|patch_ln1|patch_ln2)\.weight$", Fill(1.0, 0.1)),
         (r"\.layer\d\.norm\.weight$", Fill(1.0, 0.1)),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
@@ -19,7 +19,6 @@ from bridge.toy.weights import Shape, chunks, is_float32_in_mixed
 
 __all__ = ["VARIANTS", "write_toy"]
 
-Dtype = Literal["bfloat16", "float32"]
 _ON_DISK: dict[str, str] = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -28,7 +27,7 @@ def write_toy(
     folder: str | Path,
     *,
     seed: int = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: str = "bfloat16",
     text_only: bool = False,
     full_size: bool = False,
     untied: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -70,7 +71,15 @@ def sleep_on(rank: int) -> None:
 
 
 def start_grandchild() -> int:
-    return subprocess.Popen(["sleep", "600"]).pid
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process.start()
+    assert process.pid is not None
+    return process.pid
+
+
+def die_with_grandchild(rank: int) -> None:
+    start_grandchild()
+    die(rank, signal.SIGKILL)
 
 
 def lambda_result() -> object:
@@ -123,8 +132,9 @@ def test_ranks_are_reused_and_seeded_alike(pool: RankPool) -> None:
 
 
 def test_a_bridge_error_keeps_its_type(pool: RankPool) -> None:
-    with pytest.raises(CheckpointError, match=r"^model.safetensors: truncated$") as caught:
+    with pytest.raises(CheckpointError) as caught:
         pool.run(fail, 1, "bridge")
+    assert str(caught.value) == "model.safetensors: truncated"
     note = caught.value.__notes__[0]
     assert note.startswith("rank 1:") and "in fail" in note
     assert pool.run(who, "")[1][0] == 1
@@ -133,18 +143,19 @@ def test_a_bridge_error_keeps_its_type(pool: RankPool) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("other", r"^rank 1: ValueError: not a good value$"),
-        ("own", r"^rank 1: .*Unpicklable: 3 and 4$"),
-        ("exit", r"^rank 1: SystemExit: 3$"),
+        ("other", "rank 1: ValueError: not a good value"),
+        ("own", "rank 1: test_ranks.Unpicklable: 3 and 4"),
+        ("exit", "rank 1: SystemExit: 3"),
     ],
 )
 def test_another_error_names_its_rank(pool: RankPool, kind: str, message: str) -> None:
-    with pytest.raises(ParallelError, match=message):
+    with pytest.raises(ParallelError) as caught:
         pool.run(fail, 1, kind)
+    assert str(caught.value) == message
 
 
 def test_an_error_on_every_rank(pool: RankPool) -> None:
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match="not found"):
         pool.run(fail_everywhere)
     assert len(pool.run(who, "")) == 2
 
@@ -155,6 +166,8 @@ def test_a_killed_rank_is_named(pool: RankPool) -> None:
     assert "last words" in caught.value.__notes__[0]
     with pytest.raises(ParallelError, match=r"die: rank 0 was killed by SIGSEGV"):
         pool.run(die, 0, signal.SIGSEGV)
+    with pytest.raises(ParallelError, match=r"rank 1 was killed by SIGKILL"):
+        pool.run(die_with_grandchild, 1, timeout_s=30)
     assert len(pool.run(who, "")) == 2
 
 
@@ -176,7 +189,7 @@ def test_a_hanging_rank_is_named_with_its_stack(pool: RankPool) -> None:
 def test_what_cannot_be_sent_is_refused(pool: RankPool) -> None:
     with pytest.raises(UsageError, match="cannot be sent"):
         pool.run(lambda: None)
-    with pytest.raises(ParallelError, match="rank 0: .*lambda"):
+    with pytest.raises(ParallelError, match=r"rank 0: .*lambda"):
         pool.run(lambda_result, world_size=1)
 
 
@@ -199,7 +212,7 @@ def test_close_leaves_no_process() -> None:
         pool.run(process_id)
 
 
-@pytest.mark.parametrize("when", ["starting", "idle", "running"])
+@pytest.mark.parametrize("when", ["starting", "running"])
 def test_no_process_outlives_a_killed_parent(when: str, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
@@ -208,13 +221,15 @@ def test_no_process_outlives_a_killed_parent(when: str, tmp_path: Path) -> None:
         "from bridge.ranks import RankPool\n"
         "from test_ranks import process_id, sleep_on\n"
         "pool = RankPool(2, preload=(), device='cpu')\n"
-        + ("pool.run(process_id)\n" if when != "starting" else "")
+        + ("pool.run(process_id)\n" if when == "running" else "")
         + ("threading.Thread(target=pool.run, args=(sleep_on, 1), daemon=True).start()\n" if when == "running" else "")
         + "time.sleep(0.3)\n"
         "print(*pool.pids, flush=True)\n"
         "time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+    # killed before it can tidy up, it leaves its logs
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()

@@ -142,7 +142,7 @@ def test_forward_is_finite_and_spread(variant: str, text_only: bool, toys: Any) 
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     assert torch.isfinite(logits).all()
-    assert 1 < logits.std() < 5
+    assert 0.6 < logits.std() < 3
     assert (logits.argmax(-1) == ids).float().mean() < 0.3
     # Causal, and earlier tokens matter: what is changed first changes all that follows and nothing before.
     other = ids.clone()

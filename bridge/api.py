@@ -1,0 +1,114 @@
+"""The Python API: a model folder, its Megatron model, and weights between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.convert.folders import DEFAULT_SHARD_BYTES, open_source
+from bridge.convert.manifest import MegatronFolder
+from bridge.geometry import Geometry
+from bridge.hf.folder import HfFolder
+from bridge.hf.hub import resolve
+from bridge.mapping import Table, table_for
+from bridge.megatron.parallel import Parallel
+
+if TYPE_CHECKING:
+    import torch
+
+    from bridge.megatron.model import Gemma4Model
+    from bridge.megatron.provider import Gemma4Provider
+
+
+@dataclass(frozen=True)
+class Gemma4Bridge:
+    """Geometry and tables of one model, and where its weights are. Opening one reads no weights.
+
+    Exactly one of `hf_dir` and `megatron` is set.
+    """
+
+    geometry: Geometry
+    table: Table
+    hf_dir: Path | None = None
+    megatron: MegatronFolder | None = None
+
+    @classmethod
+    def from_hf(cls, name: str | Path) -> Gemma4Bridge:
+        """A Hugging Face folder or hub id. Raises a BridgeError that names what is wrong with it."""
+        path = resolve(str(name))
+        with ExitStack() as stack:
+            source = open_source(stack, path)
+            source.table.check_folder({n: t.shape for n, t in source.folder.tensors.items()}, path)
+            return cls(source.geometry, source.table, hf_dir=path)
+
+    @classmethod
+    def from_megatron(cls, path: str | Path) -> Gemma4Bridge:
+        """A Megatron checkpoint that `import`, or a training run, wrote."""
+        checkpoint = MegatronFolder.open(path)
+        return cls(checkpoint.geometry, table_for(checkpoint.geometry), megatron=checkpoint)
+
+    def provider(
+        self, parallel: Parallel | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> Gemma4Provider:
+        """What builds the Megatron model in one layout; `options` are those of `Gemma4Provider`.
+
+        Raises ParallelError where the layout does not fit.
+        """
+        import torch
+
+        from bridge.megatron.provider import Gemma4Provider
+
+        return Gemma4Provider(self.geometry, parallel or Parallel(), dtype or torch.bfloat16, **options)
+
+    def build(self, provider: Gemma4Provider) -> list[Gemma4Model]:
+        """This rank's model chunks. torch.distributed must be initialised.
+
+        Megatron's groups are made when there are none yet. Without a visible GPU the CPU runtime is switched on.
+        """
+        from megatron.core import parallel_state
+
+        from bridge.megatron import cpu_runtime
+        from bridge.megatron.parallel import initialize
+
+        cpu_runtime.enable()
+        if not parallel_state.model_parallel_is_initialized():
+            initialize(provider.parallel)
+        return provider.build()
+
+    def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:
+        """Fill a model from the folder this bridge was opened on, each rank its own rows, in bounded chunks."""
+        from bridge.convert.live import load_from_hf, load_from_megatron
+        from bridge.torch_dist.reader import DistReader
+
+        if self.hf_dir is not None:
+            with HfFolder(self.hf_dir) as folder:
+                load_from_hf(model, self.table, folder)
+        elif self.megatron is not None:
+            with DistReader(self.megatron.weights) as reader:
+                load_from_megatron(model, self.table, reader)
+
+    load_weights = load_hf_weights
+
+    def iter_hf_weights(self, model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, whole tensor on the CPU), on every rank, one Megatron tensor in memory at a time.
+
+        Collective: every rank must exhaust it. Weight sync to an inference engine loops over it.
+        """
+        from bridge.convert.live import Gatherer, iter_hf
+
+        yield from iter_hf(Gatherer(model, self.table))
+
+    def save_hf(
+        self, model: Sequence[torch.nn.Module], target: str | Path, *, max_shard_size: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
+        """A live model as a complete HF folder: tensors of the model, carried tensors and assets of this bridge.
+
+        Collective; rank 0 writes, a bounded chunk at a time, and the folder appears when it is complete.
+        """
+        from bridge.convert.live_save import save_live
+
+        save_live(model, self, Path(target), max_shard_size, overwrite)

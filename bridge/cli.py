@@ -1,0 +1,291 @@
+"""The command line: parse, call, print. `gemma4-bridge --help` lists the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bridge.errors import BridgeError
+
+app = typer.Typer(
+    name="gemma4-bridge",
+    help="Gemma 4 between Hugging Face and Megatron-Core: lossless conversion, and proof of parity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False)
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target, once all is written.")]
+WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
+
+
+def _epilog(example: str) -> str:
+    return f"Example: `gemma4-bridge {example}`"
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+    """--debug is taken off the arguments by `main`, wherever it stands; this declares it for --help."""
+
+
+@app.command(epilog=_epilog("toy 26b-a4b /tmp/toy-26b --dtype float32"))
+def toy(
+    variant: Annotated[str, typer.Argument(help="e2b, e4b, 12b, 26b-a4b or 31b")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    text_only: Annotated[bool, typer.Option("--text-only", help="The causal-LM class, without towers.")] = False,
+    full_size: Annotated[bool, typer.Option("--full-size", help="The published geometry, streamed to disk.")] = False,
+    untied: Annotated[bool, typer.Option("--untied", help="With a head of its own.")] = False,
+    mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a small random checkpoint with every structural feature of the real model, tokenizer and all."""
+    from bridge.progress import shown_progress
+    from bridge.toy import write_toy
+
+    with shown_progress(_err, f"toy {variant}") as progress:
+        write_toy(
+            variant,
+            folder,
+            seed=seed,
+            dtype=dtype,
+            text_only=text_only,
+            full_size=full_size,
+            untied=untied,
+            mixed_dtypes=mixed_dtypes,
+            overwrite=overwrite,
+            progress=lambda done, total: progress(done, total, variant),
+        )
+    _out.print(f"wrote {folder}")
+
+
+@app.command(epilog=_epilog("inspect google/gemma-4-E2B-it"))
+def inspect(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="An HF folder or hub id, or a Megatron checkpoint.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Show geometry, one row per layer kind, parameters, and that the tables account for every tensor."""
+    from bridge.hf.hub import resolve
+    from bridge.inspection import inspect_folder, short_range
+
+    result = inspect_folder(resolve(folder))
+    if _wrote_json(json_file, result.to_json()):
+        return
+    g = result.geometry
+    _out.print(f"{result.path}: {g.architecture}, {result.format}, {result.files} file(s)")
+    _out.print(
+        f"{result.parameters / 1e9:.3f} B parameters in {result.tensors} tensors, {result.bytes / 1e9:.2f} GB "
+        f"({', '.join(f'{n} {d}' for d, n in result.dtypes.items())}); hidden {g.hidden_size}, vocabulary "
+        f"{g.vocab_size}, head {'tied' if g.tied else 'untied'}, softcap {g.logit_softcap}"
+    )
+    if g.moe is not None:
+        _out.print(f"experts: {g.moe.num_experts} of width {g.moe.ffn_hidden_size}, top {g.moe.topk}, in every layer")
+    if g.ple is not None:
+        _out.print(f"per-layer embeddings: {g.num_layers} layers of {g.ple.dim}")
+    table = Table()
+    for heading in ("layers", "kind", "head dim", "heads", "groups", "window", "FFN", "K/V"):
+        table.add_column(heading)
+    for row in result.rows:
+        e = row.example
+        kv = f"of layer {e.kv_source}" if e.shares_kv else "V is K" if e.k_eq_v else "own"
+        table.add_row(
+            short_range(row.layers),
+            e.kind,
+            str(e.head_dim),
+            str(e.num_attention_heads),
+            str(e.num_query_groups),
+            "" if e.window is None else str(e.window),
+            str(e.ffn_hidden_size),
+            kv,
+        )
+    _out.print(table)
+    _out.print(f"tables: {result.mapped} tensors mapped, {result.carried} carried beside, none unaccounted for")
+
+
+@app.command("import", epilog=_epilog("import google/gemma-4-26B-A4B-it ckpt/26b-megatron"))
+def import_command(
+    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder or hub id.")],
+    megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="The checkpoint to write.")],
+    dtype: Annotated[str, typer.Option(help="keep, bfloat16 or float32")] = "keep",
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the towers of a multimodal model out.")] = False,
+    overwrite: OverwriteOption = False,
+    workers: WorkersOption = 2,
+    json_file: JsonOption = None,
+) -> None:
+    """Turn a Hugging Face folder into a Megatron distributed checkpoint that loads at any parallel layout."""
+    from bridge.convert.folders import import_hf
+    from bridge.hf.hub import resolve
+    from bridge.progress import shown_progress
+
+    with shown_progress(_err, "import") as progress:
+        done = import_hf(
+            resolve(hf_dir),
+            megatron_dir,
+            dtype=dtype,
+            text_only=text_only,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+            notify=_err.print,
+        )
+    _report(done, "imported", json_file)
+
+
+@app.command("export", epilog=_epilog("export ckpt/26b-megatron out/gemma-4-26b --max-shard-size 5GB"))
+def export_command(
+    megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="An imported checkpoint, or a run.")],
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The Hugging Face folder to write.")],
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a weight file, such as 5GB.")] = "5GB",
+    check_files: Annotated[
+        bool, typer.Option("--check-files", help="First hold every stored item against its checksum.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    workers: WorkersOption = 2,
+    json_file: JsonOption = None,
+) -> None:
+    """Turn a Megatron checkpoint back into a Hugging Face folder; needs nothing but MEGATRON_DIR."""
+    from bridge.convert.folders import export_hf
+    from bridge.hf.writer import parse_size
+    from bridge.progress import shown_progress
+
+    size = parse_size(max_shard_size)
+    with shown_progress(_err, "export") as progress:
+        done = export_hf(
+            megatron_dir,
+            hf_dir,
+            max_shard_size=size,
+            overwrite=overwrite,
+            check_files=check_files,
+            workers=workers,
+            progress=progress,
+            notify=_err.print,
+        )
+    _report(done, "exported", json_file)
+
+
+@app.command(epilog=_epilog("verify /tmp/toy-26b --tp 2 --sequence-parallel --check logits,gradients"))
+def verify(
+    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder or hub id.")],
+    megatron: Annotated[Path | None, typer.Option(help="Its Megatron checkpoint; imported afresh if absent.")] = None,
+    check: Annotated[str, typer.Option(help="Which of these, with commas.")] = "round-trip,logits,gradients",
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
+    pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
+    vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
+    ep: Annotated[int, typer.Option(help="expert-parallel ranks")] = 1,
+    etp: Annotated[int, typer.Option(help="expert-tensor-parallel ranks")] = 1,
+    cp: Annotated[int, typer.Option(help="context-parallel ranks")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both models")] = "float32",
+    seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
+    workdir: Annotated[Path | None, typer.Option(help="For temporary files as large as the model.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare with the source: every byte, the logits, the gradients. Starts its own ranks; fails if a row fails."""
+    from bridge.hf.hub import resolve
+    from bridge.megatron.parallel import Parallel
+    from bridge.progress import shown_progress
+    from bridge.verify.result import print_checks, to_json
+    from bridge.verify.run import verify as run
+
+    parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
+    with shown_progress(_err, "round trip") as progress:
+        checks = run(
+            resolve(hf_dir),
+            megatron_dir=megatron,
+            checks=[name.strip() for name in check.split(",") if name.strip()],
+            parallel=parallel,
+            dtype=dtype,
+            seed=seed,
+            workdir=workdir,
+            progress=progress,
+        )
+    result = to_json(checks)
+    if not _wrote_json(json_file, result) or json_file != "-":
+        print_checks(checks, _out)
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+def _report(done: Any, verb: str, json_file: str | None) -> None:
+    result = {
+        "target": str(done.target),
+        "tensors": done.tensors,
+        "bytes": done.bytes_total,
+        "bytes_resumed": done.bytes_resumed,
+    }
+    if _wrote_json(json_file, result):
+        return
+    resumed = f", {done.bytes_resumed / 1e9:.2f} GB of them from an earlier run" if done.bytes_resumed else ""
+    _out.print(f"{verb} {done.tensors} tensors, {done.bytes_total / 1e9:.3f} GB{resumed}: {done.target}")
+
+
+def _wrote_json(target: str | None, result: dict[str, Any]) -> bool:
+    if target is None:
+        return False
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BridgeError(f"{target}: cannot be written ({error.strerror})") from None
+    return True
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    # Unwinds like Ctrl-C does, so that what is half-written goes away.
+    raise KeyboardInterrupt("terminated")
+
+
+def main() -> None:
+    """The console script. A BridgeError becomes one line on stderr and exit code 1."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app(arguments, prog_name="gemma4-bridge", standalone_mode=True)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _err.print("interrupted: the target is as it was before")
+        sys.exit(130)
+    except BridgeError as error:
+        if debug:
+            raise
+        _err.print(f"error: {_one_line(error)}", markup=False, style="red")
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            raise
+        _err.print(
+            f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)",
+            markup=False,
+        )
+        sys.exit(70)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

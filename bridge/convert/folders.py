@@ -1,0 +1,262 @@
+"""Import and export of whole folders: streamed, resumable, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bridge.convert.atomic import Notify, staged
+from bridge.convert.manifest import (
+    CARRIED_FOLDER,
+    HF_FOLDER,
+    MANIFEST_FILE,
+    RELEASE_FOLDER,
+    TRACKER_FILE,
+    MegatronFolder,
+    is_megatron_folder,
+)
+from bridge.convert.plan import JoinedReader, plan_export, plan_import
+from bridge.convert.stream import CHUNK_BYTES, CopyTensor, Piece, Progress, compare, copy, plan_digest
+from bridge.errors import CheckpointError, UsageError
+from bridge.geometry import Geometry
+from bridge.hf.folder import HfFolder
+from bridge.hf.tensors import num_rows
+from bridge.hf.writer import HfWriter, write_text
+from bridge.mapping import Table, table_for
+from bridge.torch_dist.reader import DistReader
+from bridge.torch_dist.writer import DistWriter
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_DTYPES = {"keep": None, "bfloat16": "BF16", "float32": "F32"}
+# Assets that speak of images, video and audio only: a text-only import leaves them behind.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an import or export did. `bytes_total` is tensor data; `tensors` counts what was written to the target."""
+
+    target: Path
+    tensors: int
+    bytes_total: int
+    bytes_resumed: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """An HF folder as it is going to be imported: geometry and tables, and the config that goes beside the weights."""
+
+    folder: HfFolder
+    geometry: Geometry
+    table: Table
+    prefix: str
+    config: dict[str, Any] | None
+    text_only: bool
+
+
+def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dtype: str = "keep") -> Source:
+    """Open an HF folder and decide what it is. Raises GeometryError, CheckpointError, UsageError."""
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    if is_megatron_folder(path):
+        raise UsageError(f"{path}: is a Megatron checkpoint already; `export` turns it into a Hugging Face folder")
+    geometry = Geometry.from_folder(path)
+    folder = stack.enter_context(HfFolder(path))
+    prefix, config = geometry.prefix, None
+    text_only = text_only and geometry.multimodal
+    if text_only or dtype != "keep":
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        if text_only:
+            config = _text_config(config, geometry)
+            geometry = Geometry.from_dict(config)
+        config = with_dtype(config, dtype)
+    if geometry.tied and _differs_from_embedding(folder, prefix + "embed_tokens.weight"):
+        # transformers loads such a folder untied, whatever its config says.
+        geometry = replace(geometry, tied=False)
+    return Source(folder, geometry, table_for(geometry), prefix, config, text_only)
+
+
+def _differs_from_embedding(folder: HfFolder, embedding: str) -> bool:
+    head = folder.tensors.get("lm_head.weight")
+    if head is None or embedding not in folder.tensors:
+        return False
+    expected = CopyTensor(head.name, head.dtype, head.shape, (Piece(0, embedding, 0, num_rows(head.shape)),))
+    same_form = (head.dtype, head.shape) == (folder.tensors[embedding].dtype, folder.tensors[embedding].shape)
+    return not same_form or not all(equal for _, equal, _ in compare([expected], folder, folder))
+
+
+def _text_config(whole: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
+    """The config of the text model inside a multimodal one, as transformers' text class reads it."""
+    text = dict(whole["text_config"])
+    text["model_type"] = f"{geometry.model_type}_text"
+    text["architectures"] = [geometry.text_architecture]
+    # The multimodal classes obey the top-level value, the text classes their own.
+    text["tie_word_embeddings"] = geometry.tied
+    for key in ("dtype", "transformers_version"):
+        if key in whole:
+            text[key] = whole[key]
+    return text
+
+
+def with_dtype(config: Any, dtype: str) -> Any:
+    """A config that says `dtype` (a torch name, or keep) wherever it says one."""
+    if dtype == "keep" or not isinstance(config, dict):
+        return config
+    names = ("dtype", "torch_dtype")
+    return {k: dtype if k in names and isinstance(v, str) else with_dtype(v, dtype) for k, v in config.items()}
+
+
+def import_hf(
+    hf_dir: str | Path,
+    megatron_dir: str | Path,
+    *,
+    dtype: str = "keep",
+    text_only: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+    workers: int = 2,
+) -> Conversion:
+    """HF folder -> Megatron distributed checkpoint, with everything in it that export needs.
+
+    `dtype` is keep, bfloat16 or float32. Raises a BridgeError; the target is then as it was before.
+    """
+    with ExitStack() as stack:
+        source = open_source(stack, hf_dir, text_only, dtype)
+        plan = plan_import(
+            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+        )
+        assets = _assets(source)
+        stage = stack.enter_context(
+            staged(
+                megatron_dir,
+                plan=plan_digest([*plan.tensors, *plan.carried], "import", CHUNK_BYTES),
+                sources=[*source.folder.files, *(source.folder.path / asset for asset in assets)],
+                source_folder=source.folder.path,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in [*plan.tensors, *plan.carried]),
+                overwrite=overwrite,
+                notify=notify,
+            )
+        )
+        release, hf = stage.folder / RELEASE_FOLDER, stage.folder / HF_FOLDER
+        release.mkdir(exist_ok=True)
+        hf.mkdir(exist_ok=True)
+        writer = stack.enter_context(DistWriter(release, [tensor.spec for tensor in plan.tensors]))
+        result = copy(plan.tensors, source.folder, writer, journal=stage.journal, progress=progress, workers=workers)
+        writer.finish({"iteration": 0, "checkpoint_version": 3.0})
+        total, resumed = result.bytes_total, result.bytes_resumed
+        if plan.carried:
+            (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
+            # One file: a journal knows files by their names.
+            beside = stack.enter_context(
+                HfWriter(hf / CARRIED_FOLDER, [t.spec for t in plan.carried], max_shard_size=1 << 62)
+            )
+            carried = copy(plan.carried, source.folder, beside, journal=stage.journal, workers=workers)
+            beside.finish()
+            total, resumed = total + carried.bytes_total, resumed + carried.bytes_resumed
+        copy_assets(source.folder.path, assets, hf)
+        if source.config is not None:
+            write_text(hf / "config.json", json.dumps(source.config, indent=2, sort_keys=True) + "\n")
+        plan.manifest.write(hf)
+        write_text(stage.folder / TRACKER_FILE, RELEASE_FOLDER)
+        return Conversion(Path(megatron_dir), len(plan.tensors), total, resumed)
+
+
+def export_hf(
+    megatron_dir: str | Path,
+    hf_dir: str | Path,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    check_files: bool = False,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+    workers: int = 2,
+) -> Conversion:
+    """Megatron checkpoint -> HF folder: the same tensors, config and assets that were imported.
+
+    `check_files` first compares every stored item with its checksum. Raises a BridgeError; the target is then as it
+    was before.
+    """
+    with ExitStack() as stack:
+        checkpoint = MegatronFolder.open(megatron_dir)
+        reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
+        assets = listed_assets(checkpoint.hf)
+        stage = stack.enter_context(
+            staged(
+                hf_dir,
+                plan=plan_digest(tensors, "export", max_shard_size, CHUNK_BYTES),
+                sources=[*files, *(checkpoint.hf / asset for asset in assets)],
+                source_folder=checkpoint.path,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
+                overwrite=overwrite,
+                notify=notify,
+            )
+        )
+        writer = stack.enter_context(
+            HfWriter(
+                stage.folder,
+                [tensor.spec for tensor in tensors],
+                max_shard_size,
+                checkpoint.manifest.file_metadata or None,
+            )
+        )
+        result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
+        writer.finish()
+        copy_assets(checkpoint.hf, assets, stage.folder)
+        return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
+
+
+def open_checkpoint(
+    stack: ExitStack, checkpoint: MegatronFolder, check_files: bool = False, notify: Notify | None = None
+) -> tuple[JoinedReader, tuple[CopyTensor, ...], list[Path]]:
+    """What export reads and writes: a reader, the plan, and the files that are read. Raises a BridgeError."""
+    dist = stack.enter_context(DistReader(checkpoint.weights))
+    table = table_for(checkpoint.geometry)
+    table.check_keys({key: tensor.shape for key, tensor in dist.tensors.items()}, checkpoint.weights)
+    files = sorted({chunk.file for tensor in dist.tensors.values() for chunk in tensor.chunks})
+    readers: list[Any] = [dist]
+    if checkpoint.carried is not None:
+        carried = stack.enter_context(HfFolder(checkpoint.carried))
+        readers.append(carried)
+        files += carried.files
+    if check_files:
+        for key, chunk, intact in dist.check_items():
+            if not intact:
+                raise CheckpointError(f"{chunk.file}: {key} is damaged (its checksum differs)")
+        if notify is not None:
+            notify("every stored item agrees with its checksum")
+    return JoinedReader(readers), plan_export(table, checkpoint.manifest), files
+
+
+def _assets(source: Source) -> list[Path]:
+    if not source.text_only:
+        return list(source.folder.assets)
+    return [asset for asset in source.folder.assets if str(asset) not in _PROCESSOR_FILES]
+
+
+def listed_assets(hf: Path) -> list[Path]:
+    """The assets in the `hf/` folder of a checkpoint: all but the manifest and the carried tensors."""
+    found = [path.relative_to(hf) for path in sorted(hf.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return [path for path in found if str(path) != MANIFEST_FILE and path.parts[0] != CARRIED_FOLDER]
+
+
+def copy_assets(source: Path, assets: list[Path], target: Path) -> None:
+    """Copy files, given relative to `source`."""
+    for asset in assets:
+        destination = target / asset
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / asset, destination)
+
+
+def compare_assets(ours: Path, theirs: Path, assets: list[Path]) -> list[str]:
+    """Assets of `theirs` that `ours` lacks or has with other bytes."""
+    return [
+        str(asset)
+        for asset in assets
+        if not (ours / asset).is_file() or (ours / asset).read_bytes() != (theirs / asset).read_bytes()
+    ]

@@ -1,0 +1,124 @@
+"""Plans of import and export: the tables, turned into rows to copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.convert.manifest import Manifest, ManifestTensor
+from bridge.convert.stream import CopyTensor, Piece
+from bridge.errors import MappingError
+from bridge.hf.tensors import RowReader, TensorLike, num_rows
+from bridge.mapping import Table
+
+# A fused tensor takes the first dtype of this list that one of its sources has: all the others widen to it exactly.
+_WIDTH = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """What an import writes: Megatron tensors, tensors that are carried, and the manifest."""
+
+    tensors: tuple[CopyTensor, ...]
+    carried: tuple[CopyTensor, ...]
+    manifest: Manifest
+
+
+def plan_import(
+    table: Table, stored: Mapping[str, TensorLike], prefix: str, dtype: str | None, file_metadata: Mapping[str, str]
+) -> ImportPlan:
+    """Plan the import of a folder's tensors. `dtype` (a safetensors name) converts floats, None keeps them.
+
+    `prefix` is how language-model names begin in the folder, where that is not as in `table` (a text-only import of a
+    multimodal folder); tensors outside of the table's names are then left behind.
+    """
+    narrowed = prefix != table.geometry.prefix
+
+    def source(name: str) -> str:
+        return prefix + name.removeprefix(table.geometry.prefix) if name.startswith(table.geometry.prefix) else name
+
+    names = {source(name): name for name in [*table.by_hf_name, *table.copies, *table.carried]}
+    kept = {names.get(name, name): name for name in stored if not narrowed or name in names}
+    table.check_folder({name: tuple(stored[original].shape) for name, original in kept.items()}, "the folder")
+
+    def written(name: str) -> str:
+        have = stored[kept[name]].dtype
+        return dtype if dtype is not None and have in _WIDTH else have
+
+    tensors = []
+    for entry in table.entries.values():
+        kinds = {written(s.name) for s in entry.sources}
+        pieces = tuple(
+            Piece(block.row, kept[entry.sources[block.source].name], block.source_row, block.num_rows)
+            for block in entry.blocks
+        )
+        tensors.append(CopyTensor(entry.key, _widest(kinds, entry.key), entry.shape, pieces))
+    carried = tuple(
+        CopyTensor(name, written(name), tuple(stored[original].shape), (_whole(original, stored[original].shape),))
+        for name, original in kept.items()
+        if name not in table.by_hf_name and name not in table.copies
+    )
+    manifest = Manifest(
+        table.geometry.tied,
+        tuple(ManifestTensor(name, written(name), tuple(stored[original].shape)) for name, original in kept.items()),
+        file_metadata,
+    )
+    return ImportPlan(tuple(tensors), carried, manifest)
+
+
+def plan_export(table: Table, manifest: Manifest) -> tuple[CopyTensor, ...]:
+    """The HF tensors of a Megatron checkpoint, out of its keys and its carried tensors. Raises MappingError."""
+    tensors = []
+    known = table.by_hf_name
+    for tensor in manifest.tensors:
+        if tensor.name in known:
+            entry, index = known[tensor.name]
+            pieces = tuple(Piece(b.source_row, entry.key, b.row, b.num_rows) for b in entry.blocks if b.source == index)
+            if entry.sources[index].shape != tensor.shape:
+                raise MappingError(
+                    f"the manifest says {tensor.name} is {tensor.shape}, not {entry.sources[index].shape}"
+                )
+        elif tensor.name in table.copies:
+            pieces = (_whole(tensor.name, tensor.shape, table.copies[tensor.name].key),)
+        else:
+            pieces = (_whole(tensor.name, tensor.shape),)
+        tensors.append(CopyTensor(tensor.name, tensor.dtype, tensor.shape, pieces))
+    written = {tensor.name for tensor in manifest.tensors}
+    lost = [name for name in known if name not in written]
+    if lost:
+        raise MappingError(f"the manifest does not name {lost[0]}, which the model has")
+    return tuple(tensors)
+
+
+class JoinedReader:
+    """Several row readers as one; no name may occur twice."""
+
+    def __init__(self, readers: Sequence[RowReader]) -> None:
+        self._owner: dict[str, RowReader] = {}
+        self.tensors: dict[str, TensorLike] = {}
+        for reader in readers:
+            for name, tensor in reader.tensors.items():
+                if name in self._owner:
+                    raise MappingError(f"tensor {name} is there twice")
+                self._owner[name] = reader
+                self.tensors[name] = tensor
+
+    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
+        """See `RowReader`."""
+        self._owner[name].read_rows(name, start, stop, out)
+
+
+def _whole(name: str, shape: Sequence[int], source: str | None = None) -> Piece:
+    return Piece(0, source or name, 0, num_rows(tuple(shape)))
+
+
+def _widest(dtypes: set[str], key: str) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    if {"BF16", "F16"} <= dtypes and not dtypes & {"F32", "F64"}:
+        return "F32"
+    for dtype in _WIDTH:
+        if dtype in dtypes and dtypes <= set(_WIDTH):
+            return dtype
+    raise MappingError(f"{key}: its parts have the dtypes {', '.join(sorted(dtypes))}, which do not fuse")

@@ -1,0 +1,31 @@
+"""A folder on disk, or a model id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bridge.errors import CheckpointError, UsageError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Weights as safetensors and what belongs to them; never pickles, never code.
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+
+
+def resolve(name: str) -> Path:
+    """The local folder of `name`; a hub id is downloaded to its cache first. Raises CheckpointError, UsageError."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{name}: a file; expected a model folder or a hub id such as google/gemma-4-E2B-it")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except Exception as error:
+        # The hub's own errors are many; what they have in common is that the model could not be had.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: neither a folder here nor to be had from the hub ({line})") from error

@@ -1,0 +1,113 @@
+"""`verify`: what to compare, and the ranks to do it on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.convert.manifest import MegatronFolder
+from bridge.convert.stream import Progress
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.megatron.parallel import Parallel
+from bridge.verify.result import Check
+from bridge.verify.round_trip import check_round_trip
+
+if TYPE_CHECKING:
+    from bridge.ranks import RankPool
+
+CHECKS = ("round-trip", "logits", "gradients")
+DTYPES = ("float32", "bfloat16")
+
+
+def verify(
+    hf_dir: Path,
+    *,
+    megatron_dir: Path | None = None,
+    checks: Sequence[str] = CHECKS,
+    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+    dtype: str = "float32",
+    seed: int = 0,
+    workdir: Path | None = None,
+    progress: Progress | None = None,
+    pool: RankPool | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> list[Check]:
+    """Run the checks and return their rows. Starts its own ranks unless `pool` is given.
+
+    Raises a BridgeError when a check could not be carried out (which is not the same as failing).
+    """
+    unknown = [name for name in checks if name not in CHECKS]
+    if unknown or not checks:
+        raise UsageError(f"check {unknown[0] if unknown else ''!r}: known are {', '.join(CHECKS)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
+    geometry = Geometry.from_folder(hf_dir)
+    variant = hf_dir.name
+    rows: list[Check] = []
+    if "round-trip" in checks:
+        rows += check_round_trip(hf_dir, megatron_dir, variant, workdir=workdir, progress=progress)
+    if "logits" in checks or "gradients" in checks:
+        rows += _parity(
+            hf_dir, megatron_dir, geometry, variant, checks, parallel, dtype, seed, workdir, pool, overrides
+        )
+    return rows
+
+
+def _parity(
+    hf_dir: Path,
+    megatron_dir: Path | None,
+    geometry: Geometry,
+    variant: str,
+    checks: Sequence[str],
+    parallel: Parallel,
+    dtype: str,
+    seed: int,
+    workdir: Path | None,
+    pool: RankPool | None,
+    overrides: dict[str, Any] | None,
+) -> list[Check]:
+    import torch
+
+    from bridge.megatron.provider import check_layout
+    from bridge.ranks import RankPool
+    from bridge.verify.parity import ParityTask, run_parity
+    from bridge.verify.reference import compute_reference
+    from bridge.verify.sample import random_sample
+
+    check_layout(geometry, parallel)
+    checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
+    if checkpoint is not None:
+        geometry = replace(geometry, tied=checkpoint.geometry.tied)
+    sample = random_sample(geometry, seed)
+    run_dtype = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory(prefix="gemma4-bridge-", dir=workdir) as folder:
+        ranks = pool or RankPool(parallel.world_size)
+        try:
+            references = {"dtype": Path(folder) / "dtype.safetensors"}
+            gradients = "gradients" in checks
+            ranks.run(compute_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
+            if run_dtype is not torch.float32:
+                references["float32"] = Path(folder) / "float32.safetensors"
+                ranks.run(compute_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
+            task = ParityTask(
+                variant,
+                geometry,
+                hf_dir if checkpoint is None else checkpoint.weights,
+                checkpoint is not None,
+                parallel,
+                run_dtype,
+                sample,
+                references,
+                gradients=gradients,
+                logits="logits" in checks,
+                overrides=overrides or {},
+            )
+            results = ranks.run(run_parity, task, world_size=parallel.world_size)
+        finally:
+            if pool is None:
+                ranks.close()
+    return [check for rank in results for check in rank]
