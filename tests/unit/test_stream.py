@@ -140,7 +140,7 @@ def every_pattern(dtype: str) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("source", FLOATS)
 @pytest.mark.parametrize("target", FLOATS)
 def test_dtypes(source: str, target: str) -> None:
-    """Numbers as torch converts them (which rounds twice from F64 to BF16, so there only within one step); NaNs back."""
+    """Numbers as torch converts them (no worse where it rounds twice, from F64 to 16 bits); NaNs to and fro."""
     bits = every_pattern(source)
     out = np.empty(len(bits) * ITEM_SIZES[target], dtype=np.uint8)
     convert(memoryview(bits).cast("B"), source, memoryview(out), target)
@@ -148,7 +148,7 @@ def test_dtypes(source: str, target: str) -> None:
     ours, theirs = torch.from_numpy(out).view(TORCH[target]), values.to(TORCH[target])
     nan = values.isnan()
     assert torch.equal(ours.isnan(), nan)
-    if (source, target) != ("F64", "BF16"):
+    if source != "F64" or target in ("F32", "F64"):
         assert torch.equal(ours[~nan].view(torch.uint8), theirs[~nan].view(torch.uint8))
     else:
         wide, narrow = values[~nan], ours[~nan].to(torch.float64)
