@@ -284,11 +284,15 @@ def _commit(partial: Path, target: Path, overwrite: bool) -> None:
     _check_target(target, overwrite)
     if not os.path.lexists(target):
         data.rename(target)
-    elif not _exchange(data, target):
-        target.rename(partial / _OLD)
-        data.rename(target)
+    else:
+        # After the swap data/ holds the old target: no later run may take it for its own unfinished work.
+        (partial / _JOURNAL).unlink()
+        fsync_folder(partial)
+        if not _exchange(data, target):
+            target.rename(partial / _OLD)
+            data.rename(target)
     fsync_folder(target.parent)
-    # Holds the journal, and the target that was replaced.
+    # Holds the journal, or the target that was replaced.
     shutil.rmtree(partial, ignore_errors=True)
 
 

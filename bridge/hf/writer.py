@@ -257,6 +257,3 @@ def write_text(path: Path, text: str | bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise write_error(path, error) from None
-
-
-__all__ = ["Chunk", "HfWriter", "RowLedger", "TensorSpec", "Unit", "parse_size", "write_text"]

@@ -18,7 +18,7 @@ from typing import Any
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import ITEM_SIZES, shown
 from bridge.torch_dist import pickles
-from bridge.torch_dist.pickles import Call, Global, Pairs, Persistent
+from bridge.torch_dist.pickles import Call, Global, Persistent
 
 # safetensors dtype -> (torch dtype, its storage class; None where torch stores it untyped)
 DTYPES: dict[str, tuple[str, str | None]] = {
@@ -52,7 +52,7 @@ _END = struct.Struct("<4sHHHHIIH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _ALIGN = 64
-# What a pickle of a tensor, or of Megatron's common state, may be made of; see SECURITY in docs.
+# Enough for the directory of every item seen; a larger one is read by itself.
 _TAIL_BYTES = 4096
 _MAX_DIRECTORY = 1 << 20
 _MAX_PICKLE = 1 << 20
@@ -311,15 +311,3 @@ def _locate(
     if fields[0] != b"PK\3\4" or data + size > length:
         raise CheckpointError(f"{where}: damaged archive")
     return data, size, crc
-
-
-__all__ = [
-    "DTYPES",
-    "DTYPE_OF_TORCH",
-    "MAX_ITEM_BYTES",
-    "Pairs",
-    "TensorItem",
-    "item_sizes",
-    "object_item",
-    "parse_item",
-]

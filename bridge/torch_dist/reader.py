@@ -230,6 +230,8 @@ class DistReader:
         size = ITEM_SIZES[tensor.dtype]
         for chunk in tensor.chunks:
             first, count = (chunk.offsets[0], chunk.sizes[0]) if tensor.shape else (0, 1)
+            if first >= stop:
+                break
             low, high = max(start, first), min(stop, first + count)
             if low >= high or 0 in chunk.sizes:
                 continue

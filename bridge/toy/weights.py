@@ -72,7 +72,7 @@ _FILLS: list[tuple[re.Pattern[str], Fill]] = [
     (re.compile(pattern), fill)
     for pattern, fill in [
         (r"\.layer_scalar$", Fill(1.0, 0.2, uniform=True)),
-        (r"\.router\.proj\.weight$", Fill(0.0, 1.2)),
+        (r"\.router\.proj\.weight$", Fill(0.0, 3.0)),
         (r"\.router\.scale$", Fill(1.0, 0.2)),
         (r"\.router\.per_expert_scale$", Fill(1.0, 0.5, uniform=True)),
         (r"\.(input|output)_min$", Fill(-1.75, 0.75, uniform=True)),
