@@ -16,7 +16,6 @@ from bridge.errors import CheckpointError, UsageError
 from bridge.hf.folder import INDEX_FILE, SINGLE_FILE
 from bridge.hf.tensors import (
     ITEM_SIZES,
-    Chunk,
     TensorSpec,
     Unit,
     as_bytes,

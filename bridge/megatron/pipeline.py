@@ -1,4 +1,4 @@
-"""Where pipeline stages are cut, and what travels between them.
+"""What travels between pipeline stages.
 
 Megatron's schedules send one tensor [s, b, hidden] per boundary. Gemma 4 sometimes needs more to travel: the input
 embeddings (every later stage projects its own per-layer inputs from them), and the keys and values that layers on a
@@ -14,28 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bridge.errors import ParallelError
 from bridge.geometry import Geometry
 from bridge.megatron.attention import KeyValue, local_query_groups
-
-
-def stage_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Split layers over stages as evenly as they go; the first stages, which do less beside, take the odd ones."""
-    if num_stages > num_layers:
-        raise ParallelError(
-            f"{num_stages} pipeline stages (pp * vpp) for {num_layers} layers; use at most {num_layers}"
-        )
-    stages, start = [], 0
-    for stage in range(num_stages):
-        count = num_layers // num_stages + (stage < num_layers % num_stages)
-        stages.append(range(start, start + count))
-        start += count
-    return stages
-
-
-def layout_string(stages: list[range]) -> str:
-    """Megatron's `pipeline_model_parallel_layout`: E embedding, t decoder layer, L loss, | between stages."""
-    return "E" + "|".join("t" * len(stage) for stage in stages) + "L"
 
 
 @dataclass(frozen=True)

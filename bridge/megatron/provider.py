@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,9 +15,10 @@ from bridge.errors import ParallelError, UsageError
 from bridge.geometry import Geometry
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.core_attention import BACKENDS
+from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import Parallel
-from bridge.megatron.pipeline import Boundary, layout_string, stage_layers
+from bridge.megatron.pipeline import Boundary
 
 # What Megatron's selective recompute can name and this model's layers honour.
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
@@ -147,36 +147,3 @@ class Gemma4Provider:
     def build(self, pg_collection: ProcessGroupCollection | None = None) -> list[Gemma4Model]:
         """All model chunks of this rank, in the order Megatron's schedules take them."""
         return [self.provide(vp_stage=vp_stage, pg_collection=pg_collection) for vp_stage in range(self.parallel.vpp)]
-
-
-def check_layout(geometry: Geometry, parallel: Parallel) -> None:
-    """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes."""
-    tp = parallel.tp
-    for what, size in _split_by_tp(geometry):
-        if size % tp:
-            raise ParallelError(f"tp={tp} does not divide {what} ({size})")
-    for layer in geometry.layers:
-        if tp > layer.num_query_groups and tp % layer.num_query_groups:
-            raise ParallelError(
-                f"tp={tp} is neither a divisor nor a multiple of the {layer.num_query_groups} query groups of layer "
-                f"{layer.index}"
-            )
-    stage_layers(geometry.num_layers, parallel.pp * parallel.vpp)
-    if geometry.moe is None:
-        if parallel.ep > 1:
-            raise ParallelError(f"ep={parallel.ep}: this model has no experts")
-        return
-    if geometry.moe.num_experts % parallel.ep:
-        raise ParallelError(f"ep={parallel.ep} does not divide {geometry.moe.num_experts} experts")
-    if geometry.moe.ffn_hidden_size % parallel.etp:
-        raise ParallelError(f"etp={parallel.etp} does not divide the experts' width {geometry.moe.ffn_hidden_size}")
-    if tp > 1 and not parallel.sequence_parallel:
-        raise ParallelError(f"tp={tp} with experts needs sequence_parallel: Megatron's dispatchers split the sequence")
-
-
-def _split_by_tp(geometry: Geometry) -> Sequence[tuple[str, int]]:
-    sizes = [("the vocabulary", geometry.vocab_size), ("the attention heads", geometry.layers[0].num_attention_heads)]
-    if geometry.ple is not None:
-        sizes.append(("the per-layer vocabulary", geometry.ple.vocab_size))
-    sizes += [(f"the FFN of layer {layer.index}", layer.ffn_hidden_size) for layer in geometry.layers]
-    return sizes

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,43 +13,20 @@ from torch import Tensor
 
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megatron
 from bridge.errors import VerificationError
-from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
 from bridge.mapping.table import TOWER_PREFIXES
-from bridge.megatron.parallel import Parallel, initialize
+from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.reference import GRADIENT, LOGITS, Reference
 from bridge.verify.result import Check
-from bridge.verify.sample import Sample
+from bridge.verify.task import ParityTask
 
 # Bounds of the comparison with transformers; a difference above them is a bug until its operation is named.
 LOGITS_RELATIVE = 1e-5
 GRADIENT_RELATIVE = 1e-4
 BF16_KL = 1e-3
-
-
-@dataclass(frozen=True)
-class ParityTask:
-    """One comparison. `checkpoint` is an HF folder, or the weights folder of a Megatron checkpoint (`megatron`).
-
-    `references` are files of `compute_reference`, "dtype" the one in the dtype of the run; with bf16, "float32" beside.
-    """
-
-    variant: str
-    geometry: Geometry
-    checkpoint: Path
-    megatron: bool
-    parallel: Parallel
-    dtype: torch.dtype
-    sample: Sample
-    references: dict[str, Path]
-    gradients: bool = True
-    logits: bool = True
-    micro_batch_size: int = 2
-    overrides: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
 
 
 def run_parity(task: ParityTask) -> list[Check]:

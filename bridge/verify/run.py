@@ -72,11 +72,10 @@ def _parity(
 ) -> list[Check]:
     import torch
 
-    from bridge.megatron.provider import check_layout
+    from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
-    from bridge.verify.parity import ParityTask, run_parity
-    from bridge.verify.reference import compute_reference
     from bridge.verify.sample import random_sample
+    from bridge.verify.task import ParityTask, run, run_reference
 
     check_layout(geometry, parallel)
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
@@ -89,10 +88,10 @@ def _parity(
         try:
             references = {"dtype": Path(folder) / "dtype.safetensors"}
             gradients = "gradients" in checks
-            ranks.run(compute_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
+            ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
             if run_dtype is not torch.float32:
                 references["float32"] = Path(folder) / "float32.safetensors"
-                ranks.run(compute_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
+                ranks.run(run_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
             task = ParityTask(
                 variant,
                 geometry,
@@ -106,7 +105,7 @@ def _parity(
                 logits="logits" in checks,
                 overrides=overrides or {},
             )
-            results = ranks.run(run_parity, task, world_size=parallel.world_size)
+            results = ranks.run(run, task, world_size=parallel.world_size)
         finally:
             if pool is None:
                 ranks.close()

@@ -1,0 +1,54 @@
+"""One comparison with transformers, and its start on the ranks.
+
+The process that asks does not import Megatron: that takes seconds, and only the ranks need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.geometry import Geometry
+from bridge.megatron.parallel import Parallel
+from bridge.verify.result import Check
+from bridge.verify.sample import Sample
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ParityTask:
+    """One comparison. `checkpoint` is an HF folder, or the weights folder of a Megatron checkpoint (`megatron`).
+
+    `references` are files of `compute_reference`, "dtype" the one in the dtype of the run; with bf16, "float32" beside.
+    """
+
+    variant: str
+    geometry: Geometry
+    checkpoint: Path
+    megatron: bool
+    parallel: Parallel
+    dtype: torch.dtype
+    sample: Sample
+    references: dict[str, Path]
+    gradients: bool = True
+    logits: bool = True
+    micro_batch_size: int = 2
+    overrides: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def run(task: ParityTask) -> list[Check]:
+    """On a rank: compare, and return the rows that this rank measured."""
+    from bridge.verify.parity import run_parity
+
+    return run_parity(task)
+
+
+def run_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path) -> None:
+    """On a rank: what transformers computes. See `bridge.verify.reference.compute_reference`."""
+    from bridge.verify.reference import compute_reference
+
+    compute_reference(folder, sample, dtype, gradients, out)
