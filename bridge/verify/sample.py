@@ -31,7 +31,8 @@ class Sample:
 def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8) -> Sample:
     """Random tokens, longer than two windows, every row but the first padded on the right by another length.
 
-    Placeholder ids of images, video and audio do not occur: `geometry.placeholder_ids` are skipped.
+    Placeholder ids of images, video and audio do not occur: `geometry.placeholder_ids` are skipped. The padding id
+    stands once at a real position of every row, because its embedding gets no gradient.
     """
     windows = [layer.window for layer in geometry.layers if layer.window is not None]
     length = 2 * max(windows, default=8) + multiple_of
@@ -41,6 +42,7 @@ def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: in
         [i for i in range(_FIRST_ORDINARY_ID, geometry.vocab_size) if i not in geometry.placeholder_ids]
     )
     ids = allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
+    ids[:, 2] = geometry.pad_token_id or 0
     mask = torch.ones_like(ids)
     for row in range(1, batch):
         mask[row, length - row * 3 :] = 0
