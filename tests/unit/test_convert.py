@@ -1,0 +1,304 @@
+"""Whole folders: import, export, and everything that can be wrong with them, as the command line shows it."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.manifest import MegatronFolder
+from bridge.errors import CheckpointError
+from bridge.toy import VARIANTS, write_toy
+
+KINDS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "float32 text": {"dtype": "float32", "text_only": True},
+    "mixed untied": {"mixed_dtypes": True, "untied": True},
+    "mixed untied text": {"mixed_dtypes": True, "untied": True, "text_only": True},
+}
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    base = tmp_path_factory.mktemp("toys")
+
+    def get(variant: str, kind: str = "bfloat16") -> Path:
+        folder = base / f"{variant}-{kind.replace(' ', '-')}"
+        if not folder.exists():
+            write_toy(variant, folder, **KINDS[kind])
+        return folder
+
+    return get
+
+
+@pytest.fixture
+def toy(made: Make, tmp_path: Path) -> Path:
+    """A folder that the test may damage."""
+    return Path(shutil.copytree(made("e2b"), tmp_path / "toy"))
+
+
+def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bridge.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *named: str) -> None:
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for text in named:
+        assert text in lines[0], lines[0]
+
+
+def assert_same_folder(ours: Path, theirs: Path) -> None:
+    names = sorted(str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file()) == names
+    _, different, missing = filecmp.cmpfiles(ours, theirs, names, shallow=False)
+    assert not different and not missing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(made: Make, tmp_path: Path, variant: str, kind: str) -> None:
+    """Weights, config and assets, byte for byte: the weight file itself is the same."""
+    source = made(variant, kind)
+    import_hf(source, tmp_path / "megatron")
+    done = export_hf(tmp_path / "megatron", tmp_path / "back", check_files=True)
+    assert_same_folder(tmp_path / "back", source)
+    assert done.tensors == len(load_file(source / "model.safetensors"))
+
+
+def test_round_trip_in_shards(made: Make, tmp_path: Path) -> None:
+    source = made("26b-a4b")
+    import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "back", max_shard_size=200_000)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 10
+    import_hf(tmp_path / "back", tmp_path / "again")
+    export_hf(tmp_path / "again", tmp_path / "whole")
+    assert_same_folder(tmp_path / "whole", source)
+
+
+def test_every_bit_pattern_survives(toy: Path, tmp_path: Path) -> None:
+    """NaNs with payloads, infinities, both zeros, in fused tensors of two dtypes."""
+    tensors = load_file(toy / "model.safetensors")
+    name = "model.language_model.layers.0.self_attn."
+    generator = torch.Generator().manual_seed(0)
+    for kind, bits, dtype in (("q", torch.int16, torch.bfloat16), ("k", torch.int32, torch.float32)):
+        shape = tensors[f"{name}{kind}_proj.weight"].shape
+        low, high = torch.iinfo(bits).min, torch.iinfo(bits).max
+        patterns = torch.randint(low, high + 1, shape, generator=generator).to(bits)
+        tensors[f"{name}{kind}_proj.weight"] = patterns.view(dtype)
+    save_file(tensors, toy / "model.safetensors", metadata={"format": "pt"})
+    import_hf(toy, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype
+        assert torch.equal(back[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("variant", ["e4b", "12b", "26b-a4b"])
+def test_text_only_import(made: Make, tmp_path: Path, variant: str) -> None:
+    """The text model inside a multimodal folder: what transformers' text class loads, with the same values."""
+    import transformers
+
+    source = made(variant)
+    import_hf(source, tmp_path / "megatron", text_only=True)
+    export_hf(tmp_path / "megatron", tmp_path / "text")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    model, report = getattr(transformers, config["architectures"][0]).from_pretrained(
+        tmp_path / "text", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    whole = load_file(source / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        original = whole[name.replace("model.", "model.language_model.", 1)]
+        assert torch.equal(parameter.detach(), original), name
+    assert not (tmp_path / "text" / "processor_config.json").exists()
+    assert (tmp_path / "text" / "tokenizer.json").exists()
+
+
+def test_import_in_another_dtype(made: Make, tmp_path: Path) -> None:
+    source = made("12b")
+    import_hf(source, tmp_path / "megatron", dtype="float32")
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    original, back = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[name], tensor.float()) for name, tensor in original.items())
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_head_that_differs_unties_the_model(toy: Path, tmp_path: Path) -> None:
+    """A tied config with its own lm_head.weight on disk loads untied in transformers; an equal copy stays tied."""
+    tensors = load_file(toy / "model.safetensors")
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding * 2, False)):
+        save_file(tensors | {"lm_head.weight": head}, toy / "model.safetensors", metadata={"format": "pt"})
+        import_hf(toy, tmp_path / f"m{tied}")
+        assert MegatronFolder.open(tmp_path / f"m{tied}").geometry.tied is tied
+        export_hf(tmp_path / f"m{tied}", tmp_path / f"b{tied}")
+        assert torch.equal(load_file(tmp_path / f"b{tied}" / "model.safetensors")["lm_head.weight"], head)
+
+
+def _drop(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def _add(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = torch.zeros(2, dtype=torch.bfloat16)
+
+
+def _reshape(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (_drop, "model.language_model.layers.3.mlp.up_proj.weight"),
+        (_add, "model.language_model.layers.3.mlp.side_proj.weight"),
+        (_add, "model.somewhere.else"),
+        (_reshape, "model.language_model.layers.0.self_attn.q_norm.weight"),
+        (_reshape, "model.language_model.embed_tokens_per_layer.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    toy: Path, tmp_path: Path, damage: Callable[[dict[str, torch.Tensor], str], None], name: str
+) -> None:
+    tensors = load_file(toy / "model.safetensors")
+    damage(tensors, name)
+    save_file(tensors, toy / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(cli("import", toy, tmp_path / "m"), name)
+    assert_refused(cli("inspect", toy), name)
+    assert not (tmp_path / "m").exists()
+
+
+def test_wrong_folders_and_damaged_files(toy: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    assert_refused(cli("import", tmp_path / "nowhere", target), "nowhere", "no such folder")
+    assert_refused(cli("import", toy / "config.json", target), "config.json")
+    (tmp_path / "empty").mkdir()
+    assert_refused(cli("import", tmp_path / "empty", target), "config.json")
+    assert_refused(cli("export", toy, target), "toy")
+    other = json.loads((toy / "config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(other))
+    assert_refused(cli("import", tmp_path / "empty", target), "llama")
+    assert_refused(cli("import", toy, toy / "inside"), "inside")
+
+    weights = toy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    assert_refused(cli("import", toy, target), "model.safetensors")
+    weights.unlink()
+    assert_refused(cli("import", toy, target), "toy")
+    assert not target.exists()
+
+    weights.write_bytes(whole)
+    import_hf(toy, target)
+    export_hf(target, tmp_path / "sharded", max_shard_size=500_000)
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shard.unlink()
+    assert_refused(cli("import", tmp_path / "sharded", tmp_path / "m2"), shard.name)
+    assert_refused(cli("import", toy, target), "m", "--overwrite")
+    assert_refused(cli("import", target, tmp_path / "m3"), "Megatron checkpoint already")
+
+
+def test_a_damaged_megatron_checkpoint(toy: Path, tmp_path: Path) -> None:
+    megatron = tmp_path / "m"
+    import_hf(toy, megatron)
+    data = max((megatron / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    whole = bytearray(data.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    data.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_hf(megatron, tmp_path / "back", check_files=True)
+    assert not (tmp_path / "back").exists()
+    data.write_bytes(whole[: len(whole) // 2])
+    assert_refused(cli("export", megatron, tmp_path / "back"), data.name)
+    data.unlink()
+    assert_refused(cli("export", megatron, tmp_path / "back"), data.name)
+    shutil.rmtree(megatron / "hf")
+    assert_refused(cli("export", megatron, tmp_path / "back"), "bridge.json")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_import_leaves_all_or_nothing(made: Make, tmp_path: Path, sent: signal.Signals) -> None:
+    """At a random moment, again and again; the target is absent or whole, and never are there leftovers in the end."""
+    source, target = made("31b"), tmp_path / "m"
+    moments = random.Random(int(sent))
+    codes = set()
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bridge.cli", "import", source, target],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(moments.uniform(0.25, 0.6))
+        process.send_signal(sent)
+        _, stderr = process.communicate(timeout=60)
+        codes.add(process.returncode)
+        assert "Traceback" not in stderr or process.returncode == -sent, stderr  # before the program had begun
+        if target.exists():
+            export_hf(target, tmp_path / "back", overwrite=True)
+            assert_same_folder(tmp_path / "back", source)
+            shutil.rmtree(target)
+    assert cli("import", source, target).returncode == 0
+    export_hf(target, tmp_path / "back", overwrite=True)
+    assert_same_folder(tmp_path / "back", source)
+    assert not list(tmp_path.glob(".*")), "leftovers"
+
+
+def test_a_full_disk(made: Make, tmp_path: Path) -> None:
+    """A file size limit stands for it: writes fail midway with an error of the system."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    assert_refused(cli("import", made("31b"), tmp_path / "m", preexec_fn=limit), ".distcp")
+    assert not (tmp_path / "m").exists()
+
+
+def test_json_results(made: Make, tmp_path: Path) -> None:
+    done = json.loads(cli("import", made("12b"), tmp_path / "m", "--json", "-").stdout)
+    assert done["tensors"] == 134 and done["bytes"] > 1_000_000
+    for folder in (made("12b"), tmp_path / "m"):
+        result = json.loads(cli("inspect", folder, "--json", "-").stdout)
+        assert result["num_layers"] == 12 and result["coverage"]["unaccounted"] == 0
+        assert [row["k_eq_v"] for row in result["layer_kinds"]] == [False, True]
+
+
+@pytest.mark.parametrize("command", ["toy", "inspect", "import", "export", "verify"])
+def test_help_has_an_example(command: str) -> None:
+    result = cli(command, "--help")
+    assert result.returncode == 0
+    assert f"gemma4-bridge {command}" in " ".join(result.stdout.split())
+
+
+def test_a_conversion_imports_neither_torch_nor_megatron(made: Make, tmp_path: Path) -> None:
+    code = (
+        "import sys; from bridge.convert.folders import *; "
+        f"import_hf({str(made('e4b'))!r}, {str(tmp_path / 'm')!r}); export_hf({str(tmp_path / 'm')!r}, "
+        f"{str(tmp_path / 'b')!r}); print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert result.stdout.strip() == "[]"
