@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -92,6 +93,18 @@ class Gemma4Model(GPTModel):
             extra_block_kwargs=block,
             **kwargs,
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Without the empty `_extra_state` entries of Megatron's own linears: they hold nothing, checkpoints need not
+        have them, and strict loading asks for whatever is named here."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {
+            key: item
+            for key, item in state.items()
+            if not (key.endswith("_extra_state") and isinstance(item, ShardedObject) and item.data is None)
+        }
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         """The softcap, in the dtype of the logits; Megatron calls this between the head and the loss."""
