@@ -1,0 +1,80 @@
+"""Masks as descriptions: the rules of each family, documents, padding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.megatron.visibility import MaskRule, Visibility, mask_rule, vision_blocks
+
+VARIANTS = Path(__file__).parents[2] / "bridge" / "variants"
+
+
+def rules(variant: str) -> tuple[MaskRule, MaskRule]:
+    """(sliding, global)"""
+    geometry = Geometry.from_dict(json.loads((VARIANTS / f"{variant}.json").read_text()))
+    by_kind = {layer.kind: mask_rule(geometry, layer) for layer in geometry.layers}
+    return by_kind["sliding"], by_kind["global"]
+
+
+def seen(rule: MaskRule, query: int, window: int = 8) -> list[int]:
+    """What a query sees of 24 tokens with a vision block at 5 to 19."""
+    types = torch.zeros(1, 24, dtype=torch.long)
+    types[0, 5:20] = 1
+    visibility = Visibility.of(torch.zeros(1, 24, dtype=torch.long), mm_token_type_ids=types)
+    narrowed = MaskRule(window if rule.window else None, rule.blocks)
+    return visibility.dense(narrowed)[0, query].nonzero().flatten().tolist()
+
+
+def test_sliding_layers_of_26b_and_31b_cut_blocks_behind_only() -> None:
+    for variant in ("26b-a4b", "31b"):
+        sliding, everywhere = rules(variant)
+        assert seen(sliding, 5) == list(range(20))
+        assert seen(sliding, 12) == list(range(5, 20))
+        assert seen(sliding, 19) == list(range(12, 20))
+        assert seen(everywhere, 12) == list(range(13)), "never bidirectional in global layers"
+
+
+def test_12b_sees_whole_blocks_in_every_layer() -> None:
+    sliding, everywhere = rules("12b")
+    assert seen(sliding, 19) == list(range(5, 20)), "not cut by the window"
+    assert seen(everywhere, 7) == list(range(20))
+    assert seen(sliding, 22) == list(range(15, 23)), "outside of a block the window holds"
+
+
+def test_e2b_and_e4b_are_causal_everywhere() -> None:
+    for variant in ("e2b", "e4b"):
+        sliding, everywhere = rules(variant)
+        assert seen(sliding, 12) == list(range(5, 13))
+        assert seen(everywhere, 12) == list(range(13))
+
+
+def test_blocks_are_maximal_runs() -> None:
+    types = torch.tensor([[1, 1, 0, 2, 2, 3, 1, 0], [0, 0, 3, 3, 0, 0, 0, 0]])
+    assert vision_blocks(types).tolist() == [[0, 0, -1, 1, 1, -1, 2, -1], [-1] * 8]  # type: ignore[union-attr]
+    assert vision_blocks(None) is None
+
+
+def test_documents_and_padding_see_nothing_of_others() -> None:
+    ids = torch.zeros(1, 10, dtype=torch.long)
+    packed = Visibility.of(ids, cu_seqlens=torch.tensor([0, 4, 10])).dense(MaskRule(None, "causal"))[0]
+    assert packed[3].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert packed[5].nonzero().flatten().tolist() == [4, 5]
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    padded = Visibility.of(ids, mask).dense(MaskRule(None, "causal"))[0]
+    assert not padded[:7, 7:].any() and not padded[7:, :7].any()
+    assert padded.diagonal().all(), "no row is empty: a softmax over nothing is NaN"
+
+
+def test_other_masks_are_refused() -> None:
+    ids = torch.zeros(2, 10, dtype=torch.long)
+    with pytest.raises(UsageError, match=r"\[2, 1, 10, 10\]"):
+        Visibility.of(ids, torch.ones(2, 1, 10, 10))
+    with pytest.raises(UsageError, match="one row"):
+        Visibility.of(ids, cu_seqlens=torch.tensor([0, 10]))
