@@ -18,9 +18,9 @@ Generated from `bridge/mapping/` by `make docs`; a test holds it current. Every 
 up one Megatron-Core tensor, how their rows are arranged in it, and which parallel group splits which of its axes.
 The same rows drive import, export, live load and save of a sharded model, and the comparison of gradients.
 
-`{layer}` is the layer number. HF names are relative to `model.language_model.` in the multimodal classes and to `model.`
-in the text classes; a leading slash means that the name stands alone. Shapes are in the words of the geometry: `q` is
-heads x head dim, `kv` is query groups x head dim, both of that layer.
+`{layer}` is the layer number. HF names are relative to `model.language_model.` in the multimodal classes and to
+`model.` in the text classes; a leading slash means that the name stands alone. Shapes are in the words of the geometry:
+`q` is heads x head dim, `kv` is query groups x head dim, both of that layer.
 """
 
 _TAIL = """\

@@ -163,7 +163,7 @@ MUTATIONS = {
     "a window one token wider": (
         "e4b",
         lambda g: replace(g, layers=tuple(replace(la, window=la.window + 1) if la.window else la for la in g.layers)),
-    ),  # fmt: skip
+    ),
     "no softcap": ("12b", lambda g: replace(g, logit_softcap=None)),
     "K/V of the layer before": ("e2b", _shift_producer),
     "one expert fewer": ("26b-a4b", lambda g: replace(g, moe=replace(g.moe, topk=g.moe.topk - 1))),
