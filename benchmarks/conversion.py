@@ -3,9 +3,9 @@
     python benchmarks/conversion.py --variant e2b --workdir /scratch            # writes a full-size random E2B first
     python benchmarks/conversion.py --source folder --workdir /scratch --runs 5 --cold
 
-Every operation runs in a process of its own. Reported are the seconds of the operation (start-up apart), the seconds of
-the whole process, and its peak resident memory as the system counts it. Two copies are measured beside it: `copy` leaves
-the data in the page cache as cp does, `copy+fsync` makes it durable, which import and export always do.
+Every operation runs in a process of its own. Reported are the seconds of the operation (start-up apart), the seconds
+of the whole process, and its peak resident memory as the system counts it. Two copies are measured beside it: `copy`
+leaves the data in the page cache as cp does, `copy+fsync` makes it durable, which import and export always do.
 """
 
 from __future__ import annotations
@@ -160,9 +160,10 @@ def markdown(rows: Sequence[Row], variant: str) -> str:
     ]
     for row in rows:
         base = {r.operation: r.seconds for r in rows if r.cache == row.cache}
+        to_copy, to_durable = row.seconds / base["copy"], row.seconds / base["copy+fsync"]
         lines.append(
-            f"| {row.operation} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {row.seconds / base['copy']:.2f} | "
-            f"{row.seconds / base['copy+fsync']:.2f} | {row.process_seconds:.1f} | {row.peak_mb:.0f} | {row.runs} |"
+            f"| {row.operation} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {to_copy:.2f} | {to_durable:.2f} "
+            f"| {row.process_seconds:.1f} | {row.peak_mb:.0f} | {row.runs} |"
         )
     return "\n".join(lines)
 

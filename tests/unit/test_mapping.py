@@ -85,12 +85,12 @@ def test_gaps_are_named() -> None:
         shapes | {name + "_scale": (1,)},
         shapes | {name: (1, 2)},
     ):
-        with pytest.raises(MappingError, match="layers.59.mlp.down_proj.weight"):
+        with pytest.raises(MappingError, match=r"layers\.59\.mlp\.down_proj\.weight"):
             table.check_folder(broken, "here")
     keys = {key: entry.shape for key, entry in table.entries.items()}
     key = "decoder.layers.3.mlp.linear_fc2.weight"
     for broken in ({k: v for k, v in keys.items() if k != key}, keys | {key + "2": (1,)}, keys | {key: (3,)}):
-        with pytest.raises(MappingError, match="layers.3.mlp.linear_fc2.weight"):
+        with pytest.raises(MappingError, match=r"layers\.3\.mlp\.linear_fc2\.weight"):
             table.check_keys(broken, "here")
 
 
