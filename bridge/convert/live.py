@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import MappingError
+from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader
 from bridge.mapping.table import Entry, Table
 from bridge.mapping.transforms import Block
@@ -109,32 +110,52 @@ def _load(
             # Boxes of one key (the layers of a per-layer table, say) share rows: read each row once for all of them.
             low = max(block.row, min(box.rows.start for box in wanted))
             high = min(block.row + block.num_rows, max(box.rows.stop for box in wanted))
-            for start, tensor in _read(reader, name, block.source_row + low - block.row, high - low, entry.shape[1:]):
-                _scatter(tensor, low + start, wanted)
+            first = block.source_row + low - block.row
+            columns = _columns(reader, entry.shape, wanted)
+            for start, tensor in _read(reader, name, first, high - low, entry.shape[1:], columns):
+                _scatter(tensor, low + start, columns.start, wanted)
+
+
+def _columns(reader: RowReader, shape: tuple[int, ...], wanted: Sequence[Box]) -> range:
+    """The part of axis 1 that the boxes span, where it can be read alone; else all of it."""
+    if len(shape) < 2:
+        return range(1)
+    if not isinstance(reader, HfFolder):
+        return range(shape[1])
+    low = min(box.offset[1] for box in wanted)
+    return range(low, max(box.offset[1] + box.tensor.shape[1] for box in wanted))
 
 
 def _read(
-    reader: RowReader, name: str, first: int, count: int, row_shape: tuple[int, ...]
+    reader: RowReader, name: str, first: int, count: int, row_shape: tuple[int, ...], columns: range
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows [first, first + count) of a stored tensor in chunks: (offset from `first`, rows)."""
+    """Rows [first, first + count) of a stored tensor, `columns` of axis 1, in chunks: (offset from `first`, rows)."""
     dtype = TORCH_DTYPES[reader.tensors[name].dtype]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
+    inner = math.prod(row_shape[1:])
+    shape = (len(columns), *row_shape[1:]) if row_shape else ()
+    row_bytes = math.prod(shape) * dtype.itemsize
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, count, step):
         rows = min(step, count - start)
         buffer = np.empty(rows * row_bytes, dtype=np.uint8)
-        reader.read_rows(name, first + start, first + start + rows, buffer)
-        yield start, torch.from_numpy(buffer).view(dtype).view(rows, *row_shape)
+        if not row_shape or len(columns) == row_shape[0]:
+            reader.read_rows(name, first + start, first + start + rows, buffer)
+        else:
+            assert isinstance(reader, HfFolder)
+            span = columns.start * inner, columns.stop * inner
+            reader.read_columns(name, first + start, first + start + rows, *span, buffer)
+        yield start, torch.from_numpy(buffer).view(dtype).view(rows, *shape)
 
 
 @torch.no_grad()
-def _scatter(rows: Tensor, first_row: int, wanted: Sequence[Box]) -> None:
-    """Copy rows of a global tensor into the boxes that hold a part of them."""
+def _scatter(rows: Tensor, first_row: int, first_column: int, wanted: Sequence[Box]) -> None:
+    """Copy rows of a global tensor, from `first_column` of axis 1 on, into the boxes that hold a part of them."""
     for box in wanted:
         low = max(first_row, box.rows.start)
         high = min(first_row + rows.shape[0], box.rows.stop)
         if low < high:
-            columns = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.tensor.shape[1:], strict=True))
+            offsets = [o - first_column if axis == 0 else o for axis, o in enumerate(box.offset[1:])]
+            columns = tuple(slice(o, o + n) for o, n in zip(offsets, box.tensor.shape[1:], strict=True))
             source = rows[(slice(low - first_row, high - first_row), *columns)]
             box.tensor[low - box.rows.start : high - box.rows.start].copy_(source)
 

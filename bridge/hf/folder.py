@@ -21,6 +21,7 @@ from bridge.hf.tensors import (
     check_link,
     check_rows,
     inside,
+    num_rows,
     open_regular,
     pread_bytes,
     pread_into,
@@ -130,6 +131,30 @@ class HfFolder:
         view = as_bytes(out)
         check_rows(name, info, start, stop, len(view))
         pread_into(self._fds[info.file], view, info.offset + start * row_bytes(info), info.file)
+
+    def read_columns(self, name: str, start: int, stop: int, first: int, last: int, out: Any) -> None:
+        """Fill `out` with elements [first, last) of each of the rows [start, stop); nothing else is read.
+
+        Raises CheckpointError like `read_rows`.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
+        view, whole = as_bytes(out), row_bytes(info)
+        item = ITEM_SIZES[info.dtype]
+        width = (last - first) * item
+        rows = num_rows(info.shape)
+        if (
+            not (0 <= start <= stop <= rows and 0 <= first < last <= whole // item)
+            or len(view) != (stop - start) * width
+        ):
+            raise CheckpointError(
+                f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last} of {rows} x {whole // item}"
+            )
+        fd, base = self._fds[info.file], info.offset + first * item
+        for row in range(start, stop):
+            at = (row - start) * width
+            pread_into(fd, view[at : at + width], base + row * whole, info.file)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""

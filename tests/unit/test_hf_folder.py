@@ -248,3 +248,19 @@ def test_parse_size() -> None:
     for text in ("", "GB", "-1GB", "0", "5XB", "1e3"):
         with pytest.raises(UsageError):
             parse_size(text)
+
+
+def test_columns_are_read_alone(folder: Path) -> None:
+    """Each rank of a row-parallel linear reads its own columns of every row."""
+    tensors = load_file(folder / "model.safetensors")
+    with HfFolder(folder) as opened:
+        name = next(name for name, tensor in tensors.items() if tensor.dim() == 2 and tensor.shape[1] > 3)
+        rows, columns = tensors[name].shape
+        item = tensors[name].element_size()
+        out = np.empty((rows - 1) * 2 * item, dtype=np.uint8)
+        opened.read_columns(name, 1, rows, 1, 3, out)
+        expected = tensors[name][1:, 1:3].contiguous().view(-1).view(torch.uint8).numpy()
+        assert (out == expected).all()
+        for bad in ((0, rows + 1, 0, 1), (0, 1, 0, columns + 1), (0, 1, 2, 2), (-1, 1, 0, 1)):
+            with pytest.raises(CheckpointError, match="elements"):
+                opened.read_columns(name, *bad, np.empty(8, dtype=np.uint8))
