@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bridge.mapping.table import Row, all_rows
-from bridge.mapping.transforms import copy, interleave_groups, stack
+from bridge.mapping.transforms import Transform, copy, interleave_groups, stack
 
-_TRANSFORMS = {
+_TRANSFORMS: dict[Transform, str] = {
     copy: "copy",
     stack: "rows one below the other",
     interleave_groups: "rows interleaved by query group: [q ... q k v] x groups",
