@@ -79,7 +79,7 @@ class Gemma4Bridge:
         return provider.build()
 
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:
-        """Fill a model from the folder this bridge was opened on, each rank its own rows, in bounded chunks."""
+        """Fill a model from the folder this bridge was opened on, HF or Megatron: each rank its own part, in chunks."""
         from bridge.convert.live import load_from_hf, load_from_megatron
         from bridge.torch_dist.reader import DistReader
 
@@ -89,8 +89,6 @@ class Gemma4Bridge:
         elif self.megatron is not None:
             with DistReader(self.megatron.weights) as reader:
                 load_from_megatron(model, self.table, reader)
-
-    load_weights = load_hf_weights
 
     def iter_hf_weights(self, model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, whole tensor on the CPU), on every rank, one Megatron tensor in memory at a time.
