@@ -20,11 +20,13 @@ from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.sample import MEDIA_KINDS, THINKING_KEYS, Blob, Media, Message, Sample
 from recipes.data.supervision import (
     MARKERS,
+    MODEL_HEADER,
     THOUGHT,
     THOUGHT_END,
     TURN,
     TURN_END,
     Span,
+    Step,
     TemplateError,
     check_answers,
     model_steps,
@@ -89,6 +91,7 @@ class ChatModel:
         self.kinds = _kinds(folder) if self.processor is not None else frozenset()
         self._control = tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *MARKERS, *_PLACEHOLDERS.values()]))
         self._check_tokenizer()
+        self._prefix = self._generation_prefix() if options.generation_prefix else ""
 
     @property
     def pad_id(self) -> int:
@@ -125,6 +128,8 @@ class ChatModel:
         thoughts = sum(1 for message in sample.messages if message.thinking or _has_thought(message))
         left_out = max(0, thoughts - sum(len(step.thoughts) for step in steps))
         media = sample.media
+        if self._prefix and steps:
+            text, spans = _with_prefix(text, spans, steps, self._prefix)
         if media:
             text, spans = self._with_soft_tokens(sample, text, spans, read)
         ids, supervised = self._tokens(text, spans)
@@ -288,6 +293,21 @@ class ChatModel:
             if token in text and token not in allowed:
                 raise DataError(f"{at}: holds the control token {token}")
 
+    def _generation_prefix(self) -> str:
+        """What a generation prompt has behind the header of the model's turn; "" without a template."""
+        if self.template is None:
+            return ""
+        messages = [{"role": "user", "content": "a"}]
+        given: dict[str, Any] = {"chat_template": self.template, "tokenize": False, **self._kwargs}
+        try:
+            plain = self.tokenizer.apply_chat_template(messages, **given)
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given)
+        except Exception as error:
+            raise UsageError(f"{self.folder}: the chat template has no generation prompt ({_line(error)})") from error
+        if not prompt.startswith(plain + MODEL_HEADER):
+            raise UsageError(f"{self.folder}: the chat template's generation prompt is no turn of the model")
+        return str(prompt[len(plain + MODEL_HEADER) :])
+
     def _check_tokenizer(self) -> None:
         encode: Callable[[str], list[int]] = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         for marker in MARKERS:
@@ -329,6 +349,15 @@ def _answers(messages: Sequence[Message]) -> list[str]:
                 assert isinstance(part, str)
                 answers += [piece.strip() for piece in _outside_thoughts(part) if piece.strip()]
     return answers
+
+
+def _with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix: str) -> tuple[str, list[Span]]:
+    """Put `prefix` before what the model says in its last turn, unless it begins with a thought of its own."""
+    at = next(step.start for step in steps if step.turn == steps[-1].turn)
+    if text.startswith(THOUGHT, at):
+        return text, list(spans)
+    moved = [(start + len(prefix), end + len(prefix)) if start >= at else (start, end) for start, end in spans]
+    return text[:at] + prefix + text[at:], moved
 
 
 def _outside_thoughts(text: str) -> list[str]:

@@ -12,7 +12,6 @@ import stat
 import tempfile
 import urllib.error
 import urllib.request
-import warnings
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from recipes.data.sample import Blob, Media
 
 # Pillow also knows formats that start other programs (EPS); these are the ones that people train on.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Where Pillow begins to warn of files that are small and pictures that are not.
+_MAX_PIXELS = 89_478_485
 _MAX_BYTES = 1 << 30
 _MAX_URL_BYTES = 256 << 20
 _URL_TIMEOUT_S = 30.0
@@ -94,14 +95,14 @@ def _frames_of(data: bytes, at: str, *, only_first: bool) -> tuple[list[Any], li
     image_module, operations = _pillow(at)
     images, durations = [], []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as opened:
-                for index in range(1 if only_first else getattr(opened, "n_frames", 1)):
-                    opened.seek(index)
-                    opened.load()
-                    images.append(operations.exif_transpose(opened).convert("RGB"))
-                    durations.append(float(opened.info.get("duration", 0)))
+        with image_module.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as opened:
+            if opened.width * opened.height > _MAX_PIXELS:
+                raise ValueError(f"{opened.width} × {opened.height} pixels are too many")
+            for index in range(1 if only_first else getattr(opened, "n_frames", 1)):
+                opened.seek(index)
+                opened.load()
+                images.append(operations.exif_transpose(opened).convert("RGB"))
+                durations.append(float(opened.info.get("duration", 0)))
     except Exception as error:
         # Damaged files make Pillow raise nearly everything: OSError, SyntaxError, ValueError, struct.error ...
         message = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -25,7 +25,7 @@ THOUGHT, THOUGHT_END = "<|channel>", "<channel|>"
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
 RESPONSE, RESPONSE_END = "<|tool_response>", "<tool_response|>"
 MARKERS = (TURN, TURN_END, THOUGHT, THOUGHT_END, CALL, CALL_END, RESPONSE, RESPONSE_END)
-_MODEL_HEADER = f"{TURN}model\n"
+MODEL_HEADER = f"{TURN}model\n"
 _ANY = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 
 Span = tuple[int, int]
@@ -69,10 +69,10 @@ def model_steps(text: str) -> list[Step]:
         if marker == TURN:
             if in_model:
                 close(at, at)  # A turn that the template left open.
-            in_model = text.startswith(_MODEL_HEADER, at)
+            in_model = text.startswith(MODEL_HEADER, at)
             if in_model:
                 turn += 1
-                start = at + len(_MODEL_HEADER)
+                start = at + len(MODEL_HEADER)
         elif not in_model:
             continue
         elif marker == TURN_END:
@@ -114,7 +114,7 @@ def check_answers(text: str, steps: Sequence[Step], answers: Sequence[str], call
         else:
             short = answer if len(answer) <= 40 else answer[:37] + "..."
             raise TemplateError(
-                f"the chat template does not render the answer {short!r} between {_MODEL_HEADER!r} and {TURN_END!r}"
+                f"the chat template does not render the answer {short!r} between {MODEL_HEADER!r} and {TURN_END!r}"
             )
 
 
