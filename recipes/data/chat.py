@@ -275,11 +275,16 @@ class ChatModel:
         for index, message in enumerate(sample.messages):
             at = f"{sample.where}: messages[{index}]"
             allowed = _ALLOWED.get(message.role, set())
-            for part in message.parts:
-                if isinstance(part, str):
-                    self._refuse_control(part, allowed, at)
-                    if THOUGHT in part or THOUGHT_END in part:
-                        _check_thoughts(part, at)
+            texts = [part for part in message.parts if isinstance(part, str)]
+            for text in texts:
+                self._refuse_control(text, allowed, at)
+                if THOUGHT in text or THOUGHT_END in text:
+                    _check_thoughts(text, at)
+            # Halves of a token in two parts, or around a thought, become one when the template joins what it trims.
+            pieces = [piece for text in texts for piece in _outside_thoughts(text)]
+            for parts in (texts, pieces):
+                self._refuse_control("".join(parts), allowed, at)
+                self._refuse_control("".join(part.strip() for part in parts), allowed, at)
             self._refuse_control(message.thinking or "", set(), f"{at}: thinking")
             for value in _strings([*message.tool_calls, message.extra]):
                 self._refuse_control(value, set(), at)
@@ -362,7 +367,7 @@ def _with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix
 
 def _outside_thoughts(text: str) -> list[str]:
     first, *rest = text.split(THOUGHT)
-    return [first, *(piece.split(THOUGHT_END, 1)[1] for piece in rest)]
+    return [first, *(piece.partition(THOUGHT_END)[2] for piece in rest)]
 
 
 def _check_thoughts(text: str, at: str) -> None:

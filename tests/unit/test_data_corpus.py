@@ -100,6 +100,13 @@ BAD: list[tuple[Any, str]] = [
     (messages(USER, {"role": "assistant", "content": "a<|channel>b"}), "messages[1]: <|channel> without <channel|>"),
     (messages(USER, {"role": "assistant", "content": "a<channel|>b"}), "do not come in pairs"),
     (messages(USER, {"role": "assistant", "content": [{"type": "image", "path": "a.png"}]}), "holds text only"),
+    (messages(USER, {"role": "assistant", "content": "a<tu<|channel>x<channel|>rn|>b"}), "the control token <turn|>"),
+    (
+        messages(
+            {"role": "user", "content": [{"type": "text", "text": "<tu "}, {"type": "text", "text": "rn|>"}]}, ANSWER
+        ),
+        "messages[0]: holds the control token <turn|>",
+    ),
     (part(type="text"), "content[0]: text: expected a string, found nothing"),
     (part(type="picture", path="a.png"), "content[0]: unknown type 'picture'"),
     (part(text="hi"), "content[0]: unknown type None"),
