@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(_data, name="data")
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 # Where nobody sees a terminal's edge, tables keep their width.
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -220,6 +222,45 @@ def verify(
         print_checks(checks, _out)
     if not result["passed"]:
         raise typer.Exit(1)
+
+
+@_data.command("show", epilog=_epilog("data show --data chats.jsonl --model google/gemma-4-E2B-it -n 5"))
+def data_show(
+    data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset's name; repeatable.")],
+    model: Annotated[str, typer.Option(help="An HF folder or hub id: tokenizer, processor, chat template.")],
+    count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
+    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
+    split: Annotated[str, typer.Option(help="Of a dataset that is named.")] = "train",
+    turns: Annotated[str, typer.Option(help="all or last: the model's turns that are learnt.")] = "all",
+    thinking: Annotated[bool, typer.Option(help="Learn thoughts.")] = True,
+    tool_calls: Annotated[bool, typer.Option(help="Learn tool calls.")] = True,
+    overlong: Annotated[str, typer.Option(help="drop or split")] = "drop",
+    on_error: Annotated[str, typer.Option(help="fail or skip")] = "skip",
+    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
+    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
+    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops."""
+    from recipes.data import CorpusOptions, Supervise, open_corpus
+    from recipes.data.show import packing_figures, show
+
+    options = CorpusOptions(
+        tuple(data),
+        seq_length,
+        split=split,
+        supervise=Supervise(turns, thinking, tool_calls),
+        on_error=on_error,
+        overlong=overlong,
+        allow_urls=allow_urls,
+        media_root=media_root,
+        chat_template=chat_template,
+        cache=cache,
+    )
+    corpus = open_corpus(options, model, progress=lambda read: _err.print(f"{read} records"))
+    if not _wrote_json(json_file, corpus.statistics.to_json() | {"packing": packing_figures(corpus)}):
+        show(corpus, count, _out)
 
 
 def _report(done: Any, verb: str, json_file: str | None) -> None:

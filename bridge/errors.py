@@ -29,3 +29,7 @@ class UsageError(BridgeError):
 
 class VerificationError(BridgeError):
     """A verification could not be carried out (as opposed to: was carried out and failed)."""
+
+
+class DataError(BridgeError):
+    """Training data that cannot be used as it is: the text names the file and line, or what to change."""

@@ -1,0 +1,219 @@
+"""The batches of one data-parallel rank: deterministic, sharded, resumable, made ahead by threads.
+
+Rows form one global stream, epoch after epoch. A step of all ranks takes the next `dp_size * micro_batch_size` rows of
+it, rank r its r-th share. So the position in the stream is all the state there is, it is the same on every rank, and a
+run that goes on with another number of ranks goes on at the same row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from bridge.errors import DataError, UsageError
+from recipes.data.collate import batch_tensors, join_media
+from recipes.data.corpus import Corpus
+from recipes.data.options import at_least
+from recipes.data.packing import Plan, plan_epoch
+from recipes.data.threads import ordered_map
+
+_KEPT_PLANS = 3
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How samples become batches.
+
+    `seq_length`: width of packed rows. `pad_multiple`: unpacked rows are padded to the least multiple of it that holds
+    the batch's longest. `document_multiple`: every packed sample is padded to a multiple of it (2 * CP with context
+    parallelism). `pack_buffer`: how many shuffled samples are packed together. `epochs`: None goes on for ever; a
+    number ends there, the last step filled up with rows without labels. `workers`: threads; 0 works in the caller's.
+    `prefetch`: batches made ahead.
+    """
+
+    seq_length: int
+    micro_batch_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    packing: bool = False
+    pack_buffer: int = 4096
+    document_multiple: int = 1
+    pad_multiple: int = 1
+    epochs: int | None = None
+    workers: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "dp_size", "pack_buffer", "document_multiple", "pad_multiple"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("seed", "dp_rank", "workers", "prefetch"):
+            at_least(name, getattr(self, name), 0)
+        at_least("seq_length", self.seq_length, 2)
+        if self.dp_rank >= self.dp_size:
+            raise UsageError(f"dp_rank: {self.dp_rank} is not below dp_size {self.dp_size}")
+        if self.packing and self.seq_length % self.document_multiple:
+            raise UsageError(f"seq_length: {self.seq_length} is not a multiple of {self.document_multiple}")
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the stream of rows: the next one to come."""
+
+    epoch: int
+    row: int
+
+
+class Batches(Iterator[dict[str, Tensor]]):
+    """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
+
+    Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
+    `close` ends the threads.
+    """
+
+    def __init__(self, corpus: Corpus, options: BatchOptions) -> None:
+        """Raises DataError: an empty corpus, or samples longer than a row."""
+        if not len(corpus):
+            raise DataError(f"{corpus.folder}: holds no sample")
+        self.corpus, self.options = corpus, options
+        self._lengths = corpus.lengths
+        if int(self._lengths.max()) > options.seq_length:
+            raise DataError(
+                f"{corpus.folder}: its longest sample has {int(self._lengths.max())} tokens, a row only "
+                f"{options.seq_length}; tokenise with that seq_length"
+            )
+        self._plans: dict[int, Plan] = {}
+        self._lock = threading.Lock()
+        self._position = Position(0, 0)
+        self._ahead: Iterator[tuple[Position, dict[str, Tensor]]] | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the next batch begins."""
+        return self._position
+
+    def plan(self, epoch: int) -> Plan:
+        """The rows of an epoch."""
+        with self._lock:
+            if epoch not in self._plans:
+                options = self.options
+                self._plans[epoch] = plan_epoch(
+                    self._lengths,
+                    epoch=epoch,
+                    seed=options.seed,
+                    shuffle=options.shuffle,
+                    packing=options.packing,
+                    seq_length=options.seq_length,
+                    document_multiple=options.document_multiple,
+                    pack_buffer=options.pack_buffer,
+                )
+                for old in sorted(self._plans)[:-_KEPT_PLANS]:
+                    del self._plans[old]
+            return self._plans[epoch]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._ahead is None:
+            self._ahead = self._batches(self._position)
+        try:
+            self._position, batch = next(self._ahead)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, and what that depends on. The same on every rank."""
+        return {"epoch": self._position.epoch, "row": self._position.row, "stream": self._stream()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with any number of ranks and any micro batch size.
+
+        Raises DataError if the rows are not the same: other data, other tokens, another seed or packing.
+        """
+        own, other = self._stream(), state["stream"]
+        changed = [name for name in own if own[name] != other.get(name)]
+        if changed:
+            raise DataError(
+                f"{self.corpus.options.path}: the checkpoint's place in the data is of another order of rows "
+                f"({', '.join(changed)} changed); take the old ones, or begin the data anew"
+            )
+        self.close()
+        self._position = Position(int(state["epoch"]), int(state["row"]))
+
+    def close(self) -> None:
+        """End the threads; the next batch starts them again."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and hasattr(ahead, "close"):
+            ahead.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self) -> dict[str, Any]:
+        options = self.options
+        stream: dict[str, Any] = {"data": self.corpus.fingerprint, "seed": options.seed, "shuffle": options.shuffle}
+        stream["packing"] = options.packing
+        if options.packing:
+            stream |= {name: getattr(options, name) for name in ("seq_length", "pack_buffer", "document_multiple")}
+        return stream
+
+    def _batches(self, start: Position) -> Iterator[tuple[Position, dict[str, Tensor]]]:
+        if self.options.workers == 0:
+            return map(self._made, self._steps(start))
+        return ordered_map(
+            self._made, self._steps(start), workers=self.options.workers, ahead=max(1, self.options.prefetch)
+        )
+
+    def _steps(self, position: Position) -> Iterator[tuple[Position, list[list[int]]]]:
+        """For every step: where the next one begins, and this rank's rows (an empty one where the data has ended)."""
+        options = self.options
+        share, step = options.micro_batch_size, options.micro_batch_size * options.dp_size
+        epoch, row = position.epoch, position.row
+        while True:
+            rows: list[list[int]] = []
+            while len(rows) < step and (options.epochs is None or epoch < options.epochs):
+                plan = self.plan(epoch)
+                taken = range(row, min(len(plan), row + step - len(rows)))
+                rows += [plan.row(index) for index in taken]
+                row += len(taken)
+                if row >= len(plan):
+                    epoch, row = epoch + 1, 0
+            if not rows:
+                return
+            rows += [[] for _ in range(step - len(rows))]
+            yield Position(epoch, row), rows[options.dp_rank * share : (options.dp_rank + 1) * share]
+
+    def _made(self, step: tuple[Position, list[list[int]]]) -> tuple[Position, dict[str, Tensor]]:
+        after, rows = step
+        options, corpus = self.options, self.corpus
+        samples = [[corpus[sample] for sample in row] for row in rows]
+        width = options.seq_length
+        if not options.packing:
+            longest = max((len(sample) for row in samples for sample in row), default=1)
+            width = -(-longest // options.pad_multiple) * options.pad_multiple
+        batch = batch_tensors(
+            samples,
+            width=width,
+            pad_id=corpus.pad_id,
+            packed=options.packing,
+            with_types=corpus.has_media,
+            document_multiple=options.document_multiple,
+        )
+        media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
+        return after, batch | join_media(media)

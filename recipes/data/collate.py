@@ -1,0 +1,83 @@
+"""Samples -> the tensors of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recipes.data.chat import Encoded
+
+IGNORE = -100
+
+# What the image and video processors put where there is no patch.
+_PAD_VALUES = {"image_position_ids": -1, "video_position_ids": -1}
+
+
+def batch_tensors(
+    rows: Sequence[Sequence[Encoded]],
+    *,
+    width: int,
+    pad_id: int,
+    packed: bool,
+    with_types: bool,
+    document_multiple: int = 1,
+) -> dict[str, Tensor]:
+    """Lay out rows of samples, right-padded to `width`.
+
+    Returns int64 [b, width]: `input_ids`; `labels`, already shifted (position t holds the token at t + 1 where that one
+    is supervised and of the same sample, else -100); `attention_mask`, 1 = real token; `position_ids`, from 0 in every
+    sample and in padding; `mm_token_type_ids` if asked. Packed, also `cu_seqlens` int32 [documents + 1]: the bounds of
+    the documents in the batch's rows laid end to end, `[b * width]`; a row's padding is a document of its own.
+    """
+    shape = (len(rows), width)
+    ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+    mask, positions, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    bounds = [0]
+    for number, row in enumerate(rows):
+        at = 0
+        for sample in row:
+            end = at + len(sample)
+            ids[number, at:end] = sample.ids
+            labels[number, at : end - 1] = np.where(sample.supervised[1:], sample.ids[1:], IGNORE)
+            mask[number, at:end] = 1
+            types[number, at:end] = sample.types
+            # Padding that a multiple asks for belongs to its sample: the next one starts behind it.
+            size = -(-len(sample) // document_multiple) * document_multiple if packed else len(sample)
+            positions[number, at : at + size] = np.arange(size)
+            at += size
+            bounds.append(number * width + at)
+        if at < width:
+            positions[number, at:] = np.arange(width - at)
+            bounds.append((number + 1) * width)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
+    if with_types:
+        batch["mm_token_type_ids"] = types
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if packed:
+        tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+    return tensors
+
+
+def join_media(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the media tensors of samples behind each other along axis 0, in the order of their placeholders.
+
+    Where they differ along axis 1 (sounds of different lengths) the shorter are padded.
+    """
+    joined: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for item in items for name in item):
+        tensors = [item[name] for item in items if name in item]
+        if tensors[0].ndim > 1:
+            longest = max(tensor.shape[1] for tensor in tensors)
+            tensors = [_padded(tensor, longest, _PAD_VALUES.get(name, 0)) for tensor in tensors]
+        joined[name] = torch.cat(tensors)
+    return joined
+
+
+def _padded(tensor: Tensor, length: int, value: int) -> Tensor:
+    if tensor.shape[1] == length:
+        return tensor
+    missing = tensor.new_full((tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:]), value)
+    return torch.cat([tensor, missing], dim=1)

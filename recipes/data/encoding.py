@@ -1,0 +1,123 @@
+"""Records -> samples that fit: encode, and drop or split what is longer than a row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bridge.errors import DataError
+from recipes.data.chat import ChatModel, Encoded, ReadMedia
+from recipes.data.options import CorpusOptions
+from recipes.data.sample import Message, Sample, parse_record
+from recipes.data.sources import Record
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a record gave: samples, or the reason it gave none, with the message that says so in full."""
+
+    record: Record
+    encoded: tuple[Encoded, ...] = ()
+    reason: str | None = None
+    message: str = ""
+    error: DataError | None = None
+    pieces_dropped: int = 0
+
+
+class Encoder:
+    """Encodes records from any thread; each thread has a tokenizer of its own."""
+
+    def __init__(self, model: ChatModel, options: CorpusOptions) -> None:
+        self._model, self._options = model, options
+        self._local = threading.local()
+        # Deep copies are made one at a time: of an object that nobody works with.
+        self._lock = threading.Lock()
+
+    def outcome(self, record: Record, read: ReadMedia) -> Outcome:
+        """What a record gives. A DataError is part of the outcome; other errors are raised."""
+        try:
+            if record.error is not None:
+                raise record.error
+            sample = parse_record(record.value, record.where)
+            encoded, dropped = self._fitting(sample, read)
+        except DataError as error:
+            return Outcome(record, reason="invalid", message=str(error), error=error)
+        except UnicodeError as error:
+            message = f"{record.where}: {error}"
+            return Outcome(record, reason="invalid", message=message, error=DataError(message))
+        if not encoded:
+            longest = f"longer than {self._options.seq_length} tokens"
+            return Outcome(record, reason="too long", message=f"{record.where}: {longest}", pieces_dropped=dropped)
+        learnable = tuple(item for item in encoded if item.supervised[1:].any())
+        if not learnable:
+            return Outcome(record, reason="nothing to learn", message=f"{record.where}: nothing in it is supervised")
+        return Outcome(record, learnable, pieces_dropped=dropped + len(encoded) - len(learnable))
+
+    def model(self) -> ChatModel:
+        """This thread's own model."""
+        if not hasattr(self._local, "model"):
+            with self._lock:
+                self._local.model = self._model.fork()
+        own: ChatModel = self._local.model
+        return own
+
+    def _fitting(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
+        """The sample, or its pieces, as far as they fit; and how many pieces did not."""
+        limit = self._options.seq_length
+        whole = self.model().encode(sample, read)
+        if len(whole) <= limit:
+            return [whole], 0
+        if self._options.overlong == "drop":
+            return [], 0
+        if sample.text is not None:
+            return _chunks(whole, limit), 0
+        return self._split(sample, read)
+
+    def _split(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
+        """Pieces of whole exchanges (a user's turn and all up to the next), as many as fit, the system turn in each."""
+        head, exchanges = _exchanges(sample.messages)
+        pieces: list[Encoded] = []
+        dropped = 0
+        held: tuple[Message, ...] = ()
+        fits: Encoded | None = None
+        for exchange in exchanges:
+            longer = self._encode(sample, head + held + exchange, read)
+            if longer is None and held:
+                if fits is not None:
+                    pieces.append(fits)
+                held, longer = (), self._encode(sample, head + exchange, read)
+            if longer is None:
+                dropped, held, fits = dropped + 1, (), None
+            else:
+                held, fits = held + exchange, longer
+        if fits is not None:
+            pieces.append(fits)
+        return pieces, dropped
+
+    def _encode(self, sample: Sample, messages: tuple[Message, ...], read: ReadMedia) -> Encoded | None:
+        encoded = self.model().encode(replace(sample, messages=messages), read)
+        return encoded if len(encoded) <= self._options.seq_length else None
+
+
+def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    """The system message (or none), and the conversation cut before every user message that follows an answer."""
+    head = tuple(message for message in messages[:1] if message.role in ("system", "developer"))
+    exchanges: list[tuple[Message, ...]] = []
+    for message in messages[len(head) :]:
+        if not exchanges or (message.role == "user" and exchanges[-1][-1].role != "user"):
+            exchanges.append(())
+        exchanges[-1] += (message,)
+    return head, exchanges
+
+
+def _chunks(text: Encoded, limit: int) -> list[Encoded]:
+    """Plain text in rows of `limit` tokens, each with the <bos> of the first."""
+    pieces = []
+    for start in range(1, len(text), limit - 1):
+        ids = np.concatenate([text.ids[:1], text.ids[start : start + limit - 1]])
+        supervised = np.concatenate([text.supervised[:1], text.supervised[start : start + limit - 1]])
+        pieces.append(Encoded(ids, supervised, np.zeros(len(ids), np.uint8)))
+    return pieces

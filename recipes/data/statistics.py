@@ -1,0 +1,101 @@
+"""What became of the records: read, kept, dropped and why, and how long the samples are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Every record read is either kept or dropped for one reason: `read == kept + sum(dropped.values())`.
+
+    `samples`: what the kept records gave (more than `kept` where long ones were split); `pieces_dropped`: parts of
+    split records that were still too long, or taught nothing. `lengths`: upper bound of a length class -> samples in
+    it. `media`: items by kind. `thoughts_left_out`: thoughts of the data that the template does not render. `skipped`:
+    the first errors, in words.
+    """
+
+    read: int
+    kept: int
+    samples: int
+    dropped: Mapping[str, int]
+    pieces_dropped: int
+    blank_lines: int
+    tokens: int
+    supervised: int
+    longest: int
+    lengths: Mapping[int, int]
+    media: Mapping[str, int]
+    thoughts_left_out: int
+    skipped: tuple[str, ...]
+
+    @property
+    def supervised_fraction(self) -> float:
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_json` takes them back."""
+        return asdict(self) | {"lengths": {str(bound): count for bound, count in self.lengths.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Statistics:
+        """The statistics that `to_json` wrote."""
+        lengths = {int(bound): count for bound, count in value["lengths"].items()}
+        return cls(**{**value, "lengths": lengths, "skipped": tuple(value["skipped"])})
+
+
+@dataclass
+class Counts:
+    """Statistics in the making."""
+
+    read: int = 0
+    kept: int = 0
+    samples: int = 0
+    pieces_dropped: int = 0
+    blank_lines: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    longest: int = 0
+    thoughts_left_out: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    media: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+
+    # How many errors are kept in words; all of them are in the cache's skipped.txt.
+    _SHOWN = 20
+
+    def skip(self, reason: str, message: str) -> None:
+        """Count a record that is dropped."""
+        self.dropped[reason] += 1
+        if len(self.skipped) < self._SHOWN:
+            self.skipped.append(message)
+
+    def add(self, length: int, supervised: int) -> None:
+        """Count a sample of `length` tokens."""
+        self.samples += 1
+        self.tokens += length
+        self.supervised += supervised
+        self.longest = max(self.longest, length)
+        self.lengths[max(32, 1 << (length - 1).bit_length())] += 1
+
+    def frozen(self) -> Statistics:
+        """The statistics as counted so far."""
+        return Statistics(
+            read=self.read,
+            kept=self.kept,
+            samples=self.samples,
+            dropped=dict(sorted(self.dropped.items())),
+            pieces_dropped=self.pieces_dropped,
+            blank_lines=self.blank_lines,
+            tokens=self.tokens,
+            supervised=self.supervised,
+            longest=self.longest,
+            lengths=dict(sorted(self.lengths.items())),
+            media=dict(sorted(self.media.items())),
+            thoughts_left_out=self.thoughts_left_out,
+            skipped=tuple(self.skipped),
+        )

@@ -1,0 +1,133 @@
+"""Which characters of a rendered conversation are learnt.
+
+Read off the rendered text itself, by its markers: neither `{% generation %}` blocks nor renderings of prefixes are
+needed, so a template may drop earlier thoughts, merge turns or answer for tools inside a model turn. That is exact
+because no message can hold a marker (`recipes.data.chat` refuses those), so every marker is the template's own.
+
+A model turn is `<|turn>model\\n ... <turn|>`. Where tools answer inside of it, it has several steps:
+
+    <|turn>model\\n call <|tool_response> answer <tool_response|> reply <turn|>
+                   ^^^^^^^^^^^^^^^^^^^^^^                        ^^^^^^^^^^^^^
+
+`<|tool_response>` is what the model stops at to wait for a tool, as `<turn|>` is when it is done; both are learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recipes.data.options import Supervise
+
+TURN, TURN_END = "<|turn>", "<turn|>"
+THOUGHT, THOUGHT_END = "<|channel>", "<channel|>"
+CALL, CALL_END = "<|tool_call>", "<tool_call|>"
+RESPONSE, RESPONSE_END = "<|tool_response>", "<tool_response|>"
+MARKERS = (TURN, TURN_END, THOUGHT, THOUGHT_END, CALL, CALL_END, RESPONSE, RESPONSE_END)
+MODEL_HEADER = f"{TURN}model\n"
+_ANY = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+
+Span = tuple[int, int]
+
+
+class TemplateError(ValueError):
+    """A rendered text that is not turns as Gemma 4 has them, or lacks what the messages say."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model says at one go: characters [start, end), end marker included. `turn`: number of its turn."""
+
+    start: int
+    end: int
+    turn: int
+    thoughts: tuple[Span, ...]
+    calls: int
+
+
+def model_steps(text: str) -> list[Step]:
+    """All steps of all model turns, in order. Raises TemplateError."""
+    steps: list[Step] = []
+    turn, start = -1, None
+    thoughts: list[Span] = []
+    calls, thought_from = 0, None
+
+    def close(end: int, stop: int) -> None:
+        """The step said text[start:end]; `stop` is behind the marker that ended it."""
+        nonlocal start, thoughts, calls, thought_from
+        if thought_from is not None:
+            raise TemplateError(f"a thought without {THOUGHT_END}")
+        # A second tool response follows the first one without the model saying anything.
+        if start is not None and text[start:end].strip():
+            steps.append(Step(start, stop, turn, tuple(thoughts), calls))
+        start, thoughts, calls = None, [], 0
+
+    in_model = False
+    for match in _ANY.finditer(text):
+        marker, at, after = match.group(), match.start(), match.end()
+        if marker == TURN:
+            if in_model:
+                close(at, at)  # A turn that the template left open.
+            in_model = text.startswith(MODEL_HEADER, at)
+            if in_model:
+                turn += 1
+                start = at + len(MODEL_HEADER)
+        elif not in_model:
+            continue
+        elif marker == TURN_END:
+            close(at, after)
+            in_model = False
+        elif marker == RESPONSE:
+            close(at, after)
+        elif marker == RESPONSE_END:
+            start = after
+        elif marker == THOUGHT:
+            thought_from = at
+        elif marker == THOUGHT_END and thought_from is not None:
+            thoughts.append((thought_from, after))
+            thought_from = None
+        elif marker == CALL:
+            calls += 1
+    if in_model:
+        close(len(text), len(text))
+    return steps
+
+
+def check_answers(text: str, steps: Sequence[Step], answers: Sequence[str], calls: int) -> None:
+    """Hold the steps against the messages: every answer is in one of them, in order, and so are all tool calls.
+
+    `answers`: what the assistant's messages say, without white space around and thoughts. A template that does not
+    render what it was given would otherwise train on something else without a word. Raises TemplateError.
+    """
+    found = sum(step.calls for step in steps)
+    if found != calls:
+        raise TemplateError(f"the chat template renders {found} of {calls} tool calls as the model's")
+    rest, position = list(steps), 0
+    for answer in answers:
+        while rest:
+            at = text.find(answer, max(position, rest[0].start), rest[0].end)
+            if at >= 0:
+                position = at + len(answer)
+                break
+            rest.pop(0)
+        else:
+            short = answer if len(answer) <= 40 else answer[:37] + "..."
+            raise TemplateError(
+                f"the chat template does not render the answer {short!r} between {MODEL_HEADER!r} and {TURN_END!r}"
+            )
+
+
+def supervised_spans(steps: Sequence[Step], choice: Supervise) -> list[Span]:
+    """The characters that are learnt, as sorted spans that neither touch nor overlap."""
+    spans: list[Span] = []
+    last = steps[-1].turn if steps else -1
+    for step in steps:
+        if (choice.turns == "last" and step.turn != last) or (step.calls and not choice.tool_calls):
+            continue
+        position = step.start
+        for start, end in () if choice.thinking else step.thoughts:
+            spans.append((position, start))
+            position = end
+        spans.append((position, step.end))
+    return [span for span in spans if span[1] > span[0]]

@@ -1,0 +1,346 @@
+"""Packing loses and leaks nothing; the stream is the same every time, shared out among ranks, and goes on exactly."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import chat, corpus_of, model_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bridge.errors import DataError, UsageError
+from recipes.data import Batches, BatchOptions, Corpus
+from recipes.data.chat import Encoded
+from recipes.data.collate import IGNORE, batch_tensors
+from recipes.data.packing import first_fit_decreasing, plan_epoch
+from recipes.data.threads import ordered_map
+
+WIDTH = 96
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """60 conversations of 20 to 60 tokens, no two alike, some with an image of a colour of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    rows: list[Any] = []
+    for index in range(60):
+        row = chat(f"q{index}", "x" * (index * 7 % 40) + str(index))
+        if index % 20 == 19:
+            Image.new("RGB", (12, 12), (index, 0, 0)).save(folder / f"{index}.png")
+            row = chat("q", str(index))
+            row["messages"][0]["content"] = [{"type": "image", "path": f"{index}.png"}]
+        rows.append(row)
+    return corpus_of(folder, model_folder(folder / "model"), rows, seq_length=WIDTH)
+
+
+def samples_of(corpus: Corpus, batch: dict[str, torch.Tensor]) -> list[int]:
+    """Which samples a batch holds, by their tokens; every real token must be of one."""
+    known = {tuple(corpus[index].ids.tolist()): index for index in range(len(corpus))}
+    assert len(known) == len(corpus)
+    ids, mask = batch["input_ids"].flatten().tolist(), batch["attention_mask"].flatten().tolist()
+    starts = [*(batch["position_ids"].flatten() == 0).nonzero().flatten().tolist(), len(ids)]
+    found = []
+    for start, end in pairwise(starts):
+        tokens = tuple(token for token, real in zip(ids[start:end], mask[start:end], strict=True) if real)
+        if tokens:
+            found.append(known[tokens])
+    return found
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 50), max_size=60), capacity=st.integers(50, 90))
+def test_first_fit_decreasing(sizes: list[int], capacity: int) -> None:
+    bins = first_fit_decreasing(sizes, capacity)
+    assert sorted(item for content in bins for item in content) == list(range(len(sizes)))
+    assert all(0 < sum(sizes[item] for item in content) <= capacity for content in bins)
+    # First fit: what begins a bin fitted into none of those before it as they were then, so two halves never remain.
+    assert sum(sum(sizes[item] for item in content) * 2 <= capacity for content in bins) <= 1
+    # The textbook, slowly.
+    room: list[int] = []
+    content: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        place = next((place for place, left in enumerate(room) if left >= sizes[item]), len(room))
+        if place == len(room):
+            room.append(capacity)
+            content.append([])
+        room[place] -= sizes[item]
+        content[place].append(item)
+    assert bins == content
+
+
+def test_an_item_too_large() -> None:
+    with pytest.raises(ValueError, match="item 1 of size 9 does not fit into 8"):
+        first_fit_decreasing([1, 9], 8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60),
+    epoch=st.integers(0, 3),
+    buffer=st.integers(1, 70),
+    multiple=st.sampled_from([1, 4]),
+    shuffle=st.booleans(),
+)
+def test_a_plan_holds_every_sample_once(
+    lengths: list[int], epoch: int, buffer: int, multiple: int, shuffle: bool
+) -> None:
+    options: dict[str, Any] = {"seed": 3, "shuffle": shuffle, "seq_length": 40, "document_multiple": multiple}
+    array = np.asarray(lengths)
+    for packing in (False, True):
+        plan = plan_epoch(array, epoch=epoch, packing=packing, pack_buffer=buffer, **options)
+        rows = [plan.row(index) for index in range(len(plan))]
+        assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+        again = plan_epoch(array, epoch=epoch, packing=packing, pack_buffer=buffer, **options)
+        assert rows == [again.row(index) for index in range(len(again))]
+        if packing:
+            assert all(sum(-(-lengths[sample] // multiple) * multiple for sample in row) <= 40 for row in rows)
+            assert plan.efficiency == pytest.approx(sum(lengths) / (len(rows) * 40))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), multiple=st.sampled_from([1, 2, 4]))
+def test_a_packed_batch_leaks_and_loses_nothing(data: st.DataObject, multiple: int) -> None:
+    """Cut at cu_seqlens, every document is what it would be alone: tokens, labels, positions."""
+    rows: list[list[Encoded]] = []
+    next_id = 10
+    for _ in range(data.draw(st.integers(1, 3))):
+        row: list[Encoded] = []
+        used = 0
+        for size in data.draw(st.lists(st.integers(2, 12), max_size=5)):
+            used += -(-size // multiple) * multiple
+            if used > 40:
+                break
+            mask = np.asarray(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+            row.append(Encoded(np.arange(next_id, next_id + size, dtype=np.int32), mask, np.zeros(size, np.uint8)))
+            next_id += size
+        rows.append(row)
+    batch = batch_tensors(rows, width=40, pad_id=0, packed=True, with_types=True, document_multiple=multiple)
+    bounds = batch["cu_seqlens"].tolist()
+    assert bounds[0] == 0 and bounds[-1] == 40 * len(rows) and all(a < b for a, b in zip(bounds, bounds[1:]))  # noqa: B905, RUF007
+    assert set(range(0, 40 * len(rows), 40)) <= set(bounds)
+    flat = {name: batch[name].flatten() for name in ("input_ids", "labels", "attention_mask", "position_ids")}
+    expected = [sample for row in rows for sample in row]
+    for start, end in pairwise(bounds):
+        ids, labels, mask, positions = (flat[name][start:end] for name in flat)
+        assert positions.tolist() == list(range(end - start))
+        if not mask.any():
+            assert (ids == 0).all() and (labels == IGNORE).all()
+            continue
+        sample = expected.pop(0)
+        size = len(sample)
+        assert end - start == -(-size // multiple) * multiple
+        assert mask.tolist() == [1] * size + [0] * (end - start - size)
+        assert ids[:size].tolist() == sample.ids.tolist()
+        wanted = [
+            int(token) if learnt else IGNORE
+            for token, learnt in zip(sample.ids[1:], sample.supervised[1:], strict=True)
+        ]
+        assert labels.tolist() == wanted + [IGNORE] * (end - start - size + 1)
+    assert not expected
+    learnt = sum(int(sample.supervised[1:].sum()) for row in rows for sample in row)
+    assert int((flat["labels"] != IGNORE).sum()) == learnt
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, 2), (3, 4)])
+def test_ranks_share_an_epoch(packing: bool, ranks: int, micro: int, corpus: Corpus) -> None:
+    seen: Counter[int] = Counter()
+    steps = set()
+    for rank in range(ranks):
+        options = BatchOptions(
+            WIDTH, dp_rank=rank, dp_size=ranks, micro_batch_size=micro, packing=packing, epochs=1, pad_multiple=8
+        )
+        with Batches(corpus, options) as batches:
+            mine = list(batches)
+        steps.add(len(mine))
+        for batch in mine:
+            assert batch["input_ids"].shape[0] == micro
+            assert batch["input_ids"].shape[1] % 8 == 0
+            seen.update(samples_of(corpus, batch))
+    assert seen == Counter(range(len(corpus)))
+    assert len(steps) == 1
+
+
+def test_epochs_differ_and_seeds_differ_and_runs_do_not(corpus: Corpus) -> None:
+    def order(**options: Any) -> list[int]:
+        with Batches(corpus, BatchOptions(WIDTH, **options)) as batches:
+            return [samples_of(corpus, batch)[0] for batch in islice(batches, 2 * len(corpus))]
+
+    first = order()
+    assert first == order(workers=0) == order(workers=1, prefetch=1)
+    assert sorted(first[:60]) == sorted(first[60:]) == list(range(60))
+    assert first[:60] != first[60:]
+    assert first != order(seed=1)
+    assert order(shuffle=False) == [*range(60), *range(60)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_resumed_anywhere_it_is_the_same(packing: bool, corpus: Corpus) -> None:
+    """Stopped after any number of steps, with batches already made ahead; over the end of an epoch too."""
+    options = BatchOptions(WIDTH, packing=packing, micro_batch_size=2, dp_size=2, dp_rank=1, prefetch=5)
+    with Batches(corpus, options) as batches:
+        whole = list(islice(batches, 40))
+    for stop in (0, 1, 2, 7, 14, 15, 16, 30):
+        with Batches(corpus, options) as batches:
+            first = list(islice(batches, stop))
+            state = batches.state_dict()
+        with Batches(corpus, replace(options, prefetch=2)) as batches:
+            next(batches)
+            batches.load_state_dict(state)
+            rest = list(islice(batches, 40 - stop))
+            assert batches.position.epoch >= 1
+        assert all(same(left, right) for left, right in zip(first + rest, whole, strict=True))
+
+
+def test_resumed_with_other_ranks_no_row_is_lost_or_seen_twice(corpus: Corpus) -> None:
+    def taken(ranks: int, micro: int, steps: int, state: dict[str, Any] | None) -> tuple[list[int], dict[str, Any]]:
+        rows: list[list[int]] = []
+        states = []
+        for rank in range(ranks):
+            options = BatchOptions(WIDTH, dp_rank=rank, dp_size=ranks, micro_batch_size=micro)
+            with Batches(corpus, options) as batches:
+                if state is not None:
+                    batches.load_state_dict(state)
+                rows.append([sample for batch in islice(batches, steps) for sample in samples_of(corpus, batch)])
+                states.append(batches.state_dict())
+        assert all(other == states[0] for other in states)
+        return [sample for row in rows for sample in row], states[0]
+
+    first, state = taken(2, 2, 5, None)
+    second, state = taken(4, 1, 5, state)
+    third, _ = taken(1, 4, 5, state)
+    assert Counter(first + second + third) == Counter(range(60))
+
+
+def test_a_state_of_other_data_is_refused(corpus: Corpus) -> None:
+    state = Batches(corpus, BatchOptions(WIDTH)).state_dict()
+    for options, name in [({"seed": 1}, "seed"), ({"shuffle": False}, "shuffle"), ({"packing": True}, "packing")]:
+        with pytest.raises(DataError, match=rf"another order of rows \({name}.* changed\)"):
+            Batches(corpus, BatchOptions(WIDTH, **options)).load_state_dict(state)
+    with pytest.raises(DataError, match=r"\(data changed\)"):
+        Batches(corpus, BatchOptions(WIDTH)).load_state_dict({**state, "stream": {**state["stream"], "data": "x"}})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_media_come_in_the_order_of_their_placeholders(packing: bool, corpus: Corpus) -> None:
+    """Every image has a colour that says which sample it belongs to."""
+    found = []
+    options = BatchOptions(256, packing=packing, micro_batch_size=7, epochs=1)
+    with Batches(corpus, options) as batches:
+        for batch in batches:
+            holders = [sample for sample in samples_of(corpus, batch) if corpus[sample].media]
+            images = batch.get("pixel_values", torch.zeros(0, 1, 1))
+            colours = [round(float(image[0, 0]) * 255) for image in images]
+            assert colours == holders
+            soft = int((batch["mm_token_type_ids"] == 1).sum())
+            valid = (batch["image_position_ids"][..., 0] >= 0).sum() if len(images) else 0
+            assert soft == int(valid) // 9
+            found += colours
+    assert sorted(found) == [19, 39, 59]
+
+
+def test_sounds_of_different_lengths_are_padded() -> None:
+    from recipes.data.collate import join_media
+
+    short, long = torch.ones(1, 3, 2), torch.ones(2, 5, 2)
+    joined = join_media([{"input_features": short}, {}, {"input_features": long}])["input_features"]
+    assert joined.shape == (3, 5, 2)
+    assert joined.sum(dim=(1, 2)).tolist() == [6, 10, 10]
+    ids = join_media([{"image_position_ids": torch.zeros(1, 1, 2)}, {"image_position_ids": torch.zeros(1, 2, 2)}])
+    assert ids["image_position_ids"][0, 1].tolist() == [-1, -1]
+
+
+def test_packing_is_worth_it(corpus: Corpus) -> None:
+    with Batches(corpus, BatchOptions(256, packing=True)) as batches:
+        efficiency = batches.plan(0).efficiency
+        first = next(batches)
+    assert efficiency is not None and efficiency > 0.9
+    assert first["input_ids"].shape == (1, 256)
+    assert first["cu_seqlens"].dtype == torch.int32
+    dice = np.random.default_rng(0)
+    lengths = np.clip(dice.lognormal(6, 1, 20_000).astype(np.int64), 8, 4096)
+    started = time.monotonic()
+    plan = plan_epoch(lengths, epoch=0, seed=0, shuffle=True, packing=True, seq_length=4096)
+    assert plan.efficiency is not None and plan.efficiency > 0.97
+    assert time.monotonic() - started < 10
+
+
+def test_an_error_comes_where_it_is_due_and_threads_end(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BatchOptions(WIDTH, shuffle=False, prefetch=8, epochs=1)
+    media = corpus.media_tensors
+
+    def broken(sample: int) -> dict[str, Any]:
+        if sample == 5:
+            raise DataError("row 5 is broken")
+        return media(sample)
+
+    monkeypatch.setattr(corpus, "media_tensors", broken)
+    before = threading.active_count()
+    with Batches(corpus, options) as batches:
+        assert len(list(islice(batches, 5))) == 5
+        with pytest.raises(DataError, match="row 5 is broken"):
+            next(batches)
+        assert threading.active_count() == before
+        assert batches.position.row == 5
+
+
+def test_ordered_map_keeps_order_and_looks_ahead_no_further() -> None:
+    taken = []
+
+    def items() -> Any:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    def work(item: int) -> int:
+        time.sleep(0.002 * (item % 3))
+        return item
+
+    results = ordered_map(work, items(), workers=4, ahead=6)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert len(taken) <= 17
+    assert list(results) == list(range(10, 100))
+
+
+def test_options_that_make_no_sense(corpus: Corpus) -> None:
+    for options, message in [
+        ({"dp_rank": 2, "dp_size": 2}, "dp_rank: 2 is not below dp_size 2"),
+        ({"micro_batch_size": 0}, "micro_batch_size: 0 is less than 1"),
+        ({"packing": True, "document_multiple": 7}, "seq_length: 96 is not a multiple of 7"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            BatchOptions(WIDTH, **options)
+    with pytest.raises(DataError, match=r"its longest sample has \d+ tokens, a row only 16"):
+        Batches(corpus, BatchOptions(16))
+
+
+def test_show(corpus: Corpus, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    from recipes.data.show import show
+
+    plain, coloured = (
+        Console(file=io.StringIO(), width=100),
+        Console(file=io.StringIO(), width=100, force_terminal=True),
+    )
+    show(corpus, 2, plain)
+    text = plain.file.getvalue()  # type: ignore[attr-defined]
+    assert "⟦0<turn|>⟧" in text and "data.jsonl:1 · " in text and "60 read, 60 kept" in text and "real tokens" in text
+    show(corpus, 2, coloured)
+    assert "\x1b[1;32m0<turn|>\x1b[0m" in coloured.file.getvalue()  # type: ignore[attr-defined]

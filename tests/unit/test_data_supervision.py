@@ -1,0 +1,390 @@
+"""What is learnt, against masks written by hand: what stands in ⟦ ⟧ is, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bridge.errors import DataError, UsageError
+from recipes.data import CorpusOptions, Supervise
+from recipes.data.chat import ChatModel
+from recipes.data.sample import Where, parse_record
+
+# A 40 × 30 image is 9 × 7 soft tokens of the toys' 12 × 12 pixels; 8 × 8 for a square one.
+WIDE = "<|image>" + "<|image|>" * 63 + "<image|>"
+SQUARE = "<|image>" + "<|image|>" * 64 + "<image|>"
+CLIP = " ".join(f"00:0{second} <|image>{'<|video|>' * 64}<image|>" for second in (0, 1))
+SOUND = "<|audio>" + "<|audio|>" * 25 + "<audio|>"
+
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS_RENDERED = (
+    '<|tool>{"type": "function", "function": '
+    '{"name": "now", "parameters": {"type": "object", "properties": {}}}}<tool|>'
+)
+
+
+def say(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+USE = [
+    say("user", "when?"),
+    say("assistant", "let me see", tool_calls=[call("now")], reasoning_content="a clock"),
+    say("tool", "noon", name="now"),
+    say("assistant", "It is noon.", reasoning_content="good"),
+]
+MERGED_USE = [
+    say("user", "when?"),
+    say("assistant", tool_calls=[call("now", zone="x")], tool_responses=[{"name": "now", "response": "noon"}]),
+    say("assistant", "It is noon."),
+]
+THOUGHTS = [
+    say("user", "a"),
+    say("assistant", "one", reasoning_content="first thought"),
+    say("user", "b"),
+    say("assistant", "two", reasoning_content=" second\nthought "),
+]
+
+# name, record, options, the rendering with what is learnt in ⟦ ⟧
+BY_HAND: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "one turn",
+        chat("hi", "hello"),
+        {},
+        "<bos><|turn>user\nhi<turn|>\n<|turn>model\n⟦hello<turn|>⟧\n",
+    ),
+    (
+        "white space around is trimmed by the template, inside it stays",
+        chat(" hi ", "\n hello  there\n\nyou \n"),
+        {},
+        "<bos><|turn>user\nhi<turn|>\n<|turn>model\n⟦hello  there\n\nyou<turn|>⟧\n",
+    ),
+    (
+        "three turns",
+        chat("a", "b", "c", "d", "e", "f"),
+        {},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n<|turn>user\nc<turn|>\n<|turn>model\n⟦d<turn|>⟧\n"
+        "<|turn>user\ne<turn|>\n<|turn>model\n⟦f<turn|>⟧\n",
+    ),
+    (
+        "three turns, the last only",
+        chat("a", "b", "c", "d", "e", "f"),
+        {"supervise": Supervise(turns="last")},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\nb<turn|>\n<|turn>user\nc<turn|>\n<|turn>model\nd<turn|>\n"
+        "<|turn>user\ne<turn|>\n<|turn>model\n⟦f<turn|>⟧\n",
+    ),
+    (
+        "a system turn",
+        {"messages": [say("system", "be brief"), *chat("a", "b")["messages"]]},
+        {},
+        "<bos><|turn>system\nbe brief<turn|>\n<|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n",
+    ),
+    (
+        "a developer's turn in two parts, and the token that asks for thoughts",
+        {
+            "messages": [
+                say("developer", [{"type": "text", "text": "<|think|>be"}, {"type": "text", "text": " brief"}]),
+                *chat("a", "b")["messages"],
+            ]
+        },
+        {},
+        "<bos><|turn>system\n<|think|>be brief<turn|>\n<|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n",
+    ),
+    (
+        "the words user and model, and an answer that was said before",
+        chat("model\nyes", "yes", "user model yes", "yes\nmodel\nuser"),
+        {},
+        "<bos><|turn>user\nmodel\nyes<turn|>\n<|turn>model\n⟦yes<turn|>⟧\n<|turn>user\nuser model yes<turn|>\n"
+        "<|turn>model\n⟦yes\nmodel\nuser<turn|>⟧\n",
+    ),
+    (
+        "unicode: scripts, emoji with joiners, combining marks, no-break and ideographic space",
+        chat("Grüße, 世界", "é vs e\u0301 👩‍👩‍👧 \u00a0x\u3000y ابجد"),
+        {},
+        "<bos><|turn>user\nGrüße, 世界<turn|>\n<|turn>model\n⟦é vs e\u0301 👩‍👩‍👧 \u00a0x\u3000y ابجد<turn|>⟧\n",
+    ),
+    (
+        "thoughts: the template leaves those of earlier exchanges out",
+        {"messages": THOUGHTS},
+        {},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦one<turn|>⟧\n<|turn>user\nb<turn|>\n"
+        "<|turn>model\n⟦<|channel>thought\nsecond\nthought\n<channel|>two<turn|>⟧\n",
+    ),
+    (
+        "thoughts do not count",
+        {"messages": THOUGHTS},
+        {"supervise": Supervise(thinking=False)},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦one<turn|>⟧\n<|turn>user\nb<turn|>\n"
+        "<|turn>model\n<|channel>thought\nsecond\nthought\n<channel|>⟦two<turn|>⟧\n",
+    ),
+    (
+        "tools: declared, called, answered",
+        {"messages": USE, "tools": TOOLS},
+        {},
+        f"<bos><|turn>system\n{TOOLS_RENDERED}<turn|>\n<|turn>user\nwhen?<turn|>\n"
+        "<|turn>model\n⟦<|channel>thought\na clock\n<channel|>let me see<|tool_call>call:now{}<tool_call|><turn|>⟧\n"
+        "<|turn>tool\n<|tool_response>noon<tool_response|><turn|>\n"
+        "<|turn>model\n⟦<|channel>thought\ngood\n<channel|>It is noon.<turn|>⟧\n",
+    ),
+    (
+        "tool calls and thoughts do not count",
+        {"messages": USE},
+        {"supervise": Supervise(thinking=False, tool_calls=False)},
+        "<bos><|turn>user\nwhen?<turn|>\n"
+        "<|turn>model\n<|channel>thought\na clock\n<channel|>let me see<|tool_call>call:now{}<tool_call|><turn|>\n"
+        "<|turn>tool\n<|tool_response>noon<tool_response|><turn|>\n"
+        "<|turn>model\n<|channel>thought\ngood\n<channel|>⟦It is noon.<turn|>⟧\n",
+    ),
+    (
+        "a call alone, its arguments a string of JSON",
+        {
+            "messages": [
+                say("user", "go"),
+                say("assistant", tool_calls=[{"function": {"name": "f", "arguments": '{"x": [1, "ü"]}'}}]),
+            ]
+        },
+        {},
+        '<bos><|turn>user\ngo<turn|>\n<|turn>model\n⟦<|tool_call>call:f{"x": [1, "ü"]}<tool_call|><turn|>⟧\n',
+    ),
+    (
+        "an image and a question",
+        {"messages": [say("user", [{"type": "image", "path": "wide.png"}, {"type": "text", "text": "what?"}]),
+                      say("assistant", "a field")]},
+        {},
+        f"<bos><|turn>user\n{WIDE}what?<turn|>\n<|turn>model\n⟦a field<turn|>⟧\n",
+    ),
+    (
+        "two images from the record's column, a turn between them",
+        {"messages": [say("user", [{"type": "text", "text": "one"}, {"type": "image"}]), say("assistant", "a"),
+                      say("user", [{"type": "image"}, {"type": "text", "text": "two"}]), say("assistant", "b")],
+         "images": ["wide.png", {"path": "square.png"}]},
+        {},
+        f"<bos><|turn>user\none{WIDE}<turn|>\n<|turn>model\n⟦a<turn|>⟧\n<|turn>user\n{SQUARE}two<turn|>\n"
+        "<|turn>model\n⟦b<turn|>⟧\n",
+    ),
+    (
+        "a sound and a video of two frames",
+        {"messages": [say("user", [{"type": "audio", "audio": "tone.wav"},
+                                   {"type": "video", "frames": ["square.png", "square.png"], "fps": 1}]),
+                      say("assistant", "a hum")]},
+        {},
+        f"<bos><|turn>user\n{SOUND}{CLIP}<turn|>\n<|turn>model\n⟦a hum<turn|>⟧\n",
+    ),
+    (
+        "prompt and completion",
+        {"prompt": "2+2", "completion": "4"},
+        {},
+        "<bos><|turn>user\n2+2<turn|>\n<|turn>model\n⟦4<turn|>⟧\n",
+    ),
+    (
+        "plain text",
+        {"text": " once upon\na time "},
+        {},
+        "<bos>⟦ once upon\na time <eos>⟧",
+    ),
+    (
+        "tools that answer inside the model's turn: it learns to stop for them, not what they say",
+        {"messages": [*MERGED_USE, *chat("thanks", "bye")["messages"]]},
+        {"chat_template": "merging.jinja"},
+        '<bos><|turn>user\nwhen?<turn|>\n<|turn>model\n⟦<|tool_call>call:now{zone:<|"|>x<|"|>}<tool_call|>'
+        "<|tool_response>⟧response:now{noon}<tool_response|>⟦It is noon.<turn|>⟧\n<|turn>user\nthanks<turn|>\n"
+        "<|turn>model\n⟦bye<turn|>⟧\n",
+    ),
+    (
+        "the same, calls do not count",
+        {"messages": MERGED_USE},
+        {"chat_template": "merging.jinja", "supervise": Supervise(tool_calls=False)},
+        '<bos><|turn>user\nwhen?<turn|>\n<|turn>model\n<|tool_call>call:now{zone:<|"|>x<|"|>}<tool_call|>'
+        "<|tool_response>response:now{noon}<tool_response|>⟦It is noon.<turn|>⟧\n",
+    ),
+    (
+        "two answers of tools in a row, and an answer in the same message",
+        {"messages": [
+            say("user", "x"),
+            say("assistant", "done", tool_calls=[call("a"), call("b")],
+                tool_responses=[{"name": "a", "response": "1"}, {"name": "b", "response": "2"}]),
+        ]},
+        {"chat_template": "merging.jinja"},
+        "<bos><|turn>user\nx<turn|>\n<|turn>model\n⟦<|tool_call>call:a{}<tool_call|><|tool_call>call:b{}<tool_call|>"
+        "<|tool_response>⟧response:a{1}<tool_response|><|tool_response>response:b{2}<tool_response|>⟦done<turn|>⟧\n",
+    ),
+    (
+        "a thought written into the content, which the template takes out; an image between blank lines",
+        {"messages": [say("user", [{"type": "image", "path": "square.png"}, {"type": "text", "text": "?"}]),
+                      say("assistant", "<|channel>thought\nhm<channel|>so be it")]},
+        {"chat_template": "merging.jinja"},
+        f"<bos><|turn>user\n\n\n{SQUARE}\n\n?<turn|>\n<|turn>model\n⟦so be it<turn|>⟧\n",
+    ),
+    (
+        "the empty thought of a generation prompt, before the last answer only",
+        chat("a", "b", "c", "d"),
+        {"chat_template": "merging.jinja", "generation_prefix": True},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n<|turn>user\nc<turn|>\n"
+        "<|turn>model\n<|channel>thought\n<channel|>⟦d<turn|>⟧\n",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with media in it, which is also the current one."""
+    Image.new("RGB", (40, 30), (9, 200, 9)).save(tmp_path / "wide.png")
+    Image.new("RGB", (24, 24), (9, 9, 200)).save(tmp_path / "square.png")
+    (tmp_path / "merging.jinja").write_text(MERGING_TEMPLATE)
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((8000 * np.sin(np.arange(16_000) / 9)).astype("<i2").tobytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def by_hand(marked: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ids and mask of a text in which what is learnt stands in ⟦ ⟧."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for index, piece in enumerate(re.split("[⟦⟧]", marked)):
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        mask += [bool(index % 2)] * len(tokens)
+    return ids, mask
+
+
+@pytest.mark.parametrize(("record", "options", "marked"), [row[1:] for row in BY_HAND], ids=[row[0] for row in BY_HAND])
+def test_masks_by_hand(record: Any, options: Any, marked: str, data: Path, model: Path) -> None:
+    corpus = corpus_of(data, model, [record], **options)
+    sample = corpus[0]
+    ids, mask = by_hand(marked, corpus.tokenizer)
+    assert corpus.tokenizer.decode(sample.ids) == re.sub("[⟦⟧]", "", marked)
+    assert sample.ids.tolist() == ids
+    assert sample.supervised.tolist() == mask
+    assert corpus.statistics.supervised == sum(mask)
+
+
+def test_the_tokens_are_those_of_transformers(data: Path, model: Path) -> None:
+    """The processor's own apply_chat_template, decoding and all, gives the same ids and token types."""
+    messages = [
+        say("user", [{"type": "image", "path": "wide.png"}, {"type": "text", "text": "what is it?"}]),
+        say("assistant", "a field"),
+    ]
+    corpus = corpus_of(data, model, [{"messages": messages}])
+    processor = ChatModel(model, corpus.options).processor
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert corpus[0].ids.tolist() == expected["input_ids"][0].tolist()
+    assert corpus[0].types.tolist() == expected["mm_token_type_ids"][0].tolist()
+    tensors = corpus.media_tensors(0)
+    assert set(tensors) == {"pixel_values", "image_position_ids"}
+    for name, tensor in tensors.items():
+        assert tensor.equal(expected[name]), name
+
+
+def test_a_token_never_straddles_prompt_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a merge of newline and h, the whole has one token where a prompt ends and an answer begins."""
+    from bridge.toy import tokenizer as toy_tokenizer
+
+    monkeypatch.setattr(toy_tokenizer, "_MERGES", "\n h|" + toy_tokenizer._MERGES)
+    corpus = corpus_of(tmp_path, model_folder(tmp_path / "merging"), [chat("a\nhi", "hi", "b", "oh\nhi")])
+    merged = corpus.tokenizer.convert_tokens_to_ids("\nh")
+    whole = corpus.tokenizer("<|turn>model\nhi", add_special_tokens=False)["input_ids"]
+    assert merged in whole
+    sample = corpus[0]
+    spoken = "".join(corpus.tokenizer.decode(sample.ids[sample.supervised]))
+    assert spoken == "hi<turn|>oh\nhi<turn|>"
+    # Inside a turn the merge is as ever.
+    assert sample.ids.tolist().count(merged) == 2
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b", "26b-a4b"])
+def test_every_family(variant: str, data: Path) -> None:
+    model = model_folder(data / variant, variant)
+    corpus = corpus_of(data, model, [BY_HAND[13][1]])
+    ids, mask = by_hand(BY_HAND[13][3], corpus.tokenizer)
+    assert (corpus[0].ids.tolist(), corpus[0].supervised.tolist()) == (ids, mask)
+    if variant == "26b-a4b":
+        sound = {"messages": [say("user", [{"type": "audio", "path": "tone.wav"}]), say("assistant", "a hum")]}
+        with pytest.raises(DataError, match=r"data\.jsonl:1: the model in .* takes no audio"):
+            corpus_of(data, model, [sound])
+
+
+def test_a_text_model_takes_text_only(data: Path) -> None:
+    model = model_folder(data / "text", text_only=True)
+    assert corpus_of(data, model, [chat("a", "b")])[0].supervised.sum() == 2
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the model in .* takes no image"):
+        corpus_of(data, model, [BY_HAND[13][1]])
+
+
+def test_a_base_model(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "gemma")
+    (model / "chat_template.jinja").rename(tmp_path / "elsewhere.jinja")
+    with pytest.raises(UsageError, match=r"copy chat_template\.jinja .*gemma-it.*data\.chat_template"):
+        corpus_of(tmp_path, model, [chat("a", "b")], on_error="skip")
+    assert len(corpus_of(tmp_path, model, [{"text": "words"}])) == 1
+    assert len(corpus_of(tmp_path, model, [chat("a", "b")], chat_template=str(tmp_path / "elsewhere.jinja"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }}", "does not render the answer 'fine'"),
+        ("<|turn>model\nso <turn|>{{ messages[1].content }}", "does not render the answer 'fine'"),
+        ("<|turn>model\n{{ messages[1].content | upper }}<turn|>", "does not render the answer 'fine'"),
+        ("<|turn>model\n<|channel>{{ messages[1].content }}<turn|>", "a thought without <channel|>"),
+        ("{{ raise_exception('not like this') }}", "the chat template refuses it (not like this)"),
+        ("{% for", "the chat template refuses it"),
+    ],
+)
+def test_a_template_that_is_not_understood(template: str, message: str, tmp_path: Path, model: Path) -> None:
+    (tmp_path / "odd.jinja").write_text(template)
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{re.escape(message)}"):
+        corpus_of(tmp_path, model, [chat("how?", "fine")], chat_template=str(tmp_path / "odd.jinja"))
+
+
+# No control characters that JSON or the tokenizer's decoder treat on their own, and no "▁", which is a space to it.
+_words = st.text(
+    st.characters(codec="utf-8", exclude_characters="▁", exclude_categories=("Cs", "Cn")), min_size=1, max_size=24
+).filter(lambda text: text.strip() and not re.search(r"<\|?[a-z_]+\|?>|<.\".>", text))
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=st.lists(st.tuples(_words, _words), min_size=1, max_size=4), last=st.booleans(), system=st.booleans())
+def test_what_is_learnt_is_what_the_assistant_says(
+    turns: list[tuple[str, str]], last: bool, system: bool, chat_model: dict[bool, ChatModel]
+) -> None:
+    head = [say("system", "be kind")] if system else []
+    body = [say(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    model = chat_model[last]
+    sample = parse_record({"messages": head + body}, Where("x", 1))
+    encoded = model.encode(sample, lambda blob, at: b"")
+    spans = np.flatnonzero(np.diff(encoded.supervised.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    said = [model.tokenizer.decode(encoded.ids[start:end]) for start, end in spans]
+    expected = [answer.strip() + "<turn|>" for _, answer in turns]
+    assert said == (expected[-1:] if last else expected)
+    assert model.tokenizer.decode(encoded.ids) == model.render(sample)
+
+
+@pytest.fixture(scope="module")
+def chat_model(model: Path) -> dict[bool, ChatModel]:
+    """By whether only the last turn counts."""
+    return {
+        last: ChatModel(model, CorpusOptions("x", 512, supervise=Supervise(turns="last" if last else "all")))
+        for last in (False, True)
+    }
