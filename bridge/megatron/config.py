@@ -28,7 +28,7 @@ class Gemma4TransformerConfig(TransformerConfig):
 
     geometry: Geometry = None  # type: ignore[assignment]
     pipeline_payload: int = 1
-    attention_backends: tuple[tuple[str, str], ...] = (("sliding", "reference"), ("global", "reference"))
+    attention_backends: tuple[tuple[str, str], ...] = (("sliding", "auto"), ("global", "auto"))
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
     heterogeneous_block_specs: bool = True
     # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.

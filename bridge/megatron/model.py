@@ -17,6 +17,7 @@ from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
 from bridge.megatron.rope import rotary_tables
 from bridge.megatron.visibility import Visibility
+from bridge.megatron.zigzag import Zigzag
 
 
 class Gemma4Model(GPTModel):
@@ -66,17 +67,26 @@ class Gemma4Model(GPTModel):
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Logits [b, s, vocab / tp], or token losses [b, s] when `labels` are given; a payload on other stages.
+        """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
 
-        `input_ids` [b, s] is needed on every stage of a model with per-layer embeddings. `attention_mask` is [b, s],
-        1 = real token; nothing else is a mask here. `position_ids` [b, s] count from 0 in every document when absent.
+        `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
+        here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
+        `position_ids` [b, s] count from 0 in every document when absent.
+
+        Under context parallelism every rank is given the whole rows and computes its part of them, which
+        `bridge.megatron.context_parallel.take` cuts out of anything else; only `decoder_input` is that part already.
         """
-        cu_seqlens = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+        cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
         visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
         if position_ids is None:
             position_ids = visibility.index
             if cu_seqlens is not None:
                 position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
+        if self.pg_collection.cp.size() > 1:
+            zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
+            visibility = visibility.on(zigzag)
+            input_ids, position_ids = zigzag.take(input_ids), zigzag.take(position_ids)
+            labels = None if labels is None else zigzag.take(labels)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embed(input_ids)
         block = {
@@ -110,3 +120,8 @@ class Gemma4Model(GPTModel):
         """The softcap, in the dtype of the logits; Megatron calls this between the head and the loss."""
         cap = self.config.geometry.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _bounds(packed: PackedSeqParams) -> Tensor:
+    """Where documents begin in the row, padding between them included: a document's padding is behind its tokens."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded

@@ -13,8 +13,8 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.errors import ParallelError, UsageError
 from bridge.geometry import Geometry
+from bridge.megatron import attention_backends
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
-from bridge.megatron.core_attention import BACKENDS
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import Parallel
@@ -28,6 +28,7 @@ RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
 class Gemma4Provider:
     """Builds the stages of one model in one layout.
 
+    `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
@@ -35,14 +36,15 @@ class Gemma4Provider:
     geometry: Geometry
     parallel: Parallel = field(default_factory=Parallel)
     dtype: torch.dtype = torch.bfloat16
-    attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "reference", "global": "reference"})
+    attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
         for kind, backend in self.attention_backends.items():
-            if kind not in ("sliding", "global") or backend not in BACKENDS:
-                raise UsageError(f"attention backend {kind}={backend}: known are {', '.join(BACKENDS)}")
+            if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
+                known = ", ".join(attention_backends.NAMES)
+                raise UsageError(f"attention backend {kind}={backend}: known are {known}, for sliding and global")
         unknown = set(self.overrides.get("recompute_modules") or ()) - set(RECOMPUTE_MODULES)
         if unknown:
             raise UsageError(f"recompute_modules {sorted(unknown)}: known are {', '.join(RECOMPUTE_MODULES)}")
@@ -63,7 +65,7 @@ class Gemma4Provider:
         fields: dict[str, Any] = {
             "geometry": geometry,
             "pipeline_payload": max((boundary.slots for boundary in boundaries), default=1),
-            "attention_backends": tuple(self.attention_backends.items()),
+            "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,
             "num_attention_heads": first.num_attention_heads,

@@ -1,20 +1,21 @@
 """What a token may see: a description, not a tensor.
 
 A `Visibility` says of every token of a batch which document it belongs to, where in its row it stands, and which vision
-block it is part of. A `MaskRule` says what a layer makes of that. An attention backend turns both into what its kernel
-wants; only the reference backend ever builds [s, s].
+block it is part of. A `MaskRule` says what a layer makes of that. Together they give every query one interval of keys
+(`Visibility.reach`): that is all the fast backends need, and only the reference backend ever builds [s, s].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry, LayerGeometry
+from bridge.megatron.zigzag import Zigzag
 
 # Token types of the processors: image, video (mm_token_type_ids).
 _VISION_TYPES = (1, 2)
@@ -31,6 +32,10 @@ class MaskRule:
     window: int | None
     blocks: Literal["causal", "windowed", "full"]
 
+    def __str__(self) -> str:
+        window = "causal" if self.window is None else f"window {self.window}"
+        return window if self.blocks == "causal" else f"{window} with {self.blocks} vision blocks"
+
 
 def mask_rule(geometry: Geometry, layer: LayerGeometry) -> MaskRule:
     """The rule of one layer. The families differ: see `create_causal_mask` calls in both modeling files."""
@@ -41,19 +46,29 @@ def mask_rule(geometry: Geometry, layer: LayerGeometry) -> MaskRule:
     return MaskRule(layer.window, "windowed" if layer.kind == "sliding" else "causal")
 
 
+class Reach(NamedTuple):
+    """Query i sees key j exactly if `first[i] <= j < stop[i]` and both are of the same document. [b, s] int64 each."""
+
+    first: Tensor
+    stop: Tensor
+
+
 @dataclass(frozen=True)
 class Visibility:
-    """One batch. All tensors are [b, s] int64.
+    """One batch of whole rows, on every context-parallel rank. All tensors are [b, s] int64.
 
     `document`: tokens of different documents never see each other; padding has a document of its own (-1).
-    `index`: place in the row; what is causal and how far back a window reaches are measured on it.
-    `block`: number of the vision block, -1 outside of one; None where there are none.
+    `index`: place in the row, 0 to s - 1; what is causal and how far back a window reaches are measured on it.
+    `block`: number of the vision block, a run of tokens; -1 outside of one; None where there are none.
+    `zigzag`: which part of the rows this rank's queries are; None: all.
     """
 
     document: Tensor
     index: Tensor
     block: Tensor | None = None
-    _dense: dict[MaskRule, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    zigzag: Zigzag | None = None
+    # What layers derive from the description, made by the first that asks, once a step.
+    cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -74,27 +89,61 @@ class Visibility:
             if batch != 1:
                 raise UsageError(f"packed documents come in one row, not in a batch of {batch}")
             document = torch.bucketize(index, cu_seqlens[1:].to(index), right=True)
+        for name, given in (("attention_mask", attention_mask), ("mm_token_type_ids", mm_token_type_ids)):
+            if given is not None and given.shape != input_ids.shape:
+                raise UsageError(f"{name} has shape {list(given.shape)}, expected {[batch, length]}")
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise UsageError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, "
-                    f"expected {[batch, length]} (1 = real token)"
-                )
             document = document.masked_fill(attention_mask == 0, -1)
         return cls(document, index, vision_blocks(mm_token_type_ids))
 
+    def on(self, zigzag: Zigzag) -> Visibility:
+        """The same rows, seen by one context-parallel rank's queries."""
+        return replace(self, zigzag=zigzag, cache={})
+
     def dense(self, rule: MaskRule) -> Tensor:
-        """[b, s, s] bool, True where query i (axis 1) sees key j (axis 2). Built once a step and rule."""
-        if rule not in self._dense:
-            distance = self.index[:, :, None] - self.index[:, None, :]
-            same_document = self.document[:, :, None] == self.document[:, None, :]
-            near = distance < rule.window if rule.window is not None else torch.ones_like(same_document)
-            visible = (distance >= 0) & near
-            if self.block is not None and rule.blocks != "causal":
-                same_block = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, :, None]
-                visible = visible | (same_block & near if rule.blocks == "windowed" else same_block)
-            self._dense[rule] = visible & same_document
-        return self._dense[rule]
+        """[b, s, s] bool, True where query i (axis 1) sees key j (axis 2): the rule as written, for the oracle."""
+        distance = self.index[:, :, None] - self.index[:, None, :]
+        same_document = self.document[:, :, None] == self.document[:, None, :]
+        near = distance < rule.window if rule.window is not None else torch.ones_like(same_document)
+        visible = (distance >= 0) & near
+        if self.block is not None and rule.blocks != "causal":
+            same_block = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, :, None]
+            visible = visible | (same_block & near if rule.blocks == "windowed" else same_block)
+        return visible & same_document
+
+    def reach(self, rule: MaskRule) -> Reach:
+        """The keys of every query under `rule`, as an interval: in O(s), once a step.
+
+        Under each rule a query sees a run behind it and the rest of its vision block, and is itself in both: their
+        union has no gap.
+        """
+        reach = self.cache.get(rule)
+        if reach is None:
+            reach = self.cache[rule] = self._reach(rule)
+        assert isinstance(reach, Reach)
+        return reach
+
+    def _reach(self, rule: MaskRule) -> Reach:
+        first = torch.zeros_like(self.index) if rule.window is None else self.index - (rule.window - 1)
+        stop = self.index + 1
+        if self.block is not None and rule.blocks != "causal":
+            block = _hull(self.block, self.index)
+            inside = self.block >= 0
+            stop = torch.where(inside, torch.maximum(stop, block.stop), stop)
+            if rule.blocks == "full":
+                first = torch.where(inside, torch.minimum(first, block.first), first)
+        document = _hull(self.document, self.index)
+        return Reach(torch.maximum(first, document.first), torch.minimum(stop, document.stop))
+
+
+def _hull(label: Tensor, index: Tensor) -> Reach:
+    """For every token the places from the first to the last token with its label (-1 or more); [b, s]."""
+    label = label + 1
+    size = (label.shape[0], int(label.max()) + 1)
+    lowest = torch.full(size, index.shape[1], device=index.device, dtype=index.dtype)
+    first = lowest.scatter_reduce(1, label, index, "amin")
+    last = torch.zeros_like(lowest).scatter_reduce(1, label, index, "amax")
+    return Reach(first.gather(1, label), last.gather(1, label) + 1)
 
 
 def vision_blocks(mm_token_type_ids: Tensor | None) -> Tensor | None:

@@ -1,0 +1,100 @@
+"""FlexAttention with a BlockMask made from the description. Compiled on a GPU; on a CPU forward only, and slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bridge.megatron.mask import Mask
+
+_LARGE_HEAD = 256
+# For heads above 256 the default tiles do not fit the shared memory of an H100; these do.
+_LARGE_HEAD_OPTIONS: dict[str, int] = {
+    **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32),
+    "num_stages": 1,
+    "num_warps": 4,
+}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]."""
+    large = query.shape[-1] > _LARGE_HEAD
+    if not torch.is_grad_enabled():
+        # On a CPU torch looks at requires_grad even where nothing is recorded.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    output = _kernel(query.is_cuda)(
+        *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+        block_mask=block_mask(mask, 32 if large else 128),
+        scale=1.0,
+        enable_gqa=query.shape[2] != key.shape[2],
+        kernel_options=_LARGE_HEAD_OPTIONS if large and query.is_cuda else None,
+    )
+    return output.permute(2, 0, 1, 3)
+
+
+def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:  # noqa: ARG001 - every backend's signature
+    """torch has no backward pass of it on a CPU."""
+    if not query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return "it has no backward pass on a CPU"
+    return None
+
+
+@cache
+def _kernel(compiled: bool) -> Callable[..., Any]:
+    function: Callable[..., Any] = flex_attention
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
+def block_mask(mask: Mask, size: int) -> BlockMask:
+    """The BlockMask of `mask` in blocks of `size`, made once a step from the intervals: [s / size, s / size]."""
+    made = mask.cache.get(("flex", size))
+    if made is None:
+        made = mask.cache[("flex", size)] = _block_mask(mask, size)
+    assert isinstance(made, BlockMask)
+    return made
+
+
+def _block_mask(mask: Mask, size: int) -> BlockMask:
+    first, stop = mask.reach
+    place, row_document, column_document = mask.column_places, mask.row_document, mask.column_document
+
+    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:  # noqa: ARG001 - torch's signature
+        here = place[column]
+        same = row_document[batch, row] == column_document[batch, column]
+        return (first[batch, row] <= here) & (here < stop[batch, row]) & same
+
+    # Each query sees one run of places, so the ends of the runs of a block decide what it needs and what is whole.
+    lowest, least = _blocks(first, size, "amin"), _blocks(stop, size, "amin")
+    greatest, furthest = _blocks(first, size, "amax"), _blocks(stop, size, "amax")
+    head, tail = place[::size], _blocks(place[None], size, "amax")[0]
+    needed = (head < furthest[..., None]) & (tail >= lowest[..., None])
+    whole = (head >= greatest[..., None]) & (tail < least[..., None]) & mask.contiguous
+    # The last block may be cut short; a full one is not looked at again.
+    whole[..., len(place) // size :] = False
+    return BlockMask.from_kv_blocks(
+        *_ordered(needed & ~whole),
+        *_ordered(whole),
+        BLOCK_SIZE=size,
+        mask_mod=visible,
+        seq_lengths=(first.shape[1], len(place)),
+    )
+
+
+def _blocks(x: Tensor, size: int, reduce: str) -> Tensor:
+    """[b, s] -> [b, blocks], the least or greatest of each."""
+    short = -x.shape[1] % size
+    # A block that is cut short repeats its last entry.
+    x = torch.cat([x, x[:, -1:].expand(-1, short)], 1).unflatten(1, (-1, size))
+    return x.amin(2) if reduce == "amin" else x.amax(2)
+
+
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """[b, rows, columns] bool -> how many of each row, and their numbers first: int32, with an axis for heads."""
+    count = chosen.sum(-1, dtype=torch.int32)
+    numbers = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[:, None].contiguous(), numbers[:, None].contiguous()
