@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
@@ -16,6 +17,7 @@ from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
 from bridge.mapping.table import TOWER_PREFIXES
+from bridge.megatron.context_parallel import gather, take
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
@@ -32,7 +34,7 @@ BF16_KL = 1e-3
 def run_parity(task: ParityTask) -> list[Check]:
     """Build, load, run Megatron's own schedule once, compare. Returns the rows that this rank measured."""
     groups = initialize(task.parallel)
-    provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, overrides={
+    provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, task.attention_backends, overrides={
         "perform_initialization": False, **task.overrides})  # fmt: skip
     model = provider.build(groups)
     table = table_for(task.geometry)
@@ -62,24 +64,35 @@ def run_parity(task: ParityTask) -> list[Check]:
             f"{rows} rows do not divide into dp={dp_size} × micro batches of {task.micro_batch_size}"
         )
     mine = range(dp_rank * per_rank, (dp_rank + 1) * per_rank, task.micro_batch_size)
-    batches = [slice(start, start + task.micro_batch_size) for start in mine]
+    batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in mine]
+    if task.packed:
+        batches = [batch.pack() for batch in batches]
     captured: list[Tensor] = []
 
-    def forward_step(iterator: Iterator[slice], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        output = chunk(task.sample.input_ids[batch], None, task.sample.attention_mask[batch])
+        packed = None if batch.cu_seqlens is None else PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens)
+        output = chunk(
+            batch.input_ids,
+            None,
+            batch.attention_mask,
+            packed_seq_params=packed,
+            mm_token_type_ids=batch.mm_token_type_ids,
+        )
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            captured.append(gather_from_tensor_model_parallel_region(logits.detach()))
-            counted = task.sample.counted[batch]
-            labels = task.sample.labels[batch].clamp(min=0)
+            # A copy: Megatron's cross entropy works in place, and in a batch of one row on these very numbers.
+            whole = gather(gather_from_tensor_model_parallel_region(logits.detach().clone()), groups.cp)
+            captured.append(whole)
+            counted = take(batch.counted, groups.cp)
+            labels = take(batch.labels.clamp(min=0), groups.cp)
             # The last stage's own loss, on [s, b, vocab / tp].
             losses = model[-1].compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
             return (losses * counted).sum(), counted.sum().to(torch.int), {}
 
         return output, loss
 
-    length = task.sample.input_ids.shape[1]
+    rows_per_batch, length = batches[0].input_ids.shape
     with torch.set_grad_enabled(task.gradients):
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -87,22 +100,23 @@ def run_parity(task: ParityTask) -> list[Check]:
             model=wrapped,
             num_microbatches=len(batches),
             seq_length=length * config.pipeline_payload,
-            micro_batch_size=task.micro_batch_size,
+            micro_batch_size=rows_per_batch,
             forward_only=not task.gradients,
         )
 
     checks: list[Check] = []
-    if task.logits and captured and groups.tp.rank() == 0:
-        checks += _compare_logits(task, torch.cat(captured), slice(mine.start, mine.stop), dp_rank)
+    if task.logits and captured and groups.tp.rank() == groups.cp.rank() == 0:
+        ours = [logits[batch.attention_mask.bool()] for logits, batch in zip(captured, batches, strict=True)]
+        checks += _compare_logits(task, torch.cat(ours).float(), slice(mine.start, mine.stop), dp_rank)
     if task.gradients:
         gatherer = Gatherer(model, table, lambda p: getattr(p, "main_grad", None))
         checks += _compare_gradients(task, gatherer)
     return checks
 
 
-def _compare_logits(task: ParityTask, logits: Tensor, rows: slice, dp_rank: int) -> list[Check]:
+def _compare_logits(task: ParityTask, ours: Tensor, rows: slice, dp_rank: int) -> list[Check]:
+    """`ours`: float32 logits [real tokens of `rows`, vocab]."""
     real = task.sample.attention_mask[rows].bool()
-    ours = logits.float()[real]
 
     def row(metric: str, value: float, bound: float | None = None, detail: str = "", at_least: bool = False) -> Check:
         note = ", ".join(text for text in (task.note, f"dp rank {dp_rank}" if dp_rank else "", detail) if text)

@@ -26,8 +26,11 @@ def compute_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradient
     """
     geometry = Geometry.from_folder(folder)
     model = load_hf(folder, geometry, dtype)
+    inputs = {"input_ids": sample.input_ids, "attention_mask": sample.attention_mask}
+    if sample.mm_token_type_ids is not None:
+        inputs["mm_token_type_ids"] = sample.mm_token_type_ids
     with torch.set_grad_enabled(gradients):
-        output = model(input_ids=sample.input_ids, attention_mask=sample.attention_mask, use_cache=False)
+        output = model(**inputs, use_cache=False)
     tensors: dict[str, Tensor] = {LOGITS: output.logits.detach().contiguous()}
     if gradients:
         loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), sample.labels.flatten())

@@ -16,26 +16,52 @@ _IGNORE = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already."""
+    """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already.
+
+    `mm_token_type_ids` [b, s] says which tokens count as image or video tokens, None: none does. `cu_seqlens` bounds
+    the documents of a packed row.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    mm_token_type_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     @property
     def counted(self) -> Tensor:
         """[b, s] bool: positions with a label."""
         return self.labels != _IGNORE
 
+    def rows(self, rows: slice) -> Sample:
+        """Some rows of it."""
+        types = None if self.mm_token_type_ids is None else self.mm_token_type_ids[rows]
+        return Sample(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], types)
 
-def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8) -> Sample:
+    def pack(self) -> Sample:
+        """Its rows as documents of one row, their padding behind them all: what was [b, s] becomes [1, b * s]."""
+        order = (1 - self.attention_mask).flatten().argsort(stable=True)
+        bounds = torch.nn.functional.pad(self.attention_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+        def move(x: Tensor) -> Tensor:
+            return x.flatten()[order][None]
+
+        types = None if self.mm_token_type_ids is None else move(self.mm_token_type_ids)
+        return Sample(move(self.input_ids), move(self.attention_mask), move(self.labels), types, bounds)
+
+
+def random_sample(
+    geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8, *, images: bool = False
+) -> Sample:
     """Random tokens, longer than two windows, every row but the first padded on the right by another length.
 
     Placeholder ids of images, video and audio do not occur: `geometry.placeholder_ids` are skipped. The padding id
-    stands once at a real position of every row, because its embedding gets no gradient.
+    stands once at a real position of every row, because its embedding gets no gradient. With `images` every row is
+    longer than five windows, and has three runs of tokens that count as images: one longer than the window, one a
+    single token behind it, one further back.
     """
-    windows = [layer.window for layer in geometry.layers if layer.window is not None]
-    length = 2 * max(windows, default=8) + multiple_of
+    window = max((layer.window for layer in geometry.layers if layer.window is not None), default=8)
+    length = (5 if images else 2) * window + multiple_of
     length += -length % multiple_of
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.tensor(
@@ -49,4 +75,16 @@ def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: in
     ids = torch.where(mask.bool(), ids, geometry.pad_token_id or 0)
     labels = torch.full_like(ids, _IGNORE)
     labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], _IGNORE)
-    return Sample(ids, mask, labels)
+    return Sample(ids, mask, labels, _image_runs(mask, window) if images else None)
+
+
+def _image_runs(mask: Tensor, window: int) -> Tensor:
+    types = torch.zeros_like(mask)
+    for row in range(len(mask)):
+        first = 3 + row
+        second = first + window + window // 2 + 1
+        third = second + 2 * window
+        types[row, first : second - 1] = 1
+        types[row, second : second + window // 2] = 2
+        types[row, third : third + window // 2 + row] = 1
+    return types * mask

@@ -23,6 +23,7 @@ class ParityTask:
     """One comparison. `checkpoint` is an HF folder, or the weights folder of a Megatron checkpoint (`megatron`).
 
     `references` are files of `compute_reference`, "dtype" the one in the dtype of the run; with bf16, "float32" beside.
+    `packed`: the rows of a micro batch are documents of one row; the reference has them one by one all the same.
     """
 
     variant: str
@@ -38,6 +39,8 @@ class ParityTask:
     micro_batch_size: int = 2
     overrides: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    packed: bool = False
+    attention_backends: dict[str, str] = field(default_factory=dict)
 
 
 def run(task: ParityTask) -> list[Check]:
