@@ -24,7 +24,7 @@ class CoreAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,  # noqa: ARG002 - Megatron passes it
+        config: TransformerConfig,
         *,
         rule: MaskRule,
         backend: str,

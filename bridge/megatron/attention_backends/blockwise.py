@@ -25,7 +25,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     return output
 
 
-def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:  # noqa: ARG001 - every backend's signature
+def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """It honours everything."""
     return None
 

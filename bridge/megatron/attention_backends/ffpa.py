@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     return output.unflatten(0, (query.shape[1], -1)).transpose(0, 1)
 
 
-def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:  # noqa: ARG001 - every backend's signature
+def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """Causal documents, head dim 512, half precision, a Hopper GPU, and the package."""
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != _HOPPER:
         return "it needs a Hopper GPU"

@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     return output.permute(2, 0, 1, 3)
 
 
-def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:  # noqa: ARG001 - every backend's signature
+def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """torch has no backward pass of it on a CPU."""
     if not query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "it has no backward pass on a CPU"
@@ -63,7 +63,7 @@ def _block_mask(mask: Mask, size: int) -> BlockMask:
     first, stop = mask.reach
     place, row_document, column_document = mask.column_places, mask.row_document, mask.column_document
 
-    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:  # noqa: ARG001 - torch's signature
+    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         here = place[column]
         same = row_document[batch, row] == column_document[batch, column]
         return (first[batch, row] <= here) & (here < stop[batch, row]) & same

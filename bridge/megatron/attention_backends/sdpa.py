@@ -18,7 +18,7 @@ _CPU_KERNELS = [SDPBackend.FLASH_ATTENTION]
 _GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:  # noqa: ARG001 - causal by `refuse`
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """[s, b, heads, d], and [s, b, groups, d] twice -> [s, b, heads, d]. Raises UsageError without a kernel."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     if query.is_cuda:
@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:  # 
     return output.permute(2, 0, 1, 3)
 
 
-def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:  # noqa: ARG001 - every backend's signature
+def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """Only rows whose every token sees exactly what stands before it."""
     if mask.visibility.zigzag is not None:
         return "the row is cut by context parallelism"
