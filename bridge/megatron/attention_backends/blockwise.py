@@ -15,6 +15,9 @@ from torch import Tensor
 
 from bridge.megatron.mask import Mask, Tile
 
+# Rows of queries (over all heads of a group) and keys in one product, by device: small enough for a CPU's cache, large
+# enough for a GPU to be busy with one.
+TILE = {"cpu": (512, 512), "cuda": (4096, 4096)}
 # Below every score, above -inf: rows that have seen nothing yet stay finite.
 _LOWEST = -1e30
 
@@ -111,9 +114,8 @@ class _Tiling:
 
     def __init__(self, mask: Mask, q: Tensor) -> None:
         self.mask, self.repeat = mask, q.shape[2]
-        # Small enough for a CPU's cache, large enough for a GPU to be busy with one.
-        rows, self.piece = (4096, 4096) if q.is_cuda else (512, 512)
-        self.rows = max(16, rows // self.repeat)
+        rows, self.piece = TILE[q.device.type]
+        self.rows = max(1, rows // self.repeat)
 
     def __iter__(self) -> Any:
         for tile in self.mask.tiles(self.rows):
