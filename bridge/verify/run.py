@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,32 +82,47 @@ def _parity(
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
     if checkpoint is not None:
         geometry = replace(geometry, tied=checkpoint.geometry.tied)
-    sample = random_sample(geometry, seed)
+    # Context and sequence parallelism divide a row.
+    multiple_of = math.lcm(8, 2 * parallel.cp * parallel.tp)
+    images = geometry.multimodal
+    samples = {
+        "": random_sample(geometry, seed, multiple_of=multiple_of),
+        "packed, image blocks" if images else "packed": random_sample(
+            geometry, seed, multiple_of=multiple_of, images=images
+        ),
+    }
     run_dtype = getattr(torch, dtype)
+    results: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="gemma4-bridge-", dir=workdir) as folder:
         ranks = pool or RankPool(parallel.world_size)
         try:
             references = {"dtype": Path(folder) / "dtype.safetensors"}
-            gradients = "gradients" in checks
-            ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
             if run_dtype is not torch.float32:
                 references["float32"] = Path(folder) / "float32.safetensors"
-                ranks.run(run_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
-            task = ParityTask(
-                variant,
-                geometry,
-                hf_dir if checkpoint is None else checkpoint.weights,
-                checkpoint is not None,
-                parallel,
-                run_dtype,
-                sample,
-                references,
-                gradients=gradients,
-                logits="logits" in checks,
-                overrides=overrides or {},
-            )
-            results = ranks.run(run, task, world_size=parallel.world_size)
+            gradients = "gradients" in checks
+            for note, sample in samples.items():
+                ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
+                if "float32" in references:
+                    truth = references["float32"]
+                    ranks.run(run_reference, hf_dir, sample, torch.float32, False, truth, world_size=1)
+                task = ParityTask(
+                    variant,
+                    geometry,
+                    hf_dir if checkpoint is None else checkpoint.weights,
+                    checkpoint is not None,
+                    parallel,
+                    run_dtype,
+                    sample,
+                    references,
+                    gradients=gradients,
+                    logits="logits" in checks,
+                    overrides=overrides or {},
+                    note=note,
+                    packed=bool(note),
+                )
+                for rows in ranks.run(run, task, world_size=parallel.world_size):
+                    results += rows
         finally:
             if pool is None:
                 ranks.close()
-    return [check for rank in results for check in rank]
+    return results
