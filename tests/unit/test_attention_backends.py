@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, select
+from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, flex, select
 from bridge.megatron.attention_backends.flex import block_mask
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
@@ -142,12 +142,14 @@ def minuends(case: Case) -> list[float]:
     return [0.0, (weighted @ k).norm().item(), (weighted.mT @ q).norm().item(), 0.0]
 
 
-@pytest.fixture(autouse=True)
-def _flex_without_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch traces an uncompiled flex_attention anew for every mask: seconds a case, for the same arithmetic."""
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention as torch debugs it: the same arithmetic, without a compilation for every number of heads."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "_kernel", lambda _: flex.flex_attention)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @CASES
 @given(cases())
 def test_backends_agree_with_the_reference(case: Case) -> None:
@@ -231,6 +233,7 @@ def test_the_families_differ_on_a_block_longer_than_the_window(kind: str) -> Non
     assert (seen[5], seen[12], seen[19], seen[22]) == ((0, 5), (5, 12), (12, 19), (15, 22))
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["blockwise", "flex"])
 @pytest.mark.parametrize("leak", ["documents", "blocks"])
 def test_a_planted_leak_is_caught(name: str, leak: str) -> None:
@@ -293,3 +296,17 @@ def test_masks_are_made_once_a_step_and_rule() -> None:
     assert mask_of(visibility, MaskRule(8, "causal")) is mask
     assert mask.tiles(16) is mask.tiles(16)
     assert block_mask(mask, 16) is block_mask(mask, 16)
+
+
+@pytest.mark.slow
+def test_compiled_flex_skips_blocks_and_agrees() -> None:
+    """The kernel that uses the BlockMask's structure, on rows of two lengths: half a minute of compilation."""
+    for length in (700, 300):
+        types = torch.zeros(1, length, dtype=torch.int64)
+        types[0, 40:160] = 1
+        bounds = torch.tensor([0, 150, length // 2, length])
+        for rule in (MaskRule(64, "windowed"), MaskRule(None, "causal")):
+            visibility = Visibility.of(torch.zeros_like(types), cu_seqlens=bounds, mm_token_type_ids=types)
+            case = Case(visibility, rule, 2, 2, 32, (512, 512), length)
+            truth = run("reference", case, torch.float32, gradients=False)
+            assert worst(run("flex", case, torch.float32, gradients=False), truth) <= FLOAT32

@@ -1,4 +1,4 @@
-"""FlexAttention with a BlockMask made from the description. Compiled on a GPU; on a CPU forward only, and slow."""
+"""FlexAttention with a BlockMask made from the description, compiled. On a CPU forward only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bridge.megatron.mask import Mask
 
+_MOST_KERNELS = 64
 _LARGE_HEAD = 256
 # For heads above 256 the default tiles do not fit the shared memory of an H100; these do.
 _LARGE_HEAD_OPTIONS: dict[str, int] = {
@@ -27,13 +29,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     if not torch.is_grad_enabled():
         # On a CPU torch looks at requires_grad even where nothing is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
-    output = _kernel(query.is_cuda)(
-        *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-        block_mask=block_mask(mask, 32 if large else 128),
-        scale=1.0,
-        enable_gqa=query.shape[2] != key.shape[2],
-        kernel_options=_LARGE_HEAD_OPTIONS if large and query.is_cuda else None,
-    )
+    # Two kinds of layers, with and without a gradient, and the shapes of evaluation are more than torch's default.
+    with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
+        output = _kernel(query.is_cuda)(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            block_mask=block_mask(mask, 32 if large else 128),
+            scale=1.0,
+            enable_gqa=query.shape[2] != key.shape[2],
+            kernel_options=_LARGE_HEAD_OPTIONS if large and query.is_cuda else None,
+        )
     return output.permute(2, 0, 1, 3)
 
 
@@ -45,9 +49,14 @@ def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
 
 
 @cache
-def _kernel(compiled: bool) -> Callable[..., Any]:
+def _kernel(on_gpu: bool) -> Callable[..., Any]:
+    """Compiled, for uncompiled it is dense; `fullgraph`, for so torch raises where it would go on uncompiled.
+
+    Lengths change from step to step, under context parallelism always: on a GPU one kernel comes to serve them all. On
+    a CPU torch's code for that does not compile, and every length has its own.
+    """
     function: Callable[..., Any] = flex_attention
-    return torch.compile(function, dynamic=False) if compiled else function
+    return torch.compile(function, fullgraph=True, dynamic=None if on_gpu else False)
 
 
 def block_mask(mask: Mask, size: int) -> BlockMask:
