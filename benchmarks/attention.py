@@ -5,7 +5,7 @@
 
 A row of the table is one layer's forward and backward. «Useful» work is that of the pairs that the mask lets see each
 other: 4 d FLOP a pair and head forward, 10 d backward. Every row is measured in a process of its own; one that fails or
-does not apply says so. Peers, which the model never uses, run beside: torch's quadratic math path, and Transformer
+does not apply says so. On a CPU the time is that of one thread's work, which a busy machine disturbs least. Peers, which the model never uses, run beside: torch's quadratic math path, and Transformer
 Engine where it is installed.
 """
 
@@ -79,6 +79,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row, in this process. A dictionary with `skipped` where the backend cannot do it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
     mask = mask_of(describe(content, length, device), mask_rule(geometry, layer))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -154,7 +155,8 @@ class _Memory:
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def machine() -> str:
@@ -162,7 +164,7 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, bfloat16, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{cpu}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}"
+    return f"{cpu}, 1 thread, processor time, float32, torch {torch.__version__}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.reference import GRADIENT, LOGITS, Reference
 from bridge.verify.result import Check
+from bridge.verify.sample import Sample
 from bridge.verify.task import ParityTask
 
 # Bounds of the comparison with transformers; a difference above them is a bug until its operation is named.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch import Tensor
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.ranks import RankPool
-from bridge.toy import VARIANTS, write_toy
-from bridge.verify.parity import ParityTask, run_parity
+from bridge.toy import VARIANTS
+from bridge.verify.parity import run_parity
 from bridge.verify.reference import compute_reference
 from bridge.verify.sample import Sample, random_sample
+from bridge.verify.task import ParityTask
 
 BLOCKWISE = {"sliding": "blockwise", "global": "blockwise"}
 CORE_ATTENTION = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
@@ -27,7 +28,9 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 
 @dataclass(frozen=True)
-class Toy:
+class Model:
+    """A toy, a sample with image blocks, and what transformers makes of it."""
+
     folder: Path
     geometry: Geometry
     sample: Sample
@@ -70,21 +73,20 @@ CASES += [(variant, name, case) for name, (variant, case) in SOME.items()]
 
 
 @pytest.fixture(scope="module")
-def toys(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Toy]:
+def toys(ranks: RankPool, toy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("attention")
     toys = {}
     for variant in VARIANTS:
-        folder, reference = root / variant, root / f"{variant}.safetensors"
-        write_toy(variant, folder, dtype="float32")
+        folder, reference = toy(variant), root / f"{variant}.safetensors"
         geometry = Geometry.from_folder(folder)
         sample = random_sample(geometry, 0, images=True)
         ranks.run(compute_reference, folder, sample, torch.float32, True, reference, world_size=1)
-        toys[variant] = Toy(folder, geometry, sample, reference)
+        toys[variant] = Model(folder, geometry, sample, reference)
     return toys
 
 
 @pytest.mark.parametrize(("variant", "case"), [pytest.param(v, c, id=f"{v} {n}") for v, n, c in CASES])
-def test_logits_and_gradients(ranks: RankPool, toys: dict[str, Toy], variant: str, case: Case) -> None:
+def test_logits_and_gradients(ranks: RankPool, toys: dict[str, Model], variant: str, case: Case) -> None:
     toy = toys[variant]
     task = ParityTask(
         variant,
@@ -107,7 +109,7 @@ def test_logits_and_gradients(ranks: RankPool, toys: dict[str, Toy], variant: st
 
 
 @pytest.mark.parametrize("variant", ["12b", "26b-a4b"])
-def test_a_pack_gives_the_losses_of_its_documents(ranks: RankPool, toys: dict[str, Toy], variant: str) -> None:
+def test_a_pack_gives_the_losses_of_its_documents(ranks: RankPool, toys: dict[str, Model], variant: str) -> None:
     loss, gradient = pack_differences(ranks, toys[variant], None)
     assert loss <= 1e-6
     assert gradient <= 1e-5
@@ -115,20 +117,20 @@ def test_a_pack_gives_the_losses_of_its_documents(ranks: RankPool, toys: dict[st
 
 @pytest.mark.parametrize("leak", ["documents", "blocks"])
 def test_a_leak_in_a_pack_is_caught(
-    ranks: RankPool, toys: dict[str, Toy], leak: Literal["documents", "blocks"]
+    ranks: RankPool, toys: dict[str, Model], leak: Literal["documents", "blocks"]
 ) -> None:
     loss, gradient = pack_differences(ranks, toys["12b"], leak)
     assert loss > 1e-4
     assert gradient > 1e-2
 
 
-def pack_differences(ranks: RankPool, toy: Toy, leak: str | None) -> tuple[float, float]:
+def pack_differences(ranks: RankPool, toy: Model, leak: str | None) -> tuple[float, float]:
     """Pack against documents: worst relative difference of their losses, and of any parameter's gradient."""
     (result,) = ranks.run(pack_and_documents, toy, leak, world_size=1)
     return result
 
 
-def pack_and_documents(toy: Toy, leak: str | None) -> tuple[float, float]:
+def pack_and_documents(toy: Model, leak: str | None) -> tuple[float, float]:
     """On one rank: a pack of four documents, with what leaks between them if so asked, and each document by itself."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -197,7 +199,7 @@ def planted(leak: str | None) -> Iterator[None]:
         yield
 
 
-def test_verify_takes_context_parallelism(ranks: RankPool, toys: dict[str, Toy]) -> None:
+def test_verify_takes_context_parallelism(ranks: RankPool, toys: dict[str, Model]) -> None:
     from bridge.verify.run import verify
 
     checks = verify(toys["e2b"].folder, checks=["logits", "gradients"], parallel=Parallel(cp=2), pool=ranks)
