@@ -5,8 +5,8 @@
 
 A row of the table is one layer's forward and backward. «Useful» work is that of the pairs that the mask lets see each
 other: 4 d FLOP a pair and head forward, 10 d backward. Every row is measured in a process of its own; one that fails or
-does not apply says so. On a CPU the time is that of one thread's work, which a busy machine disturbs least. Peers, which the model never uses, run beside: torch's quadratic math path, and Transformer
-Engine where it is installed.
+does not apply says so. On a CPU the time is that of one thread's work, which a busy machine disturbs least. Peers,
+which the model never uses, run beside: torch's quadratic math path, and Transformer Engine where it is installed.
 """
 
 from __future__ import annotations
