@@ -142,6 +142,15 @@ def minuends(case: Case) -> list[float]:
     return [0.0, (weighted @ k).norm().item(), (weighted.mT @ q).norm().item(), 0.0]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These tensors are too small to share, and on a busy machine threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention as torch debugs it: the same arithmetic, without a compilation for every number of heads."""
