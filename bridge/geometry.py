@@ -1,8 +1,8 @@
 """What a Gemma 4 checkpoint is made of, read once from its config.
 
 This and `towers_geometry.py` are the only readers of Hugging Face config fields; everything else asks the frozen
-`Geometry`. It reads plain JSON, so that a conversion need not import transformers. `tests/unit/test_geometry.py` holds its reading against that of
-the transformers classes (`configuration_gemma4.py`, `configuration_gemma4_unified.py`).
+`Geometry`. They read plain JSON, so that a conversion need not import transformers. `tests/unit/test_geometry.py` holds
+their reading against that of the transformers classes (`configuration_gemma4.py`, `configuration_gemma4_unified.py`).
 """
 
 from __future__ import annotations
@@ -158,10 +158,6 @@ class Geometry:
     def placeholder_ids(self) -> frozenset[int]:
         """Ids of the tokens that soft tokens replace; none in the text classes."""
         return frozenset() if self.placeholders is None else self.placeholders.ids
-
-    def without_towers(self) -> Geometry:
-        """The same model for text alone: a multimodal folder's decoder, without what makes soft tokens."""
-        return replace(self, vision=None, audio=None)
 
     @property
     def unified(self) -> bool:
