@@ -200,7 +200,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             if self.config.context_parallel_size > 1:
                 raise ParallelError("images, video and audio are not supported under context parallelism")
             tokens = torch.cat(list(soft.values()))
-            rows = index.t()
+            rows = index.t().contiguous()
             if self.config.sequence_parallel:
                 # Each rank puts in the tokens of its part of the sequence: what they owe the towers is a sum.
                 tp = self.pg_collection.tp

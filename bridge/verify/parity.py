@@ -15,7 +15,6 @@ from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megat
 from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
-from bridge.mapping.table import TOWER_PREFIXES
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
@@ -46,7 +45,9 @@ def run_parity(task: ParityTask) -> list[Check]:
     wrapped: list[torch.nn.Module] = list(model)
     config = provider.config
     if task.gradients:
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=task.overlap_grad_reduce
+        )
         wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in model]
         config.finalize_model_grads_func = finalize_model_grads
         for chunk in wrapped:
@@ -67,7 +68,8 @@ def run_parity(task: ParityTask) -> list[Check]:
 
     def forward_step(iterator: Iterator[slice], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        output = chunk(task.sample.input_ids[batch], None, task.sample.attention_mask[batch])
+        sample = task.sample
+        output = chunk(sample.input_ids[batch], None, sample.attention_mask[batch], **sample.features(batch))
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             captured.append(gather_from_tensor_model_parallel_region(logits.detach()))
@@ -151,7 +153,7 @@ def _compare_gradients(task: ParityTask, gatherer: Gatherer) -> list[Check]:
             worst, where = value, name
     if torch.distributed.get_rank() != 0:
         return []
-    lost = sorted(name for name in expected - seen if not name.startswith(TOWER_PREFIXES))
+    lost = sorted(expected - seen)
     if lost:
         worst, where = float("inf"), f"no gradient for {lost[0]}"
     detail = ", ".join(text for text in (task.note, f"{len(seen)} parameters, worst {where}") if text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +12,45 @@ from bridge.geometry import Geometry
 
 # Ids below are special tokens in every Gemma 4 tokenizer.
 _FIRST_ORDINARY_ID = 8
-_IGNORE = -100
+IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already."""
+    """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already.
+
+    `mm_token_type_ids` [b, s] and what the processor made of pictures, clips and tones, one mapping a row, where a
+    batch has any.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    mm_token_type_ids: Tensor | None = None
+    media: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
     def counted(self) -> Tensor:
         """[b, s] bool: positions with a label."""
-        return self.labels != _IGNORE
+        return self.labels != IGNORE
+
+    def features(self, rows: slice) -> dict[str, Tensor]:
+        """Token types and media of some rows, as models take them: rows of a batch one after the other."""
+        if self.mm_token_type_ids is None:
+            return {}
+        batch = {"mm_token_type_ids": self.mm_token_type_ids[rows]}
+        for name in sorted(set().union(*self.media[rows])):
+            parts = [row[name] for row in self.media[rows] if name in row]
+            if name.startswith("input_features"):  # clips are of different lengths
+                longest = max(part.shape[1] for part in parts)
+                parts = [pad_frames(part, longest) for part in parts]
+            batch[name] = torch.cat(parts)
+        return batch
+
+
+def pad_frames(x: Tensor, length: int) -> Tensor:
+    """Zeros behind the frames of [clips, t, ...], up to `length`."""
+    return torch.cat((x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])), dim=1)
 
 
 def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8) -> Sample:
@@ -47,6 +72,6 @@ def random_sample(geometry: Geometry, seed: int, batch: int = 4, multiple_of: in
     for row in range(1, batch):
         mask[row, length - row * 3 :] = 0
     ids = torch.where(mask.bool(), ids, geometry.pad_token_id or 0)
-    labels = torch.full_like(ids, _IGNORE)
-    labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], _IGNORE)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORE)
     return Sample(ids, mask, labels)
