@@ -22,6 +22,7 @@ from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.towers.audio import AudioTower, check_clips
 from bridge.megatron.towers.linear import TowerContext
+from bridge.megatron.towers.packing import Images
 from bridge.megatron.towers.unified import Projector, UnifiedVisionEmbedder
 from bridge.megatron.towers.vision import VisionTower
 from bridge.towers_geometry import AudioGeometry, UnifiedVisionGeometry, VisionGeometry
@@ -107,7 +108,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             if module is not None:
                 module.requires_grad_(False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
@@ -167,27 +168,32 @@ class Gemma4MultimodalModel(Gemma4Model):
         Raises UsageError for a kind that the model does not take.
         """
         soft: dict[str, Tensor] = {}
-        if media.pixel_values is not None:
-            soft["image"] = self._see(media.pixel_values, media.image_position_ids, "image")
-        if media.pixel_values_videos is not None:
-            soft["video"] = self._see(media.pixel_values_videos, media.video_position_ids, "frame")
-        if media.input_features is not None:
+        batches: dict[str, Images] = {}
+        if media.pixel_values is not None and media.image_position_ids is not None:
+            batches["image"] = Images("image", media.pixel_values, media.image_position_ids)
+        if media.pixel_values_videos is not None and media.video_position_ids is not None:
+            batches["video"] = Images("frame", media.pixel_values_videos, media.video_position_ids)
+        if batches:
+            soft |= self._see(batches)
+        if media.input_features is not None and media.input_features_mask is not None:
             soft["audio"] = self._hear(media.input_features, media.input_features_mask)
         return soft
 
-    def _see(self, pixels: Tensor, positions: Tensor | None, what: str) -> Tensor:
+    def _see(self, batches: dict[str, Images]) -> dict[str, Tensor]:
+        # Images and frames go through the tower together, which is quicker, and uses each parameter once: Megatron's
+        # overlapped gradient reduction counts the uses of a step.
         vision = self.config.geometry.vision
         if vision is None:
             raise UsageError("images or video were given, but this model has no vision (vision_config)")
-        assert positions is not None
         front = self.vision_tower if isinstance(vision, VisionGeometry) else self.vision_embedder
-        return self.embed_vision(front(pixels, positions, what))
+        tokens = self.embed_vision(front(list(batches.values())))
+        counts = [batch.num_patches // vision.kernel**2 for batch in batches.values()]
+        return dict(zip(batches, tokens.split(counts), strict=True))
 
-    def _hear(self, features: Tensor, mask: Tensor | None) -> Tensor:
+    def _hear(self, features: Tensor, mask: Tensor) -> Tensor:
         audio = self.config.geometry.audio
         if audio is None:
             raise UsageError("audio was given, but this model takes none (it has no audio_config)")
-        assert mask is not None
         if isinstance(audio, AudioGeometry):
             return self.embed_audio(self.audio_tower(features, mask))
         check_clips(features, mask, audio.features)
@@ -246,11 +252,11 @@ class UseInNothing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
         return gradient, *zeros

@@ -1,4 +1,4 @@
-"""Batches with pictures, clips and tones: drawn here, and turned into inputs by the folder's own Hugging Face processor."""
+"""Batches with pictures, clips and tones: made here, and turned into inputs by the folder's own processor."""
 
 from __future__ import annotations
 

@@ -29,7 +29,10 @@ BF16_KL = 1e-3
 
 
 def run_parity(task: ParityTask) -> list[Check]:
-    """Build, load, run Megatron's own schedule once, compare. Returns the rows that this rank measured."""
+    """Build, load, run Megatron's own schedule, compare the last step. Returns the rows that this rank measured.
+
+    Weights stay as they are. With several steps the data-parallel ranks exchange their rows from step to step.
+    """
     groups = initialize(task.parallel)
     provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, overrides={
         "perform_initialization": False, **task.overrides})  # fmt: skip
@@ -45,13 +48,9 @@ def run_parity(task: ParityTask) -> list[Check]:
     wrapped: list[torch.nn.Module] = list(model)
     config = provider.config
     if task.gradients:
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=task.overlap_grad_reduce
-        )
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=task.overlap_grad_reduce)
         wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in model]
         config.finalize_model_grads_func = finalize_model_grads
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
     for chunk in wrapped:
         chunk.train(task.gradients)
 
@@ -62,8 +61,6 @@ def run_parity(task: ParityTask) -> list[Check]:
         raise VerificationError(
             f"{rows} rows do not divide into dp={dp_size} × micro batches of {task.micro_batch_size}"
         )
-    mine = range(dp_rank * per_rank, (dp_rank + 1) * per_rank, task.micro_batch_size)
-    batches = [slice(start, start + task.micro_batch_size) for start in mine]
     captured: list[Tensor] = []
 
     def forward_step(iterator: Iterator[slice], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -72,7 +69,8 @@ def run_parity(task: ParityTask) -> list[Check]:
         output = chunk(sample.input_ids[batch], None, sample.attention_mask[batch], **sample.features(batch))
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            captured.append(gather_from_tensor_model_parallel_region(logits.detach()))
+            # A copy: Megatron's cross entropy computes in place.
+            captured.append(gather_from_tensor_model_parallel_region(logits.detach()).clone())
             counted = task.sample.counted[batch]
             labels = task.sample.labels[batch].clamp(min=0)
             # The last stage's own loss, on [s, b, vocab / tp].
@@ -82,16 +80,24 @@ def run_parity(task: ParityTask) -> list[Check]:
         return output, loss
 
     length = task.sample.input_ids.shape[1]
-    with torch.set_grad_enabled(task.gradients):
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in wrapped],
-            model=wrapped,
-            num_microbatches=len(batches),
-            seq_length=length * config.pipeline_payload,
-            micro_batch_size=task.micro_batch_size,
-            forward_only=not task.gradients,
-        )
+    for step in range(task.steps):
+        first = (dp_rank + task.steps - 1 - step) % dp_size * per_rank
+        mine = range(first, first + per_rank, task.micro_batch_size)
+        batches = [slice(start, start + task.micro_batch_size) for start in mine]
+        captured.clear()
+        if task.gradients:
+            for chunk in wrapped:
+                chunk.zero_grad_buffer()  # type: ignore[operator]
+        with torch.set_grad_enabled(task.gradients):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in wrapped],
+                model=wrapped,
+                num_microbatches=len(batches),
+                seq_length=length * config.pipeline_payload,
+                micro_batch_size=task.micro_batch_size,
+                forward_only=not task.gradients,
+            )
 
     checks: list[Check] = []
     if task.logits and captured and groups.tp.rank() == 0:

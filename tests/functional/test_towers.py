@@ -1,15 +1,13 @@
-"""Soft tokens of every tower against transformers' own `get_image_features`, `get_video_features`, `get_audio_features`."""
+"""Soft tokens of every tower against transformers' own `get_{image,video,audio}_features`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS, write_toy

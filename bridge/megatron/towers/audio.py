@@ -53,7 +53,7 @@ class AudioTower(TowerModule):
 
 
 def check_clips(features: Tensor, mask: Tensor, width: int) -> None:
-    """Raises UsageError where features and mask are not of the same frames, of other width, padded on the left, or all padding."""
+    """Raises UsageError where features and mask disagree, are of another width, or padded on the left or throughout."""
     if features.dim() != 3 or features.shape[-1] != width:
         raise UsageError(f"audio features have shape {list(features.shape)}, expected [clips, frames, {width}]")
     if features.shape[:2] != mask.shape:

@@ -8,7 +8,9 @@ travel with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +19,45 @@ from bridge.errors import UsageError
 
 
 @dataclass(frozen=True)
-class PatchPack:
-    """How n real patches of [images, slots] are packed.
+class Images:
+    """A batch of images, or of video frames: pixels [images, slots, values] in [0, 1], (x, y) [images, slots, 2] int64.
 
-    `order` [n] int64: which slot of the flattened batch each packed patch comes from. `positions` [n, 2] int64: (x, y).
-    `runs`: (images, patches of each) of every group of images that attend among themselves, in packed order. `restore`
-    [n / kernel²] int64: where the soft tokens of the batch, in its own order, lie in the packed ones.
+    Slots at (-1, -1) are padding. `what` is how errors name one of them.
+    """
+
+    what: str
+    pixels: Tensor
+    position_ids: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The positions on the CPU, where packing is planned."""
+        return self.position_ids.detach().to("cpu", torch.int64)
+
+    @property
+    def num_patches(self) -> int:
+        """How many patches are real."""
+        return int((self.places != -1).all(dim=-1).sum())
+
+    def check(self, patch_values: int) -> None:
+        """Raises UsageError where pixels and positions are not of the same patches, or patches not of that size."""
+        pixels, positions = list(self.pixels.shape), list(self.position_ids.shape)
+        if len(pixels) != 3 or pixels[-1] != patch_values:
+            raise UsageError(
+                f"{self.what} pixels have shape {pixels}, expected [{self.what}s, patches, {patch_values}]"
+            )
+        if positions != [*pixels[:2], 2]:
+            raise UsageError(f"{self.what} positions have shape {positions}, expected {[*pixels[:2], 2]}")
+
+
+@dataclass(frozen=True)
+class PatchPack:
+    """How n real patches of batches [images, slots] are packed.
+
+    `order` [n] int64: which slot of the flattened batches, one after the other, each packed patch comes from.
+    `positions` [n, 2] int64: (x, y). `runs`: (images, patches of each) of every group of images that attend among
+    themselves, in packed order. `restore` [n / kernel²] int64: where the soft tokens of the batches, in their own
+    order, lie in the packed ones.
     """
 
     order: Tensor
@@ -31,22 +66,24 @@ class PatchPack:
     restore: Tensor
 
 
-def pack_patches(position_ids: Tensor, kernel: int, table_size: int, what: str = "image") -> PatchPack:
-    """Plan the packing of images whose patches stand at `position_ids` [images, slots, 2] int64, (x, y), -1 = padding.
+def pack_patches(batches: Sequence[Images], kernel: int, patch_values: int, table_size: int) -> PatchPack:
+    """Plan the packing of all images of some batches.
 
     Raises UsageError, naming the image and its size in patches, for one that does not pool into kernel x kernel squares
     or is larger than `table_size` on a side. transformers gives wrong tokens for some of these without an error.
     """
-    if position_ids.dim() != 3 or position_ids.shape[-1] != 2:
-        raise UsageError(f"{what} positions have shape {list(position_ids.shape)}, expected [{what}s, patches, 2]")
-    places = position_ids.detach().to("cpu", torch.int64)
-    slots = places.shape[1]
-    orders, counts = [], []
-    for number, image in enumerate(places):
-        real = (image != -1).all(dim=-1).nonzero().squeeze(1)
-        token = _soft_token_of(image[real], kernel, table_size, f"{what} {number + 1} of {len(places)}")
-        orders.append(number * slots + real[torch.argsort(token, stable=True)])
-        counts.append(len(real))
+    orders: list[Tensor] = []
+    counts: list[int] = []
+    first = 0
+    for batch in batches:
+        batch.check(patch_values)
+        for number, image in enumerate(batch.places):
+            real = (image != -1).all(dim=-1).nonzero().squeeze(1)
+            name = f"{batch.what} {number + 1} of {len(batch.places)}"
+            token = _soft_token_of(image[real], kernel, table_size, name)
+            orders.append(first + real[torch.argsort(token, stable=True)])
+            counts.append(len(real))
+            first += len(image)
 
     # Stable, so that packing and its inverse are the same on every rank.
     by_size = sorted(range(len(counts)), key=lambda number: counts[number])
@@ -61,8 +98,9 @@ def pack_patches(position_ids: Tensor, kernel: int, table_size: int, what: str =
         starts[number] = start
         start += counts[number] // kernel**2
     restore = torch.cat([torch.arange(counts[i] // kernel**2) + starts[i] for i in range(len(counts))])
-    device = position_ids.device
-    return PatchPack(order.to(device), places.flatten(0, 1)[order].to(device), tuple(runs), restore.to(device))
+    device = batches[0].pixels.device
+    places = torch.cat([batch.places.flatten(0, 1) for batch in batches])[order]
+    return PatchPack(order.to(device), places.to(device), tuple(runs), restore.to(device))
 
 
 def _soft_token_of(places: Tensor, kernel: int, table_size: int, name: str) -> Tensor:

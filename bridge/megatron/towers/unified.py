@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bridge.megatron.norm import ReplicatedLinear, init_device, rms_norm
 from bridge.megatron.towers.linear import TowerContext, TowerModule
-from bridge.megatron.towers.packing import pack_patches
-from bridge.megatron.towers.vision import check_pixels
+from bridge.megatron.towers.packing import Images, pack_patches
 from bridge.towers_geometry import UnifiedVisionGeometry
 
 
@@ -26,18 +27,18 @@ class UnifiedVisionEmbedder(TowerModule):
         self.pos_embedding = torch.nn.Parameter(torch.zeros(geometry.position_embedding_size, 2, size, **options))
         self.pos_norm = torch.nn.LayerNorm(size, **options)
 
-    def forward(self, pixel_values: Tensor, position_ids: Tensor, what: str = "image") -> Tensor:
-        """Pixels [images, slots, 3 * patch²], raw in [0, 1], and (x, y) [images, slots, 2] -> soft tokens [n, size].
+    def forward(self, batches: Sequence[Images]) -> Tensor:
+        """Images and frames, pixels raw in [0, 1] -> soft tokens [n, size] in their order.
 
         Raises UsageError like `VisionTower.forward`.
         """
         geometry = self.geometry
-        check_pixels(pixel_values, position_ids, geometry.patch_values, what)
         # Nothing attends or pools here, so that the order of the batch can stay; only what is no image is refused.
-        pack_patches(position_ids, geometry.kernel, geometry.position_embedding_size, what)
-        real = (position_ids != -1).all(dim=-1)
-        x, y = position_ids[real].unbind(-1)
-        hidden = self.patch_ln2(self.patch_dense(self.patch_ln1(pixel_values[real].to(self.pos_embedding.dtype))))
+        pack_patches(batches, geometry.kernel, geometry.patch_values, geometry.position_embedding_size)
+        real = [(batch.position_ids != -1).all(dim=-1) for batch in batches]
+        pixels = torch.cat([batch.pixels[mask] for batch, mask in zip(batches, real, strict=True)])
+        x, y = torch.cat([b.position_ids[mask] for b, mask in zip(batches, real, strict=True)]).long().unbind(-1)
+        hidden = self.patch_ln2(self.patch_dense(self.patch_ln1(pixels.to(self.pos_embedding.dtype))))
         return self.pos_norm(hidden + (self.pos_embedding[x, 0] + self.pos_embedding[y, 1]))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from bridge.errors import UsageError
 from bridge.megatron.config import gelu_tanh
 from bridge.megatron.norm import ReplicatedLinear, RMSNorm, init_device, rms_norm
 from bridge.megatron.rope import Rotary
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
-from bridge.megatron.towers.packing import PatchPack, pack_patches
+from bridge.megatron.towers.packing import Images, PatchPack, pack_patches
 from bridge.towers_geometry import VisionGeometry
 
 
@@ -29,16 +30,15 @@ class VisionTower(TowerModule):
             self.register_buffer("std_bias", torch.zeros(geometry.hidden_size, **options))
             self.register_buffer("std_scale", torch.ones(geometry.hidden_size, **options))
 
-    def forward(self, pixel_values: Tensor, position_ids: Tensor, what: str = "image") -> Tensor:
-        """Pixels [images, slots, 3 * patch²] in [0, 1] and (x, y) [images, slots, 2] -> soft tokens [n, hidden].
+    def forward(self, batches: Sequence[Images]) -> Tensor:
+        """Images and frames, all at once -> soft tokens [n, hidden], in their order, row by row.
 
-        Soft tokens are in the order of the images, row by row. Raises UsageError for shapes that disagree and images
-        that do not pool.
+        Raises UsageError for shapes that disagree and images that do not pool.
         """
         geometry = self.geometry
-        check_pixels(pixel_values, position_ids, geometry.patch_values, what)
-        pack = pack_patches(position_ids, geometry.kernel, geometry.position_embedding_size, what)
-        hidden = self.patch_embedder(pixel_values.flatten(0, 1)[pack.order], pack.positions)
+        pack = pack_patches(batches, geometry.kernel, geometry.patch_values, geometry.position_embedding_size)
+        pixels = [batch.pixels.flatten(0, 1) for batch in batches]
+        hidden = self.patch_embedder((torch.cat(pixels) if len(pixels) > 1 else pixels[0])[pack.order], pack.positions)
         hidden = self.encoder(hidden, pack)
         # The mean is taken in float32 and rounded to the model's dtype; all that follows is float32 up to the cast.
         pooled = hidden.unflatten(0, (-1, geometry.kernel**2)).float().mean(dim=1).to(hidden.dtype)
@@ -46,18 +46,6 @@ class VisionTower(TowerModule):
         if geometry.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
         return pooled.to(hidden.dtype)
-
-
-def check_pixels(pixel_values: Tensor, position_ids: Tensor, patch_values: int, what: str) -> None:
-    """Raises UsageError where pixels and positions are not of the same patches, or patches not of the model's size."""
-    if pixel_values.dim() != 3 or pixel_values.shape[-1] != patch_values:
-        raise UsageError(
-            f"{what} pixels have shape {list(pixel_values.shape)}, expected [{what}s, patches, {patch_values}]"
-        )
-    if pixel_values.shape[:2] != position_ids.shape[:2]:
-        raise UsageError(
-            f"{what} pixels are {list(pixel_values.shape[:2])} patches, their positions {list(position_ids.shape[:2])}"
-        )
 
 
 class PatchEmbedder(TowerModule):
