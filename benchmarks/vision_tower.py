@@ -2,7 +2,7 @@
 
     python benchmarks/vision_tower.py [--variant e2b] [--layers 4] [--images 6] [--repeats 5]
 
-The tower has the published widths (16 or 27 layers shrink to `--layers`: every layer costs the same) and random weights.
+The tower has the published widths and random weights, and `--layers` of its 16 or 27 layers, which all cost the same.
 Images are of several sizes, so that of all patch slots that the processor pads to (280 soft tokens each), 60 % are
 padding. Prints the times of forward, and of forward and backward, and exits with 1 where a ratio is above 0.6.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from bridge.geometry import Geometry
 from bridge.megatron import cpu_runtime
 from bridge.megatron.towers.packing import Images
-from bridge.toy.config import published
 from bridge.towers_geometry import VisionGeometry
+from bridge.toy.config import published
 
 BOUND = 0.6
 BUDGET = 280
@@ -76,7 +76,9 @@ def main() -> int:
     pixels, positions = batch(geometry, options.images)
     padding = (positions == -1).all(dim=-1).float().mean().item()
     difference = check(theirs, ours, pixels, positions)
-    print(f"{options.variant}, {options.layers} layers, {options.images} images, {padding:.1%} of the slots are padding")
+    print(
+        f"{options.variant}, {options.layers} layers, {options.images} images, {padding:.1%} of the slots are padding"
+    )
     print(f"largest difference of the soft tokens, relative: {difference:.1e}")
 
     failed = difference > 1e-5 or padding < PADDING - 0.02

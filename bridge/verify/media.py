@@ -19,12 +19,12 @@ SAMPLING_RATE = 16_000
 
 
 def kinds_of(geometry: Geometry) -> tuple[str, ...]:
-    """The rows of a batch with everything that the model takes; a multiple of four, text at the end."""
+    """The rows of a batch with everything that the model takes: an even number, text at the end."""
     seen = ("image", "two images", "two videos") if geometry.vision is not None else ()
     heard = ("audio",) if geometry.audio is not None else ()
     both = ("image, audio, text",) if seen and heard else ()
     kinds = (*seen, *both, *heard, "text")
-    return kinds + ("text",) * (-len(kinds) % 4)
+    return kinds + ("text",) * (len(kinds) % 2)
 
 
 def media_sample(
@@ -36,7 +36,8 @@ def media_sample(
     """
     processor = load_processor(folder)
     dice = random.Random(seed)
-    rows = [dict(processor(**REQUESTS[kind](dice), return_tensors="pt")) for kind in kinds or kinds_of(geometry)]
+    kinds = kinds or kinds_of(geometry)
+    rows = [dict(processor(**REQUESTS[kind](dice), return_tensors="pt")) for kind in kinds]
     length = max(row["input_ids"].shape[1] for row in rows)
     length += -length % multiple_of
 
@@ -50,7 +51,7 @@ def media_sample(
     labels[:, :-1] = torch.where(counted[:, 1:], ids[:, 1:], IGNORE)
     names = set().union(*rows) - {"input_ids", "attention_mask", "mm_token_type_ids"}
     media = tuple({name: row[name] for name in names if isinstance(row.get(name), Tensor)} for row in rows)
-    return Sample(ids, mask, labels, padded("mm_token_type_ids", 0), media)
+    return Sample(ids, mask, labels, padded("mm_token_type_ids", 0), media, tuple(kinds))
 
 
 def load_processor(folder: Path) -> Any:

@@ -128,6 +128,12 @@ def _compare_logits(task: ParityTask, logits: Tensor, rows: slice, dp_rank: int)
         row("max_abs_logit", largest),
         row("top1_agreement", agreement, at_least=True),
     ]
+    for name in dict.fromkeys(task.sample.names[rows]):
+        inside = [other == name for other in task.sample.names[rows]]
+        of_rows = real & torch.tensor(inside)[:, None]
+        apart = (ours[of_rows[real]] - theirs[of_rows[real]]).abs().max().item()
+        largest_there = theirs[of_rows[real]].abs().max().item()
+        checks.append(row("relative", apart / largest_there, LOGITS_RELATIVE if exact else None, name))
     if "float32" in task.references:
         truth = Reference(task.references["float32"])[LOGITS][rows].float()[real]
         checks.append(row("kl", _kl(truth, ours), None, "from transformers in float32"))

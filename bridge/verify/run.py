@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,6 +76,7 @@ def _parity(
 
     from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
+    from bridge.verify.media import media_sample
     from bridge.verify.sample import random_sample
     from bridge.verify.task import ParityTask, run, run_reference
 
@@ -81,32 +84,50 @@ def _parity(
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
     if checkpoint is not None:
         geometry = replace(geometry, tied=checkpoint.geometry.tied)
-    sample = random_sample(geometry, seed)
     run_dtype = getattr(torch, dtype)
+    rows: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="gemma4-bridge-", dir=workdir) as folder:
         ranks = pool or RankPool(parallel.world_size)
         try:
-            references = {"dtype": Path(folder) / "dtype.safetensors"}
-            gradients = "gradients" in checks
-            ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
-            if run_dtype is not torch.float32:
-                references["float32"] = Path(folder) / "float32.safetensors"
-                ranks.run(run_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
-            task = ParityTask(
-                variant,
-                geometry,
-                hf_dir if checkpoint is None else checkpoint.weights,
-                checkpoint is not None,
-                parallel,
-                run_dtype,
-                sample,
-                references,
-                gradients=gradients,
-                logits="logits" in checks,
-                overrides=overrides or {},
-            )
-            results = ranks.run(run, task, world_size=parallel.world_size)
+            samples = [random_sample(geometry, seed)]
+            missing = _cannot_compare_media(geometry, parallel)
+            if missing is None:
+                samples += ranks.run(media_sample, hf_dir, geometry, seed, world_size=1)
+            elif missing:
+                rows.append(Check("logits", variant, parallel, dtype, "media", math.nan, None, missing))
+            for number, sample in enumerate(samples):
+                references = {"dtype": Path(folder) / f"dtype{number}.safetensors"}
+                gradients = "gradients" in checks
+                ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
+                if run_dtype is not torch.float32:
+                    references["float32"] = Path(folder) / f"float32_{number}.safetensors"
+                    ranks.run(run_reference, hf_dir, sample, torch.float32, False, references["float32"], world_size=1)
+                task = ParityTask(
+                    variant,
+                    geometry,
+                    hf_dir if checkpoint is None else checkpoint.weights,
+                    checkpoint is not None,
+                    parallel,
+                    run_dtype,
+                    sample,
+                    references,
+                    gradients=gradients,
+                    logits="logits" in checks,
+                    overrides=overrides or {},
+                )
+                results = ranks.run(run, task, world_size=parallel.world_size)
+                rows += [check for rank in results for check in rank]
         finally:
             if pool is None:
                 ranks.close()
-    return [check for rank in results for check in rank]
+    return rows
+
+
+def _cannot_compare_media(geometry: Geometry, parallel: Parallel) -> str | None:
+    """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
+    if geometry.vision is None and geometry.audio is None:
+        return ""
+    if parallel.cp > 1:
+        return "images, video and audio are not compared under context parallelism"
+    absent = [name for name in ("PIL", "torchvision") if importlib.util.find_spec(name) is None]
+    return f"images, video and audio are not compared: no {' and no '.join(absent)}" if absent else None

@@ -20,7 +20,7 @@ class Sample:
     """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already.
 
     `mm_token_type_ids` [b, s] and what the processor made of pictures, clips and tones, one mapping a row, where a
-    batch has any.
+    batch has any; `names` say what is in which row.
     """
 
     input_ids: Tensor
@@ -28,6 +28,7 @@ class Sample:
     labels: Tensor
     mm_token_type_ids: Tensor | None = None
     media: tuple[Mapping[str, Tensor], ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def counted(self) -> Tensor:
