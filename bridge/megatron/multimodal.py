@@ -150,7 +150,8 @@ class Gemma4MultimodalModel(Gemma4Model):
             seen = media.pixel_values is not None or media.pixel_values_videos is not None
             if seen and mm_token_type_ids is None and self.config.geometry.bidirectional_vision:
                 raise UsageError("this model attends within images both ways: pass mm_token_type_ids with them")
-            decoder_input = self._merge(input_ids, self.embed(text_ids), self.soft_tokens(media))
+            soft = self.soft_tokens(media)
+            decoder_input = self._merge(self.embed(text_ids), self._index(input_ids, soft), soft)
         return super().forward(
             text_ids,
             position_ids,
@@ -199,9 +200,8 @@ class Gemma4MultimodalModel(Gemma4Model):
         check_clips(features, mask, audio.features)
         return self.embed_audio(features[mask.bool()].to(self.config.params_dtype))
 
-    def _merge(self, input_ids: Tensor, embeddings: Tensor, soft: dict[str, Tensor]) -> Tensor:
-        """Put soft tokens over the embeddings [s (/tp), b, h] of their placeholders in `input_ids` [b, s], in order."""
-        index = self._index(input_ids, soft)
+    def _merge(self, embeddings: Tensor, index: Tensor, soft: dict[str, Tensor]) -> Tensor:
+        """Put soft tokens over the embeddings [s (/tp), b, h] of their placeholders, as `index` [b, s] says."""
         if soft:
             if self.config.context_parallel_size > 1:
                 raise ParallelError("images, video and audio are not supported under context parallelism")

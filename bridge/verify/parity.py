@@ -20,6 +20,7 @@ from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.reference import GRADIENT, LOGITS, Reference
 from bridge.verify.result import Check
+from bridge.verify.sample import Sample
 from bridge.verify.task import ParityTask
 
 # Bounds of the comparison with transformers; a difference above them is a bug until its operation is named.
@@ -63,16 +64,15 @@ def run_parity(task: ParityTask) -> list[Check]:
         )
     captured: list[Tensor] = []
 
-    def forward_step(iterator: Iterator[slice], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        sample = task.sample
-        output = chunk(sample.input_ids[batch], None, sample.attention_mask[batch], **sample.features(batch))
+        output = chunk(batch.input_ids, None, batch.attention_mask, **batch.features())
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             # A copy: Megatron's cross entropy computes in place.
             captured.append(gather_from_tensor_model_parallel_region(logits.detach()).clone())
-            counted = task.sample.counted[batch]
-            labels = task.sample.labels[batch].clamp(min=0)
+            counted = batch.counted
+            labels = batch.labels.clamp(min=0)
             # The last stage's own loss, on [s, b, vocab / tp].
             losses = model[-1].compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
             return (losses * counted).sum(), counted.sum().to(torch.int), {}
@@ -83,7 +83,7 @@ def run_parity(task: ParityTask) -> list[Check]:
     for step in range(task.steps):
         first = (dp_rank + task.steps - 1 - step) % dp_size * per_rank
         mine = range(first, first + per_rank, task.micro_batch_size)
-        batches = [slice(start, start + task.micro_batch_size) for start in mine]
+        batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in mine]
         captured.clear()
         if task.gradients:
             for chunk in wrapped:
@@ -117,16 +117,17 @@ def _compare_logits(task: ParityTask, logits: Tensor, rows: slice, dp_rank: int)
         return Check("logits", task.variant, task.parallel, _name(task.dtype), metric, value, bound, note, at_least)
 
     theirs = Reference(task.references["dtype"])[LOGITS][rows].float()[real]
+    whole = "batch with media" if task.sample.names else ""
     largest = theirs.abs().max().item()
     difference = (ours - theirs).abs().max().item()
     exact = task.dtype is torch.float32
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     checks = [
-        row("relative", difference / largest, LOGITS_RELATIVE if exact else None),
-        row("kl", _kl(theirs, ours), None if exact else BF16_KL),
-        row("max_abs_diff", difference),
-        row("max_abs_logit", largest),
-        row("top1_agreement", agreement, at_least=True),
+        row("relative", difference / largest, LOGITS_RELATIVE if exact else None, whole),
+        row("kl", _kl(theirs, ours), None if exact else BF16_KL, whole),
+        row("max_abs_diff", difference, None, whole),
+        row("max_abs_logit", largest, None, whole),
+        row("top1_agreement", agreement, None, whole, at_least=True),
     ]
     for name in dict.fromkeys(task.sample.names[rows]):
         inside = [other == name for other in task.sample.names[rows]]
@@ -168,7 +169,8 @@ def _compare_gradients(task: ParityTask, gatherer: Gatherer) -> list[Check]:
     lost = sorted(expected - seen)
     if lost:
         worst, where = float("inf"), f"no gradient for {lost[0]}"
-    detail = ", ".join(text for text in (task.note, f"{len(seen)} parameters, worst {where}") if text)
+    whole = "batch with media" if task.sample.names else ""
+    detail = ", ".join(text for text in (task.note, whole, f"{len(seen)} parameters, worst {where}") if text)
     bound = GRADIENT_RELATIVE if task.dtype is torch.float32 else None
     return [Check("gradients", task.variant, task.parallel, _name(task.dtype), "relative", worst, bound, detail)]
 

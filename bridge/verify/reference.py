@@ -31,7 +31,7 @@ def compute_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradient
             input_ids=sample.input_ids,
             attention_mask=sample.attention_mask,
             use_cache=False,
-            **sample.features(slice(None)),
+            **sample.features(),
         )
     tensors: dict[str, Tensor] = {LOGITS: output.logits.detach().contiguous()}
     if gradients:

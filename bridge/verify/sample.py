@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,13 +35,26 @@ class Sample:
         """[b, s] bool: positions with a label."""
         return self.labels != IGNORE
 
-    def features(self, rows: slice) -> dict[str, Tensor]:
-        """Token types and media of some rows, as models take them: rows of a batch one after the other."""
+    def rows(self, rows: slice) -> Sample:
+        """Some rows of it."""
+        types = None if self.mm_token_type_ids is None else self.mm_token_type_ids[rows]
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            labels=self.labels[rows],
+            mm_token_type_ids=types,
+            media=self.media[rows],
+            names=self.names[rows],
+        )
+
+    def features(self) -> dict[str, Tensor]:
+        """Token types and media as models take them: those of all rows, one after the other."""
         if self.mm_token_type_ids is None:
             return {}
-        batch = {"mm_token_type_ids": self.mm_token_type_ids[rows]}
-        for name in sorted(set().union(*self.media[rows])):
-            parts = [row[name] for row in self.media[rows] if name in row]
+        batch = {"mm_token_type_ids": self.mm_token_type_ids}
+        for name in sorted({name for row in self.media for name in row}):
+            parts = [row[name] for row in self.media if name in row]
             if name.startswith("input_features"):  # clips are of different lengths
                 longest = max(part.shape[1] for part in parts)
                 parts = [pad_frames(part, longest) for part in parts]

@@ -204,5 +204,5 @@ def test_a_wrong_mask_shows(name: str, variant: str, toys: dict[str, Toy], ranks
     toy, (_, kind, blocks) = toys[variant], MUTATIONS[name]
     run = partial(parity_with_mutated_masks, kind=kind, blocks=blocks)
     checks = parity(toy, ranks, Parallel(), mixed(toy), run=run, gradients=False)
-    (check,) = (check for check in checks if check.metric == "relative")
-    assert check.value > 100 * LOGITS_RELATIVE, check
+    worst = max(check.value for check in checks if check.metric == "relative")
+    assert worst > 100 * LOGITS_RELATIVE, checks
