@@ -1,19 +1,20 @@
 """What a Gemma 4 checkpoint is made of, read once from its config.
 
-This is the only file that reads Hugging Face config fields; everything else asks the frozen `Geometry`. It reads plain
-JSON, so that a conversion need not import transformers. `tests/unit/test_geometry.py` holds its reading against that of
-the transformers classes (`configuration_gemma4.py`, `configuration_gemma4_unified.py`).
+This and `towers_geometry.py` are the only readers of Hugging Face config fields; everything else asks the frozen
+`Geometry`. They read plain JSON, so that a conversion need not import transformers. `tests/unit/test_geometry.py` holds
+their reading against that of the transformers classes (`configuration_gemma4.py`, `configuration_gemma4_unified.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bridge.errors import CheckpointError, GeometryError
+from bridge.towers_geometry import Audio, Placeholders, Vision, read_audio, read_placeholders, read_vision
 
 LayerKind = Literal["sliding", "global"]
 _KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "global"}
@@ -64,8 +65,6 @@ _UNIFIED_TEXT_DEFAULTS = _TEXT_DEFAULTS | {
     "use_bidirectional_attention": "vision",
     "hidden_size_per_layer_input": 0,
 }
-# Where the tokens stand that image, video and audio features replace; defaults of the multimodal configs.
-_PLACEHOLDERS = {"image": 258_880, "video": 258_884, "audio": 258_881}
 _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -151,9 +150,14 @@ class Geometry:
     max_position_embeddings: int
     pad_token_id: int | None
     bidirectional_vision: bool
-    placeholder_ids: frozenset[int]
-    vision: Mapping[str, Any] | None
-    audio: Mapping[str, Any] | None
+    placeholders: Placeholders | None
+    vision: Vision | None
+    audio: Audio | None
+
+    @property
+    def placeholder_ids(self) -> frozenset[int]:
+        """Ids of the tokens that soft tokens replace; none in the text classes."""
+        return frozenset() if self.placeholders is None else self.placeholders.ids
 
     @property
     def unified(self) -> bool:
@@ -206,13 +210,18 @@ class Geometry:
                 raise GeometryError(f"text_config.model_type is {text['model_type']!r}, expected {text_type!r}")
             # The multimodal classes obey the top-level value, whatever text_config says.
             tied = _typed(config, "tie_word_embeddings", bool, True)
-            vision, audio = config.get("vision_config"), config.get("audio_config")
-            placeholders = frozenset(config.get(f"{kind}_token_id", default) for kind, default in _PLACEHOLDERS.items())
-            return cls._read(text, model_type, architecture, "model.language_model.", tied, vision, audio, placeholders)
+            geometry = cls._read(text, model_type, architecture, "model.language_model.", tied)
+            unified = geometry.unified
+            return replace(
+                geometry,
+                placeholders=read_placeholders(config),
+                vision=read_vision(config.get("vision_config"), unified),
+                audio=read_audio(config.get("audio_config"), unified),
+            )
         if model_type in _TEXT:
             wrapper, architecture = _TEXT[model_type]
             tied = _typed(config, "tie_word_embeddings", bool, True)
-            return cls._read(config, wrapper, architecture, "model.", tied, None, None, frozenset())
+            return cls._read(config, wrapper, architecture, "model.", tied)
         known = ", ".join([*_MULTIMODAL, *_TEXT])
         raise GeometryError(f"model_type is {model_type!r}, not a Gemma 4 model (one of {known})")
 
@@ -224,9 +233,6 @@ class Geometry:
         architecture: str,
         prefix: str,
         tied: bool,
-        vision: Mapping[str, Any] | None,
-        audio: Mapping[str, Any] | None,
-        placeholders: frozenset[int],
     ) -> Geometry:
         defaults = _UNIFIED_TEXT_DEFAULTS if model_type == "gemma4_unified" else _TEXT_DEFAULTS
         fields = defaults | {key: value for key, value in text.items() if key in defaults}
@@ -302,9 +308,9 @@ class Geometry:
             max_position_embeddings=positive("max_position_embeddings"),
             pad_token_id=fields["pad_token_id"],
             bidirectional_vision=fields["use_bidirectional_attention"] == "vision",
-            placeholder_ids=placeholders,
-            vision=vision,
-            audio=audio,
+            placeholders=None,
+            vision=None,
+            audio=None,
         )
 
 

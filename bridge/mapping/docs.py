@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bridge.mapping.table import Row, all_rows
-from bridge.mapping.transforms import Transform, copy, interleave_groups, stack
+from bridge.mapping.transforms import Transform, copy, interleave_groups, scalar, stack
 
 _TRANSFORMS: dict[Transform, str] = {
     copy: "copy",
+    scalar: "a tensor without axes as one row",
     stack: "rows one below the other",
     interleave_groups: "rows interleaved by query group: [q ... q k v] x groups",
 }
@@ -18,9 +19,11 @@ Generated from `bridge/mapping/` by `make docs`; a test holds it current. Every 
 up one Megatron-Core tensor, how their rows are arranged in it, and which parallel group splits which of its axes.
 The same rows drive import, export, live load and save of a sharded model, and the comparison of gradients.
 
-`{layer}` is the layer number. HF names are relative to `model.language_model.` in the multimodal classes and to
-`model.` in the text classes; a leading slash means that the name stands alone. Shapes are in the words of the geometry:
-`q` is heads x head dim, `kv` is query groups x head dim, both of that layer.
+`{layer}` is the number of a layer, of the decoder or of the tower that the name says. HF names are relative to
+`model.language_model.` in the multimodal classes and to `model.` in the text classes; a leading slash means that the
+name stands alone. Shapes are in the words of the geometry: `q` is heads x head dim, `kv` is query groups x head dim,
+both of that layer; `vision_` and `audio_` start the words of the towers. Rows of a tower that are split by tp are so
+only where its heads and its FFN divide by the ranks; otherwise every rank holds the whole tower.
 """
 
 _TAIL = """\
@@ -28,8 +31,7 @@ _TAIL = """\
 
 Tensors that the Megatron model does not use are kept in `hf/carried/` of the Megatron checkpoint and written back on
 export: the k_proj, v_proj and k_norm that published E2B and E4B files hold for layers which share another layer's K and
-V (transformers drops them), and, until the tables of the towers take them over, every tensor of the vision and audio
-towers and their projectors.
+V (transformers drops them).
 
 ## What is not on disk
 

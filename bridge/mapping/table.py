@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from bridge.errors import MappingError
 from bridge.geometry import Geometry, LayerGeometry
 from bridge.mapping.transforms import Block, Shape, Transform, copy
+from bridge.towers_geometry import AudioGeometry, VisionGeometry
 
 # One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
 Shard = tuple[str | None, ...]
@@ -26,15 +27,26 @@ ALWAYS = Condition("", lambda geometry, layer: True)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the model with layers of its own: what `{layer}` counts. Only the decoder's have a LayerGeometry."""
+
+    name: str
+    layers: Callable[[Geometry], tuple[LayerGeometry | None, ...]]
+
+
+DECODER = Part("decoder", lambda geometry: geometry.layers)
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table.
 
-    `megatron` and `hf` are name patterns; `{layer}` stands for the layer number. HF names are relative to the language
-    model's prefix, unless they start with a slash. `shapes` gives each HF tensor's dimensions by the names of
-    `dimensions()`. `shard` says which parallel group splits which axis of the Megatron tensor. A row without a Megatron
-    name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An `optional` row
-    may be absent from a folder; when it has a Megatron name, it is another copy of what a row above fills (a tied
-    head written out), checked to be equal when it is imported. `trainable` is False for buffers.
+    `megatron` and `hf` are name patterns; `{layer}` stands for the number of a layer of `part`. HF names are relative
+    to the language model's prefix, unless they start with a slash. `shapes` gives each HF tensor's dimensions by the
+    names of `dimensions()`. `shard` says which parallel group splits which axis of the Megatron tensor. A row without a
+    Megatron name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An
+    `optional` row may be absent from a folder; when it has a Megatron name, it is another copy of what a row above
+    fills (a tied head written out), checked to be equal when it is imported. `trainable` is False for buffers.
     """
 
     megatron: str | None
@@ -45,6 +57,7 @@ class Row:
     when: Condition = ALWAYS
     optional: bool = False
     trainable: bool = True
+    part: Part = DECODER
 
     @property
     def per_layer(self) -> bool:
@@ -79,7 +92,6 @@ class Table:
     entries: Mapping[str, Entry]
     carried: Mapping[str, HfTensor]
     copies: Mapping[str, Entry]
-    carried_prefixes: tuple[str, ...] = field(default=())
 
     @cached_property
     def by_hf_name(self) -> Mapping[str, tuple[Entry, int]]:
@@ -90,7 +102,7 @@ class Table:
 
     def is_carried(self, name: str) -> bool:
         """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""
-        return name in self.carried or name.startswith(self.carried_prefixes)
+        return name in self.carried
 
     def check_folder(self, shapes: Mapping[str, Shape], folder: object) -> None:
         """Account for every tensor of an HF folder. Raises MappingError: unknown, missing or misshapen, by name."""
@@ -146,26 +158,38 @@ def dimensions(geometry: Geometry, layer: LayerGeometry | None) -> dict[str, int
         sizes["2*moe_ffn"] = 2 * geometry.moe.ffn_hidden_size
     if layer is not None:
         sizes |= {"head_dim": layer.head_dim, "q": layer.q_size, "kv": layer.kv_size, "ffn": layer.ffn_hidden_size}
+    return sizes | _tower_dimensions(geometry)
+
+
+def _tower_dimensions(geometry: Geometry) -> dict[str, int]:
+    sizes = {"2": 2, "3": 3}
+    vision, audio = geometry.vision, geometry.audio
+    if vision is not None:
+        sizes["patch"] = vision.patch_values
+        sizes["vision_positions"] = vision.position_embedding_size
+        sizes["vision_soft"] = vision.output_size
+    if isinstance(vision, VisionGeometry):
+        sizes |= {"vision": vision.hidden_size, "vision_ffn": vision.ffn_hidden_size}
+        sizes |= {"vision_q": vision.q_size, "vision_head": vision.head_dim}
+    if audio is not None:
+        sizes["audio_soft"] = audio.output_size
+    if isinstance(audio, AudioGeometry):
+        sizes |= {"audio": audio.hidden_size, "2*audio": 2 * audio.hidden_size, "audio_ffn": audio.ffn_hidden_size}
+        sizes |= {"audio_head": audio.head_dim, "audio_kernel": audio.conv_kernel, "audio_conv": audio.conv_values}
+        sizes |= {"channels0": audio.channels[0], "channels1": audio.channels[1]}
     return sizes
 
 
 def all_rows() -> tuple[Row, ...]:
     """Every row of every table, in the order of the documentation."""
+    from bridge.mapping.audio import AUDIO
     from bridge.mapping.moe import MOE
     from bridge.mapping.ple import PLE
     from bridge.mapping.text import TEXT
+    from bridge.mapping.unified import UNIFIED
+    from bridge.mapping.vision import VISION
 
-    return (*TEXT, *PLE, *MOE)
-
-
-# On-disk prefixes of the towers and projectors. Until the multimodal tables take them over, they are carried.
-TOWER_PREFIXES = (
-    "model.vision_tower.",
-    "model.audio_tower.",
-    "model.embed_vision.",
-    "model.embed_audio.",
-    "model.vision_embedder.",
-)
+    return (*TEXT, *PLE, *MOE, *VISION, *AUDIO, *UNIFIED)
 
 
 def table_for(geometry: Geometry) -> Table:
@@ -174,28 +198,28 @@ def table_for(geometry: Geometry) -> Table:
     carried: dict[str, HfTensor] = {}
     copies: dict[str, Entry] = {}
     for row in all_rows():
-        for layer in geometry.layers if row.per_layer else (None,):
+        for number, layer in enumerate(row.part.layers(geometry) if row.per_layer else (None,)):
             if not row.when.holds(geometry, layer):
                 continue
-            sources = tuple(_sources(row, geometry, layer))
+            sources = tuple(_sources(row, geometry, layer, number))
             if row.megatron is None:
                 carried.update((source.name, source) for source in sources)
                 continue
-            key = _name(row.megatron, layer)
+            key = _name(row.megatron, number)
             if row.optional:
                 copies.update((source.name, entries[key]) for source in sources)
                 continue
             shape, blocks = row.transform([source.shape for source in sources], layer)
             entries[key] = Entry(key, shape, sources, blocks, row, layer)
-    return Table(geometry, entries, carried, copies, TOWER_PREFIXES if geometry.multimodal else ())
+    return Table(geometry, entries, carried, copies)
 
 
-def _sources(row: Row, geometry: Geometry, layer: LayerGeometry | None) -> Iterator[HfTensor]:
+def _sources(row: Row, geometry: Geometry, layer: LayerGeometry | None, number: int) -> Iterator[HfTensor]:
     sizes = dimensions(geometry, layer)
     for pattern, shape in zip(row.hf, row.shapes, strict=True):
         name = pattern[1:] if pattern.startswith("/") else geometry.prefix + pattern
-        yield HfTensor(_name(name, layer), tuple(sizes[size] for size in shape))
+        yield HfTensor(_name(name, number), tuple(sizes[size] for size in shape))
 
 
-def _name(pattern: str, layer: LayerGeometry | None) -> str:
-    return pattern if layer is None else pattern.replace("{layer}", str(layer.index))
+def _name(pattern: str, number: int) -> str:
+    return pattern.replace("{layer}", str(number))

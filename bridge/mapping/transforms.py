@@ -45,6 +45,11 @@ def stack(shapes: Sequence[Shape], layer: LayerGeometry | None) -> Layout:
     return (row, *shapes[0][1:]), tuple(blocks)
 
 
+def scalar(shapes: Sequence[Shape], layer: LayerGeometry | None) -> Layout:
+    """A tensor without axes on disk, of one row in Megatron, so that it is read and sharded like any other."""
+    return (1,), (Block(0, 0, 0, 1),)
+
+
 def interleave_groups(shapes: Sequence[Shape], layer: LayerGeometry | None) -> Layout:
     """The query heads, key head and value head of each query group together: [q ... q k v] x groups.
 

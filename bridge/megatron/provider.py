@@ -17,6 +17,7 @@ from bridge.megatron import attention_backends
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
+from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.pipeline import Boundary
 
@@ -29,7 +30,8 @@ class Gemma4Provider:
     """Builds the stages of one model in one layout.
 
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
-    `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...).
+    `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
+    names towers and projectors that are not trained (`multimodal.FREEZABLE`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
 
@@ -38,6 +40,7 @@ class Gemma4Provider:
     dtype: torch.dtype = torch.bfloat16
     attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
     overrides: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
@@ -45,6 +48,8 @@ class Gemma4Provider:
             if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
                 known = ", ".join(attention_backends.NAMES)
                 raise UsageError(f"attention backend {kind}={backend}: known are {known}, for sliding and global")
+        for part in set(self.frozen) - set(FREEZABLE):
+            raise UsageError(f"{part} cannot be frozen; known are {', '.join(FREEZABLE)}")
         unknown = set(self.overrides.get("recompute_modules") or ()) - set(RECOMPUTE_MODULES)
         if unknown:
             raise UsageError(f"recompute_modules {sorted(unknown)}: known are {', '.join(RECOMPUTE_MODULES)}")
@@ -137,7 +142,8 @@ class Gemma4Provider:
             pre_process = is_pp_first_stage(groups.pp) and not vp_stage
         if post_process is None:
             post_process = is_pp_last_stage(groups.pp) and (vp_stage or 0) == self.parallel.vpp - 1
-        return Gemma4Model(
+        model_class = Gemma4MultimodalModel if self.geometry.multimodal else Gemma4Model
+        model = model_class(
             self.config,
             self.stages[stage],
             pre_process,
@@ -145,6 +151,9 @@ class Gemma4Provider:
             groups,
             vp_stage if self.parallel.vpp > 1 else None,
         )
+        if isinstance(model, Gemma4MultimodalModel):
+            model.freeze(self.frozen)
+        return model
 
     def build(self, pg_collection: ProcessGroupCollection | None = None) -> list[Gemma4Model]:
         """All model chunks of this rank, in the order Megatron's schedules take them."""

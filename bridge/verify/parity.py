@@ -16,7 +16,6 @@ from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megat
 from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
-from bridge.mapping.table import TOWER_PREFIXES
 from bridge.megatron.context_parallel import gather, take
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
@@ -33,7 +32,10 @@ BF16_KL = 1e-3
 
 
 def run_parity(task: ParityTask) -> list[Check]:
-    """Build, load, run Megatron's own schedule once, compare. Returns the rows that this rank measured."""
+    """Build, load, run Megatron's own schedule, compare the last step. Returns the rows that this rank measured.
+
+    Weights stay as they are. With several steps the data-parallel ranks exchange their rows from step to step.
+    """
     groups = initialize(task.parallel)
     provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, task.attention_backends, overrides={
         "perform_initialization": False, **task.overrides})  # fmt: skip
@@ -49,11 +51,9 @@ def run_parity(task: ParityTask) -> list[Check]:
     wrapped: list[torch.nn.Module] = list(model)
     config = provider.config
     if task.gradients:
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=task.overlap_grad_reduce)
         wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in model]
         config.finalize_model_grads_func = finalize_model_grads
-        for chunk in wrapped:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
     for chunk in wrapped:
         chunk.train(task.gradients)
 
@@ -64,22 +64,12 @@ def run_parity(task: ParityTask) -> list[Check]:
         raise VerificationError(
             f"{rows} rows do not divide into dp={dp_size} × micro batches of {task.micro_batch_size}"
         )
-    mine = range(dp_rank * per_rank, (dp_rank + 1) * per_rank, task.micro_batch_size)
-    batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in mine]
-    if task.packed:
-        batches = [batch.pack() for batch in batches]
     captured: list[Tensor] = []
 
     def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
         packed = None if batch.cu_seqlens is None else PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens)
-        output = chunk(
-            batch.input_ids,
-            None,
-            batch.attention_mask,
-            packed_seq_params=packed,
-            mm_token_type_ids=batch.mm_token_type_ids,
-        )
+        output = chunk(batch.input_ids, None, batch.attention_mask, packed_seq_params=packed, **batch.features())
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             # A copy: Megatron's cross entropy works in place, and in a batch of one row on these very numbers.
@@ -93,17 +83,27 @@ def run_parity(task: ParityTask) -> list[Check]:
 
         return output, loss
 
-    rows_per_batch, length = batches[0].input_ids.shape
-    with torch.set_grad_enabled(task.gradients):
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in wrapped],
-            model=wrapped,
-            num_microbatches=len(batches),
-            seq_length=length * config.pipeline_payload,
-            micro_batch_size=rows_per_batch,
-            forward_only=not task.gradients,
-        )
+    for step in range(task.steps):
+        first = (dp_rank + task.steps - 1 - step) % dp_size * per_rank
+        mine = range(first, first + per_rank, task.micro_batch_size)
+        batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in mine]
+        if task.packed:
+            batches = [batch.pack() for batch in batches]
+        rows_per_batch, length = batches[0].input_ids.shape
+        captured.clear()
+        if task.gradients:
+            for chunk in wrapped:
+                chunk.zero_grad_buffer()  # type: ignore[operator]
+        with torch.set_grad_enabled(task.gradients):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in wrapped],
+                model=wrapped,
+                num_microbatches=len(batches),
+                seq_length=length * config.pipeline_payload,
+                micro_batch_size=rows_per_batch,
+                forward_only=not task.gradients,
+            )
 
     checks: list[Check] = []
     if task.logits and captured and groups.tp.rank() == groups.cp.rank() == 0:
@@ -124,17 +124,24 @@ def _compare_logits(task: ParityTask, ours: Tensor, rows: slice, dp_rank: int) -
         return Check("logits", task.variant, task.parallel, _name(task.dtype), metric, value, bound, note, at_least)
 
     theirs = Reference(task.references["dtype"])[LOGITS][rows].float()[real]
+    whole = "batch with media" if task.sample.names else ""
     largest = theirs.abs().max().item()
     difference = (ours - theirs).abs().max().item()
     exact = task.dtype is torch.float32
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     checks = [
-        row("relative", difference / largest, LOGITS_RELATIVE if exact else None),
-        row("kl", _kl(theirs, ours), None if exact else BF16_KL),
-        row("max_abs_diff", difference),
-        row("max_abs_logit", largest),
-        row("top1_agreement", agreement, at_least=True),
+        row("relative", difference / largest, LOGITS_RELATIVE if exact else None, whole),
+        row("kl", _kl(theirs, ours), None if exact else BF16_KL, whole),
+        row("max_abs_diff", difference, None, whole),
+        row("max_abs_logit", largest, None, whole),
+        row("top1_agreement", agreement, None, whole, at_least=True),
     ]
+    for name in dict.fromkeys(task.sample.names[rows]):
+        inside = [other == name for other in task.sample.names[rows]]
+        of_rows = real & torch.tensor(inside)[:, None]
+        apart = (ours[of_rows[real]] - theirs[of_rows[real]]).abs().max().item()
+        largest_there = theirs[of_rows[real]].abs().max().item()
+        checks.append(row("relative", apart / largest_there, LOGITS_RELATIVE if exact else None, name))
     if "float32" in task.references:
         truth = Reference(task.references["float32"])[LOGITS][rows].float()[real]
         checks.append(row("kl", _kl(truth, ours), None, "from transformers in float32"))
@@ -166,10 +173,11 @@ def _compare_gradients(task: ParityTask, gatherer: Gatherer) -> list[Check]:
             worst, where = value, name
     if torch.distributed.get_rank() != 0:
         return []
-    lost = sorted(name for name in expected - seen if not name.startswith(TOWER_PREFIXES))
+    lost = sorted(expected - seen)
     if lost:
         worst, where = float("inf"), f"no gradient for {lost[0]}"
-    detail = ", ".join(text for text in (task.note, f"{len(seen)} parameters, worst {where}") if text)
+    whole = "batch with media" if task.sample.names else ""
+    detail = ", ".join(text for text in (task.note, whole, f"{len(seen)} parameters, worst {where}") if text)
     bound = GRADIENT_RELATIVE if task.dtype is torch.float32 else None
     return [Check("gradients", task.variant, task.parallel, _name(task.dtype), "relative", worst, bound, detail)]
 

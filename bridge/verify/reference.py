@@ -27,19 +27,26 @@ def compute_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradient
     geometry = Geometry.from_folder(folder)
     model = load_hf(folder, geometry, dtype)
     inputs = {"input_ids": sample.input_ids, "attention_mask": sample.attention_mask}
-    if sample.mm_token_type_ids is not None:
-        inputs["mm_token_type_ids"] = sample.mm_token_type_ids
     with torch.set_grad_enabled(gradients):
-        output = model(**inputs, use_cache=False)
+        output = model(**inputs, **sample.features(), use_cache=False)
     tensors: dict[str, Tensor] = {LOGITS: output.logits.detach().contiguous()}
     if gradients:
         loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), sample.labels.flatten())
         loss.backward()
         tensors[LOSS] = loss.detach()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                tensors[GRADIENT + name] = parameter.grad.contiguous()
+        tensors |= {GRADIENT + name: gradient for name, gradient in _gradients_by_disk_name(model).items()}
     save_file(tensors, out)
+
+
+def _gradients_by_disk_name(model: Any) -> dict[str, Tensor]:
+    """Gradients under the names that `save_pretrained` would give their parameters; zeros where none arrived."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+        for name, parameter in model.named_parameters()
+    }
+    return dict(revert_weight_conversion(model, gradients))
 
 
 def load_hf(folder: Path, geometry: Geometry, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def _parity(
 
     from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
+    from bridge.verify.media import media_sample
     from bridge.verify.sample import random_sample
     from bridge.verify.task import ParityTask, run, run_reference
 
@@ -85,22 +87,29 @@ def _parity(
     # Context and sequence parallelism divide a row.
     multiple_of = math.lcm(8, 2 * parallel.cp * parallel.tp)
     images = geometry.multimodal
-    samples = {
-        "": random_sample(geometry, seed, multiple_of=multiple_of),
-        "packed, image blocks" if images else "packed": random_sample(
-            geometry, seed, multiple_of=multiple_of, images=images
-        ),
-    }
     run_dtype = getattr(torch, dtype)
     results: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="gemma4-bridge-", dir=workdir) as folder:
         ranks = pool or RankPool(parallel.world_size)
         try:
+            samples = [
+                ("", random_sample(geometry, seed, multiple_of=multiple_of)),
+                (
+                    "packed, image blocks" if images else "packed",
+                    random_sample(geometry, seed, multiple_of=multiple_of, images=images),
+                ),
+            ]
+            missing = _cannot_compare_media(geometry)
+            if missing is None:
+                media = ranks.run(media_sample, hf_dir, geometry, seed, None, multiple_of, world_size=1)
+                samples += [("", sample) for sample in media]
+            elif missing:
+                results.append(Check("logits", variant, parallel, dtype, "media", math.nan, None, missing))
             references = {"dtype": Path(folder) / "dtype.safetensors"}
             if run_dtype is not torch.float32:
                 references["float32"] = Path(folder) / "float32.safetensors"
             gradients = "gradients" in checks
-            for note, sample in samples.items():
+            for note, sample in samples:
                 ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
                 if "float32" in references:
                     truth = references["float32"]
@@ -126,3 +135,11 @@ def _parity(
             if pool is None:
                 ranks.close()
     return results
+
+
+def _cannot_compare_media(geometry: Geometry) -> str | None:
+    """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
+    if geometry.vision is None and geometry.audio is None:
+        return ""
+    absent = [name for name in ("PIL", "torchvision") if importlib.util.find_spec(name) is None]
+    return f"images, video and audio are not compared: no {' and no '.join(absent)}" if absent else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,32 +12,43 @@ from bridge.geometry import Geometry
 
 # Ids below are special tokens in every Gemma 4 tokenizer.
 _FIRST_ORDINARY_ID = 8
-_IGNORE = -100
+IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Sample:
     """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already.
 
-    `mm_token_type_ids` [b, s] says which tokens count as image or video tokens, None: none does. `cu_seqlens` bounds
-    the documents of a packed row.
+    `mm_token_type_ids` [b, s] says which tokens count as image or video tokens (None: none does), and `media` is what
+    the processor made of pictures, clips and tones, one mapping a row, where a batch has any; `names` say what is in
+    which row. `cu_seqlens` bounds the documents of a packed row.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     mm_token_type_ids: Tensor | None = None
+    media: tuple[Mapping[str, Tensor], ...] = ()
+    names: tuple[str, ...] = ()
     cu_seqlens: Tensor | None = None
 
     @property
     def counted(self) -> Tensor:
         """[b, s] bool: positions with a label."""
-        return self.labels != _IGNORE
+        return self.labels != IGNORE
 
     def rows(self, rows: slice) -> Sample:
         """Some rows of it."""
         types = None if self.mm_token_type_ids is None else self.mm_token_type_ids[rows]
-        return Sample(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], types)
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            labels=self.labels[rows],
+            mm_token_type_ids=types,
+            media=self.media[rows],
+            names=self.names[rows],
+        )
 
     def pack(self) -> Sample:
         """Its rows as documents of one row, their padding behind them all: what was [b, s] becomes [1, b * s]."""
@@ -47,7 +59,27 @@ class Sample:
             return x.flatten()[order][None]
 
         types = None if self.mm_token_type_ids is None else move(self.mm_token_type_ids)
-        return Sample(move(self.input_ids), move(self.attention_mask), move(self.labels), types, bounds)
+        return Sample(
+            move(self.input_ids), move(self.attention_mask), move(self.labels), types, self.media, self.names, bounds
+        )
+
+    def features(self) -> dict[str, Tensor]:
+        """Token types and media as models take them: those of all rows, one after the other."""
+        if self.mm_token_type_ids is None:
+            return {}
+        batch = {"mm_token_type_ids": self.mm_token_type_ids}
+        for name in sorted({name for row in self.media for name in row}):
+            parts = [row[name] for row in self.media if name in row]
+            if name.startswith("input_features"):  # clips are of different lengths
+                longest = max(part.shape[1] for part in parts)
+                parts = [pad_frames(part, longest) for part in parts]
+            batch[name] = torch.cat(parts)
+        return batch
+
+
+def pad_frames(x: Tensor, length: int) -> Tensor:
+    """Zeros behind the frames of [clips, t, ...], up to `length`."""
+    return torch.cat((x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])), dim=1)
 
 
 def random_sample(
@@ -73,8 +105,8 @@ def random_sample(
     for row in range(1, batch):
         mask[row, length - row * 3 :] = 0
     ids = torch.where(mask.bool(), ids, geometry.pad_token_id or 0)
-    labels = torch.full_like(ids, _IGNORE)
-    labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], _IGNORE)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORE)
     return Sample(ids, mask, labels, _image_runs(mask, window) if images else None)
 
 

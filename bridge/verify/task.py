@@ -38,6 +38,8 @@ class ParityTask:
     logits: bool = True
     micro_batch_size: int = 2
     overrides: dict[str, Any] = field(default_factory=dict)
+    overlap_grad_reduce: bool = False
+    steps: int = 1
     note: str = ""
     packed: bool = False
     attention_backends: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,321 @@
+"""What turns images, video and audio into soft tokens, read once from the tower sections of a config.
+
+With `geometry.py`, which calls this, it is the only reader of Hugging Face config fields. Defaults are those of
+transformers (`configuration_gemma4.py`, `configuration_gemma4_unified.py`): a saved config may leave out what equals
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.errors import GeometryError
+
+_PLACEHOLDERS = {"image": 258_880, "video": 258_884, "audio": 258_881}
+_COLOURS = 3
+
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_parameters": None,
+    "pooling_kernel_size": 3,
+    "patch_size": 16,
+    "position_embedding_size": 10_240,
+    "use_clipped_linears": False,
+    "standardize": False,
+}
+_AUDIO_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "hidden_act": "silu",
+    "subsampling_conv_channels": [128, 32],
+    "conv_kernel_size": 5,
+    "residual_weight": 0.5,
+    "attention_chunk_size": 12,
+    "attention_context_left": 13,
+    "attention_context_right": 0,
+    "attention_logit_cap": 50.0,
+    "use_clipped_linears": True,
+    "rms_norm_eps": 1e-6,
+    "gradient_clipping": 1e10,
+    "output_proj_dims": 1536,
+}
+_UNIFIED_VISION_DEFAULTS: dict[str, Any] = {
+    "patch_size": 16,
+    "pooling_kernel_size": 3,
+    "mm_embed_dim": 3840,
+    "mm_posemb_size": 1120,
+    "rms_norm_eps": 1e-6,
+    "output_proj_dims": 3840,
+}
+_UNIFIED_AUDIO_DEFAULTS: dict[str, Any] = {"audio_embed_dim": 640, "rms_norm_eps": 1e-6}
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Ids of the tokens that soft tokens replace; None where the config has no such token."""
+
+    image: int | None
+    video: int | None
+    audio: int | None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        return frozenset(i for i in (self.image, self.video, self.audio) if i is not None)
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """The vision tower: an encoder over patches, pooled `kernel` x `kernel` to soft tokens of `output_size`."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    patch_size: int
+    kernel: int
+    position_embedding_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    clipped: bool
+    standardize: bool
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch: rows, columns, colours."""
+        return _COLOURS * self.patch_size**2
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+    @property
+    def q_size(self) -> int:
+        """Rows of each of q_proj, k_proj and v_proj."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class UnifiedVisionGeometry:
+    """The encoder-free front of the 12B: one soft token of `output_size` from each patch of patch_size² pixels."""
+
+    patch_size: int
+    position_embedding_size: int
+    output_size: int
+    rms_norm_eps: float
+
+    @property
+    def patch_values(self) -> int:
+        return _COLOURS * self.patch_size**2
+
+    @property
+    def kernel(self) -> int:
+        """Nothing is pooled: the processor has merged the patches."""
+        return 1
+
+
+@dataclass(frozen=True)
+class AudioGeometry:
+    """The audio tower: two strided convolutions, then a conformer in which a frame sees `window` frames, its own last.
+
+    `channels` are those of the convolutions; the first is also the number of mel bins.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    channels: tuple[int, int]
+    conv_kernel: int
+    window: int
+    logit_cap: float
+    residual_weight: float
+    activation_limit: float
+    clipped: bool
+    rms_norm_eps: float
+    output_size: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return 4 * self.hidden_size
+
+    @property
+    def conv_values(self) -> int:
+        """Values that the convolutions leave of one frame: two strides of 2 along the mel bins, second channels."""
+        return self.channels[0] // 4 * self.channels[1]
+
+    @property
+    def features(self) -> int:
+        """Values of one input frame: the mel bins."""
+        return self.channels[0]
+
+
+@dataclass(frozen=True)
+class UnifiedAudioGeometry:
+    """The 12B's audio: one soft token from each run of `output_size` raw samples."""
+
+    output_size: int
+    rms_norm_eps: float
+
+    @property
+    def features(self) -> int:
+        return self.output_size
+
+
+Vision = VisionGeometry | UnifiedVisionGeometry
+Audio = AudioGeometry | UnifiedAudioGeometry
+
+
+def read_placeholders(config: Mapping[str, Any]) -> Placeholders:
+    """The placeholder ids of a multimodal config. Raises GeometryError for what is no token id, or is used twice."""
+    found: dict[str, int | None] = {}
+    for kind, default in _PLACEHOLDERS.items():
+        value = config.get(f"{kind}_token_id", default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise GeometryError(f"{kind}_token_id is {value!r}, expected a token id")
+        if value is not None and value in found.values():
+            raise GeometryError(f"{kind}_token_id is {value}, which is another placeholder's id as well")
+        found[kind] = value
+    return Placeholders(**found)
+
+
+def read_vision(section: Any, unified: bool) -> Vision | None:
+    """The vision section of a config, None where it has none. Raises GeometryError that names the field."""
+    if section is None:
+        return None
+    fields = _Fields("vision_config", section, _UNIFIED_VISION_DEFAULTS if unified else _VISION_DEFAULTS)
+    if unified:
+        width = fields.positive("mm_embed_dim")
+        fields.must("output_proj_dims", width, "the width of mm_embed_dim")
+        return UnifiedVisionGeometry(
+            patch_size=fields.positive("patch_size") * fields.positive("pooling_kernel_size"),
+            position_embedding_size=fields.positive("mm_posemb_size"),
+            output_size=width,
+            rms_norm_eps=fields.number("rms_norm_eps"),
+        )
+    heads, head_dim = fields.positive("num_attention_heads"), fields.positive("head_dim")
+    fields.must("num_key_value_heads", heads, "as many as num_attention_heads")
+    fields.must("hidden_activation", "gelu_pytorch_tanh")
+    fields.must("attention_bias", False)
+    fields.must("attention_dropout", 0.0)
+    if head_dim % 4:
+        raise GeometryError(f"vision_config.head_dim is {head_dim}: rotary pairs along x and y need a multiple of 4")
+    kernel = fields.positive("pooling_kernel_size")
+    if kernel == 1:
+        # transformers skips the pooler then, and with it the step that drops padding.
+        raise GeometryError("vision_config.pooling_kernel_size is 1, which is not supported")
+    return VisionGeometry(
+        hidden_size=fields.positive("hidden_size"),
+        ffn_hidden_size=fields.positive("intermediate_size"),
+        num_layers=fields.positive("num_hidden_layers"),
+        num_heads=heads,
+        head_dim=head_dim,
+        patch_size=fields.positive("patch_size"),
+        kernel=kernel,
+        position_embedding_size=fields.positive("position_embedding_size"),
+        rope_theta=_axial_theta(fields["rope_parameters"]),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        clipped=fields.flag("use_clipped_linears"),
+        standardize=fields.flag("standardize"),
+    )
+
+
+def read_audio(section: Any, unified: bool) -> Audio | None:
+    """The audio section of a config, None where it has none. Raises GeometryError that names the field."""
+    if section is None:
+        return None
+    fields = _Fields("audio_config", section, _UNIFIED_AUDIO_DEFAULTS if unified else _AUDIO_DEFAULTS)
+    if unified:
+        return UnifiedAudioGeometry(fields.positive("audio_embed_dim"), fields.number("rms_norm_eps"))
+    hidden_size, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+    if hidden_size % heads or hidden_size % 2:
+        raise GeometryError(f"audio_config.hidden_size {hidden_size} does not divide into {heads} heads and two halves")
+    window = fields.positive("attention_context_left") - 1
+    fields.must("attention_chunk_size", window, "attention_context_left - 1")
+    fields.must("attention_context_right", 0)
+    fields.must("hidden_act", "silu")
+    channels = fields["subsampling_conv_channels"]
+    if not isinstance(channels, list | tuple) or len(channels) != 2:
+        raise GeometryError(f"audio_config.subsampling_conv_channels is {channels!r}, expected two numbers")
+    first, second = (_positive(value, "audio_config.subsampling_conv_channels") for value in channels)
+    if first % 4:
+        raise GeometryError(f"audio_config.subsampling_conv_channels starts with {first}, no multiple of 4")
+    return AudioGeometry(
+        hidden_size=hidden_size,
+        num_layers=fields.positive("num_hidden_layers"),
+        num_heads=heads,
+        channels=(first, second),
+        conv_kernel=fields.positive("conv_kernel_size"),
+        window=window,
+        logit_cap=fields.number("attention_logit_cap"),
+        residual_weight=fields.number("residual_weight"),
+        activation_limit=fields.number("gradient_clipping"),
+        clipped=fields.flag("use_clipped_linears"),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        output_size=fields.positive("output_proj_dims"),
+    )
+
+
+def _axial_theta(parameters: Any) -> float:
+    if parameters is None:
+        return 100.0
+    theta = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
+    if not isinstance(parameters, Mapping) or parameters.get("rope_type") != "axial":
+        raise GeometryError(f"vision_config.rope_parameters {parameters!r} is not supported (rope_type 'axial')")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
+        raise GeometryError(f"vision_config.rope_parameters.rope_theta is {theta!r}, expected a number above 1")
+    return float(theta)
+
+
+class _Fields:
+    """A section of the config over its defaults; every reading names the section and the key in its error."""
+
+    def __init__(self, name: str, section: Any, defaults: Mapping[str, Any]) -> None:
+        if not isinstance(section, Mapping):
+            raise GeometryError(f"{name} is not an object")
+        self._name = name
+        self._fields = dict(defaults) | {key: value for key, value in section.items() if key in defaults}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._fields[key]
+
+    def positive(self, key: str) -> int:
+        return _positive(self[key], f"{self._name}.{key}")
+
+    def number(self, key: str) -> float:
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise GeometryError(f"{self._name}.{key} is {value!r}, expected a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(self[key], bool):
+            raise GeometryError(f"{self._name}.{key} is {self[key]!r}, expected true or false")
+        return bool(self[key])
+
+    def must(self, key: str, value: Any, why: str = "") -> None:
+        """Refuse any other value than the one that is supported. A null means the default of nothing special."""
+        if self[key] is not None and self[key] != value:
+            hint = f" ({why})" if why else ""
+            raise GeometryError(f"{self._name}.{key} is {self[key]!r}; only {value!r}{hint} is supported")
+
+
+def _positive(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**31:
+        raise GeometryError(f"{key} is {value!r}, expected a positive integer")
+    return value
