@@ -29,3 +29,7 @@ class UsageError(BridgeError):
 
 class VerificationError(BridgeError):
     """A verification could not be carried out (as opposed to: was carried out and failed)."""
+
+
+class TrainingError(BridgeError):
+    """A training run that cannot go on: the loss is not a number, the data has run out."""

@@ -26,9 +26,9 @@ from torch import Tensor
 IGNORE = -100  # the label of a position that has no loss, as in transformers
 
 # Logits of so many bytes exist at a time, in the dtype of the model.
-_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 128 << 20
 # Intermediate float32 values are made for so many bytes of logits at a time.
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 8 << 20
 # Gradients of token losses that differ by less (relative, float32 rounding) are one number.
 _SAME = 4 * torch.finfo(torch.float32).eps
 

@@ -1,0 +1,162 @@
+"""Runs for the training tests: a tiny deterministic corpus, the trainer on it, and the plain loop it is held against.
+
+What ranks call lives here, so that they import nothing but this.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.geometry import Geometry
+
+LENGTH, GLOBAL_BATCH, IGNORE = 40, 4, -100
+LR, MIN_LR, WARMUP, WEIGHT_DECAY, CLIP = 2e-3, 2e-4, 3, 0.05, 1.0
+
+
+def sample(geometry: Geometry, index: int) -> dict[str, torch.Tensor]:
+    """Sample `index` of the corpus, [LENGTH] each: a noisy count, so that there is something to learn, right-padded."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    length = LENGTH - int(torch.randint(0, 12, (1,), generator=generator))
+    start, step = (int(v) for v in torch.randint(8, 60, (2,), generator=generator))
+    ids = 8 + (start + step * torch.arange(length)) % 120
+    ids = torch.where(torch.rand(length, generator=generator) < 0.1, 9, ids)
+    assert not set(ids.tolist()) & set(geometry.placeholder_ids)
+    pad = LENGTH - length
+    labels = torch.cat([ids[1:], torch.tensor([IGNORE])])
+    labels[: int(torch.randint(2, 12, (1,), generator=generator))] = IGNORE
+    return {
+        "input_ids": torch.nn.functional.pad(ids, (0, pad), value=geometry.pad_token_id or 0),
+        "labels": torch.nn.functional.pad(labels, (0, pad), value=IGNORE),
+        "attention_mask": torch.nn.functional.pad(torch.ones(length, dtype=torch.int64), (0, pad)),
+        "position_ids": torch.arange(LENGTH),
+    }
+
+
+def collate(geometry: Geometry, indices: Iterator[int] | range) -> dict[str, torch.Tensor]:
+    rows = [sample(geometry, index) for index in indices]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to a rank while it fetches the first microbatch of a step (1-based)."""
+
+    step: int = 0
+    rank: int = 0
+    signal: int = signal.SIGKILL
+
+
+@dataclass
+class Corpus:
+    """This rank's microbatches: rows of every global batch go to the ranks in turn."""
+
+    geometry: Geometry
+    dp_rank: int
+    dp_size: int
+    rows: int
+    trouble: Trouble = field(default_factory=Trouble)
+    taken: int = 0  # samples, by all ranks together
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self.taken == (self.trouble.step - 1) * GLOBAL_BATCH and torch.distributed.get_rank() == self.trouble.rank:
+            os.kill(os.getpid(), self.trouble.signal)
+        start = self.taken + self.dp_rank * self.rows
+        self.taken += self.rows * self.dp_size
+        return collate(self.geometry, range(start, start + self.rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["samples"]
+
+
+def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | None = None) -> tuple[bool, int]:
+    """Train a recipe on the corpus; (stopped, last step). Runs on every rank."""
+    from recipes.config import Recipe, resolve
+    from recipes.train.data import Streams
+    from recipes.train.loop import train
+
+    def data(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+        rows = recipe.train.micro_batch_size
+        stream = Corpus(geometry, dp_rank, dp_size, rows, trouble or Trouble())
+        return Streams(stream, lambda: iter([Corpus(geometry, dp_rank, dp_size, rows).__next__()] * 4))
+
+    outcome = train(resolve(said, overrides), data)
+    return outcome.stopped, outcome.step
+
+
+def recipe(toy: Path, output: Path, steps: int) -> dict[str, Any]:
+    """The run of all tests."""
+    return {
+        "output": str(output),
+        "model": {"hf": str(toy), "dtype": "float32"},
+        "train": {
+            "steps": steps,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": 2,
+            "seq_length": LENGTH,
+        },
+        "optimizer": {
+            "lr": LR,
+            "min_lr": MIN_LR,
+            "warmup": WARMUP,
+            "schedule": "cosine",
+            "weight_decay": WEIGHT_DECAY,
+            "beta2": 0.95,
+            "clip": CLIP,
+        },
+    }
+
+
+def losses(output: Path) -> list[float]:
+    """What a run logged, a value per step."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]
+
+
+def plain_loop(toy: str, steps: int) -> tuple[list[float], list[float]]:
+    """The same training with transformers and torch alone: losses, gradient norms."""
+    from bridge.verify.reference import load_hf
+
+    geometry = Geometry.from_folder(toy)
+    model = load_hf(Path(toy), geometry, torch.float32).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    history, norms = [], []
+    for step in range(1, steps + 1):
+        batch = collate(geometry, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
+        rate = LR * step / WARMUP
+        if step > WARMUP:
+            ratio = (step - WARMUP) / (steps - WARMUP)
+            rate = MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * ratio) + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
+        optimizer.step()
+        history.append(loss.item())
+    return history, norms
