@@ -22,9 +22,9 @@ LENGTH, GLOBAL_BATCH, IGNORE = 40, 4, -100
 LR, MIN_LR, WARMUP, WEIGHT_DECAY, CLIP = 2e-3, 2e-4, 3, 0.05, 1.0
 
 
-def sample(geometry: Geometry, index: int) -> dict[str, torch.Tensor]:
+def sample(geometry: Geometry, seed: int, index: int) -> dict[str, torch.Tensor]:
     """Sample `index` of the corpus, [LENGTH] each: a noisy count, so that there is something to learn, right-padded."""
-    generator = torch.Generator().manual_seed(1000 + index)
+    generator = torch.Generator().manual_seed(10_000 * seed + index)
     length = LENGTH - int(torch.randint(0, 12, (1,), generator=generator))
     start, step = (int(v) for v in torch.randint(8, 60, (2,), generator=generator))
     ids = 8 + (start + step * torch.arange(length)) % 120
@@ -41,8 +41,8 @@ def sample(geometry: Geometry, index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def collate(geometry: Geometry, indices: Iterator[int] | range) -> dict[str, torch.Tensor]:
-    rows = [sample(geometry, index) for index in indices]
+def collate(geometry: Geometry, seed: int, indices: range) -> dict[str, torch.Tensor]:
+    rows = [sample(geometry, seed, index) for index in indices]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -60,6 +60,7 @@ class Corpus:
     """This rank's microbatches: rows of every global batch go to the ranks in turn."""
 
     geometry: Geometry
+    seed: int
     dp_rank: int
     dp_size: int
     rows: int
@@ -71,7 +72,7 @@ class Corpus:
             os.kill(os.getpid(), self.trouble.signal)
         start = self.taken + self.dp_rank * self.rows
         self.taken += self.rows * self.dp_size
-        return collate(self.geometry, range(start, start + self.rows))
+        return collate(self.geometry, self.seed, range(start, start + self.rows))
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.taken}
@@ -88,14 +89,19 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
 
     def data(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
         rows = recipe.train.micro_batch_size
-        stream = Corpus(geometry, dp_rank, dp_size, rows, trouble or Trouble())
-        return Streams(stream, lambda: iter([Corpus(geometry, dp_rank, dp_size, rows).__next__()] * 4))
+
+        def evaluation() -> Iterator[dict[str, torch.Tensor]]:
+            held_out = Corpus(geometry, recipe.train.seed + 1, dp_rank, dp_size, rows)
+            return (next(held_out) for _ in range(GLOBAL_BATCH // rows // dp_size))
+
+        stream = Corpus(geometry, recipe.train.seed, dp_rank, dp_size, rows, trouble or Trouble())
+        return Streams(stream, evaluation)
 
     outcome = train(resolve(said, overrides), data)
     return outcome.stopped, outcome.step
 
 
-def recipe(toy: Path, output: Path, steps: int) -> dict[str, Any]:
+def recipe(toy: Path, output: Path, steps: int, seed: int = 1) -> dict[str, Any]:
     """The run of all tests."""
     return {
         "output": str(output),
@@ -105,6 +111,7 @@ def recipe(toy: Path, output: Path, steps: int) -> dict[str, Any]:
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": 2,
             "seq_length": LENGTH,
+            "seed": seed,
         },
         "optimizer": {
             "lr": LR,
@@ -126,8 +133,21 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in steps]
 
 
-def plain_loop(toy: str, steps: int) -> tuple[list[float], list[float]]:
-    """The same training with transformers and torch alone: losses, gradient norms."""
+@dataclass(frozen=True)
+class Plain:
+    """What the plain loop computed, a value per step.
+
+    `margin`: by how much, of the largest router logit, the last expert that was chosen ever led the first that was
+    not. Where float32 noise (1e-6) reaches it, another expert is chosen, and no two programs train alike from there.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    margin: float
+
+
+def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
+    """The same training with transformers and torch alone."""
     from bridge.verify.reference import load_hf
 
     geometry = Geometry.from_folder(toy)
@@ -138,9 +158,20 @@ def plain_loop(toy: str, steps: int) -> tuple[list[float], list[float]]:
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    history, norms = [], []
+    plain, margins, real = Plain([], [], math.inf), [], torch.zeros(0)
+
+    def note_margin(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        assert geometry.moe is not None
+        ordered = logits.detach().flatten(0, -2)[real].sort(descending=True).values
+        lead = ordered[:, geometry.moe.topk - 1] - ordered[:, geometry.moe.topk]
+        margins.append(float((lead / ordered.abs().amax(-1)).min()))
+
+    for name, module in model.named_modules():
+        if name.endswith("router.proj"):
+            module.register_forward_hook(note_margin)
     for step in range(1, steps + 1):
-        batch = collate(geometry, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
+        batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
+        real = batch["attention_mask"].flatten().bool()
         rate = LR * step / WARMUP
         if step > WARMUP:
             ratio = (step - WARMUP) / (steps - WARMUP)
@@ -156,7 +187,7 @@ def plain_loop(toy: str, steps: int) -> tuple[list[float], list[float]]:
         ).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
+        plain.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
-        history.append(loss.item())
-    return history, norms
+        plain.losses.append(loss.item())
+    return Plain(plain.losses, plain.norms, min(margins, default=math.inf))

@@ -1,0 +1,16 @@
+"""From a recipe's name to a run: the checks that need no packages first, then the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recipes.config import check_recipe, load_recipe, world_size_from_environment
+
+
+def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
+    """Train a recipe on this rank; the exit code (0, or 75 where a signal ended it). Raises a BridgeError."""
+    recipe = load_recipe(name, overrides)
+    check_recipe(recipe, world_size_from_environment())
+    from recipes.train.loop import train
+
+    return train(recipe).exit_code
