@@ -262,11 +262,16 @@ def _all_keys(schema: Any, prefix: str = "") -> list[str]:
 
 def _meant_key(prefix: str, key: str, siblings: Sequence[str]) -> str:
     """The key of the same group that looks like `key`, else the one of any group."""
-    close = difflib.get_close_matches(key, siblings, 1, 0.6)
-    if not close:
-        leaves = {whole.rpartition(".")[2]: whole for whole in _all_keys(Recipe)}
-        close, prefix = [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), 1, 0.6)], ""
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    leaves = {whole.rpartition(".")[2]: whole for whole in _all_keys(Recipe)}
+    if key.lower() in siblings:
+        return f"; did you mean {prefix}{key.lower()}?"
+    if key.lower() in leaves:
+        return f"; did you mean {leaves[key.lower()]}?"
+    close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    close = difflib.get_close_matches(key.lower(), list(leaves), 1, 0.6)
+    return f"; did you mean {leaves[close[0]]}?" if close else ""
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

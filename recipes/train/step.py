@@ -65,6 +65,11 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
     have, parallel = batch["input_ids"].shape[1], run.provider.parallel
     if have > length:
         raise UsageError(f"the data yields sequences of {have} tokens, train.seq_length is {length}")
+    if "cu_seqlens" in batch:
+        # Bounds count through the rows, which Megatron takes as one.
+        have *= batch["input_ids"].shape[0]
+        length *= batch["input_ids"].shape[0]
+        batch = {name: t if name == "cu_seqlens" else t.reshape(1, -1) for name, t in batch.items()}
     # Every microbatch has the shape that pipeline stages expect of each other; sequence parallelism divides it.
     want = length if parallel.pp > 1 else have + -have % (parallel.tp if parallel.sequence_parallel else 1)
     if want == have:
