@@ -92,6 +92,7 @@ def save(run: Run, progress: Progress) -> Path:
         partial.mkdir(parents=True)
 
     on_rank_0(begin)
+    run.gather_weights()
     state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
     for number, model in enumerate(run.models):
         state[f"model{number}"] = model.sharded_state_dict(metadata=dict(METADATA))

@@ -63,6 +63,7 @@ def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
                 log.say(f"resuming after step {progress.step}")
             outcome = _Loop(run, streams, progress, log, signalled).run()
             if recipe.export.hf is not None and not outcome.stopped:
+                run.gather_weights()
                 run.bridge.save_hf(run.models, recipe.export.hf, overwrite=True)
         finally:
             if log is not None:

@@ -87,6 +87,7 @@ def sharded_state(
     return result
 
 
+@torch.no_grad()
 def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: int) -> None:
     """Hand out what was loaded under the names of `sharded_state`. Collective. `updates`: how many Adam has done."""
     for number, part in enumerate(_parts(optimizer)):

@@ -81,6 +81,12 @@ class Run:
         """Megatron's TransformerConfig."""
         return self.provider.config
 
+    def gather_weights(self) -> None:
+        """Let every rank hold the weights of the last update: with overlap they come during the next forward pass."""
+        if self.recipe.parallel.overlap:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -109,8 +109,13 @@ def _killed(ranks: RankPool, said: dict[str, Any], overrides: list[str], world: 
 
 @pytest.mark.parametrize(
     ("variant", "world", "overrides"),
-    [("e2b", 1, []), ("26b-a4b", 2, ["parallel.ep=2"]), ("e2b", 2, TP2)],
-    ids=["1 rank", "EP2", "TP2+SP"],
+    [
+        ("e2b", 1, []),
+        ("26b-a4b", 2, ["parallel.ep=2"]),
+        ("e2b", 2, TP2),
+        ("e2b", 2, ["model.dtype=bfloat16", "parallel.overlap=true"]),
+    ],
+    ids=["1 rank", "EP2", "TP2+SP", "DP2 bf16, overlap"],
 )
 def test_killed_and_resumed_is_bit_identical(
     ranks: RankPool, toys: Toys, tmp_path: Path, variant: str, world: int, overrides: list[str]
@@ -205,7 +210,7 @@ def test_exports_what_it_trained(ranks: RankPool, toys: Toys, tmp_path: Path) ->
             old, now, also = (_bytes(folder, name) for folder in (before, after, live))
             assert now == also, name
             changed |= {name} if old != now else set()
-    trained = [name for name in before.tensors if ".layers." in name and "language" in name and "proj" in name]
+    trained = [name for name in before.tensors if "language_model.layers." in name and ".mlp." in name]
     frozen = [name for name in before.tensors if "embed_tokens" in name or "tower" in name]
     assert trained and frozen and changed.issuperset(trained) and not changed.intersection(frozen)
     evaluated = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if "eval_loss" in line]

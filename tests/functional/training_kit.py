@@ -116,7 +116,7 @@ def recipe(toy: Path, output: Path, steps: int, seed: int = 1) -> dict[str, Any]
         "optimizer": {
             "lr": LR,
             "min_lr": MIN_LR,
-            "warmup": WARMUP,
+            "warmup": min(WARMUP, steps - 1),
             "schedule": "cosine",
             "weight_decay": WEIGHT_DECAY,
             "beta2": 0.95,
