@@ -11,6 +11,12 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     """Train a recipe on this rank; the exit code (0, or 75 where a signal ended it). Raises a BridgeError."""
     recipe = load_recipe(name, overrides)
     check_recipe(recipe, world_size_from_environment())
+    import torch.distributed as dist
+
     from recipes.train.loop import train
 
-    return train(recipe).exit_code
+    try:
+        return train(recipe).exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from bridge.errors import TrainingError
+from bridge.errors import TrainingError, UsageError
 from recipes.config import Recipe
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
@@ -49,7 +49,11 @@ def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
     checkpoint.
     """
     with _StopSignal() as signalled:
-        resumable = checkpoint.checkpoints(Path(recipe.output)) if recipe.checkpoint.resume else {}
+        resumable = checkpoint.checkpoints(Path(recipe.output))
+        if resumable and not recipe.checkpoint.resume:
+            raise UsageError(
+                f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
+            )
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
         progress = Progress()
@@ -112,6 +116,9 @@ class _Loop:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case."""
         steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
         loss, stop, saved = math.nan, False, self.progress.step
+        patience = self.recipe.train.patience
+        if patience and self.progress.evals_since_best >= patience:
+            return Outcome(self.progress.step, loss)  # ended early before
         while self.progress.step < steps and not stop:
             loss, stop = self._step()
             step = self.progress.step

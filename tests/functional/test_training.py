@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_kit import LENGTH, Plain, Trouble, losses, plain_loop, recipe, train_toy
 
-from bridge.errors import ParallelError, TrainingError, UsageError
+from bridge.errors import BridgeError, ParallelError, TrainingError, UsageError
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
-from tests.functional.training_kit import Plain, Trouble, losses, plain_loop, recipe, train_toy
 
 STEPS, LAYOUT_STEPS = 30, 8
 AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5
@@ -25,6 +25,7 @@ VARIANTS = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pp=2"]
+PACKED = ["data.packing=true", "train.global_batch_size=2", f"train.seq_length={2 * LENGTH}"]
 LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "e2b microbatches of one": ("e2b", 1, ["train.micro_batch_size=1"]),
     "e2b one microbatch": ("e2b", 1, ["train.micro_batch_size=4"]),
@@ -33,6 +34,11 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "e2b TP2+SP": ("e2b", 2, TP2),
     "e2b TP2": ("e2b", 2, ["parallel.tp=2"]),
     "e2b PP2": ("e2b", 2, PP2),
+    "e2b packed, one row": ("e2b", 1, [*PACKED, "train.micro_batch_size=1"]),
+    "26b-a4b packed, two rows": ("26b-a4b", 1, PACKED),
+    "12b packed TP2+SP": ("12b", 2, [*PACKED, *TP2]),
+    "31b-untied PP2": ("31b-untied", 2, PP2),
+    "31b-untied TP2+SP": ("31b-untied", 2, TP2),
     "e4b PP2 VPP2": ("e4b", 2, [*PP2, "parallel.vpp=2"]),
     "12b TP2+SP PP2": ("12b", 4, [*TP2, *PP2, "train.micro_batch_size=1"]),
     "31b DP2 TP2+SP": ("31b", 4, TP2),
@@ -54,7 +60,7 @@ class Toys:
     def __getitem__(self, variant: str) -> Path:
         path = self.folder / variant
         if not path.exists():
-            write_toy(variant, path, dtype="float32")
+            write_toy(variant.removesuffix("-untied"), path, dtype="float32", untied=variant.endswith("-untied"))
         return path
 
     def plain(self, variant: str) -> Plain:
@@ -78,12 +84,15 @@ def worst(ours: list[float], theirs: list[float]) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trains_as_transformers_does(ranks: RankPool, toys: Toys, tmp_path: Path, variant: str) -> None:
+def test_trains_as_transformers_does(
+    ranks: RankPool, toys: Toys, tmp_path: Path, record_property: Any, variant: str
+) -> None:
     plain = toys.plain(variant)
     assert plain.margin > 1e-5, "a tie in the router: take another seed"
     ranks.run(train_toy, toys.recipe(variant, tmp_path), [], world_size=1)
     ours = losses(tmp_path)
     assert len(ours) == STEPS and ours[-1] < 0.9 * ours[0]
+    record_property("worst", worst(ours, plain.losses))
     assert worst(ours, plain.losses) <= AGAINST_TRANSFORMERS
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert worst([line["grad_norm"] for line in lines], plain.norms) <= 1e-3
@@ -91,7 +100,9 @@ def test_trains_as_transformers_does(ranks: RankPool, toys: Toys, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_trains_alike(ranks: RankPool, toys: Toys, tmp_path: Path, name: str) -> None:
+def test_every_layout_trains_alike(
+    ranks: RankPool, toys: Toys, tmp_path: Path, record_property: Any, name: str
+) -> None:
     variant, world, overrides = LAYOUTS[name]
     # The schedule of the 30 steps, left after the first of them by a signal.
     leave = Trouble(LAYOUT_STEPS, 0, signal.SIGTERM)
@@ -99,6 +110,7 @@ def test_every_layout_trains_alike(ranks: RankPool, toys: Toys, tmp_path: Path, 
     assert outcomes == [(True, LAYOUT_STEPS)] * world
     ours = losses(tmp_path)
     assert len(ours) == LAYOUT_STEPS
+    record_property("worst", worst(ours, toys.plain(variant).losses))
     assert worst(ours, toys.plain(variant).losses) <= AGAINST_TRANSFORMERS
 
 
@@ -149,12 +161,15 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("variant", RESUMED)
-def test_resumed_in_other_layouts(ranks: RankPool, toys: Toys, tmp_path: Path, variant: str) -> None:
+def test_resumed_in_other_layouts(
+    ranks: RankPool, toys: Toys, tmp_path: Path, record_property: Any, variant: str
+) -> None:
     """From layout to layout, two steps in each."""
     said = toys.recipe(variant, tmp_path)
     for turn, (world, overrides) in enumerate(RESUMED[variant], 1):
         leave = Trouble(2 * turn, 0, signal.SIGTERM)
         assert ranks.run(train_toy, said, overrides, leave, world_size=world, timeout_s=180)[0] == (True, 2 * turn)
+    record_property("worst", worst(losses(tmp_path), toys.plain(variant).losses))
     assert worst(losses(tmp_path), toys.plain(variant).losses) <= ANOTHER_LAYOUT
 
 
@@ -268,13 +283,19 @@ def test_a_step_that_is_not_a_number_is_left_out(ranks: RankPool, toys: Toys, tm
     ],
 )
 def test_refused(ranks: RankPool, toys: Toys, tmp_path: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises((UsageError, ParallelError, Exception), match=message):
+    with pytest.raises(BridgeError, match=message):
         ranks.run(train_toy, toys.recipe("e2b", tmp_path / "run", 2), overrides, world_size=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
+    ranks.run(train_toy, toys.recipe("e2b", tmp_path, 1), [], world_size=1)
+    with pytest.raises(UsageError, match="holds a run's checkpoints"):
+        ranks.run(train_toy, toys.recipe("e2b", tmp_path, 1), ["checkpoint.resume=false"], world_size=1)
 
 
 def test_another_model_does_not_resume(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
     ranks.run(train_toy, toys.recipe("e2b", tmp_path, 1), [], world_size=1)
     shutil.rmtree(tmp_path / "hf")
-    with pytest.raises(Exception, match=r"iter_0000001|in no mapping table|shape"):
+    with pytest.raises(BridgeError, match=r"iter_0000001|in no mapping table|shape"):
         ranks.run(train_toy, toys.recipe("31b", tmp_path, 2), [], world_size=1)

@@ -46,6 +46,27 @@ def collate(geometry: Geometry, seed: int, indices: range) -> dict[str, torch.Te
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def pack(batch: dict[str, torch.Tensor], per_row: int) -> dict[str, torch.Tensor]:
+    """Every `per_row` rows of a batch as the documents of one row of their common length, without padding between."""
+    kept = batch["attention_mask"].bool()
+    width, bounds, rows = per_row * LENGTH, [0], []
+    for start in range(0, len(kept), per_row):
+        row = {}
+        for name, tensor in batch.items():
+            parts = [tensor[i][kept[i]] for i in range(start, start + per_row)]
+            joined = torch.cat(parts)
+            fill = {"labels": IGNORE}.get(name, 0)
+            row[name] = torch.nn.functional.pad(joined, (0, width - len(joined)), value=fill)
+            if name == "input_ids":
+                at = start // per_row * width
+                bounds += [at + int(end) for end in torch.tensor([len(part) for part in parts]).cumsum(0)] + [
+                    at + width
+                ]
+        rows.append(row)
+    packed = {name: torch.stack([row[name] for row in rows]) for name in batch}
+    return packed | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+
+
 @dataclass(frozen=True)
 class Trouble:
     """What happens to a rank while it fetches the first microbatch of a step (1-based)."""
@@ -65,14 +86,17 @@ class Corpus:
     dp_size: int
     rows: int
     trouble: Trouble = field(default_factory=Trouble)
+    per_row: int = 1  # samples in a row; packed where there are more
     taken: int = 0  # samples, by all ranks together
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self.taken == (self.trouble.step - 1) * GLOBAL_BATCH and torch.distributed.get_rank() == self.trouble.rank:
             os.kill(os.getpid(), self.trouble.signal)
-        start = self.taken + self.dp_rank * self.rows
-        self.taken += self.rows * self.dp_size
-        return collate(self.geometry, self.seed, range(start, start + self.rows))
+        count = self.rows * self.per_row
+        start = self.taken + self.dp_rank * count
+        self.taken += count * self.dp_size
+        batch = collate(self.geometry, self.seed, range(start, start + count))
+        return batch if self.per_row == 1 else pack(batch, self.per_row)
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.taken}
@@ -95,6 +119,8 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
             return (next(held_out) for _ in range(GLOBAL_BATCH // rows // dp_size))
 
         stream = Corpus(geometry, recipe.train.seed, dp_rank, dp_size, rows, trouble or Trouble())
+        if recipe.data.packing:
+            stream.per_row = GLOBAL_BATCH // recipe.train.global_batch_size
         return Streams(stream, evaluation)
 
     outcome = train(resolve(said, overrides), data)
