@@ -45,8 +45,6 @@ DataFactory = Callable[[Recipe, Geometry, int, int], Streams]
 
 def open_streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
     """The data of a recipe. Raises UsageError and whatever `recipes.data` raises."""
-    if recipe.data.path is None:
-        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
     try:
         from recipes.data.training import streams  # type: ignore[import-not-found]
     except ModuleNotFoundError:

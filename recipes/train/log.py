@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,13 @@ class Log:
                 known = netrc.netrc().authenticators("api.wandb.ai") is not None
             except (OSError, netrc.NetrcParseError):
                 known = False
+        # A run that goes on is the same run there.
+        id_file = output / "wandb.id"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
         run = wandb.init(
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
             project=recipe.log.wandb,
             name=output.name,
             dir=str(output),

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
 from recipes.config import Recipe
@@ -61,7 +60,13 @@ def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
             progress = checkpoint.load(run, resumable[max(resumable)])
             streams.train.load_state_dict(progress.data)
         checkpoint.prepare_output(run)
-        log = Log(recipe, progress.step) if dist.get_rank() == 0 else None
+        log: Log | None = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = Log(recipe, progress.step)
+
+        checkpoint.on_rank_0(open_log)
         try:
             if log is not None and resumable:
                 log.say(f"resuming after step {progress.step}")
