@@ -224,6 +224,25 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(epilog=_epilog("train sft/e4b data.path=chats.jsonl output=runs/first train.steps=200"))
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name under recipes/configs, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
+    ] = None,
+) -> None:
+    """Train a recipe, or go on with it; alone, or on every rank under torchrun or srun.
+
+    SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75.
+    """
+    # The recipes are built on the bridge: it does not know them until one is asked for.
+    from recipes.launch import run_recipe
+
+    code = run_recipe(recipe, overrides or [])
+    if code:
+        raise typer.Exit(code)
+
+
 @_data.command("show", epilog=_epilog("data show --data chats.jsonl --model google/gemma-4-E2B-it -n 5"))
 def data_show(
     data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset's name; repeatable.")],

@@ -33,3 +33,7 @@ class VerificationError(BridgeError):
 
 class DataError(BridgeError):
     """Training data that cannot be used as it is: the text names the file and line, or what to change."""
+
+
+class TrainingError(BridgeError):
+    """A training run that cannot go on: the loss is not a number, the data has run out."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bridge.convert.atomic import Notify, staged
+from bridge.convert.atomic import Journal, Notify, staged
 from bridge.convert.manifest import (
     CARRIED_FOLDER,
     HF_FOLDER,
@@ -19,8 +19,8 @@ from bridge.convert.manifest import (
     MegatronFolder,
     is_megatron_folder,
 )
-from bridge.convert.plan import JoinedReader, plan_export, plan_import
-from bridge.convert.stream import CHUNK_BYTES, CopyTensor, Piece, Progress, compare, copy, plan_digest
+from bridge.convert.plan import ImportPlan, JoinedReader, plan_export, plan_import
+from bridge.convert.stream import CHUNK_BYTES, CopyResult, CopyTensor, Piece, Progress, compare, copy, plan_digest
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
@@ -148,22 +148,53 @@ def import_hf(
         writer = stack.enter_context(DistWriter(release, [tensor.spec for tensor in plan.tensors]))
         result = copy(plan.tensors, source.folder, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish({"iteration": 0, "checkpoint_version": 3.0})
-        total, resumed = result.bytes_total, result.bytes_resumed
-        if plan.carried:
-            (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
-            # One file: a journal knows files by their names.
-            beside = stack.enter_context(
-                HfWriter(hf / CARRIED_FOLDER, [t.spec for t in plan.carried], max_shard_size=1 << 62)
-            )
-            carried = copy(plan.carried, source.folder, beside, journal=stage.journal, workers=workers)
-            beside.finish()
-            total, resumed = total + carried.bytes_total, resumed + carried.bytes_resumed
-        copy_assets(source.folder.path, assets, hf)
-        if source.config is not None:
-            write_text(hf / "config.json", json.dumps(source.config, indent=2, sort_keys=True) + "\n")
-        plan.manifest.write(hf)
+        carried = _write_beside(stack, source, plan, hf, stage.journal, workers)
+        total, resumed = result.bytes_total + carried.bytes_total, result.bytes_resumed + carried.bytes_resumed
         write_text(stage.folder / TRACKER_FILE, RELEASE_FOLDER)
         return Conversion(Path(megatron_dir), len(plan.tensors), total, resumed)
+
+
+def _write_beside(
+    stack: ExitStack, source: Source, plan: ImportPlan, hf: Path, journal: Journal, workers: int
+) -> CopyResult:
+    """Everything that export needs besides the weights, into the folder `hf`; what it took to copy carried tensors."""
+    result = CopyResult(0, 0, 0, {})
+    if plan.carried:
+        (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
+        # One file: a journal knows files by their names.
+        writer = stack.enter_context(
+            HfWriter(hf / CARRIED_FOLDER, [t.spec for t in plan.carried], max_shard_size=1 << 62)
+        )
+        result = copy(plan.carried, source.folder, writer, journal=journal, workers=workers)
+        writer.finish()
+    copy_assets(source.folder.path, _assets(source), hf)
+    if source.config is not None:
+        write_text(hf / "config.json", json.dumps(source.config, indent=2, sort_keys=True) + "\n")
+    plan.manifest.write(hf)
+    return result
+
+
+def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -> None:
+    """What `import` writes besides the weights, as `hf/` of the folder `run`, which a trainer fills with checkpoints.
+
+    Complete or absent; one that is there is replaced. `dtype` as of `import_hf`: export will write the weights in it.
+    """
+    with ExitStack() as stack:
+        source = open_source(stack, hf_dir, dtype=dtype)
+        plan = plan_import(
+            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+        )
+        stage = stack.enter_context(
+            staged(
+                Path(run) / HF_FOLDER,
+                plan=plan_digest(plan.carried, "beside", CHUNK_BYTES),
+                sources=[*source.folder.files, *(source.folder.path / asset for asset in _assets(source))],
+                source_folder=source.folder.path,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in plan.carried),
+                overwrite=True,
+            )
+        )
+        _write_beside(stack, source, plan, stage.folder, stage.journal, workers=2)
 
 
 def export_hf(

@@ -15,6 +15,7 @@ from torch import Tensor
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.loss import fused_loss
 from bridge.megatron.rope import rotary_tables
 from bridge.megatron.visibility import Visibility
 from bridge.megatron.zigzag import Zigzag
@@ -65,9 +66,13 @@ class Gemma4Model(GPTModel):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
+        z_loss: float = 0.0,
         **kwargs: Any,
     ) -> Tensor:
         """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
+
+        Losses are float32, 0 where the label is -100, and made without the logits (see `loss.py`); `z_loss` is a
+        factor for them. An `output_processor` of the caller's takes precedence.
 
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
         here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
@@ -94,6 +99,8 @@ class Gemma4Model(GPTModel):
             "rotary": rotary_tables(self.config.geometry, position_ids, self.config.params_dtype),
             "visibility": visibility,
         }
+        if labels is not None and kwargs.get("output_processor") is None:
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": z_loss}
         return super().forward(
             input_ids,
             position_ids,

@@ -118,6 +118,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
+        z_loss: float = 0.0,
         *,
         pixel_values: Tensor | None = None,
         image_position_ids: Tensor | None = None,
@@ -166,6 +167,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             labels,
             packed_seq_params,
             mm_token_type_ids,
+            z_loss,
             **kwargs,
         )
 

@@ -1,0 +1,240 @@
+"""Token losses straight from hidden states: head, softcap and vocabulary-parallel cross entropy in one function.
+
+The logits of a long sequence are the largest tensor of a training step (8,192 tokens × 262,144 words are 8.6 GB in
+float32, and as much again for their gradient). Here they exist for a chunk of tokens at a time: a chunk's logits turn
+into its losses and, in the same buffer, into its gradients, which are multiplied out at once. The backward pass only
+scales what the forward pass left.
+
+That is exact for the sum of the token losses, whatever it is multiplied by. The gradient of the hidden states follows
+any other weighting of the tokens too; that of the weight, a sum over tokens, is then computed again, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that has no loss, as in transformers
+
+# Logits of so many bytes exist at a time, in the dtype of the model.
+_CHUNK_BYTES = 128 << 20
+# Intermediate float32 values are made for so many bytes of logits at a time.
+_BLOCK_BYTES = 8 << 20
+# Gradients of token losses that differ by less (relative, float32 rounding) are one number.
+_SAME = 4 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What does not change from chunk to chunk. `weight` [V / tp, h] holds the words from `first_word` on."""
+
+    weight: Tensor
+    first_word: int
+    softcap: float | None
+    z_loss: float
+    group: dist.ProcessGroup | None
+
+    def chunks(self, positions: Tensor) -> Iterator[Tensor]:
+        """`positions` [n] in pieces whose logits fit the budget."""
+        rows = _CHUNK_BYTES // (self.weight.shape[0] * self.weight.dtype.itemsize)
+        return iter(positions.split(max(1, rows))) if len(positions) else iter(())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of [n, h]: what enters the tanh on its way out, tanh applied; raw logits without a softcap. [n, V / tp]."""
+        logits = hidden @ self.weight.t()
+        # Rounded to the dtype of the logits after each operation, as transformers and the unfused path do.
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_()
+
+    def capped(self, squashed: Tensor) -> Tensor:
+        """The float32 logits that the loss sees, a new tensor."""
+        if self.softcap is not None:
+            return (squashed * self.softcap).float()
+        return squashed.float() if squashed.dtype is not torch.float32 else squashed.clone()
+
+    def blocks(self, squashed: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Rows of a chunk, few enough that intermediate values stay small, and the same rows of `others`."""
+        rows = max(1, _BLOCK_BYTES // (4 * squashed.shape[1]))
+        return zip(*(tensor.split(rows) for tensor in (squashed, *others)), strict=True)
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of `labels` [n] among this rank's words, and whether they are there at all."""
+        column = labels - self.first_word
+        here = (column >= 0) & (column < self.weight.shape[0])
+        return torch.where(here, column, 0), here
+
+    def measure(self, squashed: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the whole vocabulary and the label's logit, float32 [n] each."""
+        column, here = self.local(labels)
+        highest, sums, targets = [], [], []
+        for block, col, own in self.blocks(squashed, column, here):
+            logits = self.capped(block)
+            top = logits.amax(-1)
+            targets.append(torch.where(own, logits.gather(1, col[:, None])[:, 0], 0.0))
+            highest.append(top)
+            sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
+        top = torch.cat(highest)
+        parts = torch.stack([torch.cat(sums), torch.cat(targets)])
+        if self.group is not None:
+            own_top = top.clone()
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+            parts[0] *= (own_top - top).exp_()
+            dist.all_reduce(parts, group=self.group)
+        return parts[0].log_() + top, parts[1]
+
+    def differentiate(self, squashed: Tensor, labels: Tensor, lse: Tensor, weights: Tensor | None = None) -> None:
+        """Turn a chunk of `logits` into the gradient of its (weighted) losses to the raw logits, in place."""
+        column, here = self.local(labels)
+        scale = torch.ones_like(lse) if weights is None else weights
+        ones = here.to(lse.dtype)
+        for block, col, own, z, factor in self.blocks(squashed, column, ones, lse, scale):
+            gradient = self.capped(block).sub_(z[:, None]).exp_()
+            if self.z_loss:
+                gradient *= (1 + 2 * self.z_loss * z)[:, None]
+            gradient.scatter_add_(1, col[:, None], -own[:, None])
+            if weights is not None:
+                gradient *= factor[:, None]
+            if self.softcap is not None:
+                # d (cap · tanh(x / cap)) / dx
+                gradient.addcmul_(gradient * block, block, value=-1)
+            block.copy_(gradient)
+
+
+def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [V, h] float32 += gradientᵀ [V, n] @ hidden [n, h], without a second tensor of the size of `total`."""
+    if gradient.dtype is torch.float32:
+        total.addmm_(gradient.t(), hidden)
+        return
+    rows = max(1, _BLOCK_BYTES // (4 * total.shape[1]))
+    for part, block in zip(total.split(rows), gradient.split(rows, dim=1), strict=True):
+        if gradient.is_cuda:
+            part += torch.mm(block.t(), hidden, out_dtype=torch.float32)
+        else:
+            part.addmm_(block.float().t(), hidden.float())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: tuple[Any, ...]) -> Tensor:
+        head = _Head(weight.detach(), *options)
+        kept = (labels != IGNORE).nonzero()[:, 0]
+        losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+        lses = torch.empty(len(kept), dtype=torch.float32, device=hidden.device)
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if to_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
+        for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
+            rows, targets = hidden.detach()[chunk], labels[chunk]
+            squashed = head.logits(rows)
+            z, target = head.measure(squashed, targets)
+            lse.copy_(z)
+            losses[chunk] = z - target + head.z_loss * z * z if head.z_loss else z - target
+            if to_hidden or to_weight:
+                head.differentiate(squashed, targets, z)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = squashed @ head.weight
+            if grad_weight is not None:
+                _add_outer(grad_weight, squashed, rows)
+            del squashed  # before the next chunk's are made
+        ctx.save_for_backward(hidden, weight, labels, kept, lses)
+        ctx.options = options
+        ctx.gradients = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, labels, kept, lses = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy cannot be differentiated twice: its gradients are used in place")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if not len(kept):
+            return grad_hidden, grad_weight, None, None
+        factors = grad_losses[kept]
+        low, high = (float(bound) for bound in factors.aminmax())
+        if high - low <= _SAME * max(abs(high), abs(low)):
+            if high != 1.0:
+                for gradient in (grad_hidden, grad_weight):
+                    if gradient is not None:
+                        gradient *= high
+            return grad_hidden, grad_weight, None, None
+        if grad_hidden is not None:
+            grad_hidden *= grad_losses[:, None].to(grad_hidden.dtype)
+        if grad_weight is not None:
+            head = _Head(weight.detach(), *ctx.options)
+            total = torch.zeros_like(weight, dtype=torch.float32)
+            pieces = zip(head.chunks(kept), head.chunks(lses), head.chunks(factors), strict=True)
+            for chunk, lse, factor in pieces:
+                rows = hidden.detach()[chunk]
+                squashed = head.logits(rows)
+                head.differentiate(squashed, labels[chunk], lse, factor)
+                _add_outer(total, squashed, rows)
+                del squashed
+            grad_weight = total.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
+
+    `hidden` [s, b, h], or [s / tp, b, h] under `sequence_parallel`; `weight` [V / tp, h], this rank's rows of the head
+    in the order of the ranks of `tp_group`; `labels` [b, s] int64, shifted already, `IGNORE` where a position has no
+    loss. `softcap` c means c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss`
+    times the squared log-sum-exp is added to every loss.
+
+    Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
+    asked for once (no double use of a graph). Cheapest where every token weighs the same, as in a sum or mean.
+    """
+    group = tp_group if tp_group is not None and tp_group.size() > 1 else None
+    if group is not None:
+        # Each rank's words give a part of the gradient of the hidden states: these sum the parts in the backward pass.
+        if sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+    first_word = weight.shape[0] * (group.rank() if group is not None else 0)
+    options = (first_word, softcap, z_loss, group)
+    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), options)
+    return losses.view(hidden.shape[:2]).t()
+
+
+def fused_loss(
+    *,
+    hidden_states: Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    config: Any,
+    context: Any = None,
+    **unused: Any,
+) -> Tensor:
+    """`linear_cross_entropy` as Megatron's GPTModel calls an `output_processor`; `context` is the z-loss factor.
+
+    `unused` are the arguments of other output processors: ids, masks, and the parts of the unfused path.
+    """
+    return linear_cross_entropy(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
+        labels,
+        softcap=config.geometry.logit_softcap,
+        z_loss=context or 0.0,
+        tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+        sequence_parallel=config.sequence_parallel,
+    )

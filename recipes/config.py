@@ -1,0 +1,358 @@
+"""What a recipe may say: structured configs, read with OmegaConf from YAML and `key=value` overrides.
+
+A key that does not exist, or a value of the wrong type, is a UsageError that names the right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bridge.errors import UsageError
+from bridge.megatron.parallel import Parallel
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class ModelConfig:
+    """`hf` (a folder or hub id) or `megatron` (a Megatron checkpoint or run): exactly one.
+
+    `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `FREEZABLE`, or
+    regular expressions on Megatron's parameter names.
+    """
+
+    hf: str | None = None
+    megatron: str | None = None
+    dtype: str = "bfloat16"
+    freeze: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """Read by `recipes.data`, which says what the keys mean. `eval_path`: what evaluation uses, if there is any."""
+
+    path: Any = None
+    eval_path: Any = None
+    packing: bool = False
+    split: str = "train"
+    subset: str | None = None
+    chat_template: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    supervise_turns: str = "all"
+    supervise_thinking: bool = True
+    supervise_tool_calls: bool = True
+    on_error: str = "fail"
+    overlong: str = "drop"
+    allow_urls: bool = False
+    media_root: str | None = None
+    cache: str | None = None
+    workers: int = 2
+
+
+@dataclass
+class ParallelConfig:
+    """The layout, and what Megatron does to hide its cost.
+
+    `recompute`: none, selective (`recompute_modules`: core_attn, mlp, moe) or full. `overlap`: send gradients while
+    the backward pass runs and fetch parameters while the forward pass does; not with parameters whose use differs
+    between batches (images in some of them only).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    overlap: bool = False
+    dispatcher: str = "alltoall"
+
+    def layout(self) -> Parallel:
+        """The sizes, checked against each other. Raises ParallelError."""
+        return Parallel(self.tp, self.pp, self.vpp, self.ep, self.etp, self.cp, self.sequence_parallel)
+
+
+@dataclass
+class TrainConfig:
+    """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
+
+    `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
+    a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp.
+    `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
+    `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
+    """
+
+    steps: int = MISSING
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    seq_length: int = 4096
+    seed: int = 1234
+    eval_every: int = 0
+    eval_batches: int = 8
+    patience: int = 0
+    z_loss: float = 0.0
+    nan_limit: int = 3
+    spike_factor: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule, in steps. Vectors (norms, scales) have no weight decay.
+
+    `schedule`: constant, linear, cosine or wsd (constant, then over the last `wsd_steps` along `wsd_style`: linear,
+    cosine, exponential or minus_sqrt). The rate after `warmup` steps is `lr`, that of the last step `min_lr`.
+    `clip`: the largest gradient norm, 0: any. `precision_aware` (needs Transformer Engine): moments in
+    `moments_dtype`, and no float32 copy of bf16 weights but what is missing of them.
+    """
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    warmup: int = 0
+    schedule: str = "cosine"
+    wsd_steps: int = 0
+    wsd_style: str = "linear"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    precision_aware: bool = False
+    moments_dtype: str = "float32"
+
+
+@dataclass
+class LoraConfig:
+    """Adapters: declared, not built yet. A rank above 0 is refused."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CheckpointConfig:
+    """`every`: steps between checkpoints, 0: only the last. `keep`: how many stay, 0: all.
+
+    `resume`: go on from the latest complete checkpoint in `output`, where there is one.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: bool = True
+
+
+@dataclass
+class LogConfig:
+    """`log.jsonl` in `output` is always written. `wandb`: a project name; offline where no key is set."""
+
+    wandb: str | None = None
+    tensorboard: bool = False
+    every: int = 1
+
+
+@dataclass
+class ExportConfig:
+    """`hf`: write the final model as an HF folder there."""
+
+    hf: str | None = None
+
+
+@dataclass
+class Recipe:
+    """A run. `output` is its folder: log, checkpoints, the resolved config."""
+
+    output: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by its name under `recipes/configs` or by its YAML file, with `key=value` overrides.
+
+    Raises UsageError naming the key, and the one that was probably meant.
+    """
+    path = find_recipe(name)
+    try:
+        said = OmegaConf.load(path)
+    except Exception as error:  # whatever a YAML parser raises
+        raise UsageError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(said, DictConfig):
+        raise UsageError(f"{path}: a recipe is a mapping of keys")
+    return resolve(OmegaConf.to_container(said), overrides, str(path))
+
+
+def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """A plain dictionary and overrides as a `Recipe`. Raises UsageError, which starts with `where`."""
+    check_keys(said, Recipe, where)
+    given: list[DictConfig] = []
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UsageError(f"{override!r}: an override is written key=value")
+        try:
+            given.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:  # as above
+            raise UsageError(f"{override!r}: cannot be read ({' '.join(str(error).split())})") from None
+        check_keys(OmegaConf.to_container(given[-1]), Recipe, override)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), said, *given)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        recipe = OmegaConf.to_object(merged) if not missing else None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UsageError(f"{where}: {key}{str(error.msg or error).splitlines()[0]}") from None
+    if missing:
+        raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe. Raises UsageError with the names there are."""
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given
+        raise UsageError(f"{name}: no such file")
+    path = CONFIGS / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+    raise UsageError(f"recipe {name!r}: not found{_meant(name, known)}; known are {', '.join(known)}")
+
+
+def check_keys(said: Any, schema: Any, where: str, prefix: str = "") -> None:
+    """Every key of the nested dictionary `said` is one of the dataclass `schema`. Raises UsageError."""
+    if not isinstance(said, dict):
+        raise UsageError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is a group of keys, not a value")
+    types = get_type_hints(schema)
+    names = [f.name for f in fields(schema)]
+    for key, value in said.items():
+        if key not in names:
+            raise UsageError(f"{where}: unknown key {prefix}{key}{_meant_key(prefix, str(key), names)}")
+        if is_dataclass(types[key]):
+            check_keys(value, types[key], where, f"{prefix}{key}.")
+
+
+def _all_keys(schema: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        keys += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+    return keys
+
+
+def _meant_key(prefix: str, key: str, siblings: Sequence[str]) -> str:
+    """The key of the same group that looks like `key`, else the one of any group."""
+    leaves = {whole.rpartition(".")[2]: whole for whole in _all_keys(Recipe)}
+    if key.lower() in siblings:
+        return f"; did you mean {prefix}{key.lower()}?"
+    if key.lower() in leaves:
+        return f"; did you mean {leaves[key.lower()]}?"
+    close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    close = difflib.get_close_matches(key.lower(), list(leaves), 1, 0.6)
+    return f"; did you mean {leaves[close[0]]}?" if close else ""
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every key with its value."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def check_recipe(recipe: Recipe, world_size: int) -> int:
+    """What can be said before the model is known; the number of microbatches per step. Raises a BridgeError."""
+    train, parallel, optimizer = recipe.train, recipe.parallel, recipe.optimizer
+    if (recipe.model.hf is None) == (recipe.model.megatron is None):
+        raise UsageError("set exactly one of model.hf and model.megatron")
+    for key, value, allowed in (
+        ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
+        ("parallel.recompute", parallel.recompute, ("none", "selective", "full")),
+        ("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather")),
+        ("optimizer.schedule", optimizer.schedule, ("constant", "linear", "cosine", "wsd")),
+        ("optimizer.wsd_style", optimizer.wsd_style, ("linear", "cosine", "exponential", "minus_sqrt")),
+        ("optimizer.moments_dtype", optimizer.moments_dtype, ("float32", "bfloat16")),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
+    for key, number, least in (
+        ("train.steps", train.steps, 1),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.seq_length", train.seq_length, 2),
+        ("train.nan_limit", train.nan_limit, 1),
+        ("log.every", recipe.log.every, 1),
+        *((f"train.{key}", getattr(train, key), 0) for key in ("eval_every", "patience", "z_loss", "spike_factor")),
+        *((f"optimizer.{key}", getattr(optimizer, key), 0) for key in ("lr", "min_lr", "warmup", "wsd_steps", "clip")),
+        *((f"checkpoint.{key}", getattr(recipe.checkpoint, key), 0) for key in ("every", "keep")),
+    ):
+        if number < least:
+            raise UsageError(f"{key}={number}: must be at least {least}")
+    if optimizer.min_lr > optimizer.lr:
+        raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
+    if optimizer.warmup >= train.steps:
+        raise UsageError(f"optimizer.warmup={optimizer.warmup} leaves nothing of train.steps={train.steps}")
+    if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_steps <= train.steps - optimizer.warmup:
+        raise UsageError(
+            f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
+            "steps after the warm-up"
+        )
+    if recipe.lora.rank:
+        raise UsageError(f"lora.rank={recipe.lora.rank}: adapters are not built yet; leave it at 0")
+    layout = parallel.layout()
+    if layout.cp > 1:
+        raise UsageError(f"parallel.cp={layout.cp}: context parallelism is not built into training yet; set it to 1")
+    if train.seq_length % layout.tp and layout.sequence_parallel:
+        longer = train.seq_length + -train.seq_length % layout.tp
+        raise UsageError(
+            f"train.seq_length={train.seq_length} is not divisible by parallel.tp={layout.tp}, as sequence_parallel "
+            f"needs; {longer} would work"
+        )
+    dp = layout.dp(world_size)
+    share = train.micro_batch_size * dp
+    if train.global_batch_size % share:
+        nearest = max(share, round(train.global_batch_size / share) * share)
+        raise UsageError(
+            f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size × dp = "
+            f"{train.micro_batch_size} × {dp}; {nearest} would work"
+        )
+    microbatches = train.global_batch_size // share
+    if layout.vpp > 1 and microbatches % layout.pp:
+        raise UsageError(
+            f"parallel.vpp={layout.vpp} needs microbatches in multiples of parallel.pp={layout.pp}, there are "
+            f"{microbatches}; train.global_batch_size={share * layout.pp * max(1, round(microbatches / layout.pp))} "
+            "would work"
+        )
+    return microbatches
+
+
+def world_size_from_environment() -> int:
+    """How many ranks the launcher (torchrun, srun) started; 1 without one."""
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 1

@@ -1,0 +1,61 @@
+"""The data of a recipe, as the training loop takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import ListConfig
+from torch import Tensor
+
+from bridge.geometry import Geometry
+from bridge.hf.hub import resolve
+from recipes.config import Recipe
+from recipes.data.batches import Batches, BatchOptions
+from recipes.data.corpus import open_corpus
+from recipes.data.options import CorpusOptions, Supervise
+from recipes.train.data import Streams
+
+
+def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+    """Open, tokenise and batch what `data.path` names. Raises DataError and UsageError."""
+    data, train = recipe.data, recipe.train
+    folder = str(resolve(recipe.model.hf)) if recipe.model.hf else f"{recipe.model.megatron}/hf"
+    options = CorpusOptions(
+        _paths(data.path),
+        train.seq_length,
+        split=data.split,
+        subset=data.subset,
+        supervise=Supervise(data.supervise_turns, data.supervise_thinking, data.supervise_tool_calls),
+        on_error=data.on_error,
+        overlong=data.overlong,
+        allow_urls=data.allow_urls,
+        media_root=data.media_root,
+        chat_template=data.chat_template,
+        template_kwargs=dict(data.template_kwargs),
+        cache=data.cache,
+        workers=data.workers,
+    )
+    batch = BatchOptions(
+        train.seq_length,
+        train.micro_batch_size,
+        dp_rank,
+        dp_size,
+        seed=train.seed,
+        packing=data.packing,
+        workers=data.workers,
+    )
+    if data.eval_path is None:
+        return Streams(Batches(open_corpus(options, folder), batch))
+    held_out = open_corpus(replace(options, path=_paths(data.eval_path)), folder)
+
+    def evaluation() -> Iterator[dict[str, Tensor]]:
+        with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
+            yield from batches
+
+    return Streams(Batches(open_corpus(options, folder), batch), evaluation)
+
+
+def _paths(value: Any) -> str | tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list | tuple | ListConfig) else str(value)

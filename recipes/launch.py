@@ -1,0 +1,31 @@
+"""From a recipe's name to a run: the checks that need no packages first, then the loop."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+from bridge.errors import UsageError
+from recipes.config import check_recipe, load_recipe, world_size_from_environment
+
+
+def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
+    """Train a recipe on this rank; the exit code (0, or 75 where a signal ended it). Raises a BridgeError."""
+    recipe = load_recipe(name, overrides)
+    check_recipe(recipe, world_size_from_environment())
+    if recipe.data.path is None:
+        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    # What Megatron says of missing optional packages as it is imported is of no use to who trains.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    import torch.distributed as dist
+
+    from recipes.train.loop import train
+
+    try:
+        return train(recipe).exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,205 @@
+"""Checkpoints of a run: complete or not there, loadable in any layout, the last few kept.
+
+OUTPUT/hf/                                    what export needs besides weights (see bridge/convert/manifest.py)
+OUTPUT/iter_0000010/                          a Megatron distributed checkpoint: weights, optimizer, random states
+OUTPUT/latest_checkpointed_iteration.txt      the newest of them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from bridge.convert.folders import import_beside
+from bridge.convert.live import METADATA, load_from_megatron
+from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
+from bridge.errors import BridgeError, CheckpointError
+from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
+from recipes.train.optimizer_state import make_states, set_state, sharded_state
+from recipes.train.setup import Run
+
+_NAME = re.compile(r"iter_(\d{7,})")
+_PROGRESS_FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step`: of the schedule; `updates`: Adam's, less those left out; `data`: the position in it.
+
+    `sums` are what the logs count over the whole run: tokens.
+    """
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    best_eval: float | None = None
+    evals_since_best: int = 0
+    skipped_in_row: int = 0
+    norm_mean: float = 0.0
+
+
+def checkpoints(output: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by their step, in order."""
+    if not output.is_dir():
+        return {}
+    found = {int(match[1]): entry for entry in output.iterdir() if (match := _NAME.fullmatch(entry.name))}
+    return {step: found[step] for step in sorted(found) if is_dist_checkpoint(found[step])}
+
+
+def prepare_output(run: Run) -> None:
+    """Write `hf/` of the run's folder, once. Collective; raises what rank 0 raised, on every rank."""
+
+    def write() -> None:
+        output = Path(run.recipe.output)
+        output.mkdir(parents=True, exist_ok=True)
+        if (output / HF_FOLDER / MANIFEST_FILE).is_file():
+            return
+        if run.bridge.hf_dir is not None:
+            import_beside(run.bridge.hf_dir, output, dtype=run.recipe.model.dtype)
+            return
+        assert run.bridge.megatron is not None
+        partial = output / f".{HF_FOLDER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(run.bridge.megatron.hf, partial)
+        partial.rename(output / HF_FOLDER)
+
+    on_rank_0(write)
+
+
+def save(run: Run, progress: Progress) -> Path:
+    """Write the checkpoint of `progress.step`. Collective; it appears by one rename when every rank is done."""
+    output = Path(run.recipe.output)
+    target = output / f"iter_{progress.step:07d}"
+    partial = output / f".{target.name}.partial"
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    on_rank_0(begin)
+    run.gather_weights()
+    state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
+    for number, model in enumerate(run.models):
+        state[f"model{number}"] = model.sharded_state_dict(metadata=dict(METADATA))
+    state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
+    state["rng"] = _rng_object(_random_states())
+    dist_checkpointing.save(state, str(partial))
+
+    def finish() -> None:
+        text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
+        (partial / _PROGRESS_FILE).write_text(text + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if target.exists():
+            # The same step, saved before: by an interrupted run that was resumed from an earlier one.
+            shutil.rmtree(target)
+        partial.rename(target)
+        tracker = output / f".{TRACKER_FILE}.partial"
+        tracker.write_text(str(progress.step), encoding="utf-8")
+        _sync(tracker)
+        tracker.rename(output / TRACKER_FILE)
+        _sync(output)
+        _prune(output, run.recipe.checkpoint.keep)
+
+    on_rank_0(finish)
+    return target
+
+
+def load(run: Run, folder: Path) -> Progress:
+    """Bring a run to where a checkpoint was made, in whatever layout. Collective. Raises CheckpointError."""
+    try:
+        said = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        world_size = said.pop("world_size")
+        progress = Progress(**said)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / _PROGRESS_FILE}: not a record of a run ({error})") from None
+    make_states(run.optimizer)
+    with DistReader(folder) as reader:
+        load_from_megatron(run.models, run.bridge.table, reader)
+    state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
+    if world_size == dist.get_world_size():
+        state["rng"] = _rng_object(None)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder}: its optimizer state does not fit this model ({type(error).__name__}: {first_line})"
+        ) from error
+    set_state(run.optimizer, loaded["optimizer"], progress.updates)
+    if "rng" in loaded:
+        # At another number of ranks they start from the seed: nothing in this model draws random numbers.
+        _set_random_states(loaded["rng"])
+    run.scheduler.step(progress.step)
+    return progress
+
+
+def on_rank_0(function: Callable[[], None]) -> None:
+    """Call it there, and raise what it raises on every rank."""
+    failure: list[BridgeError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            function()
+        except BridgeError as error:
+            failure[0] = error
+        except OSError as error:
+            failure[0] = CheckpointError(f"{error.filename}: {error.strerror}")
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def _prune(output: Path, keep: int) -> None:
+    for folder in list(checkpoints(output).values())[: -keep if keep else 0]:
+        # Renamed first: one that is half removed must not look complete.
+        doomed = output / f".{folder.name}.removed"
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _rng_object(data: Any) -> ShardedObject:
+    return ShardedObject("rng_state", data, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def _random_states() -> dict[str, Any]:
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

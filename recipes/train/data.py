@@ -1,0 +1,49 @@
+"""What the loop asks of data: one stream of microbatches per data-parallel rank, which knows its position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bridge.geometry import Geometry
+from recipes.config import Recipe
+
+
+class BatchStream(Protocol):
+    """Microbatches without end, as dictionaries of tensors.
+
+    `input_ids`, `labels` (shifted already, -100 where there is no loss), int64 [b, s]; as needed `attention_mask`
+    [b, s] (1 = real), `position_ids` [b, s], `cu_seqlens` [documents + 1], `mm_token_type_ids` [b, s].
+
+    The state is a small dictionary for JSON. It is the same on every data-parallel rank whenever all of them have
+    taken the same number of microbatches, and it can be loaded at another number of ranks: what it says is how far
+    the whole run is, in samples.
+    """
+
+    def __next__(self) -> dict[str, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Streams:
+    """`evaluation()` begins the evaluation data anew: this rank's microbatches, as many on every rank."""
+
+    train: BatchStream
+    evaluation: Callable[[], Iterator[dict[str, Tensor]]] | None = None
+
+
+# (recipe, geometry, data-parallel rank, data-parallel size) -> streams
+DataFactory = Callable[[Recipe, Geometry, int, int], Streams]
+
+
+def open_streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+    """The data of a recipe. Raises UsageError and whatever `recipes.data` raises."""
+    from recipes.data.training import streams
+
+    return streams(recipe, geometry, dp_rank, dp_size)

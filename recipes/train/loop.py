@@ -1,0 +1,233 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from bridge.errors import TrainingError, UsageError
+from recipes.config import Recipe
+from recipes.train import checkpoint
+from recipes.train.checkpoint import Progress
+from recipes.train.data import DataFactory, Streams, open_streams
+from recipes.train.log import Log, Values
+from recipes.train.setup import Run, build
+from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+
+# The exit code of a run that a signal ended, after its checkpoint: «try again» in sysexits.h.
+STOPPED = 75
+# Of the mean gradient norm that spikes are held against, and after how many updates it means something.
+_NORM_MEMORY, _NORM_WARM = 0.95, 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after which step, with which mean loss of its last step, and whether a signal stopped it."""
+
+    step: int
+    loss: float
+    stopped: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return STOPPED if self.stopped else 0
+
+
+def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
+    """Run a recipe on every rank: from its model, or from its latest checkpoint, to its last step.
+
+    Raises a BridgeError; what was saved before stays. SIGTERM and SIGUSR1 end the run after the current step, with a
+    checkpoint.
+    """
+    with _StopSignal() as signalled:
+        resumable = checkpoint.checkpoints(Path(recipe.output))
+        if resumable and not recipe.checkpoint.resume:
+            raise UsageError(
+                f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
+            )
+        run = build(recipe, load=not resumable)
+        streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
+        progress = Progress()
+        if resumable:
+            progress = checkpoint.load(run, resumable[max(resumable)])
+            streams.train.load_state_dict(progress.data)
+        checkpoint.prepare_output(run)
+        log: Log | None = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = Log(recipe, progress.step)
+
+        checkpoint.on_rank_0(open_log)
+        try:
+            if log is not None and resumable:
+                log.say(f"resuming after step {progress.step}")
+            outcome = _Loop(run, streams, progress, log, signalled).run()
+            if recipe.export.hf is not None and not outcome.stopped:
+                run.gather_weights()
+                run.bridge.save_hf(run.models, recipe.export.hf, overwrite=True)
+        finally:
+            if log is not None:
+                log.close()
+    return outcome
+
+
+class _StopSignal:
+    """True once SIGTERM or SIGUSR1 has come."""
+
+    def __init__(self) -> None:
+        self._came = False
+        self._before: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self._came
+
+    def __enter__(self) -> _StopSignal:
+        # Only the main thread may listen.
+        with contextlib.suppress(ValueError):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+
+
+class _Loop:
+    """One run of the loop on one rank. Every decision is made from numbers that all ranks share."""
+
+    def __init__(self, run: Run, streams: Streams, progress: Progress, log: Log | None, signalled: _StopSignal) -> None:
+        self.run_ = run
+        self.recipe = run.recipe
+        self.streams = streams
+        self.progress = progress
+        self.log = log
+        self.signalled = signalled
+        self._since = (time.perf_counter(), progress.tokens)
+
+    def run(self) -> Outcome:
+        """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case."""
+        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        loss, stop, saved = math.nan, False, self.progress.step
+        patience = self.recipe.train.patience
+        if patience and self.progress.evals_since_best >= patience:
+            return Outcome(self.progress.step, loss)  # ended early before
+        while self.progress.step < steps and not stop:
+            loss, stop = self._step()
+            step = self.progress.step
+            evaluate = self.recipe.train.eval_every
+            if evaluate and (step % evaluate == 0 or step == steps) and self._evaluate():
+                break
+            if every and step % every == 0:
+                self._save()
+                saved = step
+        if saved != self.progress.step:
+            self._save()
+        return Outcome(self.progress.step, loss, stop)
+
+    def _step(self) -> tuple[float, bool]:
+        """One step; its loss, and whether any rank was told to stop."""
+        run, progress = self.run_, self.progress
+        clear_gradients(run)
+        sums = run_microbatches(run, self._next(run.microbatches), train=True)
+        asked = torch.tensor([float(bool(self.signalled))], dtype=sums.dtype, device=sums.device)
+        total, supervised, real, stop = reduce_sums(torch.cat([sums, asked]))
+        if not supervised:
+            raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
+        loss, norm, changed = total / supervised, math.nan, False
+        run.scheduler.step(1)
+        progress.step += 1
+        progress.tokens += int(real)
+        if math.isfinite(loss):
+            norm, changed = update(run, self._largest_norm())
+        self._count(norm, changed)
+        if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
+            self._log(loss, norm, changed, int(supervised))
+        if progress.skipped_in_row >= self.recipe.train.nan_limit:
+            raise TrainingError(
+                f"step {progress.step}: {progress.skipped_in_row} updates in a row were left out (loss {loss:.4g}, "
+                f"gradient norm {norm:.4g}); the last checkpoint is as it was"
+            )
+        return loss, stop > 0
+
+    def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
+        try:
+            return [next(self.streams.train) for _ in range(count)]
+        except StopIteration:
+            raise TrainingError(f"step {self.progress.step + 1}: the data has run out") from None
+
+    def _largest_norm(self) -> float:
+        factor = self.recipe.train.spike_factor
+        if not factor or self.progress.updates < _NORM_WARM:
+            return math.inf
+        return factor * self.progress.norm_mean
+
+    def _count(self, norm: float, changed: bool) -> None:
+        progress = self.progress
+        if not changed:
+            progress.skipped_in_row += 1
+            return
+        memory = _NORM_MEMORY if progress.updates else 0.0
+        progress.norm_mean = memory * progress.norm_mean + (1 - memory) * norm
+        progress.updates += 1
+        progress.skipped_in_row = 0
+
+    def _log(self, loss: float, norm: float, changed: bool, supervised: int) -> None:
+        if self.log is None:
+            return
+        now, then = (time.perf_counter(), self.progress.tokens), self._since
+        self._since = now
+        values: Values = {
+            "loss": loss,
+            "lr": self.run_.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens_per_s": (now[1] - then[1]) / (now[0] - then[0]),
+            "tokens": self.progress.tokens,
+            "supervised": supervised,
+        }
+        if torch.cuda.is_available():
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if not changed:
+            values["skipped"] = 1.0
+        self.log.write(self.progress.step, values)
+
+    def _evaluate(self) -> bool:
+        """Mean loss over the evaluation data; whether it is time to stop early."""
+        if self.streams.evaluation is None:
+            raise TrainingError("train.eval_every is set, but there is no evaluation data; set data.eval_path")
+        run, progress = self.run_, self.progress
+        batches = self.streams.evaluation()
+        sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+        for _ in range(self.recipe.train.eval_batches):
+            group = list(islice(batches, run.microbatches))
+            if len(group) < run.microbatches:
+                break
+            sums += run_microbatches(run, group, train=False)
+        total, supervised, _ = reduce_sums(sums)
+        loss = total / supervised if supervised else math.nan
+        if self.log is not None:
+            self.log.write(progress.step, {"eval_loss": loss})
+        better = progress.best_eval is None or loss < progress.best_eval
+        if better:
+            progress.best_eval, progress.evals_since_best = loss, 0
+        else:
+            progress.evals_since_best += 1
+        return bool(self.recipe.train.patience) and progress.evals_since_best >= self.recipe.train.patience
+
+    def _save(self) -> None:
+        self.progress.data = self.streams.train.state_dict()
+        where = checkpoint.save(self.run_, self.progress)
+        if self.log is not None:
+            self.log.say(f"saved {where}")

@@ -1,0 +1,186 @@
+"""The state of Megatron's distributed optimizer, whole parameter by whole parameter.
+
+Each data-parallel rank holds an arbitrary flat piece of a parameter's moments (and of its float32 copy, where the
+model is bf16). A checkpoint that loads in any layout must store them as the parameter is stored. So one rank of each
+data-parallel group, another for every parameter in turn, collects the pieces and saves them with the sharding of the
+parameter itself; loading goes the same way back. No rank holds more than its share of the whole, and no padding, bucket
+or rank count enters the checkpoint: Megatron's own `fully_reshardable` format loses its place after the first padded
+bucket, and its others are bound to the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from bridge.convert.live import METADATA
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# The float32 copy of a parameter; a float32 parameter is its own.
+_MAIN = "param"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter, the flat range of it that each data-parallel rank holds, and the rank that saves it."""
+
+    parameter: Tensor
+    ranges: tuple[tuple[int, int], ...]
+    owner: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return _MOMENTS if self.parameter.dtype is torch.float32 else (_MAIN, *_MOMENTS)
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    """Dense parameters and experts have optimizers, and data-parallel groups, of their own."""
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            yield part
+
+
+def _held(part: DistributedOptimizer) -> list[_Held]:
+    """Every parameter of the optimizer, in an order that the ranks of its group share."""
+    parameters = [parameter for buffer in part.buffers for parameter in buffer.params]
+    mine = []
+    for parameter in parameters:
+        span = part._get_model_param_range_map(parameter)["param"] if parameter in part.model_param_gbuf_map else None
+        mine.append((0, 0) if span is None else (span.start, span.end))
+    group = part.data_parallel_group
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    ranges = zip(*everyone, strict=True)
+    return [
+        _Held(parameter, spans, number % group.size())
+        for number, (parameter, spans) in enumerate(zip(parameters, ranges, strict=True))
+    ]
+
+
+def sharded_state(
+    optimizer: MegatronOptimizer, models: Sequence[torch.nn.Module], *, fill: bool
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """What this rank saves or loads, by a name of its own. Collective; with `fill`, the values are collected.
+
+    The tensors are on the CPU, of the shapes of whole parameters (of this rank's tensor-parallel shard).
+    """
+    shardings = _shardings(models)
+    result: dict[str, ShardedTensor | ShardedTensorFactory] = {}
+    for number, part in enumerate(_parts(optimizer)):
+        rank = part.data_parallel_group.rank()
+        for index, held in enumerate(_held(part)):
+            values = _collect(part, held) if fill else None
+            if held.owner != rank:
+                continue
+            for key in held.keys:
+                data = torch.empty(held.parameter.numel()) if values is None else values[key]
+                item = _like(shardings[id(held.parameter)], key, data.view(held.parameter.shape))
+                result[f"{number}.{index}.{key}"] = item
+    return result
+
+
+@torch.no_grad()
+def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: int) -> None:
+    """Hand out what was loaded under the names of `sharded_state`. Collective. `updates`: how many Adam has done."""
+    for number, part in enumerate(_parts(optimizer)):
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # Transformer Engine's Adam counts per group
+                group["step"] = updates
+        rank = part.data_parallel_group.rank()
+        for index, held in enumerate(_held(part)):
+            mine = held.owner == rank
+            whole = {key: loaded[f"{number}.{index}.{key}"].flatten() for key in held.keys} if mine else None
+            piece = _hand_out(part, held, whole)
+            if piece is None:
+                continue
+            state = part._get_main_param_and_optimizer_states(held.parameter)
+            if _MAIN not in piece:
+                # The optimizer's parameter is the model's own, which the weights of the checkpoint have filled.
+                piece[_MAIN] = state[_MAIN].detach().clone()
+            if "step" in state:
+                # Torch's Adam counts per parameter; one tensor for all would be incremented once for each of them.
+                piece["step"] = torch.tensor(float(updates))
+            part._set_main_param_and_optimizer_states(held.parameter, piece)
+
+
+def make_states(optimizer: MegatronOptimizer) -> None:
+    """Let moments exist before the first step. Weights may decay: load them afterwards."""
+    for part in _parts(optimizer):
+        part._init_optimizer_states_with_dummy_values()
+
+
+def _shardings(models: Sequence[torch.nn.Module]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+    """How each parameter is stored, by its id."""
+    return {
+        id(item.data): item
+        for model in models
+        for item in model.sharded_state_dict(metadata=dict(METADATA)).values()  # type: ignore[operator]
+        if isinstance(item, ShardedTensor | ShardedTensorFactory)
+    }
+
+
+def _like(item: ShardedTensor | ShardedTensorFactory, key: str, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
+    """`data`, stored as `item` is. The last number of a replica id is the data-parallel rank: here one rank has it."""
+    changed: dict[str, Any] = {
+        "key": f"optimizer.state.{key}.{item.key}",
+        "data": data,
+        "replica_id": (*item.replica_id[:-1], 0),
+    }
+    if isinstance(item, ShardedTensor):
+        changed["dtype"] = data.dtype
+    return replace(item, **changed)
+
+
+def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | None:
+    """The whole state of a parameter on its owner, float32, flat, on the CPU; None elsewhere."""
+    group = part.data_parallel_group
+    rank, own = group.rank(), None
+    start, stop = held.ranges[rank]
+    if start < stop:
+        state = part._get_main_param_and_optimizer_states(held.parameter)
+        own = torch.stack([state[key].detach().float() for key in held.keys])
+    if rank != held.owner:
+        if own is not None:
+            dist.send(own, group=group, group_dst=held.owner)
+        return None
+    whole = torch.empty(len(held.keys), held.parameter.numel())
+    for source, (low, high) in enumerate(held.ranges):
+        if low == high:
+            continue
+        piece = own
+        if source != rank:
+            piece = torch.empty(len(held.keys), high - low, device=torch.cuda.current_device())
+            dist.recv(piece, group=group, group_src=source)
+        assert piece is not None
+        whole[:, low:high] = piece.cpu()
+    return dict(zip(held.keys, whole, strict=True))
+
+
+def _hand_out(part: DistributedOptimizer, held: _Held, whole: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The inverse of `_collect`: this rank's piece, None where it holds none."""
+    group = part.data_parallel_group
+    rank = group.rank()
+    start, stop = held.ranges[rank]
+    device = torch.cuda.current_device()
+    own = None
+    if whole is not None:
+        for target, (low, high) in enumerate(held.ranges):
+            if low == high:
+                continue
+            piece = torch.stack([whole[key][low:high] for key in held.keys]).to(device)
+            if target == rank:
+                own = piece
+            else:
+                dist.send(piece, group=group, group_dst=target)
+    elif start < stop:
+        own = torch.empty(len(held.keys), stop - start, device=device)
+        dist.recv(own, group=group, group_src=held.owner)
+    return None if own is None else dict(zip(held.keys, own, strict=True))

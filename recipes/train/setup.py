@@ -1,0 +1,227 @@
+"""From a launcher's environment to ranks, and from a recipe to this rank's model and optimizer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bridge import Gemma4Bridge
+from bridge.errors import UsageError
+from bridge.megatron import cpu_runtime
+from bridge.megatron.model import Gemma4Model
+from bridge.megatron.parallel import initialize
+from bridge.megatron.provider import Gemma4Provider
+from recipes.config import Recipe, check_recipe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# What `model.freeze` can name: patterns that begin anywhere in a Megatron parameter name, which `bridge inspect` and
+# docs/mapping.md show.
+FREEZABLE = {
+    "embeddings": r"embedding\.|output_layer\.|ple\.embed_tokens\.",
+    "router": r"\.router\.",
+    "experts": r"\.experts\.",
+    "language": r"^(embedding|decoder|output_layer)\.",
+    "vision": r"vision",
+    "audio": r"audio",
+}
+
+
+def start_ranks() -> None:
+    """Join the ranks that torchrun or srun started, or be the only one. Without a GPU: on the CPU, over gloo.
+
+    Nothing happens where torch.distributed is initialised already.
+    """
+    cpu_runtime.enable()
+    if dist.is_initialized():
+        return
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        # The same on every node, another for every job.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+    if "RANK" in env:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+
+
+@dataclass
+class Run:
+    """What a training run consists of on this rank. `chunks` are wrapped in DDP, in the order of the schedules."""
+
+    recipe: Recipe
+    bridge: Gemma4Bridge
+    groups: ProcessGroupCollection
+    provider: Gemma4Provider
+    models: list[Gemma4Model]
+    chunks: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    microbatches: int
+
+    @property
+    def config(self) -> Any:
+        """Megatron's TransformerConfig."""
+        return self.provider.config
+
+    def gather_weights(self) -> None:
+        """Let every rank hold the weights of the last update: with overlap they come during the next forward pass."""
+        if self.recipe.parallel.overlap:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build(recipe: Recipe, load: bool) -> Run:
+    """Everything but the data, on every rank. `load`: the weights too (not when a checkpoint will bring them).
+
+    Raises a BridgeError before anything is built where the recipe, the model and the ranks do not fit together.
+    """
+    start_ranks()
+    microbatches = check_recipe(recipe, dist.get_world_size())
+    bridge = open_model(recipe)
+    parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
+    overrides: dict[str, Any] = {"perform_initialization": False}
+    if parallel.recompute == "full":
+        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute == "selective":
+        overrides |= {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    if bridge.geometry.moe is not None:
+        overrides["moe_token_dispatcher_type"] = parallel.dispatcher
+    layout = parallel.layout()
+    provider = bridge.provider(layout, dtype, overrides=overrides)
+    groups = initialize(layout, seed=recipe.train.seed)
+    models = provider.build(groups)
+    if load:
+        bridge.load_hf_weights(models)
+    freeze(models, recipe.model.freeze)
+    chunks = wrap(provider, models, groups, parallel.overlap)
+    optimizer = make_optimizer(recipe, chunks, groups)
+    return Run(
+        recipe, bridge, groups, provider, models, chunks, optimizer, make_scheduler(recipe, optimizer), microbatches
+    )
+
+
+def open_model(recipe: Recipe) -> Gemma4Bridge:
+    """Geometry and tables of the recipe's model. Raises a BridgeError."""
+    if recipe.model.hf is not None:
+        return Gemma4Bridge.from_hf(recipe.model.hf)
+    assert recipe.model.megatron is not None
+    return Gemma4Bridge.from_megatron(recipe.model.megatron)
+
+
+def freeze(models: Sequence[torch.nn.Module], groups: Sequence[str]) -> None:
+    """Take the gradients of parameters that `model.freeze` names. Collective. Raises UsageError."""
+    patterns = []
+    for group in groups:
+        try:
+            patterns.append(re.compile(FREEZABLE.get(group, group)))
+        except re.error as error:
+            raise UsageError(f"model.freeze: {group!r} is no group and no regular expression ({error})") from None
+    hits = torch.zeros(len(patterns) + 1, dtype=torch.int64)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            matched = [bool(pattern.search(name)) for pattern in patterns]
+            parameter.requires_grad_(not any(matched))
+            hits += torch.tensor([*matched, not any(matched)])
+    # Another stage may hold what this one does not.
+    hits = hits.to(torch.cuda.current_device())
+    dist.all_reduce(hits)
+    for group, count in zip(groups, hits.tolist(), strict=False):
+        if not count:
+            raise UsageError(f"model.freeze: {group!r} names no parameter; groups are {', '.join(FREEZABLE)}")
+    if not hits[-1]:
+        raise UsageError(f"model.freeze={list(groups)}: nothing is left to train")
+
+
+def wrap(
+    provider: Gemma4Provider, models: Sequence[Gemma4Model], groups: ProcessGroupCollection, overlap: bool
+) -> list[torch.nn.Module]:
+    """Megatron's DDP around every chunk, and the hooks by which its schedules drive it."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    config = provider.config
+    chunks = [
+        DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0, pg_collection=groups)
+        for i, model in enumerate(models)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    hooks = {"no_sync_func": [chunk.no_sync for chunk in chunks]}
+    if overlap:
+        hooks["grad_sync_func"] = [chunk.start_grad_sync for chunk in chunks]
+        hooks["param_sync_func"] = [chunk.start_param_sync for chunk in chunks]
+    for name, functions in hooks.items():
+        setattr(config, name, functions if len(functions) > 1 else functions[0])
+    return chunks
+
+
+def make_optimizer(
+    recipe: Recipe, chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """Megatron's distributed Adam: each data-parallel rank holds its part of the float32 weights and moments."""
+    wanted, dtype = recipe.optimizer, DTYPES[recipe.model.dtype]
+    precision: dict[str, Any] = {}
+    if wanted.precision_aware:
+        moments = DTYPES[wanted.moments_dtype]
+        precision = {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=wanted.lr,
+        min_lr=wanted.min_lr,
+        weight_decay=wanted.weight_decay,
+        adam_beta1=wanted.beta1,
+        adam_beta2=wanted.beta2,
+        adam_eps=wanted.eps,
+        clip_grad=wanted.clip,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=recipe.parallel.overlap,
+        **precision,
+    )
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+
+
+def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Megatron's schedule, counted in steps; `step(1)` goes before every update, so the first one has a rate."""
+    wanted, steps = recipe.optimizer, recipe.train.steps
+    wsd = wanted.schedule == "wsd"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=wanted.lr,
+        min_lr=wanted.min_lr,
+        lr_warmup_steps=wanted.warmup,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if wsd else wanted.schedule,
+        start_wd=wanted.weight_decay,
+        end_wd=wanted.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=wanted.wsd_steps if wsd else None,
+        lr_wsd_decay_style=wanted.wsd_style if wsd else None,
+    )

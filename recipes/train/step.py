@@ -1,0 +1,146 @@
+"""One step: microbatches through Megatron's schedule, the loss over real tokens, and the optimizer's update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from bridge.errors import UsageError
+from bridge.megatron.loss import IGNORE
+from recipes.train.setup import Run
+
+Batch = dict[str, Tensor]
+
+_KNOWN = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seqlens", "mm_token_type_ids"}
+
+
+def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tensor:
+    """Forward (and backward, where `train`) passes of this rank's microbatches.
+
+    Returns this rank's part of [sum of token losses, tokens with a label, real tokens], float64: zeros but on one
+    tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label of all microbatches
+    and data-parallel ranks.
+    """
+    prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
+    lengths = {batch["input_ids"].shape for batch in prepared}
+    rows, length = prepared[0]["input_ids"].shape
+    if run.provider.parallel.pp > 1 and len(lengths) > 1:
+        raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
+    for chunk in run.chunks:
+        chunk.train(train)
+    step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0)
+    iterators = [iter(prepared) for _ in run.chunks]
+    with torch.set_grad_enabled(train):
+        reports = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
+            num_microbatches=len(prepared),
+            seq_length=length * run.config.pipeline_payload,
+            micro_batch_size=rows,
+            forward_only=not train,
+        )
+    total = torch.zeros(3, dtype=torch.float64, device=run.device)
+    if run.groups.tp.rank() == 0:
+        for report in reports:
+            total += report["sums"]
+    return total
+
+
+def prepare(batch: Batch, run: Run, length: int) -> Batch:
+    """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError."""
+    unknown = sorted(set(batch) - _KNOWN)
+    if unknown:
+        raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
+    batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
+    have, parallel = batch["input_ids"].shape[1], run.provider.parallel
+    if have > length:
+        raise UsageError(f"the data yields sequences of {have} tokens, train.seq_length is {length}")
+    if "cu_seqlens" in batch:
+        # Bounds count through the rows, which Megatron takes as one.
+        have *= batch["input_ids"].shape[0]
+        length *= batch["input_ids"].shape[0]
+        batch = {name: t if name == "cu_seqlens" else t.reshape(1, -1) for name, t in batch.items()}
+    # Every microbatch has the shape that pipeline stages expect of each other; sequence parallelism divides it.
+    want = length if parallel.pp > 1 else have + -have % (parallel.tp if parallel.sequence_parallel else 1)
+    if want == have:
+        return batch
+    if "cu_seqlens" in batch:
+        raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
+    fill = {"labels": IGNORE, "input_ids": run.bridge.geometry.pad_token_id or 0}
+    for name, tensor in batch.items():
+        batch[name] = torch.nn.functional.pad(tensor, (0, want - have), value=fill.get(name, 0))
+    return batch
+
+
+def _forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module, z_loss: float) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    packed = None
+    if "cu_seqlens" in batch:
+        bounds = batch["cu_seqlens"].to(torch.int32)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    losses = chunk(
+        batch["input_ids"],
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        packed_seq_params=packed,
+        mm_token_type_ids=batch.get("mm_token_type_ids"),
+        z_loss=z_loss,
+    )
+
+    def total(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, tokens = losses.sum(), (batch["labels"] != IGNORE).sum()
+        real = batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(losses.numel())
+        # A copy: the schedule may scale the loss in place.
+        sums = torch.stack([loss.detach().double(), tokens.double(), real.to(tokens.device).double()])
+        return loss, tokens.to(torch.int), {"sums": sums}
+
+    return losses, total
+
+
+def reduce_sums(sums: Tensor) -> list[float]:
+    """Sum over all ranks, as numbers that every rank has alike."""
+    dist.all_reduce(sums)
+    values: list[float] = sums.tolist()
+    return values
+
+
+def clear_gradients(run: Run) -> None:
+    """Before the first microbatch of a step."""
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    run.optimizer.zero_grad()
+
+
+def update(run: Run, largest_norm: float) -> tuple[float, bool]:
+    """Clip and step; (gradient norm before clipping, whether the weights changed). Alike on every rank.
+
+    As Megatron's own `step()`, but an update whose norm is not finite, or above `largest_norm`, is left out: there a
+    NaN would reach the weights.
+    """
+    optimizer = run.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm) or norm > largest_norm:
+        return norm, False
+    clip = run.recipe.optimizer.clip
+    for part in optimizer.chained_optimizers:
+        if clip and not part.is_stub_optimizer:
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(),
+                max_norm=clip,
+                total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+    return norm, True

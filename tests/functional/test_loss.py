@@ -1,0 +1,191 @@
+"""The fused loss against the path with whole logits: losses and gradients, every way the vocabulary is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridge.megatron.parallel import Parallel, initialize
+from bridge.ranks import RankPool
+
+FLOAT32_BOUND = 1e-6
+TOKENS, BATCH, HIDDEN, VOCAB = 24, 2, 32, 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the head is split, and what is asked of the loss."""
+
+    parallel: Parallel = Parallel()  # noqa: RUF009 - frozen
+    dtype: torch.dtype = torch.float32
+    softcap: float | None = 30.0
+    z_loss: float = 0.0
+    weighted: bool = False
+    all_ignored: bool = False
+    chunk: int = 7
+
+
+CASES = {
+    "sum": Case(),
+    "every token weighs another": Case(weighted=True),
+    "no softcap": Case(softcap=None),
+    "z-loss": Case(z_loss=1e-2),
+    "z-loss, weighted, no softcap": Case(z_loss=1e-2, weighted=True, softcap=None),
+    "nothing to learn": Case(all_ignored=True),
+    "one chunk": Case(chunk=10_000),
+    "TP2": Case(Parallel(tp=2)),
+    "TP2 weighted": Case(Parallel(tp=2), weighted=True, z_loss=1e-2),
+    "TP2+SP": Case(Parallel(tp=2, sequence_parallel=True)),
+    "TP4": Case(Parallel(tp=4)),
+    "TP4+SP": Case(Parallel(tp=4, sequence_parallel=True), weighted=True),
+    "TP4 nothing to learn": Case(Parallel(tp=4), all_ignored=True),
+    "bf16": Case(dtype=torch.bfloat16),
+    "bf16 weighted": Case(dtype=torch.bfloat16, weighted=True),
+    "bf16 TP2+SP": Case(Parallel(tp=2, sequence_parallel=True), dtype=torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The same on every rank; `weights` [b, s] multiply the token losses."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    @classmethod
+    def make(cls, case: Case) -> Inputs:
+        generator = torch.Generator().manual_seed(5)
+        # Logits that reach into the bend of the softcap, as the model's do.
+        hidden = torch.randn(TOKENS, BATCH, HIDDEN, generator=generator).to(case.dtype)
+        weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 2).to(case.dtype)
+        labels = torch.randint(VOCAB, (BATCH, TOKENS), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.4] = -100
+        if case.all_ignored:
+            labels.fill_(-100)
+        weights = torch.rand(labels.shape, generator=generator) if case.weighted else torch.full(labels.shape, 0.37)
+        return cls(hidden, weight, labels, weights)
+
+
+def naive(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and gradients of hidden and weight by whole logits and autograd, in `dtype`, as transformers has it."""
+    hidden, weight = (t.clone().to(dtype).requires_grad_() for t in (inputs.hidden, inputs.weight))
+    logits = torch.nn.functional.linear(hidden, weight)
+    if case.softcap is not None:
+        logits = torch.tanh(logits / case.softcap) * case.softcap
+    logits = logits.to(torch.promote_types(dtype, torch.float32)).transpose(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.labels.flatten(), reduction="none")
+    losses = losses.view(inputs.labels.shape)
+    losses = losses + case.z_loss * (logits.logsumexp(-1) ** 2 * (inputs.labels != -100))
+    (losses * inputs.weights).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def fused(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the fused loss, on this rank's part. Runs on every rank."""
+    from bridge.megatron import loss
+
+    groups = initialize(case.parallel)
+    inputs = Inputs.make(case)
+    rank, size = groups.tp.rank(), case.parallel.tp
+    hidden = inputs.hidden.chunk(size)[rank] if case.parallel.sequence_parallel else inputs.hidden
+    hidden = hidden.clone().requires_grad_()
+    weight = inputs.weight.chunk(size)[rank].clone().requires_grad_()
+    with (
+        mock.patch.object(loss, "_CHUNK_BYTES", case.chunk * weight.shape[0] * weight.dtype.itemsize),
+        mock.patch.object(loss, "_BLOCK_BYTES", 3 * weight.shape[0] * 4),
+    ):
+        losses = loss.linear_cross_entropy(
+            hidden, weight, inputs.labels, softcap=case.softcap, z_loss=case.z_loss, tp_group=groups.tp,
+            sequence_parallel=case.parallel.sequence_parallel,
+        )  # fmt: skip
+        (losses * inputs.weights).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    difference = (value.double() - truth.double()).norm().item()
+    return difference / truth.double().norm().item() if truth.any() else difference
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_whole_logits(ranks: RankPool, name: str) -> None:
+    case = CASES[name]
+    parts = ranks.run(fused, case, world_size=case.parallel.world_size)
+    inputs = Inputs.make(case)
+    sequence_parallel = case.parallel.sequence_parallel
+    hidden = torch.cat([part[1] for part in parts]) if sequence_parallel else parts[0][1]
+    ours = (parts[0][0], hidden, torch.cat([part[2] for part in parts]))
+    theirs = naive(case, inputs, case.dtype)
+    for part in parts:
+        assert torch.equal(part[0], ours[0])
+    truth = naive(case, inputs, torch.float64)
+    for what, mine, other, exact in zip(("losses", "hidden", "weight"), ours, theirs, truth, strict=True):
+        assert mine.shape == other.shape and (what == "losses" or mine.dtype == case.dtype)
+        if case.dtype is torch.float32:
+            assert relative(mine, other) <= FLOAT32_BOUND, what
+            assert relative(mine, exact) <= FLOAT32_BOUND, what
+        elif what == "losses":
+            # The same roundings in the same places: logits, and each operation of the softcap.
+            assert relative(mine, other) <= FLOAT32_BOUND, what
+        else:
+            # Nearer to the truth than bf16 autograd, or as near: one rounding less on the way.
+            assert relative(mine, exact) <= 1.05 * relative(other, exact), what
+
+
+def gradients_twice_or_not_at_all() -> None:
+    """What a caller may do with the graph, besides one backward pass."""
+    from bridge.megatron.loss import linear_cross_entropy
+
+    inputs = Inputs.make(Case())
+    hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight, inputs.labels)
+    losses = linear_cross_entropy(hidden, weight, inputs.labels)
+    assert torch.equal(evaluated, losses) and not evaluated.requires_grad
+    losses.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        losses.sum().backward()
+    # A frozen head costs nothing and gets nothing.
+    linear_cross_entropy(hidden, weight.detach(), inputs.labels).sum().backward()
+
+
+def test_gradients_twice_or_not_at_all(ranks: RankPool) -> None:
+    ranks.run(gradients_twice_or_not_at_all, world_size=1)
+
+
+def peak_above_inputs(tokens: int, hidden_size: int, vocab: int) -> tuple[int, int]:
+    """Bytes that the loss needs at its peak beyond inputs and gradients, and the bytes of the logits it avoids."""
+    from bridge.megatron.loss import linear_cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 1, hidden_size, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, generator=generator, requires_grad=True)
+    labels = torch.randint(vocab, (1, tokens), generator=generator)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, labels, softcap=30.0).sum().backward()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak - hidden.nbytes - weight.nbytes, 4 * tokens * vocab
+
+
+def test_the_logits_are_never_there(ranks: RankPool) -> None:
+    [(peak, logits)] = ranks.run(_small_budget_peak, world_size=1)
+    assert peak < logits / 8
+
+
+def _small_budget_peak() -> tuple[int, int]:
+    from bridge.megatron import loss
+
+    with mock.patch.object(loss, "_CHUNK_BYTES", 1 << 20), mock.patch.object(loss, "_BLOCK_BYTES", 1 << 18):
+        return peak_above_inputs(1024, 64, 8192)

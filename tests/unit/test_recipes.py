@@ -1,0 +1,120 @@
+"""Recipes: what a key may be, what is said where it is not, and which layouts are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import BridgeError, ParallelError, UsageError
+from recipes.config import CONFIGS, Recipe, check_recipe, load_recipe, resolve, to_yaml
+
+MINIMAL = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 10, "global_batch_size": 8, "seq_length": 64}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimzer.lr=1"], "unknown key optimzer; did you mean optimizer?"),
+        (["train.step=2"], "unknown key train.step; did you mean train.steps?"),
+        (["lr=3"], "unknown key lr; did you mean optimizer.lr?"),
+        (["train.lr=3"], "unknown key train.lr; did you mean optimizer.lr?"),
+        (["optimizer.LR=3"], "unknown key optimizer.LR; did you mean optimizer.lr?"),
+        (["parallel.sequence-parallel=true"], "did you mean parallel.sequence_parallel?"),
+        (["train.steps=many"], "train.steps: Value 'many'"),
+        (["parallel.tp=2.5"], "parallel.tp: Value '2.5'"),
+        (["data.packing=perhaps"], "data.packing"),
+        (["train=3"], "train is a group of keys"),
+        (["train.steps"], "an override is written key=value"),
+        (["train.steps=[1"], "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(MINIMAL, overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_required_key_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="output is not set; add output="):
+        resolve({"train": {"steps": 3}})
+
+
+def test_overrides_and_types() -> None:
+    recipe = resolve(
+        MINIMAL, ["optimizer.lr=3e-4", "train.steps=7", "data.packing=true", "model.freeze=[router,vision]"]
+    )
+    assert recipe.optimizer.lr == 3e-4 and recipe.train.steps == 7 and recipe.data.packing
+    assert recipe.model.freeze == ["router", "vision"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path: Path) -> None:
+    name = str(path.relative_to(CONFIGS).with_suffix(""))
+    recipe = load_recipe(name, ["model.hf=somewhere"])
+    assert check_recipe(recipe, 1 if "smoke" in name else 8) >= 1
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONFIGS.rglob("*.yaml")) if p.stem != "smoke"], ids=lambda p: p.stem
+)
+def test_shipped_layouts_fit_the_real_models(path: Path) -> None:
+    import json
+
+    import bridge
+    from bridge.geometry import Geometry
+    from bridge.megatron.provider import check_layout
+
+    config = json.loads((Path(bridge.__file__).parent / "variants" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    check_layout(Geometry.from_dict(config), load_recipe(str(path)).parallel.layout())
+
+
+def test_the_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
+    recipe = resolve(MINIMAL, ["optimizer.lr=3e-4"])
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "again.yaml"))
+    assert isinstance(again, Recipe) and again == recipe
+
+
+def test_unknown_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'sft/e5b': not found; did you mean sft/e\db\?"):
+        load_recipe("sft/e5b")
+    with pytest.raises(UsageError, match="no such file"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="mapping"):
+        load_recipe(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="no YAML"):
+        load_recipe(str(tmp_path / "broken.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["model.megatron=also"], 1, "exactly one of model.hf and model.megatron"),
+        (["model.dtype=float16"], 1, "bfloat16, float32"),
+        (["optimizer.schedule=cosin"], 1, "constant, linear, cosine, wsd"),
+        (["optimizer.schedule=wsd"], 1, "optimizer.wsd_steps=0"),
+        (["optimizer.warmup=10"], 1, "leaves nothing of train.steps=10"),
+        (["optimizer.min_lr=1"], 1, "exceeds optimizer.lr"),
+        (["train.steps=0"], 1, "train.steps=0: must be at least 1"),
+        (["lora.rank=8"], 1, "not built yet"),
+        (["parallel.cp=2"], 2, "parallel.cp=2"),
+        (["train.global_batch_size=6"], 4, "8 would work"),
+        (["train.micro_batch_size=3"], 1, "9 would work"),
+        (["parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=5"], 2, "global_batch_size=4 would work"),
+        (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_length=63"], 2, "64 would work"),
+        (["parallel.tp=2"], 3, "3 ranks are no multiple"),
+        (["parallel.vpp=2"], 1, "needs pp > 1"),
+    ],
+)
+def test_refused_before_anything_is_built(overrides: list[str], world: int, message: str) -> None:
+    with pytest.raises((UsageError, ParallelError)) as caught:
+        check_recipe(resolve(MINIMAL, overrides), world)
+    assert isinstance(caught.value, BridgeError) and message in str(caught.value)
+
+
+def test_microbatches() -> None:
+    assert check_recipe(resolve(MINIMAL), 1) == 8
+    assert check_recipe(resolve(MINIMAL, ["train.micro_batch_size=2"]), 2) == 2
