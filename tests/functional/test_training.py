@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_kit import LENGTH, Plain, Trouble, losses, plain_loop, recipe, train_toy
 
 from bridge.errors import BridgeError, ParallelError, TrainingError, UsageError
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
+
+from .training_kit import LENGTH, Plain, Trouble, losses, plain_loop, recipe, train_toy
 
 STEPS, LAYOUT_STEPS = 30, 8
 AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5

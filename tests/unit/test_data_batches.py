@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import chat, corpus_of, model_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +23,8 @@ from recipes.data.chat import Encoded
 from recipes.data.collate import IGNORE, batch_tensors
 from recipes.data.packing import first_fit_decreasing, plan_epoch
 from recipes.data.threads import ordered_map
+
+from .data_helpers import chat, corpus_of, model_folder
 
 WIDTH = 96
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import chat, corpus_of, model_folder, write_jsonl
 from PIL import Image
 
 from bridge.errors import BridgeError, DataError, UsageError
 from recipes.data import CorpusOptions, Supervise, corpus, open_corpus
 from recipes.data.sources import JsonlFile
+
+from .data_helpers import chat, corpus_of, model_folder, write_jsonl
 
 GOOD = chat("hi", "hello")
 

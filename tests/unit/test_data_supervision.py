@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +17,8 @@ from bridge.errors import DataError, UsageError
 from recipes.data import CorpusOptions, Supervise
 from recipes.data.chat import ChatModel
 from recipes.data.sample import Where, parse_record
+
+from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
 
 # A 40 × 30 image is 9 × 7 soft tokens of the toys' 12 × 12 pixels; 8 × 8 for a square one.
 WIDE = "<|image>" + "<|image|>" * 63 + "<image|>"
