@@ -19,6 +19,7 @@ from bridge import Gemma4Bridge
 from bridge.errors import UsageError
 from bridge.megatron import cpu_runtime
 from bridge.megatron.model import Gemma4Model
+from bridge.megatron.multimodal import FREEZABLE as TOWERS
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from recipes.config import Recipe, check_recipe
@@ -109,7 +110,9 @@ def build(recipe: Recipe, load: bool) -> Run:
     if bridge.geometry.moe is not None:
         overrides["moe_token_dispatcher_type"] = parallel.dispatcher
     layout = parallel.layout()
-    provider = bridge.provider(layout, dtype, overrides=overrides)
+    # Batches hold text as yet: towers that nothing trains must not drift by weight decay either.
+    frozen = TOWERS if bridge.geometry.multimodal else ()
+    provider = bridge.provider(layout, dtype, overrides=overrides, frozen=frozen)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load:
@@ -142,8 +145,8 @@ def freeze(models: Sequence[torch.nn.Module], groups: Sequence[str]) -> None:
     for model in models:
         for name, parameter in model.named_parameters():
             matched = [bool(pattern.search(name)) for pattern in patterns]
-            parameter.requires_grad_(not any(matched))
-            hits += torch.tensor([*matched, not any(matched)])
+            parameter.requires_grad_(parameter.requires_grad and not any(matched))
+            hits += torch.tensor([*matched, parameter.requires_grad])
     # Another stage may hold what this one does not.
     hits = hits.to(torch.cuda.current_device())
     dist.all_reduce(hits)

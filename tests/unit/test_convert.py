@@ -280,7 +280,7 @@ def test_a_full_disk(made: Make, tmp_path: Path) -> None:
 
 def test_json_results(made: Make, tmp_path: Path) -> None:
     done = json.loads(cli("import", made("12b"), tmp_path / "m", "--json", "-").stdout)
-    assert done["tensors"] == 134 and done["bytes"] > 1_000_000
+    assert done["tensors"] == 145 and done["bytes"] > 1_000_000
     for folder in (made("12b"), tmp_path / "m"):
         result = json.loads(cli("inspect", folder, "--json", "-").stdout)
         assert result["num_layers"] == 12 and result["coverage"]["unaccounted"] == 0

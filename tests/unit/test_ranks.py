@@ -144,7 +144,7 @@ def test_a_bridge_error_keeps_its_type(pool: RankPool) -> None:
     ("kind", "message"),
     [
         ("other", "rank 1: ValueError: not a good value"),
-        ("own", "rank 1: test_ranks.Unpicklable: 3 and 4"),
+        ("own", f"rank 1: {__name__}.Unpicklable: 3 and 4"),
         ("exit", "rank 1: SystemExit: 3"),
     ],
 )
