@@ -34,6 +34,8 @@ from bridge.hf.tensors import (
 
 CHUNK_BYTES = 8 << 20
 _SCRATCH_BYTES = 4 << 20
+# A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes.
+_FLUSH_BYTES = 512 << 20
 Progress = Callable[[int, int, str], None]
 
 
@@ -75,6 +77,8 @@ class RowWriter(Protocol):
     def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool: ...
 
     def finish_unit(self, unit: Unit, *, sync: bool = True) -> None: ...
+
+    def flush(self, unit: Unit) -> None: ...
 
 
 class UnitJournal(Protocol):
@@ -168,13 +172,19 @@ def copy(
 
     waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in kept}
     tasks = [(unit, chunk) for unit in units if unit.file in waiting for chunk in unit.chunks]
+    unwritten = 0
     for unit, chunk, crc in parallel(tasks, make_mover, workers):
         crcs[chunk.name, chunk.start] = crc
         done += chunk.nbytes
         if progress is not None:
             progress(done, total, chunk.name)
         waiting[unit.file] -= 1
+        unwritten += chunk.nbytes
+        if sync and unwritten >= _FLUSH_BYTES and waiting[unit.file]:
+            writer.flush(unit)
+            unwritten = 0
         if waiting[unit.file] == 0:
+            unwritten = 0
             # The other threads go on with the next file meanwhile.
             writer.finish_unit(unit, sync=sync)
             if journal is not None:

@@ -173,6 +173,15 @@ class HfWriter:
                 pwrite_all(fd, [self._headers[file]], 0, path)
             return self._fds[file]
 
+    def flush(self, unit: Unit) -> None:
+        """Have what is written of a file so far brought to the disk. Raises CheckpointError."""
+        fd = self._fds.get(unit.file)
+        if fd is not None:
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise write_error(self.folder / unit.file, error) from None
+
     def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
         """Make one file durable and close it. A file of tensors without elements is created here."""
         fd = self._open(unit.file)

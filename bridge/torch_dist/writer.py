@@ -157,6 +157,15 @@ class DistWriter:
                     raise write_error(path, error) from None
             return self._fds[file]
 
+    def flush(self, unit: Unit) -> None:
+        """Have what is written of a file so far brought to the disk. Raises CheckpointError."""
+        fd = self._fds.get(unit.file)
+        if fd is not None:
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise write_error(self.folder / unit.file, error) from None
+
     def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
         """Make one file durable and close it."""
         fd = self._open(unit.file)
