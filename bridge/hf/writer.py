@@ -77,7 +77,69 @@ class RowLedger:
                 raise CheckpointError(f"{shown(self._folder)}: rows {end} to {rows} of {shown(name)} were not written")
 
 
-class HfWriter:
+class UnitFiles:
+    """Files of a known size that are written in any order, opened at their first write. Thread-safe."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+
+    def _begin(self, fd: int, file: str) -> None:
+        """What a file gets when it is opened."""
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if file not in self._fds:
+                path = self.folder / file
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                    self._fds[file] = fd
+                    os.ftruncate(fd, self._sizes[file])
+                except OSError as error:
+                    raise write_error(path, error) from None
+                self._begin(fd, file)
+            return self._fds[file]
+
+    def flush(self, unit: Unit) -> None:
+        """Have what is written of a file so far brought to the disk. Raises CheckpointError."""
+        fd = self._fds.get(unit.file)
+        if fd is not None:
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise write_error(self.folder / unit.file, error) from None
+
+    def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
+        """Make one file durable and close it. A file of tensors without elements is created here."""
+        fd = self._open(unit.file)
+        try:
+            if sync:
+                os.fsync(fd)
+        except OSError as error:
+            raise write_error(self.folder / unit.file, error) from None
+        finally:
+            with self._lock:
+                del self._fds[unit.file]
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the files without finishing. Safe to call twice, and after finish()."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class HfWriter(UnitFiles):
     """Writes `model.safetensors`, or shards and an index, into an existing folder. Thread-safe.
 
     Shards are cut as transformers cuts them: tensors in the given order, a new shard where the next tensor would pass
@@ -92,15 +154,12 @@ class HfWriter:
         max_shard_size: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.specs = check_specs(tensors, shown(self.folder))
         if not self.specs:
             raise CheckpointError(f"{shown(self.folder)}: no tensors to write")
         self._ledger = RowLedger(self.specs, self.folder)
-        self._lock = threading.Lock()
-        self._fds: dict[str, int] = {}
         self._headers: dict[str, bytes] = {}
-        self._sizes: dict[str, int] = {}
         self._places: dict[str, tuple[str, int]] = {}
         self._shards: dict[str, list[TensorSpec]] = {}
         self._plan(list(tensors), max_shard_size, {"format": "pt"} if metadata is None else dict(metadata))
@@ -160,40 +219,8 @@ class HfWriter:
         pwrite_all(self._open(file), [view], offset + start * size, self.folder / file)
         self._ledger.add(name, start, stop)
 
-    def _open(self, file: str) -> int:
-        with self._lock:
-            if file not in self._fds:
-                path = self.folder / file
-                try:
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                    self._fds[file] = fd
-                    os.ftruncate(fd, self._sizes[file])
-                except OSError as error:
-                    raise write_error(path, error) from None
-                pwrite_all(fd, [self._headers[file]], 0, path)
-            return self._fds[file]
-
-    def flush(self, unit: Unit) -> None:
-        """Have what is written of a file so far brought to the disk. Raises CheckpointError."""
-        fd = self._fds.get(unit.file)
-        if fd is not None:
-            try:
-                os.fdatasync(fd)
-            except OSError as error:
-                raise write_error(self.folder / unit.file, error) from None
-
-    def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
-        """Make one file durable and close it. A file of tensors without elements is created here."""
-        fd = self._open(unit.file)
-        try:
-            if sync:
-                os.fsync(fd)
-        except OSError as error:
-            raise write_error(self.folder / unit.file, error) from None
-        finally:
-            with self._lock:
-                del self._fds[unit.file]
-            os.close(fd)
+    def _begin(self, fd: int, file: str) -> None:
+        pwrite_all(fd, [self._headers[file]], 0, self.folder / file)
 
     def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
         """Whether the file on disk is complete: its size, its header, and the CRC32 of every chunk.
@@ -239,20 +266,6 @@ class HfWriter:
             "metadata": {"total_size": total},
             "weight_map": {name: file for name, (file, _) in self._places.items()},
         }
-
-    def close(self) -> None:
-        """Close the files without finishing. Safe to call twice, and after finish()."""
-        with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def write_text(path: Path, text: str | bytes) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
@@ -31,9 +29,8 @@ from bridge.hf.tensors import (
     row_bytes,
     shown,
     split_rows,
-    write_error,
 )
-from bridge.hf.writer import RowLedger, write_text
+from bridge.hf.writer import RowLedger, UnitFiles, write_text
 from bridge.torch_dist.format import DTYPES, item_sizes, object_item, tensor_item
 from bridge.torch_dist.pickles import Call, Global, New, Pairs, dumps
 
@@ -59,7 +56,7 @@ class _Item:
     length: int
 
 
-class DistWriter:
+class DistWriter(UnitFiles):
     """Writes a `torch_dist` folder that Megatron-Core's own loader reads at any parallel layout. Thread-safe.
 
     `write_rows` takes rows that are one planned chunk or several whole ones (`chunks` says where they are cut);
@@ -73,14 +70,11 @@ class DistWriter:
         chunk_bytes: int = CHUNK_BYTES,
         file_bytes: int = FILE_BYTES,
     ) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.specs = check_specs(tensors, shown(self.folder))
         self._ledger = RowLedger(self.specs, self.folder)
-        self._lock = threading.Lock()
-        self._fds: dict[str, int] = {}
         self._items: dict[tuple[str, int], _Item] = {}
         self._files: dict[str, list[_Item]] = {}
-        self._sizes: dict[str, int] = {}
         self._plan(tensors, chunk_bytes, file_bytes)
 
     def _plan(self, tensors: Sequence[TensorSpec], chunk_bytes: int, file_bytes: int) -> None:
@@ -144,40 +138,6 @@ class DistWriter:
             start, crc = chunk.stop, None
             if not view or not size:
                 return
-
-    def _open(self, file: str) -> int:
-        with self._lock:
-            if file not in self._fds:
-                path = self.folder / file
-                try:
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                    self._fds[file] = fd
-                    os.ftruncate(fd, self._sizes[file])
-                except OSError as error:
-                    raise write_error(path, error) from None
-            return self._fds[file]
-
-    def flush(self, unit: Unit) -> None:
-        """Have what is written of a file so far brought to the disk. Raises CheckpointError."""
-        fd = self._fds.get(unit.file)
-        if fd is not None:
-            try:
-                os.fdatasync(fd)
-            except OSError as error:
-                raise write_error(self.folder / unit.file, error) from None
-
-    def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
-        """Make one file durable and close it."""
-        fd = self._open(unit.file)
-        try:
-            if sync:
-                os.fsync(fd)
-        except OSError as error:
-            raise write_error(self.folder / unit.file, error) from None
-        finally:
-            with self._lock:
-                del self._fds[unit.file]
-            os.close(fd)
 
     def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
         """Whether the file on disk is complete: its size, every item's frame, and the CRC32 of every chunk.
@@ -268,20 +228,6 @@ class DistWriter:
             storage_meta=meta,
             version="1.0.0",
         )
-
-    def close(self) -> None:
-        """Close the files without finishing. Safe to call twice, and after finish()."""
-        with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _new(name: str, **state: Any) -> New:
