@@ -66,8 +66,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One operation: medians over its runs."""
+    """One operation: medians over its runs. `side`: import or export, which its copies are compared with."""
 
+    side: str
     operation: str
     cache: str
     gigabytes: float
@@ -115,39 +116,56 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(source: Path, work: Path, runs: int, cold: bool) -> list[Row]:
-    """All operations in turn, round after round, so that a machine that slows down slows all of them."""
-    megatron, back, copied = work / "megatron", work / "back", work / "copy"
-    collected: dict[str, list[Run]] = {}
-    for _ in range(runs):
-        for name, code, arguments, reads, target in (
-            ("copy", _COPY, (source, copied, "no"), source, copied),
-            ("copy+fsync", _COPY, (source, copied, "sync"), source, copied),
-            ("import", _IMPORT, (source, megatron), source, megatron),
-            ("verify", _VERIFY, (source, megatron), source, None),
-            ("export", _EXPORT, (megatron, back), megatron, back),
-        ):
-            if target is not None:
-                shutil.rmtree(target, ignore_errors=True)
-            os.sync()
-            drop_cache(reads) if cold else warm(reads)
-            collected.setdefault(name, []).append(child(code, arguments))
-            if target in (copied, back):
-                shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(megatron, ignore_errors=True)
+def measure(source: Path, work: Path, runs: int, caches: Sequence[str], discard_source: bool) -> list[Row]:
+    """Import and verify, then export, each beside copies of the folder that it reads.
+
+    The operations of a side take turns, round after round, so that a machine that slows down slows all of them; each
+    starts with its target absent and nothing but what it reads in the page cache (or not even that). No more than two
+    copies of the model are on the disk where the source may be discarded, else three.
+    """
+    megatron, target = work / "megatron", work / "target"
     gigabytes = size(source) / 1e9
-    return [
-        Row(
-            name,
-            "cold" if cold else "warm",
-            gigabytes,
-            statistics.median(run.seconds for run in measured),
-            statistics.median(run.process_seconds for run in measured),
-            max(run.peak_mb for run in measured),
-            len(measured),
-        )
-        for name, measured in collected.items()
-    ]
+    copies = (("copy", _COPY, "no"), ("copy+fsync", _COPY, "sync"))
+    sides = (
+        ("import", source, (*copies, ("import", _IMPORT, None), ("verify", _VERIFY, None))),
+        ("export", megatron, (*copies, ("export", _EXPORT, None))),
+    )
+    rows: list[Row] = []
+    for side, reads, operations in sides:
+        if side == "export" and discard_source:
+            shutil.rmtree(source)
+        for cache in caches:
+            collected: dict[str, list[Run]] = {}
+            for _ in range(runs):
+                for name, code, option in operations:
+                    writes = megatron if name == "import" else target
+                    shutil.rmtree(writes, ignore_errors=True)
+                    os.sync()
+                    for folder in work.iterdir():
+                        drop_cache(folder)
+                    if cache == "warm":
+                        warm(reads)
+                    arguments = (reads, megatron) if name == "verify" else (reads, writes)
+                    run = child(code, arguments if option is None else (*arguments, option))
+                    collected.setdefault(name, []).append(run)
+                    shutil.rmtree(target, ignore_errors=True)
+            rows += [row(side, name, cache, gigabytes, measured) for name, measured in collected.items()]
+    shutil.rmtree(megatron, ignore_errors=True)
+    return rows
+
+
+def row(side: str, operation: str, cache: str, gigabytes: float, measured: Sequence[Run]) -> Row:
+    """Medians over the runs of one operation."""
+    return Row(
+        side,
+        operation,
+        cache,
+        gigabytes,
+        statistics.median(run.seconds for run in measured),
+        statistics.median(run.process_seconds for run in measured),
+        max(run.peak_mb for run in measured),
+        len(measured),
+    )
 
 
 def markdown(rows: Sequence[Row], variant: str) -> str:
@@ -159,10 +177,12 @@ def markdown(rows: Sequence[Row], variant: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base = {r.operation: r.seconds for r in rows if r.cache == row.cache}
+        base = {r.operation: r.seconds for r in rows if (r.side, r.cache) == (row.side, row.cache)}
+        folder = "HF folder" if row.side == "import" else "Megatron folder"
+        shown = f"{row.operation} of the {folder}" if row.operation.startswith("copy") else row.operation
         to_copy, to_durable = row.seconds / base["copy"], row.seconds / base["copy+fsync"]
         lines.append(
-            f"| {row.operation} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {to_copy:.2f} | {to_durable:.2f} "
+            f"| {shown} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {to_copy:.2f} | {to_durable:.2f} "
             f"| {row.process_seconds:.1f} | {row.peak_mb:.0f} | {row.runs} |"
         )
     return "\n".join(lines)
@@ -172,23 +192,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="e2b")
     parser.add_argument("--source", type=Path, help="an HF folder; without it one of --variant is written, full size")
-    parser.add_argument("--workdir", type=Path, required=True, help="room for three copies of the model")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        required=True,
+        help="room for three copies of the model, or two of one that the benchmark writes and may discard",
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="also with a cold page cache")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
-    source = options.source
+    source, written = options.source, options.source is None
     if source is None:
         from bridge.toy import write_toy
 
         source = options.workdir / options.variant
         if not source.exists():
             write_toy(options.variant, source, full_size=True)
-    rows = measure(source, options.workdir, options.runs, cold=False)
-    if options.cold:
-        rows += measure(source, options.workdir, options.runs, cold=True)
+    rows = measure(source, options.workdir, options.runs, ("warm", "cold") if options.cold else ("warm",), written)
     text = markdown(rows, options.variant)
     print(text)
     if options.json:

@@ -34,7 +34,8 @@ from bridge.hf.tensors import (
 
 CHUNK_BYTES = 8 << 20
 _SCRATCH_BYTES = 4 << 20
-# A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes.
+# A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
+# and the pages of all of it would have to be found in memory.
 _FLUSH_BYTES = 512 << 20
 Progress = Callable[[int, int, str], None]
 
