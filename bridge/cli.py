@@ -201,10 +201,12 @@ def verify(
     """Compare with the source: every byte, the logits, the gradients. Starts its own ranks; fails if a row fails."""
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
+    from bridge.megatron.quiet import quiet
     from bridge.progress import shown_progress
     from bridge.verify.result import print_checks, to_json
     from bridge.verify.run import verify as run
 
+    quiet()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
     with shown_progress(_err, "round trip") as progress:
         checks = run(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 
 from bridge.errors import UsageError
+from bridge.megatron.quiet import quiet
 from recipes.config import check_recipe, load_recipe, world_size_from_environment
 
 
@@ -16,10 +15,7 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     check_recipe(recipe, world_size_from_environment())
     if recipe.data.path is None:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
-    # What Megatron says of missing optional packages as it is imported is of no use to who trains.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    quiet()
     import torch.distributed as dist
 
     from recipes.train.loop import train
