@@ -77,6 +77,8 @@ def adapter_table(table: Table, targets: Sequence[Target]) -> AdapterTable:
         entry, source = table.by_hf_name.get(target.name, (None, 0))
         if entry is None or len(entry.shape) not in (2, 3) or not entry.row.trainable:
             raise UsageError(f"{target.name}: no weight of this model that can have an adapter")
+        if target.kind == "embedding":
+            raise UsageError(f"{target.name}: adapters of embeddings are not built")
         held.setdefault(entry.key, {})[source] = target
     adapted = {key: Adapted(entry, held[key]) for key, entry in table.entries.items() if key in held}
     entries = {entry.key: entry for each in adapted.values() for entry in _entries(each)}
