@@ -129,9 +129,7 @@ def peft_training(training: Training) -> Result:
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sample.labels.flatten())
         loss.backward()
         if step == 0:
-            result.gradients = {
-                part_name(t.name, part): _from_peft(p.grad, t, part) for (t, part), p in places.items()
-            }
+            result.gradients = {part_name(t.name, part): _from_peft(p.grad, t, part) for (t, part), p in places.items()}
         result.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
         result.losses.append(loss.item())
