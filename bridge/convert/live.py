@@ -100,7 +100,8 @@ def _load(
 ) -> None:
     by_key: dict[str, list[Box]] = defaultdict(list)
     for box in boxes(model):
-        by_key[box.key].append(box)
+        if table.covers(box.key):
+            by_key[box.key].append(box)
     for key, held in by_key.items():
         entry = _entry(table, key, held[0].global_shape)
         for block, name in pieces(entry):
@@ -195,7 +196,7 @@ class Gatherer:
         self.table = table
         self._mine: dict[str, list[Box]] = defaultdict(list)
         for box in boxes(model, value):
-            if box.main:
+            if box.main and table.covers(box.key):
                 self._mine[box.key].append(box)
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.owners = self._gather_owners()
@@ -279,7 +280,7 @@ def iter_hf(gatherer: Gatherer) -> Iterator[tuple[str, Tensor]]:
         whole = gatherer.rows(key, 0, max(1, entry.shape[0]))
         assert whole is not None
         for index, source in enumerate(entry.sources):
-            if len(entry.sources) == 1 and len(entry.blocks) == 1:
+            if len(entry.blocks) == 1 and entry.blocks[0].num_rows == len(whole):
                 yield source.name, whole.view(source.shape)
                 continue
             parts = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]

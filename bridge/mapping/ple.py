@@ -15,6 +15,7 @@ PLE: tuple[Row, ...] = (
         (("ple_vocab", "layers*ple"),),
         shard=("tp", "pp"),
         when=HAS_PLE,
+        embedding=True,
     ),
     Row(
         "decoder.ple.model_projection.weight",

@@ -47,6 +47,7 @@ class Row:
     Megatron name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An
     `optional` row may be absent from a folder; when it has a Megatron name, it is another copy of what a row above
     fills (a tied head written out), checked to be equal when it is imported. `trainable` is False for buffers.
+    `embedding` says that the tensor is looked up by row; every other matrix named `.weight` is that of a linear.
     """
 
     megatron: str | None
@@ -58,6 +59,7 @@ class Row:
     optional: bool = False
     trainable: bool = True
     part: Part = DECODER
+    embedding: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -99,6 +101,10 @@ class Table:
         return {
             source.name: (entry, index) for entry in self.entries.values() for index, source in enumerate(entry.sources)
         }
+
+    def covers(self, key: str) -> bool:
+        """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""
+        return not key.endswith((".lora_A", ".lora_B"))
 
     def is_carried(self, name: str) -> bool:
         """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""

@@ -26,7 +26,13 @@ def _norm(megatron: str, hf: str, when: Condition | None = None, size: str = "hi
 
 
 TEXT: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", ("embed_tokens.weight",), (("vocab", "hidden"),), shard=("tp", None)),
+    Row(
+        "embedding.word_embeddings.weight",
+        ("embed_tokens.weight",),
+        (("vocab", "hidden"),),
+        shard=("tp", None),
+        embedding=True,
+    ),
     Row("output_layer.weight", ("/lm_head.weight",), (("vocab", "hidden"),), shard=("tp", None), when=UNTIED),
     Row("embedding.word_embeddings.weight", ("/lm_head.weight",), (("vocab", "hidden"),), when=TIED, optional=True),
     _norm("decoder.final_layernorm.weight", "norm.weight"),

@@ -5,6 +5,7 @@ On disk the front is `model.vision_embedder`; in transformers' memory it is a pa
 
 from __future__ import annotations
 
+from bridge.geometry import Geometry
 from bridge.mapping.table import Condition, Row
 from bridge.mapping.vision import VISION_PART, tower_row
 from bridge.towers_geometry import UnifiedVisionGeometry
@@ -14,6 +15,22 @@ ENCODER_FREE = Condition("encoder-free vision", lambda g, layer: isinstance(g.vi
 
 def _row(name: str, *shape: str) -> Row:
     return tower_row(f"vision_embedder.{name}", shape, VISION_PART, ENCODER_FREE)
+
+
+# Beginnings of names: on disk, and in transformers' memory.
+_RENAMED = (
+    ("model.embed_vision.", "model.embed_vision.multimodal_embedder."),
+    ("model.vision_embedder.", "model.embed_vision."),
+)
+
+
+def in_memory(name: str, geometry: Geometry) -> str:
+    """The name that a tensor on disk has in transformers' memory (its state dict)."""
+    if isinstance(geometry.vision, UnifiedVisionGeometry):
+        for disk, memory in _RENAMED:
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+    return name
 
 
 UNIFIED: tuple[Row, ...] = (

@@ -1,0 +1,148 @@
+"""What an adapter is: its targets, ranks and scaling. The fields mean what PEFT's `LoraConfig` means by them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from bridge.errors import UsageError
+from bridge.mapping.transforms import Shape
+
+ALL_LINEAR = "all-linear"
+Kind = Literal["linear", "experts", "embedding"]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What a run adapts.
+
+    `targets`: one string is a regular expression for whole module names, or `all-linear`; a tuple holds endings of
+    names (`q_proj`, `mlp.down_proj`), of modules or of expert parameters (`experts.gate_up_proj`), and may hold
+    `all-linear`. `parameters`: endings of the names of expert parameters, as PEFT's `target_parameters`. `exclude`: as
+    `targets`, taken away from them. Names are those of transformers' modules. `rank_pattern` and `alpha_pattern`:
+    regular expressions for the ends of names, the first that matches counts. `modules_to_save` are trained whole.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | tuple[str, ...] = ()
+    dropout: float = 0.0
+    parameters: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises UsageError that names the field."""
+        for name, rank in (("rank", self.rank), *((f"rank_pattern {k!r}", r) for k, r in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise UsageError(f"lora: {name} is {rank!r}, expected a positive integer")
+        for name, alpha in (
+            ("alpha", self.alpha),
+            *((f"alpha_pattern {k!r}", a) for k, a in self.alpha_pattern.items()),
+        ):
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise UsageError(f"lora: {name} is {alpha!r}, expected a number above 0")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UsageError(f"lora: dropout is {self.dropout!r}, expected 0 up to 1")
+        for name in ("targets", "parameters", "exclude", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name in ("targets", "exclude"):
+                _compiled(value, name)
+            elif not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
+                raise UsageError(f"lora: {name} is {value!r}, expected names")
+        for name in ("rslora", "dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"lora: {name} is {getattr(self, name)!r}, expected true or false")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _compiled(pattern, "rank_pattern or alpha_pattern")
+
+    def rank_of(self, module: str) -> int:
+        """The rank that `rank_pattern` gives a module (or an expert parameter) of that name."""
+        return next((r for pattern, r in self.rank_pattern.items() if _at_end(pattern, module)), self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that `alpha_pattern` gives a module (or an expert parameter) of that name."""
+        return next((a for pattern, a in self.alpha_pattern.items() if _at_end(pattern, module)), self.alpha)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a manifest; `from_json` reads it."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> LoraSpec:
+        """The inverse of `to_json`. Raises UsageError that names the field."""
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, Mapping) or not {"rank", "alpha"} <= set(values) <= known:
+            raise UsageError(f"lora: expected the fields {', '.join(sorted(known))}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(values.get(name, {}), Mapping):
+                raise UsageError(f"lora: {name} is {values[name]!r}, expected patterns and numbers")
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted weight: `name` and `shape` are those of the tensor on disk, `module` is what PEFT calls it.
+
+    `module` is the name of the module in transformers' memory, or of the parameter where experts are targeted.
+    """
+
+    name: str
+    shape: Shape
+    rank: int
+    alpha: float
+    rslora: bool
+    module: str
+    kind: Kind = "linear"
+
+    @property
+    def scaling(self) -> float:
+        """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def shape_a(self) -> Shape:
+        """Of A: [rank, in]; [experts, rank, in]; of an embedding [rank, rows]."""
+        if self.kind == "embedding":
+            return (self.rank, self.shape[0])
+        return (*self.shape[:-2], self.rank, self.shape[-1])
+
+    @property
+    def shape_b(self) -> Shape:
+        """Of B: [out, rank]; [experts, out, rank]; of an embedding [hidden, rank]."""
+        if self.kind == "embedding":
+            return (self.shape[1], self.rank)
+        return (*self.shape[:-1], self.rank)
+
+
+def endings(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`: what a target may say to mean the module `a.b.c`."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _at_end(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _compiled(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"lora: {where}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

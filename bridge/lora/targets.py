@@ -1,0 +1,165 @@
+"""Which weights a `LoraSpec` means, out of the rows of the mapping table.
+
+The rules are PEFT's (`peft.tuners.tuners_utils`: `check_target_module_exists`, `_maybe_include_all_linear_layers`,
+`_inject_parameters`), over the module names that the table's tensors have in transformers' memory. What a layer does
+not have (v_proj where V is K, k_proj and v_proj of layers that share K/V) is in no row, and so is never hit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from bridge.errors import UsageError
+from bridge.lora.spec import ALL_LINEAR, Kind, LoraSpec, Target, endings
+from bridge.mapping import HfTensor, Table
+from bridge.mapping.unified import in_memory
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A tensor of the table that can have an adapter; `module` as in `Target`."""
+
+    tensor: HfTensor
+    module: str
+    kind: Kind
+    head: bool
+
+
+def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
+    """The adapted weights, in the order of the table.
+
+    Raises UsageError, naming it: a target or parameter that matches nothing, a module that cannot have an adapter (a
+    norm, a convolution, the wrapper of a tower's linear), an option that experts do not allow.
+    """
+    candidates = _candidates(table)
+    modules = {c.module: c for c in candidates if c.kind != "experts"}
+    parameters = {c.module: c for c in candidates if c.kind == "experts"}
+    everything = _module_names(table)
+    chosen: dict[str, str] = {}
+    for name, wanted in _matches(spec.parameters, "parameters", [], parameters):
+        chosen[name] = wanted
+    linears = [name for name, c in modules.items() if c.kind == "linear" and not c.head]
+    for name, wanted in _matches(spec.targets, "targets", linears, {**everything, **parameters}):
+        # A parameter is not a module: exclude and modules_to_save keep adapters off modules only.
+        if name in parameters or not _kept_off(spec, name):
+            chosen[name] = wanted
+    for name, wanted in chosen.items():
+        if name not in modules and name not in parameters:
+            raise UsageError(f"lora: target {wanted!r} matches {name}, {_why_not(name, modules, table)}")
+    hit = [c for c in candidates if c.module in chosen]
+    if not hit and not spec.modules_to_save:
+        raise UsageError("lora: targets, less what is excluded, leave no weight of this model to adapt")
+    if any(c.kind == "experts" for c in hit):
+        if spec.dropout:
+            raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
+        if spec.dora:
+            raise UsageError("lora: dora does not work where experts are targeted (as in PEFT)")
+    return tuple(
+        Target(
+            name=c.tensor.name,
+            shape=c.tensor.shape,
+            rank=spec.rank_of(c.module),
+            alpha=spec.alpha_of(c.module),
+            rslora=spec.rslora,
+            module=c.module,
+            kind=c.kind,
+        )
+        for c in hit
+    )
+
+
+def resolve_saved(spec: LoraSpec, table: Table) -> tuple[HfTensor, ...]:
+    """The tensors of `modules_to_save`, in the order of the table. Raises UsageError for a name that matches none."""
+    tensors = [t for entry in table.entries.values() for t in entry.sources if entry.row.trainable]
+    modules = {t.name: in_memory(t.name, table.geometry).rpartition(".")[0] for t in tensors}
+    names: set[str] = set()
+    for wanted in spec.modules_to_save:
+        found = {name for name, module in modules.items() if any(m.endswith(wanted) for m in _above(module))}
+        if not found:
+            raise UsageError(f"lora: modules_to_save: {wanted!r} matches nothing{_close(wanted, modules.values())}")
+        names |= found
+    return tuple(t for t in tensors if t.name in names)
+
+
+def module_name(table: Table, hf_name: str) -> str:
+    """Disk name of a weight -> the path of its module in transformers' memory, as PEFT spells it.
+
+    An expert parameter keeps its own name: it is a parameter of the module `experts`.
+    """
+    return in_memory(hf_name, table.geometry).removesuffix(_WEIGHT)
+
+
+def _candidates(table: Table) -> list[_Candidate]:
+    found = []
+    for entry in table.entries.values():
+        for tensor, dimensions in zip(entry.sources, entry.row.shapes, strict=True):
+            kind: Kind | None = None
+            if tensor.name.endswith(_WEIGHT) and len(tensor.shape) == 2:
+                kind = "embedding" if entry.row.embedding else "linear"
+            elif len(tensor.shape) == 3 and dimensions[0] == "experts":
+                kind = "experts"
+            if kind is not None:
+                head = tensor.name == "lm_head.weight"
+                found.append(_Candidate(tensor, module_name(table, tensor.name), kind, head))
+    return found
+
+
+def _module_names(table: Table) -> dict[str, None]:
+    """Every module that holds a tensor, itself or in a module below; a tied head is one too."""
+    tensors = [*table.by_hf_name, *table.copies]
+    return {m: None for t in tensors for m in _above(in_memory(t, table.geometry).rpartition(".")[0])}
+
+
+def _above(module: str) -> Iterator[str]:
+    """`a.b.c`, `a.b`, `a`."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def _matches(
+    wanted: str | tuple[str, ...], field: str, linears: Iterable[str], names: Mapping[str, object]
+) -> Iterator[tuple[str, str]]:
+    """(name, the target that matches it). `names` are those of modules, and of parameters where they may be meant."""
+    if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
+        hit = [name for name in names if re.fullmatch(wanted, name)]
+        if not hit:
+            raise UsageError(f"lora: {field}: the regular expression {wanted!r} matches nothing in this model")
+        yield from ((name, wanted) for name in hit)
+        return
+    by_ending: dict[str, list[str]] = {}
+    for name in names:
+        for ending in endings(name):
+            by_ending.setdefault(ending, []).append(name)
+    for item in (wanted,) if isinstance(wanted, str) else wanted:
+        hit = list(linears) if item.lower() == ALL_LINEAR else by_ending.get(item, [])
+        if not hit:
+            raise UsageError(f"lora: {field}: {item!r} matches nothing in this model{_close(item, by_ending)}")
+        yield from ((name, item) for name in hit)
+
+
+def _kept_off(spec: LoraSpec, module: str) -> bool:
+    """Whether `exclude` or `modules_to_save` keep adapters off a module."""
+    if isinstance(spec.exclude, str):
+        excluded = bool(spec.exclude) and re.fullmatch(spec.exclude, module) is not None
+    else:
+        excluded = any(ending in spec.exclude for ending in endings(module))
+    return excluded or any(f".{saved}." in f".{module}." for saved in spec.modules_to_save)
+
+
+def _why_not(module: str, modules: Mapping[str, _Candidate], table: Table) -> str:
+    if f"{module}{_WEIGHT}" in table.copies:
+        return "which is tied to the embedding and has no weight of its own"
+    if f"{module}.linear" in modules:
+        return f"which wraps a linear: target {module.rpartition('.')[2]}.linear, or leave the towers out"
+    return "which is no linear and no embedding"
+
+
+def _close(wanted: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wanted, [n for n in names if not n[0].isdigit()], n=3, cutoff=0.6)
+    return f" (close: {', '.join(near)})" if near else ""
