@@ -29,6 +29,7 @@ _VERSION = 1
 # A folder that --overwrite may replace has one of these (or nothing); any other was not made by a conversion.
 _MARKS = (
     "config.json",
+    "adapter_config.json",
     "latest_checkpointed_iteration.txt",
     "metadata.json",
     ".metadata",

@@ -86,6 +86,13 @@ def resolve_saved(spec: LoraSpec, table: Table) -> tuple[HfTensor, ...]:
     return tuple(t for t in tensors if t.name in names)
 
 
+def named_parameters(spec: LoraSpec, table: Table) -> tuple[str, ...]:
+    """Those of `spec.targets` that mean expert parameters: endings that no module has."""
+    modules = _by_ending(_module_names(table))
+    listed = () if isinstance(spec.targets, str) else spec.targets
+    return tuple(item for item in listed if item.lower() != ALL_LINEAR and item not in modules)
+
+
 def module_name(table: Table, hf_name: str) -> str:
     """Disk name of a weight -> the path of its module in transformers' memory, as PEFT spells it.
 
