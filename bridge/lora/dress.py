@@ -98,7 +98,7 @@ def _plain(target: Target, part: Part, module: str | None = None, again: bool = 
 
 
 def _stacked(target: Target, part: Part, nested: bool) -> Piece:
-    module = target.module.rpartition(".")[0] + (".base_layer" if nested and target.module.endswith(_GATE_UP) else "")
+    module = target.module.rpartition(".")[0] + (".base_layer" if nested else "")
     experts, first, second = shape_of(target, part)
     key = f"{PREFIX}{module}.lora_{part}.weight"
     if part == "A":
