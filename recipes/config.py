@@ -133,12 +133,25 @@ class OptimizerConfig:
 
 @dataclass
 class LoraConfig:
-    """Adapters: declared, not built yet. A rank above 0 is refused."""
+    """Adapters, where `rank` is above 0: the base is frozen. The keys mean what PEFT's `LoraConfig` means by them.
+
+    `targets`: all-linear or a regular expression for whole module names, or a list of endings of names (`q_proj`);
+    `parameters`: expert parameters (`experts.gate_up_proj`); `exclude`: as `targets`, taken away from them.
+    `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys.
+    """
 
     rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=list)
+    targets: Any = "all-linear"
+    parameters: list[str] = field(default_factory=list)
+    exclude: Any = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    adapter: str | None = None
 
 
 @dataclass
@@ -321,8 +334,8 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
             "steps after the warm-up"
         )
-    if recipe.lora.rank:
-        raise UsageError(f"lora.rank={recipe.lora.rank}: adapters are not built yet; leave it at 0")
+    if recipe.lora.rank or recipe.lora.adapter:
+        _check_lora(recipe)
     layout = parallel.layout()
     if layout.cp > 1:
         raise UsageError(f"parallel.cp={layout.cp}: context parallelism is not built into training yet; set it to 1")
@@ -348,6 +361,17 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             "would work"
         )
     return microbatches
+
+
+def _check_lora(recipe: Recipe) -> None:
+    for key in ("targets", "exclude"):
+        value = getattr(recipe.lora, key)
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
+    if recipe.model.freeze:
+        raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
+    if recipe.export.hf is not None:
+        raise UsageError("export.hf: a LoRA run holds adapters only; use `adapter merge` or `adapter export`")
 
 
 def world_size_from_environment() -> int:

@@ -100,7 +100,8 @@ def _load(
 ) -> None:
     by_key: dict[str, list[Box]] = defaultdict(list)
     for box in boxes(model):
-        by_key[box.key].append(box)
+        if table.covers(box.key):
+            by_key[box.key].append(box)
     for key, held in by_key.items():
         entry = _entry(table, key, held[0].global_shape)
         for block, name in pieces(entry):
@@ -195,7 +196,7 @@ class Gatherer:
         self.table = table
         self._mine: dict[str, list[Box]] = defaultdict(list)
         for box in boxes(model, value):
-            if box.main:
+            if box.main and table.covers(box.key):
                 self._mine[box.key].append(box)
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.owners = self._gather_owners()

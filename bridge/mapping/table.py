@@ -102,6 +102,10 @@ class Table:
             source.name: (entry, index) for entry in self.entries.values() for index, source in enumerate(entry.sources)
         }
 
+    def covers(self, key: str) -> bool:
+        """Whether a key of a model is this table's to account for: adapters have a table of their own (`lora.table`)."""
+        return not key.endswith((".lora_A", ".lora_B"))
+
     def is_carried(self, name: str) -> bool:
         """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""
         return name in self.carried

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,15 +19,16 @@ from bridge.geometry import Geometry, LayerGeometry
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.core_attention import CoreAttention
+from bridge.megatron.linear import ColumnLinear, ReplicatedLinear, RowLinear
 from bridge.megatron.moe import Gemma4MoE
-from bridge.megatron.norm import ReplicatedLinear, RMSNorm, init_device
+from bridge.megatron.norm import RMSNorm, init_device
 from bridge.megatron.rope import Rotary
 from bridge.megatron.visibility import Visibility, mask_rule
 
 
-def _qkv_linear(input_size: int, output_size: int, /, *, layer: LayerGeometry, **kwargs: Any) -> ColumnParallelLinear:
+def _qkv_linear(input_size: int, output_size: int, /, *, layer: LayerGeometry, **kwargs: Any) -> ColumnLinear:
     """Megatron asks for q, k and v of every layer; this builds the rows that the layer has."""
-    return ColumnParallelLinear(input_size, qkv_rows(layer), **kwargs)
+    return ColumnLinear(input_size, qkv_rows(layer), **kwargs)
 
 
 def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str) -> ModuleSpec:
@@ -38,14 +38,14 @@ def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str) -> Module
         submodules=SelfAttentionSubmodules(
             linear_qkv=partial(_qkv_linear, layer=layer),
             core_attention=partial(CoreAttention, rule=mask_rule(geometry, layer), backend=backend),
-            linear_proj=RowParallelLinear,
+            linear_proj=RowLinear,
             q_layernorm=RMSNorm,
             k_layernorm=IdentityOp if layer.shares_kv else RMSNorm,
         ),
     )
     mlp = partial(
         MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
         ffn_hidden_size=layer.ffn_hidden_size,
     )
     return ModuleSpec(

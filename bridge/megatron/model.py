@@ -15,6 +15,7 @@ from torch import Tensor
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.linear import adapter_items
 from bridge.megatron.loss import fused_loss
 from bridge.megatron.rope import rotary_tables
 from bridge.megatron.visibility import Visibility
@@ -115,13 +116,14 @@ class Gemma4Model(GPTModel):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Without the empty `_extra_state` entries of Megatron's own linears: they hold nothing, checkpoints need not
-        have them, and strict loading asks for whatever is named here."""
+        have them, and strict loading asks for whatever is named here. Adapters are cut as their weights are."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {
+        state = {
             key: item
             for key, item in state.items()
             if not (key.endswith("_extra_state") and isinstance(item, ShardedObject) and item.data is None)
         }
+        return state | adapter_items(self, state)
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         """The softcap, in the dtype of the logits; Megatron calls this between the head and the loss."""

@@ -40,12 +40,14 @@ class Gemma4Router(TopKRouter):
         )
         for parameter in (self.scale, self.per_expert_scale):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.adapters = torch.nn.ModuleDict()
 
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, h], the raw residual -> logits [s, b, E]."""
         normed = rms_norm(input, None, self.config.layernorm_epsilon)
         normed = normed * self.scale * self.config.hidden_size**-0.5
-        return torch.nn.functional.linear(normed, self.weight)
+        logits = torch.nn.functional.linear(normed, self.weight)
+        return logits + self.adapters["weight"](normed) if "weight" in self.adapters else logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probabilities [s * b, E], zero where not routed, and the routing map."""
@@ -74,6 +76,7 @@ class GroupedExperts(MegatronModule):
         width = divide(config.moe_ffn_hidden_size, get_pg_size(pg_collection.expt_tp))
         self.linear_fc1 = self._weight(num_local_experts, 2 * width, config.hidden_size, partition_dim=1)
         self.linear_fc2 = self._weight(num_local_experts, config.hidden_size, width, partition_dim=2)
+        self.adapters = torch.nn.ModuleDict()
 
     def _weight(self, *shape: int, partition_dim: int) -> torch.nn.Parameter:
         config = self.config
@@ -88,12 +91,15 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Tokens [t, h] sorted by expert, their counts [E'], and their probabilities [t]."""
         offsets = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
-        gate_up = torch.nn.functional.grouped_mm(tokens, self.linear_fc1.transpose(1, 2), offs=offsets)
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = gelu_tanh(gate) * up
-        output = torch.nn.functional.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=offsets)
+        gate, up = self._product("linear_fc1", tokens, offsets).chunk(2, dim=-1)
+        output = self._product("linear_fc2", gelu_tanh(gate) * up, offsets)
         # The products round to the tokens' dtype; transformers multiplies by the float32 probability after fc2.
         return (output * probs.unsqueeze(-1)).to(tokens.dtype), None
+
+    def _product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """[t, in] @ each expert's weight, transposed: rows up to `offsets[e]` are of expert e or one before."""
+        output = torch.nn.functional.grouped_mm(x, getattr(self, name).transpose(1, 2), offs=offsets)
+        return output + self.adapters[name](x, offsets) if name in self.adapters else output
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -33,16 +33,6 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class ReplicatedLinear(torch.nn.Linear):
-    """A linear without bias whose weight every tensor-parallel rank holds; gradients as of `RMSNorm`."""
-
-    def __init__(self, config: TransformerConfig, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, device=init_device(config), dtype=config.params_dtype)
-        if config.perform_initialization and config.init_method is not None:
-            config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def init_device(config: TransformerConfig) -> torch.device:
     """Where new parameters are made; `torch.device("meta")` wins, as it does for Megatron's own layers."""
     default = torch.get_default_device()

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
-from bridge.megatron.norm import ReplicatedLinear, RMSNorm
+from bridge.megatron.linear import ReplicatedLinear
+from bridge.megatron.norm import RMSNorm
 from bridge.megatron.sharding import split_parameter
+
+
+def share_over_stages(parameter: Tensor, first: bool) -> None:
+    """Every stage holds this parameter: Megatron sums its gradient over them, and must count it once in norms."""
+    parameter.pipeline_parallel = True  # type: ignore[attr-defined]
+    if not first:
+        parameter.shared = True  # type: ignore[attr-defined]
 
 
 class PerLayerEmbedding(MegatronModule):
@@ -41,10 +49,7 @@ class PerLayerEmbedding(MegatronModule):
         )
         self.model_projection = ReplicatedLinear(config, config.hidden_size, len(layers) * ple.dim)
         self.projection_norm = RMSNorm(config, ple.dim, config.layernorm_epsilon)
-        # Every stage holds this weight: Megatron sums its gradient over them, and must count it once in norms.
-        self.projection_norm.weight.pipeline_parallel = True  # type: ignore[attr-defined]
-        if layers.start > 0:
-            self.projection_norm.weight.shared = True  # type: ignore[attr-defined]
+        share_over_stages(self.projection_norm.weight, first=layers.start == 0)
 
     def forward(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
         """`input_ids` [b, s] and the scaled input embeddings [s (/tp), b, h]."""

@@ -3,6 +3,8 @@
 OUTPUT/hf/                                    what export needs besides weights (see bridge/convert/manifest.py)
 OUTPUT/iter_0000010/                          a Megatron distributed checkpoint: weights, optimizer, random states
 OUTPUT/latest_checkpointed_iteration.txt      the newest of them
+
+A LoRA run has adapters in place of the weights, and OUTPUT/adapter.json (see bridge/lora/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bridge.convert.live import METADATA, load_from_megatron
 from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
 from bridge.errors import BridgeError, CheckpointError
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
+from recipes.train.lora import describe
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
 
@@ -67,6 +70,8 @@ def prepare_output(run: Run) -> None:
     def write() -> None:
         output = Path(run.recipe.output)
         output.mkdir(parents=True, exist_ok=True)
+        if run.lora is not None:
+            describe(run.recipe, run.lora, output)
         if (output / HF_FOLDER / MANIFEST_FILE).is_file():
             return
         if run.bridge.hf_dir is not None:
@@ -95,7 +100,8 @@ def save(run: Run, progress: Progress) -> Path:
     run.gather_weights()
     state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
     for number, model in enumerate(run.models):
-        state[f"model{number}"] = model.sharded_state_dict(metadata=dict(METADATA))
+        items = model.sharded_state_dict(metadata=dict(METADATA)).items()
+        state[f"model{number}"] = {name: item for name, item in items if run.table.covers(item.key)}
     state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
     state["rng"] = _rng_object(_random_states())
     dist_checkpointing.save(state, str(partial))
@@ -130,7 +136,8 @@ def load(run: Run, folder: Path) -> Progress:
         raise CheckpointError(f"{folder / _PROGRESS_FILE}: not a record of a run ({error})") from None
     make_states(run.optimizer)
     with DistReader(folder) as reader:
-        load_from_megatron(run.models, run.bridge.table, reader)
+        run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        load_from_megatron(run.models, run.table, reader)
     state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)

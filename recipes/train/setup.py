@@ -22,7 +22,10 @@ from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE as TOWERS
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
+from bridge.mapping import Table
+from bridge.lora.spec import LoraSpec
 from recipes.config import Recipe, check_recipe
+from recipes.train import lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -65,7 +68,10 @@ def start_ranks() -> None:
 
 @dataclass
 class Run:
-    """What a training run consists of on this rank. `chunks` are wrapped in DDP, in the order of the schedules."""
+    """What a training run consists of on this rank. `chunks` are wrapped in DDP, in the order of the schedules.
+
+    `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`).
+    """
 
     recipe: Recipe
     bridge: Gemma4Bridge
@@ -76,6 +82,8 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     microbatches: int
+    table: Table
+    lora: LoraSpec | None = None
 
     @property
     def config(self) -> Any:
@@ -99,8 +107,14 @@ def build(recipe: Recipe, load: bool) -> Run:
     Raises a BridgeError before anything is built where the recipe, the model and the ranks do not fit together.
     """
     start_ranks()
-    microbatches = check_recipe(recipe, dist.get_world_size())
+    return assemble(recipe, check_recipe(recipe, dist.get_world_size()), load)
+
+
+def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
+    """`build` of a recipe that has been checked."""
     bridge = open_model(recipe)
+    spec = lora.spec_of(recipe.lora)
+    adapters = None if spec is None else lora.table_of(spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
     overrides: dict[str, Any] = {"perform_initialization": False}
     if parallel.recompute == "full":
@@ -115,14 +129,16 @@ def build(recipe: Recipe, load: bool) -> Run:
     provider = bridge.provider(layout, dtype, overrides=overrides, frozen=frozen)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
-    if load:
+    if load or adapters is not None:
         bridge.load_hf_weights(models)
+    if spec is not None and adapters is not None:
+        lora.add_adapters(recipe, spec, adapters, models)
     freeze(models, recipe.model.freeze)
     chunks = wrap(provider, models, groups, parallel.overlap)
     optimizer = make_optimizer(recipe, chunks, groups)
-    return Run(
-        recipe, bridge, groups, provider, models, chunks, optimizer, make_scheduler(recipe, optimizer), microbatches
-    )
+    scheduler = make_scheduler(recipe, optimizer)
+    table = adapters or bridge.table
+    return Run(recipe, bridge, groups, provider, models, chunks, optimizer, scheduler, microbatches, table, spec)
 
 
 def open_model(recipe: Recipe) -> Gemma4Bridge:

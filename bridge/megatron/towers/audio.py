@@ -6,12 +6,12 @@ import math
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 from torch.nn.functional import conv1d, glu, pad, relu, silu, softplus
 
 from bridge.errors import UsageError
-from bridge.megatron.norm import ReplicatedLinear, RMSNorm, init_device
+from bridge.megatron.linear import ColumnLinear, ReplicatedLinear
+from bridge.megatron.norm import RMSNorm, init_device
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
 from bridge.towers_geometry import AudioGeometry
 
@@ -28,10 +28,7 @@ class AudioTower(TowerModule):
         self.geometry = geometry
         self.subsample_conv_projection = ConvFront(context, geometry)
         self.layers = Layers(context, [ConformerLayer(context, geometry) for _ in range(geometry.num_layers)])
-        config = context.config
-        self.output_proj = torch.nn.Linear(
-            geometry.hidden_size, geometry.output_size, dtype=config.params_dtype, device=init_device(config)
-        )
+        self.output_proj = ReplicatedLinear(context.config, geometry.hidden_size, geometry.output_size, bias=True)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         """Log-mel frames [clips, t, bins] and mask [clips, t] (True = real) -> soft tokens [n, output_size].
@@ -250,7 +247,7 @@ def _unclipped_column(context: TowerContext, size: int) -> torch.nn.Module:
     config = context.config
     if context.split("column") is None:
         return ReplicatedLinear(config, size, size)
-    return ColumnParallelLinear(
+    return ColumnLinear(
         size, size, config=config, init_method=config.init_method, bias=False, tp_group=context.tp_group
     )
 

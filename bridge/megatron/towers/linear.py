@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
-
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from bridge.megatron.config import Gemma4TransformerConfig
-from bridge.megatron.norm import ReplicatedLinear, init_device
+from bridge.megatron.linear import ColumnLinear, ReplicatedLinear, RowLinear, Split
+from bridge.megatron.norm import init_device
 from bridge.towers_geometry import AudioGeometry, VisionGeometry
-
-Split = Literal["column", "row"] | None
 
 
 class TowerContext:
@@ -83,7 +79,7 @@ class TowerLinear(TowerModule):
         if split is None:
             self.linear = ReplicatedLinear(config, in_features, out_features)
         elif split == "column":
-            self.linear = ColumnParallelLinear(
+            self.linear = ColumnLinear(
                 in_features,
                 out_features,
                 config=config,
@@ -93,7 +89,7 @@ class TowerLinear(TowerModule):
                 tp_group=context.tp_group,
             )
         else:
-            self.linear = RowParallelLinear(
+            self.linear = RowLinear(
                 in_features,
                 out_features,
                 config=config,

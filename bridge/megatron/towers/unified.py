@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bridge.megatron.norm import ReplicatedLinear, init_device, rms_norm
+from bridge.megatron.linear import ReplicatedLinear
+from bridge.megatron.norm import init_device, rms_norm
 from bridge.megatron.towers.linear import TowerContext, TowerModule
 from bridge.megatron.towers.packing import Images, pack_patches
 from bridge.towers_geometry import UnifiedVisionGeometry
@@ -22,7 +23,7 @@ class UnifiedVisionEmbedder(TowerModule):
         config, size = context.config, geometry.output_size
         options = {"dtype": config.params_dtype, "device": init_device(config)}
         self.patch_ln1 = torch.nn.LayerNorm(geometry.patch_values, **options)
-        self.patch_dense = torch.nn.Linear(geometry.patch_values, size, **options)
+        self.patch_dense = ReplicatedLinear(config, geometry.patch_values, size, bias=True)
         self.patch_ln2 = torch.nn.LayerNorm(size, **options)
         self.pos_embedding = torch.nn.Parameter(torch.zeros(geometry.position_embedding_size, 2, size, **options))
         self.pos_norm = torch.nn.LayerNorm(size, **options)

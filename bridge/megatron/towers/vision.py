@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from bridge.megatron.config import gelu_tanh
-from bridge.megatron.norm import ReplicatedLinear, RMSNorm, init_device, rms_norm
+from bridge.megatron.linear import ReplicatedLinear
+from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.rope import Rotary
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
 from bridge.megatron.towers.packing import Images, PatchPack, pack_patches

@@ -1,0 +1,200 @@
+"""Adapters as Megatron distributed checkpoints: what a LoRA run writes, and `adapter import`.
+
+FOLDER/adapter.json                 the spec, and where the base is
+FOLDER/hf/                          of the base, as in every Megatron checkpoint: config, tokenizer, carried tensors
+FOLDER/{release,iter_0000010}/      the adapters, under the keys of `lora.table`, and a trainer's optimizer state
+
+Nothing here needs the base's weights, or a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.convert.atomic import staged
+from bridge.convert.manifest import HF_FOLDER, RELEASE_FOLDER, TRACKER_FILE, MegatronFolder
+from bridge.convert.stream import plan_digest
+from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
+from bridge.errors import BridgeError, CheckpointError
+from bridge.hf.tensors import TensorSpec
+from bridge.hf.writer import write_text
+from bridge.lora.inject import Values
+from bridge.lora.spec import LoraSpec, Target
+from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, adapter_table, cut, part_name
+from bridge.lora.targets import resolve
+from bridge.mapping import table_for
+from bridge.torch_dist.reader import DistReader
+from bridge.torch_dist.writer import DistWriter
+
+ADAPTER_FILE = "adapter.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """What an adapter is of: its spec, and its base, a Hugging Face folder (or hub id) or a Megatron one."""
+
+    spec: LoraSpec
+    hf: str | None = None
+    megatron: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `adapter.json` into `folder`, by a rename."""
+        data = {"version": _VERSION, "spec": self.spec.to_json(), "base": {"hf": self.hf, "megatron": self.megatron}}
+        partial = folder / f".{ADAPTER_FILE}.partial"
+        write_text(partial, json.dumps(data, indent=1) + "\n")
+        partial.rename(folder / ADAPTER_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterManifest:
+        """Read `adapter.json` of `folder`. Raises CheckpointError."""
+        path = folder / ADAPTER_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version, base = data["version"], data["base"]
+            if version != _VERSION:
+                raise CheckpointError(f"{path}: version {version}, this program reads {_VERSION}")
+            for value in (base["hf"], base["megatron"]):
+                if value is not None and not isinstance(value, str):
+                    raise ValueError(f"base {value!r}")
+            return cls(LoraSpec.from_json(data["spec"]), base["hf"], base["megatron"])
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found; this is no adapter, or not one that Megatron holds") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not an adapter's manifest ({type(error).__name__}: {error})") from None
+        except BridgeError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A Megatron adapter on disk: its latest complete checkpoint, what it adapts, and the table of its tensors."""
+
+    checkpoint: MegatronFolder
+    manifest: AdapterManifest
+    table: AdapterTable
+
+    @classmethod
+    def open(cls, path: str | Path) -> AdapterFolder:
+        """An adapter that `adapter import`, or a LoRA run, wrote. Reads no tensors. Raises CheckpointError."""
+        checkpoint = MegatronFolder.open(path)
+        manifest = AdapterManifest.read(checkpoint.path)
+        base = table_for(checkpoint.geometry)
+        return cls(checkpoint, manifest, adapter_table(base, resolve(manifest.spec, base)))
+
+    def tensors(self) -> Iterator[tuple[str, Part, Tensor]]:
+        """(HF name of the weight on disk, "A" or "B", canonical tensor on the CPU), one Megatron tensor at a time.
+
+        A is [r, in] and B [out, r]; [E, r, in] and [E, out, r] for experts; dtypes as stored. Raises MappingError or
+        CheckpointError where the folder holds something else than its manifest says.
+        """
+        with DistReader(self.checkpoint.weights) as reader:
+            self.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, self.checkpoint.weights)
+            for adapted in self.table.adapted.values():
+                yield from _canonical(reader, self.table, adapted)
+
+    def values(self) -> Values:
+        """The same tensors, to `inject.fill` a model with."""
+        reader = DistReader(self.checkpoint.weights)
+        self.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, self.checkpoint.weights)
+        place = {t.name: adapted for adapted in self.table.adapted.values() for t in adapted.targets.values()}
+        last: dict[tuple[str, Part], Tensor] = {}
+
+        def value(target: Target, part: Part) -> Tensor:
+            if (target.name, part) not in last:
+                last.clear()
+                last.update({(n, p): t for n, p, t in _canonical(reader, self.table, place[target.name])})
+            return last[target.name, part]
+
+        return value
+
+
+def _canonical(reader: DistReader, table: AdapterTable, adapted: Adapted) -> Iterator[tuple[str, Part, Tensor]]:
+    for part in PARTS:
+        for target in (adapted.targets[source] for source in adapted.order):
+            entry, index = table.by_hf_name[part_name(target.name, part)]
+            whole = _read(reader, entry.key, entry.shape)
+            rows = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]
+            yield target.name, part, cut(torch.cat(rows), target, part).contiguous()
+
+
+def _read(reader: DistReader, key: str, shape: tuple[int, ...]) -> Tensor:
+    dtype = TORCH_DTYPES[reader.tensors[key].dtype]
+    buffer = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    reader.read_rows(key, 0, shape[0], buffer)
+    return torch.from_numpy(buffer).view(dtype).view(shape)
+
+
+def write_adapter(
+    target: str | Path,
+    base: str | Path,
+    spec: LoraSpec,
+    values: Values,
+    dtype: torch.dtype,
+    *,
+    sources: list[Path] | None = None,
+    overwrite: bool = False,
+) -> AdapterTable:
+    """Write an adapter of the Megatron checkpoint `base` as a Megatron adapter folder; complete or absent.
+
+    `values(target, part)` gives the canonical tensors (as `AdapterFolder.tensors` yields them), which are asked for one
+    Megatron tensor after the other, in the order of the table. `sources`: files they are read from, which must not
+    change meanwhile. Raises a BridgeError; the target is then as it was before.
+    """
+    checkpoint = MegatronFolder.open(base)
+    model = table_for(checkpoint.geometry)
+    table = adapter_table(model, resolve(spec, model))
+    specs = [TensorSpec(entry.key, DTYPE_NAMES[dtype], entry.shape) for entry in table.entries.values()]
+    plan = plan_digest([], "adapter", json.dumps(spec.to_json(), sort_keys=True), DTYPE_NAMES[dtype])
+    with staged(
+        target,
+        plan=plan,
+        sources=[*(sources or []), *(p for p in sorted(checkpoint.hf.rglob("*")) if p.is_file())],
+        source_folder=checkpoint.path,
+        needed_bytes=sum(item.nbytes for item in specs),
+        overwrite=overwrite,
+    ) as stage:
+        release = stage.folder / RELEASE_FOLDER
+        shutil.rmtree(release, ignore_errors=True)
+        release.mkdir()
+        with DistWriter(release, specs) as writer:
+            for adapted in table.adapted.values():
+                for part in PARTS:
+                    key, whole = _fused(table, adapted, part, values, dtype)
+                    for chunk in writer.chunks(key):
+                        rows = whole[chunk.start : chunk.stop].contiguous()
+                        writer.write_rows(key, chunk.start, rows.view(torch.uint8).numpy())
+            writer.finish({"iteration": 0, "checkpoint_version": 3.0})
+        shutil.copytree(checkpoint.hf, stage.folder / HF_FOLDER, dirs_exist_ok=True)
+        AdapterManifest(spec, megatron=str(base)).write(stage.folder)
+        write_text(stage.folder / TRACKER_FILE, RELEASE_FOLDER)
+    return table
+
+
+def _fused(
+    table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtype: torch.dtype
+) -> tuple[str, Tensor]:
+    """One Megatron tensor of adapters: its key, and all of it."""
+    targets = [adapted.targets[source] for source in adapted.order]
+    entry, _ = table.by_hf_name[part_name(targets[0].name, part)]
+    whole = torch.zeros(entry.shape, dtype=dtype)
+    for index, target in enumerate(targets):
+        value = values(target, part)
+        shape = target.shape_a if part == "A" else target.shape_b
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"{target.name}: its lora_{part} is {list(value.shape)}, expected {list(shape)}")
+        for block in entry.blocks:
+            if block.source == index:
+                rows = cut(whole[block.row : block.row + block.num_rows], target, part)
+                first = block.source_row
+                rows.copy_(value[first : first + len(rows)])
+    return entry.key, whole

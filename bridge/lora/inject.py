@@ -1,0 +1,132 @@
+"""Adapters put into a live Megatron model, and their values.
+
+A model is built, gets its adapters, is filled, and only then wrapped in DDP: the base is frozen by then and takes no
+gradient buffer. Which rows of which weight a rank holds is what the model's sharded state dict says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from bridge.convert.live import METADATA, load_from_hf
+from bridge.errors import UsageError
+from bridge.hf.tensors import TensorSpec
+from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
+from bridge.lora.spec import Target
+from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, part_name
+from bridge.megatron.model import Gemma4Model
+from bridge.megatron.moe import GroupedExperts
+from bridge.megatron.ple import share_over_stages
+
+# How a value of the table comes about: (target, "A" or "B") -> the canonical tensor, without filling.
+Values = Callable[[Target, Part], Tensor]
+
+
+def attach(models: Sequence[Gemma4Model], table: AdapterTable, dropout: float = 0.0) -> None:
+    """Freeze the chunks of a model and give them adapters, all zero as yet (see `fill`).
+
+    Raises UsageError for dropout where experts are adapted: PEFT has none there.
+    """
+    if dropout and any(adapted.experts for adapted in table.adapted.values()):
+        raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
+    for model in models:
+        model.requires_grad_(False)
+        owners = {id(p): (m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False)}
+        for item in model.sharded_state_dict(metadata=dict(METADATA)).values():
+            adapted = table.adapted.get(getattr(item, "key", ""))
+            if adapted is None:
+                continue
+            module, name = owners[id(item.data)]
+            if not isinstance(getattr(module, "adapters", None), torch.nn.ModuleDict):
+                raise UsageError(f"lora: {item.key} has no place for an adapter")
+            module.adapters[name] = _adapter(module, name, item, adapted, dropout)
+
+
+def _adapter(
+    module: torch.nn.Module, name: str, item: ShardedTensor | ShardedTensorFactory, adapted: Adapted, dropout: float
+) -> torch.nn.Module:
+    weight = getattr(module, name)
+    if isinstance(module, GroupedExperts):
+        (target,) = adapted.targets.values()
+        split = "column" if name == "linear_fc1" else "row"
+        return ExpertAdapter(weight, adapted.rank, target.scaling, split, module.pg_collection.expt_tp)  # type: ignore
+    split = getattr(module, "split", None)
+    sequence_parallel = module.sequence_parallel if split else getattr(weight, "sequence_parallel", False)
+    placement = Placement(split, module.tp_group if split else None, bool(sequence_parallel))  # type: ignore[arg-type]
+    scalings = [adapted.targets[source].scaling for source in adapted.order]
+    boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
+    rows = [range(box.global_offset[0], box.global_offset[0] + box.local_shape[0]) for box in boxes]
+    adapter = LinearAdapter(weight, adapted.rank, _projections(rows, adapted), scalings, placement, dropout)
+    if adapted.weight.row.shard[0] == "pp":
+        # The rows of B are split over the stages, and each has an A of its own that must stay the same.
+        share_over_stages(adapter.lora_A, first=rows[0].start == 0)
+    return adapter
+
+
+def _projections(rows: Sequence[range], adapted: Adapted) -> Tensor:
+    """Of each row that a rank holds of a weight: the number of its projection among those adapted, or -1."""
+    whole = torch.full((adapted.weight.shape[0],), -1)
+    for block in adapted.weight.blocks:
+        if block.source in adapted.targets:
+            whole[block.row : block.row + block.num_rows] = adapted.order.index(block.source)
+    return torch.cat([whole[held.start : held.stop] for held in rows])
+
+
+def fill(models: Sequence[Gemma4Model], table: AdapterTable, values: Values) -> None:
+    """Give the adapters of this rank their parts of `values`, which are asked for tensor by tensor."""
+    load_from_hf(models, table, _Reader(table, values))
+
+
+def initial_values(seed: int) -> Values:
+    """PEFT's: A uniform as torch's linears are (kaiming, a = sqrt 5: within ± in^-0.5), B zero.
+
+    A tensor depends on the seed and its name alone: it is the same in every layout.
+    """
+
+    def value(target: Target, part: Part) -> Tensor:
+        if part == "B":
+            return torch.zeros(target.shape_b)
+        digest = hashlib.sha256(f"{seed} {target.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        bound = 1 / math.sqrt(target.shape_a[-1])
+        return torch.empty(target.shape_a).uniform_(-bound, bound, generator=generator)
+
+    return value
+
+
+class _Reader:
+    """Canonical tensors as a `RowReader` of the table's own, with their filling; one is kept at a time."""
+
+    def __init__(self, table: AdapterTable, values: Values) -> None:
+        self._values = values
+        self._source: dict[str, tuple[Target, Part, int]] = {}
+        self.tensors: Mapping[str, TensorSpec] = {}
+        tensors: dict[str, TensorSpec] = {}
+        for adapted in table.adapted.values():
+            for target in adapted.targets.values():
+                for part in PARTS:
+                    name = part_name(target.name, part)
+                    self._source[name] = (target, part, adapted.rank)
+                    entry, index = table.by_hf_name[name]
+                    tensors[name] = TensorSpec(name, "F32", entry.sources[index].shape)
+        self.tensors = tensors
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
+        """See `RowReader`."""
+        if self._last[0] != name:
+            target, part, _ = self._source[name]
+            whole = torch.zeros(self.tensors[name].shape)
+            value = self._values(target, part)
+            whole.narrow(-2 if part == "A" else -1, 0, target.rank).copy_(value)
+            self._last = (name, whole)
+        rows = self._last[1][start:stop].contiguous().view(torch.uint8).flatten()
+        torch.from_numpy(np.frombuffer(out, dtype=np.uint8)).copy_(rows)

@@ -1,0 +1,79 @@
+"""LoRA in a training run: what is adapted, the adapters of the model, and what `adapter.json` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bridge import Gemma4Bridge
+from bridge.errors import UsageError
+from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
+from bridge.lora.inject import attach, fill, initial_values
+from bridge.lora.spec import LoraSpec
+from bridge.lora.table import AdapterTable, adapter_table
+from bridge.lora.targets import resolve
+from bridge.megatron.model import Gemma4Model
+from recipes.config import LoraConfig, Recipe
+
+
+def spec_of(config: LoraConfig) -> LoraSpec | None:
+    """What a recipe adapts; None where it trains weights. Raises a BridgeError."""
+    if config.adapter is not None:
+        if config.rank:
+            raise UsageError("lora.adapter says what is adapted, and how: leave lora.rank at 0")
+        return AdapterFolder.open(config.adapter).manifest.spec
+    if not config.rank:
+        return None
+    targets = config.targets if isinstance(config.targets, str) else tuple(config.targets)
+    exclude = config.exclude if isinstance(config.exclude, str) else tuple(config.exclude)
+    return LoraSpec(
+        config.rank,
+        config.alpha,
+        targets,
+        config.dropout,
+        tuple(config.parameters),
+        exclude,
+        dict(config.rank_pattern),
+        dict(config.alpha_pattern),
+        config.rslora,
+        config.dora,
+        tuple(config.modules_to_save),
+    )
+
+
+def table_of(spec: LoraSpec, bridge: Gemma4Bridge) -> AdapterTable:
+    """The table of the run's adapters. Raises UsageError for what matches nothing, or is not built."""
+    if spec.dora:
+        raise UsageError("lora.dora: magnitudes are not built; leave it at false")
+    if spec.modules_to_save:
+        raise UsageError(f"lora.modules_to_save={list(spec.modules_to_save)}: not built; leave it empty")
+    return adapter_table(bridge.table, resolve(spec, bridge.table))
+
+
+def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Sequence[Gemma4Model]) -> None:
+    """Freeze the model and give it adapters: PEFT's initial values, or those of `lora.adapter`."""
+    attach(models, table, spec.dropout)
+    values = initial_values(recipe.train.seed)
+    if recipe.lora.adapter is not None:
+        folder = AdapterFolder.open(recipe.lora.adapter)
+        if folder.table.entries.keys() != table.entries.keys():
+            raise UsageError(f"{recipe.lora.adapter}: an adapter of another model")
+        values = folder.values()
+    fill(models, table, values)
+
+
+def describe(recipe: Recipe, spec: LoraSpec, output: Path) -> None:
+    """Write `adapter.json` of a run. Raises UsageError where the folder holds a run with other adapters."""
+    manifest = AdapterManifest(spec, recipe.model.hf, recipe.model.megatron)
+    if not (output / ADAPTER_FILE).is_file():
+        manifest.write(output)
+        return
+    before = AdapterManifest.read(output).spec
+    if before != spec:
+        raise UsageError(f"{output}: holds a run with other adapters ({_difference(before, spec)})")
+
+
+def _difference(before: LoraSpec, now: LoraSpec) -> str:
+    old, new = before.to_json(), now.to_json()
+    key = next(key for key in old if old[key] != new[key])
+    return f"lora.{key} was {old[key]!r}, is {new[key]!r}"

@@ -1,0 +1,295 @@
+"""LoRA runs for the tests: the same adapters, batches and steps in PEFT on transformers and here.
+
+What ranks call lives here, so that they import nothing but this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.geometry import Geometry
+from bridge.lora.inject import Values, initial_values
+from bridge.lora.spec import LoraSpec, Target
+from bridge.lora.table import Part, adapter_table, part_name
+from bridge.lora.targets import resolve
+from bridge.mapping import table_for
+from bridge.verify.sample import IGNORE, Sample
+
+LR, WEIGHT_DECAY, CLIP, SEED = 1e-3, 0.01, 1.0, 1
+BETAS, EPS = (0.9, 0.95), 1e-8
+
+
+def whole_spec(geometry: Geometry, **options: Any) -> LoraSpec:
+    """Everything that can have an adapter: all linears, experts too, of unequal ranks."""
+    parameters = ("experts.gate_up_proj", "experts.down_proj") if geometry.moe is not None else ()
+    said: dict[str, Any] = {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": "all-linear",
+        "parameters": parameters,
+        "rank_pattern": {"self_attn.k_proj": 2, "mlp.up_proj": 6},
+        "alpha_pattern": {"o_proj": 3.0},
+    }
+    return LoraSpec(**(said | options))
+
+
+def moved_values(seed: int) -> Values:
+    """PEFT's initial A, and a B that is not zero, so that the first step has a gradient for A as well."""
+    initial = initial_values(seed)
+
+    def value(target: Target, part: Part) -> Tensor:
+        if part == "A":
+            return initial(target, part)
+        digest = hashlib.sha256(f"B {seed} {target.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(target.shape_b, generator=generator) * 0.05
+
+    return value
+
+
+@dataclass(frozen=True)
+class Training:
+    """`samples`: a global batch for every step in turn. `seed` and `moved`: of the initial values."""
+
+    toy: Path
+    spec: LoraSpec
+    samples: Sequence[Sample]
+    steps: int
+    moved: bool = False
+    seed: int = SEED
+
+    def sample(self, step: int) -> Sample:
+        return self.samples[step % len(self.samples)]
+
+    def values(self) -> Values:
+        return (moved_values if self.moved else initial_values)(self.seed)
+
+
+@dataclass
+class Result:
+    """Losses and gradient norms a step; by the names of an adapter table, the first gradients and the last values."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+
+
+def peft_training(training: Training) -> Result:
+    """The training with PEFT, transformers and torch alone."""
+    import peft
+
+    from bridge.verify.reference import load_hf
+
+    geometry = Geometry.from_folder(training.toy)
+    spec = training.spec
+    config = peft.LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        target_parameters=list(spec.parameters) or None,
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern=dict(spec.alpha_pattern),
+        use_rslora=spec.rslora,
+    )
+    model = peft.get_peft_model(load_hf(training.toy, geometry, torch.float32), config).train()
+    targets = resolve(spec, table_for(geometry))
+    places = dict(_places(model, targets))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Everything that PEFT trains has a target here, and the other way round.
+    assert {id(p) for p in parameters} == {id(p) for p in places.values()}
+    values = training.values()
+    with torch.no_grad():
+        for (target, part), parameter in places.items():
+            parameter.copy_(_to_peft(values(target, part), target, part))
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    result = Result()
+    for step in range(training.steps):
+        sample = training.sample(step)
+        optimizer.zero_grad()
+        logits = model(
+            input_ids=sample.input_ids, attention_mask=sample.attention_mask, **sample.features(), use_cache=False
+        ).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sample.labels.flatten())
+        loss.backward()
+        if step == 0:
+            result.gradients = {
+                part_name(t.name, part): _from_peft(p.grad, t, part) for (t, part), p in places.items()
+            }
+        result.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
+        optimizer.step()
+        result.losses.append(loss.item())
+    result.trained = {part_name(t.name, part): _from_peft(p.detach(), t, part) for (t, part), p in places.items()}
+    return result
+
+
+def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple[tuple[Target, Part], Tensor]]:
+    held = dict(model.named_parameters())
+    experts = [t.module for t in targets if t.kind == "experts"]
+    for target in targets:
+        module = target.module
+        if target.kind == "experts":
+            # One wrapper of the module in another: gate_up_proj is the inner one where both are there.
+            module, _, name = module.rpartition(".")
+            inner = name == "gate_up_proj" and f"{module}.down_proj" in experts
+            module += ".base_layer" if inner else ""
+        for part in ("A", "B"):
+            yield (target, part), held[f"base_model.model.{module}.lora_{part}.default.weight"]  # type: ignore[misc]
+
+
+def _to_peft(value: Tensor, target: Target, part: Part) -> Tensor:
+    if target.kind != "experts":
+        return value
+    return value.flatten(0, 1) if part == "A" else value.permute(1, 2, 0).flatten(1)
+
+
+def _from_peft(value: Tensor | None, target: Target, part: Part) -> Tensor:
+    shape = target.shape_a if part == "A" else target.shape_b
+    if value is None:
+        return torch.zeros(shape)
+    if target.kind != "experts":
+        return value.clone()
+    experts, rows, columns = shape
+    if part == "A":
+        return value.reshape(shape).clone()
+    return value.reshape(rows, columns, experts).permute(2, 0, 1).contiguous()
+
+
+def our_training(training: Training, parallel: dict[str, Any], micro_batch_size: int = 2) -> Result | None:
+    """The same training here, in a layout; the result on rank 0. Runs on every rank."""
+    import torch.distributed as dist
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from bridge.convert.live import Gatherer, iter_hf
+    from bridge.lora.inject import fill
+    from bridge.lora.table import AdapterTable, cut
+    from bridge.megatron.context_parallel import take
+    from recipes.config import resolve as resolve_recipe
+    from recipes.train.setup import assemble, start_ranks
+    from recipes.train.step import clear_gradients, reduce_sums, update
+
+    spec = training.spec
+    rows = training.samples[0].input_ids.shape[0]
+    said = {
+        "output": "unused",
+        "model": {"hf": str(training.toy), "dtype": "float32"},
+        "parallel": parallel,
+        "train": {"steps": training.steps, "global_batch_size": rows, "seed": training.seed},
+        "optimizer": {
+            "lr": LR,
+            "min_lr": LR,
+            "schedule": "constant",
+            "weight_decay": WEIGHT_DECAY,
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
+            "eps": EPS,
+            "clip": CLIP,
+        },
+        "lora": {
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+            "targets": spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+            "parameters": list(spec.parameters),
+            "rank_pattern": dict(spec.rank_pattern),
+            "alpha_pattern": dict(spec.alpha_pattern),
+            "rslora": spec.rslora,
+        },
+    }
+    start_ranks()
+    run = assemble(resolve_recipe(said), 1, load=True)
+    table = run.table
+    assert isinstance(table, AdapterTable) and run.lora == spec
+    if training.moved:
+        fill(run.models, table, training.values())
+        run.optimizer.reload_model_params()
+    config, groups = run.config, run.groups
+    per_rank = rows // groups.dp.size()
+    first = groups.dp.rank() * per_rank
+    names = {part_name(t.name, part): (t, part) for t in table.targets for part in ("A", "B")}
+
+    def gathered(value: Any) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in iter_hf(Gatherer(run.models, table, value)):
+            target, part = names[name]
+            kept = cut(tensor, target, part)  # type: ignore[arg-type]
+            assert tensor.count_nonzero() == kept.count_nonzero(), f"{name}: its filling is not zero"
+            found[name] = kept.clone()
+        return found
+
+    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        losses = chunk(batch.input_ids, None, batch.attention_mask, labels=batch.labels, **batch.features())
+
+        def total(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            tokens = (take(batch.labels, groups.cp) != IGNORE).sum()
+            return losses.sum(), tokens.to(torch.int), {"sums": torch.stack([losses.detach().sum(), tokens]).double()}
+
+        return losses, total
+
+    result = Result()
+    for step in range(training.steps):
+        sample = training.sample(step)
+        starts = range(first, first + per_rank, micro_batch_size)
+        batches = [sample.rows(slice(start, start + micro_batch_size)) for start in starts]
+        for chunk in run.chunks:
+            chunk.train()
+        clear_gradients(run)
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in run.chunks],
+            model=run.chunks,
+            num_microbatches=len(batches),
+            seq_length=batches[0].input_ids.shape[1] * config.pipeline_payload,
+            micro_batch_size=micro_batch_size,
+            forward_only=False,
+        )
+        sums = torch.zeros(2, dtype=torch.float64)
+        if groups.tp.rank() == 0:
+            for report in reports:
+                sums += report["sums"]
+        loss, tokens = reduce_sums(sums)
+        if step == 0:
+            result.gradients = gathered(lambda p: getattr(p, "main_grad", None))
+        run.scheduler.step(1)
+        norm, changed = update(run, float("inf"))
+        assert changed
+        result.norms.append(norm)
+        result.losses.append(loss / tokens)
+    run.gather_weights()
+    result.trained = gathered(lambda p: p.data)
+    return result if dist.get_rank() == 0 else None
+
+
+def compare(ours: Result, theirs: Result) -> dict[str, Any]:
+    """Largest relative differences: of losses and norms per step, of each gradient and trained factor by its norm."""
+
+    def per_step(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
+        assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:3]
+        found = []
+        for name, tensor in a.items():
+            difference, norm = float((tensor - b[name]).norm()), float(b[name].norm())
+            found.append((difference / norm if norm else difference, name))
+        return max(found)
+
+    return {
+        "loss": per_step(ours.losses, theirs.losses),
+        "norm": per_step(ours.norms, theirs.norms),
+        "gradients": worst(ours.gradients, theirs.gradients),
+        "trained": worst(ours.trained, theirs.trained),
+    }
+
+
+def adapters_of(toy: Path, spec: LoraSpec) -> Any:
+    """The adapter table of a toy."""
+    table = table_for(Geometry.from_folder(toy))
+    return adapter_table(table, resolve(spec, table))
