@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from bridge.errors import CheckpointError
 from bridge.lora.spec import LoraSpec, Target
+from bridge.lora.table import PARTS, Part
 from bridge.mapping import Table
-
-Part = Literal["A", "B"]
-PARTS: tuple[Part, Part] = ("A", "B")
 
 
 @dataclass(frozen=True)

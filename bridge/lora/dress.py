@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.lora.adapter import PARTS, Part, shape_of
+from bridge.lora.adapter import shape_of
 from bridge.lora.spec import Target
+from bridge.lora.table import PARTS, Part
 from bridge.mapping import Table
 from bridge.mapping.transforms import Shape
 

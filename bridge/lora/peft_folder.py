@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import Notify, staged
+from bridge.convert.folders import Conversion
 from bridge.convert.stream import Progress, plan_digest
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
-from bridge.lora.adapter import PARTS, Adapter, Part, shape_of
+from bridge.lora.adapter import Adapter, shape_of
 from bridge.lora.dress import FORMATS, Piece, check_servable, engine_targets, pieces
 from bridge.lora.spec import ALL_LINEAR, LoraSpec, Target
+from bridge.lora.table import PARTS, Part
 from bridge.lora.targets import named_parameters, resolve
 from bridge.mapping import Table
 
@@ -270,8 +272,8 @@ def write_peft(
     overwrite: bool = False,
     progress: Progress | None = None,
     notify: Notify | None = None,
-) -> int:
-    """Write an adapter as a folder in a dress; complete or absent. Returns the bytes of tensor data.
+) -> Conversion:
+    """Write an adapter as a folder in a dress; complete or absent.
 
     Raises UsageError (an adapter that the dress cannot hold, an existing target) and CheckpointError.
     """
@@ -303,4 +305,4 @@ def write_peft(
                         progress(done, total, piece.key)
             writer.finish()
         write_text(stage.folder / CONFIG_FILE, text)
-    return total
+    return Conversion(Path(target), len(specs), total, 0)
