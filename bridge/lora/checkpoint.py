@@ -180,9 +180,7 @@ def write_adapter(
     return table
 
 
-def _fused(
-    table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtype: torch.dtype
-) -> tuple[str, Tensor]:
+def _fused(table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtype: torch.dtype) -> tuple[str, Tensor]:
     """One Megatron tensor of adapters: its key, and all of it."""
     targets = [adapted.targets[source] for source in adapted.order]
     entry, _ = table.by_hf_name[part_name(targets[0].name, part)]

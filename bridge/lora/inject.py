@@ -22,6 +22,7 @@ from bridge.hf.tensors import TensorSpec
 from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
 from bridge.lora.spec import Target
 from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, part_name
+from bridge.megatron.linear import Split
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.moe import GroupedExperts
 from bridge.megatron.ple import share_over_stages
@@ -56,9 +57,9 @@ def _adapter(
     weight = getattr(module, name)
     if isinstance(module, GroupedExperts):
         (target,) = adapted.targets.values()
-        split = "column" if name == "linear_fc1" else "row"
-        return ExpertAdapter(weight, adapted.rank, target.scaling, split, module.pg_collection.expt_tp)  # type: ignore
-    split = getattr(module, "split", None)
+        of_expert: Split = "column" if name == "linear_fc1" else "row"
+        return ExpertAdapter(weight, adapted.rank, target.scaling, of_expert, module.pg_collection.expt_tp)
+    split: Split = getattr(module, "split", None)
     sequence_parallel = module.sequence_parallel if split else getattr(weight, "sequence_parallel", False)
     placement = Placement(split, module.tp_group if split else None, bool(sequence_parallel))  # type: ignore[arg-type]
     scalings = [adapted.targets[source].scaling for source in adapted.order]

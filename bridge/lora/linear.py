@@ -55,12 +55,12 @@ class LinearAdapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
-        options = {"dtype": weight.dtype, "device": weight.device}
-        self.lora_A = torch.nn.Parameter(torch.zeros(len(scalings) * rank, columns, **options))
-        self.lora_B = torch.nn.Parameter(torch.zeros(rows, rank, **options))
+        self.lora_A = torch.nn.Parameter(weight.new_zeros(len(scalings) * rank, columns))
+        self.lora_B = torch.nn.Parameter(weight.new_zeros(rows, rank))
         self.placement, self.dropout, self.count = placement, dropout, len(scalings)
         selection = torch.nn.functional.one_hot(projections + 1, len(scalings) + 1)[:, 1:]
-        selection = (selection * torch.tensor(list(scalings), dtype=torch.float32)).to(**options)
+        selection = (selection * torch.tensor(list(scalings), dtype=torch.float32)).to(weight)
+        self.selection: Tensor
         self.register_buffer("selection", selection, persistent=False)
         split, sequence_parallel = placement.split, placement.sequence_parallel
         for parameter, of, dim in ((self.lora_A, "row", 1), (self.lora_B, "column", 0)):
@@ -113,9 +113,8 @@ class ExpertAdapter(torch.nn.Module):
     def __init__(self, weight: Tensor, rank: int, scaling: float, split: Split, group: dist.ProcessGroup) -> None:
         super().__init__()
         experts, rows, columns = weight.shape
-        options = {"dtype": weight.dtype, "device": weight.device}
-        self.lora_A = torch.nn.Parameter(torch.zeros(experts, rank, columns, **options))
-        self.lora_B = torch.nn.Parameter(torch.zeros(experts, rows, rank, **options))
+        self.lora_A = torch.nn.Parameter(weight.new_zeros(experts, rank, columns))
+        self.lora_B = torch.nn.Parameter(weight.new_zeros(experts, rows, rank))
         self.split, self.group, self.scaling = split, group, scaling
         for parameter, of, dim in ((self.lora_A, "row", 2), (self.lora_B, "column", 1)):
             set_tensor_model_parallel_attributes(parameter, is_parallel=split == of, dim=dim, stride=1)
@@ -124,7 +123,8 @@ class ExpertAdapter(torch.nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Tokens [t, in] sorted by expert, which end at `offsets` [E'] int32 -> [t, out]."""
-        a, b = self.lora_A, self.lora_B
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
         if self.group.size() > 1:
             if self.split == "column":
                 a = copy_to_tensor_model_parallel_region(a, group=self.group)

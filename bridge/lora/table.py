@@ -8,8 +8,8 @@ weight without `.weight`:
 
 and `[E, r, in]`, `[E, out, r]` for experts. r is the largest rank in the tensor: smaller ones are filled up with rows
 and columns of zeros, which get no gradient and stay zero. Rows of B that belong to a tensor without an adapter are
-zeros as well. In this table's Hugging Face tensors, named `TENSOR.lora_A` and `TENSOR.lora_B` after the weight's name on
-disk, the filling is there; `cut` takes it off.
+zeros as well. This table's Hugging Face tensors are named `TENSOR.lora_A` and `TENSOR.lora_B` after the weight's name
+on disk; the filling is part of them, and `cut` takes it off.
 """
 
 from __future__ import annotations

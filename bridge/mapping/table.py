@@ -103,7 +103,7 @@ class Table:
         }
 
     def covers(self, key: str) -> bool:
-        """Whether a key of a model is this table's to account for: adapters have a table of their own (`lora.table`)."""
+        """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""
         return not key.endswith((".lora_A", ".lora_B"))
 
     def is_carried(self, name: str) -> bool:

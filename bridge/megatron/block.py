@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -71,6 +72,10 @@ class Gemma4Block(TransformerBlock):
         embeds: Tensor | None
         if self.pre_process:
             assert hidden_states is not None
+            if torch.is_grad_enabled() and not hidden_states.requires_grad:
+                # Frozen embeddings. What is recomputed hands out gradients only where an argument asks for one, and a
+                # pipeline stage sends back what its input gets: both are cut off by an input that asks for none.
+                hidden_states = hidden_states.detach().requires_grad_()
             state, embeds = hidden_states, hidden_states
         else:
             payload = make_viewless_tensor(self.input_tensor, requires_grad=True, keep_graph=True)

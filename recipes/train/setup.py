@@ -17,13 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge import Gemma4Bridge
 from bridge.errors import UsageError
+from bridge.lora.spec import LoraSpec
+from bridge.mapping import Table
 from bridge.megatron import cpu_runtime
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE as TOWERS
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
-from bridge.mapping import Table
-from bridge.lora.spec import LoraSpec
 from recipes.config import Recipe, check_recipe
 from recipes.train import lora
 

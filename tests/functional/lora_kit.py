@@ -6,6 +6,7 @@ What ranks call lives here, so that they import nothing but this.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from bridge.lora.table import Part, adapter_table, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.verify.sample import IGNORE, Sample
+
+from .training_kit import RouterMargins
 
 LR, WEIGHT_DECAY, CLIP, SEED = 1e-3, 0.01, 1.0, 1
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -74,10 +77,15 @@ class Training:
 
 @dataclass
 class Result:
-    """Losses and gradient norms a step; by the names of an adapter table, the first gradients and the last values."""
+    """Losses and gradient norms a step; by the names of an adapter table, the first gradients and the last values.
+
+    Where several ranks hold a replica, each has its part of the summed gradients only: then there are none here.
+    `margin`: see `training_kit.Plain`.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    margin: float = math.inf
     gradients: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,9 +118,10 @@ def peft_training(training: Training) -> Result:
         for (target, part), parameter in places.items():
             parameter.copy_(_to_peft(values(target, part), target, part))
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-    result = Result()
+    result, margins = Result(), RouterMargins(model, geometry)
     for step in range(training.steps):
         sample = training.sample(step)
+        margins.real = sample.attention_mask.flatten().bool()
         optimizer.zero_grad()
         logits = model(
             input_ids=sample.input_ids, attention_mask=sample.attention_mask, **sample.features(), use_cache=False
@@ -120,12 +129,11 @@ def peft_training(training: Training) -> Result:
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sample.labels.flatten())
         loss.backward()
         if step == 0:
-            result.gradients = {
-                part_name(t.name, part): _from_peft(p.grad, t, part) for (t, part), p in places.items()
-            }
+            result.gradients = {part_name(t.name, part): _from_peft(p.grad, t, part) for (t, part), p in places.items()}
         result.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
         result.losses.append(loss.item())
+    result.margin = margins.smallest
     result.trained = {part_name(t.name, part): _from_peft(p.detach(), t, part) for (t, part), p in places.items()}
     return result
 
@@ -255,7 +263,7 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
             for report in reports:
                 sums += report["sums"]
         loss, tokens = reduce_sums(sums)
-        if step == 0:
+        if step == 0 and groups.dp_cp.size() == groups.expt_dp.size() == 1:
             result.gradients = gathered(lambda p: getattr(p, "main_grad", None))
         run.scheduler.step(1)
         norm, changed = update(run, float("inf"))
@@ -284,7 +292,7 @@ def compare(ours: Result, theirs: Result) -> dict[str, Any]:
     return {
         "loss": per_step(ours.losses, theirs.losses),
         "norm": per_step(ours.norms, theirs.norms),
-        "gradients": worst(ours.gradients, theirs.gradients),
+        "gradients": worst(ours.gradients, theirs.gradients) if ours.gradients else (0.0, ""),
         "trained": worst(ours.trained, theirs.trained),
     }
 

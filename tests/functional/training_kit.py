@@ -172,6 +172,23 @@ class Plain:
     margin: float
 
 
+class RouterMargins:
+    """The smallest `Plain.margin` that the routers of a transformers model had at `real` tokens (bool, flat)."""
+
+    def __init__(self, model: torch.nn.Module, geometry: Geometry) -> None:
+        self.real, self.smallest, self._geometry = torch.zeros(0, dtype=torch.bool), math.inf, geometry
+        for name, module in model.named_modules():
+            if name.endswith("router.proj"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        assert self._geometry.moe is not None
+        topk = self._geometry.moe.topk
+        ordered = logits.detach().flatten(0, -2)[self.real].sort(descending=True).values
+        lead = ordered[:, topk - 1] - ordered[:, topk]
+        self.smallest = min(self.smallest, float((lead / ordered.abs().amax(-1)).min()))
+
+
 def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
     """The same training with transformers and torch alone."""
     from bridge.verify.reference import load_hf
@@ -184,20 +201,10 @@ def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    plain, margins, real = Plain([], [], math.inf), [], torch.zeros(0)
-
-    def note_margin(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
-        assert geometry.moe is not None
-        ordered = logits.detach().flatten(0, -2)[real].sort(descending=True).values
-        lead = ordered[:, geometry.moe.topk - 1] - ordered[:, geometry.moe.topk]
-        margins.append(float((lead / ordered.abs().amax(-1)).min()))
-
-    for name, module in model.named_modules():
-        if name.endswith("router.proj"):
-            module.register_forward_hook(note_margin)
+    plain, margins = Plain([], [], math.inf), RouterMargins(model, geometry)
     for step in range(1, steps + 1):
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
-        real = batch["attention_mask"].flatten().bool()
+        margins.real = batch["attention_mask"].flatten().bool()
         rate = LR * step / WARMUP
         if step > WARMUP:
             ratio = (step - WARMUP) / (steps - WARMUP)
@@ -216,4 +223,4 @@ def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
         plain.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
         plain.losses.append(loss.item())
-    return Plain(plain.losses, plain.norms, min(margins, default=math.inf))
+    return Plain(plain.losses, plain.norms, margins.smallest)

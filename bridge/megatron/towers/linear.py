@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
