@@ -94,9 +94,9 @@ def import_peft(
     """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
     with ExitStack() as stack:
         adapter = open_peft(stack, path, table_for(MegatronFolder.open(base).geometry))
-        for target in adapter.targets:
-            if target.kind == "embedding":
-                raise UsageError(f"{path}: adapts the embedding {target.module}, which is not built; merge it instead")
+        for each in adapter.targets:
+            if each.kind == "embedding":
+                raise UsageError(f"{path}: adapts the embedding {each.module}, which is not built; merge it instead")
         dtype = adapter.common_dtype()
         total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in PARTS)
         done = 0
