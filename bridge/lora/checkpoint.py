@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,13 +28,16 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
-from bridge.lora.inject import Values
 from bridge.lora.spec import LoraSpec, Target
 from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
 from bridge.torch_dist.writer import DistWriter
+
+if TYPE_CHECKING:
+    # Importing it imports Megatron, which takes seconds that reading and writing files need not.
+    from bridge.lora.inject import Values
 
 ADAPTER_FILE = "adapter.json"
 _VERSION = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,13 @@ def _bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
 def test_every_layout_exports_the_same_bytes(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
     """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress."""
     folder = toy(variant)
-    layouts = {"one": {}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}
+    layouts: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}
     if variant == "26b-a4b":
         layouts["ep2"] = {"ep": 2}
     else:
-        layouts["vpp2"] = {"pp": 2, "vpp": 2}
+        layouts["tp2 pp2"] = {**layouts.pop("tp2"), **layouts.pop("pp2")}
     for name, parallel in layouts.items():
-        world_size = max(parallel.get(key, 1) for key in ("tp", "pp", "ep"))
+        world_size = math.prod(parallel.get(key, 1) for key in ("tp", "pp", "ep"))
         ranks.run(save_run, folder, tmp_path / name, parallel, world_size=world_size)
         for dress in ("peft", "vllm", "sglang"):
             with ExitStack() as stack:
