@@ -29,7 +29,7 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
 from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, adapter_table, cut, part_name
+from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader

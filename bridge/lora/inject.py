@@ -6,9 +6,7 @@ gradient buffer. Which rows of which weight a rank holds is what the model's sha
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,23 +19,18 @@ from bridge.errors import UsageError
 from bridge.hf.tensors import TensorSpec
 from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
 from bridge.lora.spec import Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, part_name
+from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, part_name
 from bridge.megatron.linear import Split
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.moe import GroupedExperts
 from bridge.megatron.ple import share_over_stages
 
-# How a value of the table comes about: (target, "A" or "B") -> the canonical tensor, without filling.
-Values = Callable[[Target, Part], Tensor]
-
 
 def attach(models: Sequence[Gemma4Model], table: AdapterTable, dropout: float = 0.0) -> None:
     """Freeze the chunks of a model and give them adapters, all zero as yet (see `fill`).
 
-    Raises UsageError for dropout where experts are adapted: PEFT has none there.
+    Raises UsageError for a weight whose module has no place for one.
     """
-    if dropout and any(adapted.experts for adapted in table.adapted.values()):
-        raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
     for model in models:
         model.requires_grad_(False)
         owners = {id(p): (m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False)}
@@ -84,23 +77,6 @@ def _projections(rows: Sequence[range], adapted: Adapted) -> Tensor:
 def fill(models: Sequence[Gemma4Model], table: AdapterTable, values: Values) -> None:
     """Give the adapters of this rank their parts of `values`, which are asked for tensor by tensor."""
     load_from_hf(models, table, _Reader(table, values))
-
-
-def initial_values(seed: int) -> Values:
-    """PEFT's: A uniform as torch's linears are (kaiming, a = sqrt 5: within ± in^-0.5), B zero.
-
-    A tensor depends on the seed and its name alone: it is the same in every layout.
-    """
-
-    def value(target: Target, part: Part) -> Tensor:
-        if part == "B":
-            return torch.zeros(target.shape_b)
-        digest = hashlib.sha256(f"{seed} {target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        bound = 1 / math.sqrt(target.shape_a[-1])
-        return torch.empty(target.shape_a).uniform_(-bound, bound, generator=generator)
-
-    return value
 
 
 class _Reader:

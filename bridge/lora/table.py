@@ -14,7 +14,7 @@ on disk; the filling is part of them, and `cut` takes it off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,10 @@ from bridge.mapping.transforms import Block
 
 Part = Literal["A", "B"]
 PARTS: tuple[Part, Part] = ("A", "B")
+
+
+# Where adapters come from: (target, "A" or "B") -> A [(E,) r, in] or B [(E,) out, r], without filling.
+Values = Callable[[Target, Part], Tensor]
 
 
 @dataclass(frozen=True)

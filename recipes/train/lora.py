@@ -8,7 +8,8 @@ from pathlib import Path
 from bridge import Gemma4Bridge
 from bridge.errors import UsageError
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
-from bridge.lora.inject import attach, fill, initial_values
+from bridge.lora.initial import initial_values
+from bridge.lora.inject import attach, fill
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import resolve

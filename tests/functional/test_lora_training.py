@@ -1,0 +1,322 @@
+"""LoRA here against PEFT on transformers: the same adapters, gradients and losses, in every layout; and its runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.errors import BridgeError, UsageError
+from bridge.geometry import Geometry
+from bridge.lora.checkpoint import AdapterFolder
+from bridge.lora.spec import LoraSpec
+from bridge.lora.targets import resolve
+from bridge.mapping import table_for
+from bridge.ranks import RankPool
+from bridge.torch_dist.reader import DistReader
+from bridge.verify.media import media_sample
+
+from .conftest import Toy
+from .lora_kit import Result, Training, compare, our_training, peft_training, whole_spec
+from .training_kit import Trouble, losses, recipe, train_toy
+
+STEPS, FEW = 30, 3
+LOSSES, FACTORS, GRADIENTS = 1e-4, 1e-4, 1e-4
+VARIANTS = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+# Pictures, drawings and adapters with which no routing decision of the 30 steps is a tie: see `Plain.margin`.
+SEEDS = {"26b-a4b": 1}
+SP2 = {"tp": 2, "sequence_parallel": True}
+# What text trains.
+TEXT = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# Adapters whose blocks get no gradient of their input: embeddings are frozen, and nothing before is adapted.
+DENSE_ONLY = r".*language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
+
+
+class Trainings:
+    """What is trained, and what PEFT makes of it, each once."""
+
+    def __init__(self, ranks: RankPool, toy: Toy) -> None:
+        self._ranks, self._toy = ranks, toy
+        self._theirs: dict[tuple[Any, ...], Result] = {}
+
+    def training(self, variant: str, steps: int, rows: int, **options: Any) -> Training:
+        """All that can have an adapter; `rows` of a batch: an image, and audio or another image; 0: one of text."""
+        toy, seed = self._toy(variant), SEEDS.get(variant, 1)
+        geometry = Geometry.from_folder(toy)
+        kinds = ("image", "image" if geometry.audio is None else "audio")[:rows] if rows else ("text",)
+        samples = [media_sample(toy, geometry, seed, kinds)]
+        return Training(toy, whole_spec(geometry, **options), samples, steps, moved=True, seed=seed)
+
+    def compared(
+        self, variant: str, steps: int, rows: int, parallel: dict[str, Any], world: int, **options: Any
+    ) -> dict[str, Any]:
+        training = self.training(variant, steps, rows, **options)
+        key = (variant, steps, rows, str(options))
+        if key not in self._theirs:
+            self._theirs[key] = self._ranks.run(peft_training, training, world_size=1, timeout_s=180)[0]
+        theirs = self._theirs[key]
+        assert theirs.margin > 1e-5, "a tie in the router: take another seed"
+        ours = self._ranks.run(our_training, training, parallel, 1, world_size=world, timeout_s=180)[0]
+        assert len(ours.losses) == steps
+        assert steps < STEPS or ours.losses[-1] < 0.6 * ours.losses[0]
+        return compare(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def trainings(ranks: RankPool, toy: Toy) -> Trainings:
+    return Trainings(ranks, toy)
+
+
+def check(found: dict[str, Any], record_property: Any) -> None:
+    record_property("worst", str(found))
+    assert found["loss"] <= LOSSES and found["norm"] <= 10 * LOSSES, found
+    assert found["gradients"][0] <= GRADIENTS and found["trained"][0] <= FACTORS, found
+
+
+def rows_of(variant: str) -> int:
+    # Fewer tokens, fewer routing decisions, fewer ties.
+    return 1 if variant == "26b-a4b" else 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_the_adapter_of_peft(trainings: Trainings, record_property: Any, variant: str) -> None:
+    check(trainings.compared(variant, STEPS, rows_of(variant), {}, 1), record_property)
+
+
+@pytest.mark.parametrize(
+    ("variant", "world", "parallel"),
+    [
+        ("e2b", 2, SP2),
+        ("e4b", 2, {"pp": 2}),
+        ("26b-a4b", 2, {**SP2, "ep": 2}),
+        ("12b", 2, {"cp": 2}),
+        ("31b", 2, {}),
+    ],
+    ids=["e2b TP2+SP", "e4b PP2", "26b TP2+SP EP2", "12b CP2", "31b DP2"],
+)
+def test_trains_it_in_layouts(
+    trainings: Trainings, record_property: Any, variant: str, world: int, parallel: dict[str, Any]
+) -> None:
+    check(trainings.compared(variant, STEPS, rows_of(variant), parallel, world), record_property)
+
+
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "e2b TP2": ("e2b", 2, {"tp": 2}),
+    "e2b PP2 VPP2": ("e2b", 2, {"pp": 2, "vpp": 2}),
+    "e2b DP2, overlap": ("e2b", 2, {"overlap": True}),
+    "e2b TP2+SP PP2, full recompute": ("e2b", 4, {**SP2, "pp": 2, "recompute": "full"}),
+    # More ranks than query groups.
+    "12b TP4+SP": ("12b", 4, {"tp": 4, "sequence_parallel": True}),
+    "12b TP2": ("12b", 2, {"tp": 2}),
+    "26b TP2+SP": ("26b-a4b", 2, SP2),
+    "26b EP2": ("26b-a4b", 2, {"ep": 2}),
+    "26b EP2 allgather": ("26b-a4b", 2, {"ep": 2, "dispatcher": "allgather"}),
+    "26b ETP2": ("26b-a4b", 2, {"etp": 2}),
+    "26b TP2+SP EP2 ETP2": ("26b-a4b", 4, {**SP2, "ep": 2, "etp": 2}),
+    "26b CP2 EP2": ("26b-a4b", 2, {"cp": 2, "ep": 2}),
+    "26b EP2 PP2": ("26b-a4b", 4, {"pp": 2, "ep": 2}),
+    "26b, selective recompute": ("26b-a4b", 1, {"recompute": "selective", "recompute_modules": ["moe", "mlp"]}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_has_its_gradients(trainings: Trainings, record_property: Any, name: str) -> None:
+    variant, world, parallel = LAYOUTS[name]
+    check(trainings.compared(variant, FEW, 2, parallel, world), record_property)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (1, {"recompute": "full"}),
+        (1, {"recompute": "selective", "recompute_modules": ["mlp"]}),
+        (2, {"pp": 2}),
+    ],
+    ids=["full", "selective", "PP2"],
+)
+def test_frozen_embeddings_do_not_cut_adapters_off(
+    trainings: Trainings, record_property: Any, world: int, parallel: dict[str, Any]
+) -> None:
+    """Rank-stabilised scaling too, while at it."""
+    found = trainings.compared("31b", FEW, 2, parallel, world, targets=DENSE_ONLY, rslora=True)
+    check(found, record_property)
+
+
+def test_drops_what_peft_drops(trainings: Trainings, record_property: Any) -> None:
+    """One row of text: then [s, b, h] and [b, s, h] take the same random numbers in the same order."""
+    check(trainings.compared("31b", FEW, 0, {}, 1, targets=TEXT, dropout=0.25), record_property)
+
+
+@pytest.mark.parametrize("variant", ["12b", "e4b"])
+def test_some_projections_of_a_fused_linear(trainings: Trainings, record_property: Any, variant: str) -> None:
+    """Q, up and PLE linears only, at as many ranks as split a query group of 12B."""
+    layer = r"(self_attn\.q_proj|mlp\.up_proj|per_layer_projection)"
+    targets = rf".*language_model\.(layers\.\d+\.{layer}|per_layer_model_projection)"
+    layout = {"tp": 4} if variant == "12b" else {**SP2, "pp": 2}
+    check(trainings.compared(variant, FEW, 1, layout, 4, targets=targets), record_property)
+
+
+def lora_recipe(toy: Path, output: Path, steps: int, **lora: Any) -> dict[str, Any]:
+    said = recipe(toy, output, steps)
+    said["optimizer"] |= {"lr": 1e-2, "min_lr": 1e-3}
+    return said | {"lora": {"rank": 4, "alpha": 8, "targets": TEXT, **lora}}
+
+
+def adapters(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    return {(name, part): tensor for name, part, tensor in AdapterFolder.open(run).tensors()}
+
+
+def test_runs_hold_adapters_only_and_go_on_in_other_layouts(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    folder, steps = toy("26b-a4b"), 8
+    experts = {"parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    whole = lora_recipe(folder, tmp_path / "whole", steps, **experts)
+    ranks.run(train_toy, whole, [], world_size=1)
+    said = lora_recipe(folder, tmp_path / "run", steps, **experts)
+    layouts: list[tuple[int, list[str]]] = [
+        (2, ["parallel.ep=2"]),
+        (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=2"]),
+        (2, ["parallel.pp=2"]),
+    ]
+    for turn, (world, overrides) in enumerate(layouts, 1):
+        leave = Trouble(2 * turn, 0, signal.SIGTERM)
+        assert ranks.run(train_toy, said, overrides, leave, world_size=world)[0] == (True, 2 * turn)
+    ranks.run(train_toy, said, [], world_size=1)
+    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert theirs[-1] < 0.9 * theirs[0]
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+
+    opened = AdapterFolder.open(tmp_path / "run")
+    assert opened.manifest.hf == str(folder) and opened.manifest.spec.parameters == tuple(experts["parameters"])
+    with DistReader(opened.checkpoint.weights, lambda key: True) as reader:
+        states = {key.removeprefix("optimizer.state.").partition(".")[2] for key in reader.tensors if "state." in key}
+        weights = {key for key in reader.tensors if not key.startswith("optimizer.")}
+    assert weights == states == set(opened.table.entries)
+    before, after = adapters(tmp_path / "whole"), adapters(tmp_path / "run")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor, atol=1e-4, rtol=1e-3)
+
+    with pytest.raises(UsageError, match=r"other adapters \(lora.alpha was 8.0, is 9.0\)"):
+        ranks.run(train_toy, said, ["lora.alpha=9", "train.steps=9"], world_size=1)
+    with pytest.raises(BridgeError, match=r"lora_A has shape|lora_B has shape"):
+        ranks.run(train_toy, said, ["lora.rank=8", "train.steps=9"], world_size=1)
+
+
+def test_stopped_with_dropout_and_resumed_is_bit_identical(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    """bf16 with tensor and sequence parallelism: random states of both kinds, and the optimizer's float32 copies."""
+    overrides = ["model.dtype=bfloat16", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"]
+    said = {name: lora_recipe(toy("e4b"), tmp_path / name, 6, dropout=0.1) for name in ("whole", "stopped")}
+    ranks.run(train_toy, said["whole"], overrides, world_size=2)
+    ranks.run(train_toy, said["stopped"], overrides, Trouble(3, 1, signal.SIGUSR1), world_size=2)
+    ranks.run(train_toy, said["stopped"], overrides, world_size=2)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    before, after = adapters(tmp_path / "whole"), adapters(tmp_path / "stopped")
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    ranks.run(train_toy, lora_recipe(toy("e4b"), tmp_path / "first", 2), [], world_size=1)
+    said = lora_recipe(toy("e4b"), tmp_path / "second", 1)
+    said["lora"] = {"adapter": str(tmp_path / "first")}
+    still = ["optimizer.lr=0", "optimizer.min_lr=0", "parallel.tp=2", "parallel.sequence_parallel=true"]
+    ranks.run(train_toy, said, still, world_size=2)
+    first, second = adapters(tmp_path / "first"), adapters(tmp_path / "second")
+    assert first.keys() == second.keys() and any(part == "B" and tensor.any() for (_, part), tensor in first.items())
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+    with pytest.raises(BridgeError, match=r"matches|adapter of another model|missing"):
+        ranks.run(train_toy, said | {"model": {"hf": str(toy("31b"))}, "output": str(tmp_path / "x")}, [], world_size=1)
+
+
+def memory_of(said: dict[str, Any]) -> dict[str, int]:
+    """Train a step, and count: trained parameters, elements of gradient buffers, bytes of gradients of the base."""
+    from recipes.config import resolve
+    from recipes.train.setup import build
+    from recipes.train.step import clear_gradients, run_microbatches, update
+
+    from .training_kit import Corpus
+
+    run = build(resolve(said), load=True)
+    corpus = Corpus(run.bridge.geometry, 1, 0, 1, 2)
+    clear_gradients(run)
+    run_microbatches(run, [next(corpus) for _ in range(run.microbatches)], train=True)
+    update(run, float("inf"))
+    parameters = [p for model in run.models for p in model.parameters()]
+    frozen = [p for p in parameters if not p.requires_grad]
+    buffers = [b for chunk in run.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]  # type: ignore
+    states = [s for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    return {
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "buffered": sum(p.numel() for buffer in buffers for p in buffer.params),
+        "gradient elements": sum(buffer.grad_data.numel() for buffer in buffers),
+        "moments": sum(state["exp_avg"].numel() for state in states),
+        "of the base": sum(p.grad is not None or getattr(p, "main_grad", None) is not None for p in frozen),
+        "frozen": sum(p.numel() for p in frozen),
+    }
+
+
+def test_the_base_takes_no_gradient_memory(ranks: RankPool, toy: Toy, tmp_path: Path, record_property: Any) -> None:
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    said = lora_recipe(toy("26b-a4b"), tmp_path, 1, targets="all-linear", parameters=experts)
+    found = ranks.run(memory_of, said, world_size=1)[0]
+    full = ranks.run(memory_of, recipe(toy("26b-a4b"), tmp_path, 1), world_size=1)[0]
+    record_property("memory", f"{found} against {full}")
+    spec = LoraSpec(4, 8.0, "all-linear", parameters=tuple(experts))
+    table = table_for(Geometry.from_folder(toy("26b-a4b")))
+    # Per target: rank x (in + out), for every expert.
+    expected = sum(math.prod(t.shape[:-2]) * t.rank * sum(t.shape[-2:]) for t in resolve(spec, table))
+    assert found["trained"] == found["buffered"] == found["moments"] == expected
+    assert found["gradient elements"] <= expected + 4096 and found["of the base"] == 0
+    assert full["gradient elements"] > 4 * found["gradient elements"]
+
+
+def full_size(variant: str, spec: LoraSpec) -> tuple[int, int, int]:
+    """Trained and frozen parameters of a published geometry on the meta device; the trained ones by the formula."""
+    import bridge
+    from bridge.lora.inject import attach
+    from bridge.lora.table import adapter_table
+    from bridge.megatron.parallel import Parallel, initialize
+    from bridge.megatron.provider import Gemma4Provider
+
+    path = Path(bridge.__file__).parent / "variants" / f"{variant}.json"
+    geometry = Geometry.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    table = table_for(geometry)
+    targets = resolve(spec, table)
+    groups = initialize(Parallel())
+    provider = Gemma4Provider(geometry, overrides={"perform_initialization": False})
+    with torch.device("meta"):
+        models = provider.build(groups)
+        attach(models, adapter_table(table, targets))
+    trained = sum(p.numel() for m in models for p in m.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for m in models for p in m.parameters() if not p.requires_grad)
+    return trained, frozen, sum(math.prod(t.shape[:-2]) * t.rank * sum(t.shape[-2:]) for t in targets)
+
+
+def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> None:
+    spec = LoraSpec(8, 16.0, "all-linear", parameters=("experts.gate_up_proj", "experts.down_proj"))
+    trained, frozen, formula = ranks.run(full_size, "26b-a4b", spec, world_size=1)[0]
+    record_property("parameters", f"{trained} trained, {frozen} frozen")
+    assert trained == formula and 25e9 < frozen < 26e9
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 4, "dora": True}, "lora.dora: magnitudes are not built"),
+        ({"rank": 4, "modules_to_save": ["embed_tokens"]}, r"lora.modules_to_save=\['embed_tokens'\]: not built"),
+        ({"rank": 4, "targets": ["embed_tokens"]}, "adapters of embeddings are not built"),
+        ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
+        ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
+        ({"adapter": "nowhere"}, "nowhere"),
+        ({"rank": -1}, "rank is -1"),
+    ],
+)
+def test_refused(ranks: RankPool, toy: Toy, tmp_path: Path, lora: dict[str, Any], message: str) -> None:
+    said = recipe(toy("e4b"), tmp_path / "run", 1) | {"lora": lora}
+    with pytest.raises(BridgeError, match=message):
+        ranks.run(train_toy, said, [], world_size=1)
+    assert not (tmp_path / "run").exists()

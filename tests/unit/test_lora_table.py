@@ -1,0 +1,145 @@
+"""Adapter tables, initial values, and adapters on disk: without a model, ranks or Megatron."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridge.convert.folders import import_hf
+from bridge.errors import BridgeError, CheckpointError, UsageError
+from bridge.geometry import Geometry
+from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
+from bridge.lora.initial import initial_values
+from bridge.lora.spec import LoraSpec, Target
+from bridge.lora.table import AdapterTable, Part, adapter_table, cut, part_name
+from bridge.lora.targets import resolve
+from bridge.mapping import table_for
+from bridge.toy import write_toy
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+LAYER = "model.language_model.layers.0."
+SPEC = LoraSpec(
+    4, 8.0, "all-linear", parameters=EXPERTS, rank_pattern={"k_proj": 2, "experts.down_proj": 3}, rslora=True
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy of 26B as a Megatron checkpoint."""
+    folder = tmp_path_factory.mktemp("lora")
+    write_toy("26b-a4b", folder / "hf")
+    import_hf(folder / "hf", folder / "megatron")
+    return folder / "megatron"
+
+
+def table(base: Path, spec: LoraSpec = SPEC) -> AdapterTable:
+    model = table_for(Geometry.from_folder(base / "hf"))
+    return adapter_table(model, resolve(spec, model))
+
+
+def values(target: Target, part: Part) -> Tensor:
+    """Numbers that bf16 holds exactly, another for every place."""
+    shape = target.shape_a if part == "A" else target.shape_b
+    start = len(target.name) + (part == "B")
+    return (torch.arange(torch.Size(shape).numel()) + start).remainder(251).view(shape).to(torch.bfloat16)
+
+
+def test_one_adapter_for_each_projection_of_a_fused_linear(base: Path) -> None:
+    found = table(base)
+    geometry = found.geometry
+    layer, hidden = geometry.layers[0], geometry.hidden_size
+    key = "decoder.layers.0.self_attention.linear_qkv"
+    rows = layer.q_size + 2 * layer.kv_size
+    a, b = found.entries[f"{key}.lora_A"], found.entries[f"{key}.lora_B"]
+    assert a.shape == (3 * 4, hidden) and b.shape == (rows, 4)
+    assert [s.shape for s in b.sources] == [(layer.q_size, 4), (layer.kv_size, 4), (layer.kv_size, 4)]
+    # B's rows lie where the rows of the weight lie.
+    weight = table_for(geometry).entries[f"{key}.weight"]
+    assert b.blocks == weight.blocks and [block.row for block in a.blocks] == [0, 4, 8]
+    # A layer without v_proj has no adapter for it.
+    last = next(each.index for each in geometry.layers if each.k_eq_v)
+    assert len(found.entries[f"decoder.layers.{last}.self_attention.linear_qkv.lora_A"].sources) == 2
+    moe = geometry.moe
+    assert moe is not None
+    fc1 = "decoder.layers.0.moe.experts.experts.linear_fc1"
+    assert found.entries[f"{fc1}.lora_A"].shape == (moe.num_experts, 4, hidden)
+    assert found.entries[f"{fc1}.lora_B"].shape == (moe.num_experts, 2 * moe.ffn_hidden_size, 4)
+    assert found.entries[f"{fc1}.lora_B"].row.shard == ("ep", "etp", None)
+    assert found.by_hf_name[part_name(LAYER + "mlp.up_proj.weight", "B")][1] == 1
+
+
+def test_a_projection_without_an_adapter_has_no_rows(base: Path) -> None:
+    found = table(base, LoraSpec(4, 8.0, ("self_attn.q_proj",), exclude=r".*vision.*|.*\.[1-9]\d*\.self_attn.q_proj"))
+    key = "decoder.layers.0.self_attention.linear_qkv"
+    assert list(found.entries) == [f"{key}.lora_A", f"{key}.lora_B"]
+    layer = found.geometry.layers[0]
+    assert found.entries[f"{key}.lora_A"].shape[0] == 4
+    assert sum(block.num_rows for block in found.entries[f"{key}.lora_B"].blocks) == layer.q_size
+    assert found.covers(f"{key}.lora_A") and not found.covers(f"{key}.weight")
+    assert table_for(found.geometry).covers(f"{key}.weight")
+
+
+def test_initial_values_are_of_a_name_and_a_seed(base: Path) -> None:
+    targets = {target.name: target for target in table(base).targets}
+    query, experts = targets[LAYER + "self_attn.q_proj.weight"], targets[LAYER + "experts.down_proj"]
+    first, again, other = (initial_values(seed)(query, "A") for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, initial_values(1)(targets[LAYER + "self_attn.v_proj.weight"], "A"))
+    for target in (query, experts):
+        value, bound = initial_values(1)(target, "A"), target.shape[-1] ** -0.5
+        assert tuple(value.shape) == target.shape_a and value.abs().max() <= bound
+        # torch.nn.init.kaiming_uniform_(a=sqrt(5)), as in PEFT.
+        assert value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not initial_values(1)(target, "B").any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_and_read_again(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    write_adapter(tmp_path / "adapter", base, SPEC, values, dtype)
+    opened = AdapterFolder.open(tmp_path / "adapter")
+    assert opened.manifest.spec == SPEC and opened.manifest.megatron == str(base)
+    targets = {target.name: target for target in opened.table.targets}
+    read = {(name, part): tensor for name, part, tensor in opened.tensors()}
+    assert read.keys() == {(name, part) for name in targets for part in ("A", "B")}
+    again = opened.values()
+    for (name, part), tensor in read.items():
+        target = targets[name]
+        assert tensor.dtype is dtype and tuple(tensor.shape) == (target.shape_a if part == "A" else target.shape_b)
+        assert torch.equal(tensor, values(target, part).to(dtype)), (name, part)
+        assert torch.equal(again(target, part), tensor)
+    assert {target.rank for target in targets.values()} == {2, 3, 4}
+
+
+def test_the_filling_is_cut_off() -> None:
+    target = Target("t", (6, 5), 2, 4.0, False, "t")
+    assert cut(torch.ones(4, 5), target, "A").shape == (2, 5) and cut(torch.ones(6, 4), target, "B").shape == (6, 2)
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter.json: not found"):
+        AdapterFolder.open(base)
+    model = table_for(Geometry.from_folder(base / "hf"))
+    with pytest.raises(UsageError, match="no weight of this model"):
+        adapter_table(model, [Target("model.nowhere.weight", (2, 2), 2, 4.0, False, "nowhere")])
+    with pytest.raises(UsageError, match="embeddings are not built"):
+        adapter_table(model, resolve(LoraSpec(2, 4.0, ("embed_tokens",)), model))
+    with pytest.raises(CheckpointError, match=r"lora_A is \[3, 2\]"):
+        write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), torch.float32)
+    assert not list(tmp_path.iterdir())
+
+    write_adapter(tmp_path / "good", base, LoraSpec(2, 4.0, "all-linear"), values, torch.float32)
+    path = tmp_path / "good" / ADAPTER_FILE
+    said = json.loads(path.read_text())
+    for change, message in (
+        ({"spec": said["spec"] | {"rank": 3}}, "has shape"),
+        ({"spec": said["spec"] | {"rank": 0}}, "rank is 0"),
+        ({"version": 9}, "version 9"),
+        ({"base": {"hf": 3, "megatron": None}}, "not an adapter's manifest"),
+    ):
+        path.write_text(json.dumps(said | change))
+        with pytest.raises(BridgeError, match=message):
+            list(AdapterFolder.open(tmp_path / "good").tensors())
