@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,10 +33,6 @@ from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
 from bridge.torch_dist.writer import DistWriter
-
-if TYPE_CHECKING:
-    # Importing it imports Megatron, which takes seconds that reading and writing files need not.
-    from bridge.lora.inject import Values
 
 ADAPTER_FILE = "adapter.json"
 _VERSION = 1
