@@ -337,13 +337,12 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     if recipe.lora.rank or recipe.lora.adapter:
         _check_lora(recipe)
     layout = parallel.layout()
-    if layout.cp > 1:
-        raise UsageError(f"parallel.cp={layout.cp}: context parallelism is not built into training yet; set it to 1")
-    if train.seq_length % layout.tp and layout.sequence_parallel:
-        longer = train.seq_length + -train.seq_length % layout.tp
+    if train.seq_length % layout.row_multiple:
+        longer = train.seq_length + -train.seq_length % layout.row_multiple
         raise UsageError(
-            f"train.seq_length={train.seq_length} is not divisible by parallel.tp={layout.tp}, as sequence_parallel "
-            f"needs; {longer} would work"
+            f"train.seq_length={train.seq_length} is no multiple of {layout.row_multiple}, as parallel.cp={layout.cp} "
+            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need; "
+            f"{longer} would work"
         )
     dp = layout.dp(world_size)
     share = train.micro_batch_size * dp

@@ -30,6 +30,8 @@ from bridge.towers_geometry import AudioGeometry, UnifiedVisionGeometry, VisionG
 
 # What can be frozen by name: the fronts (12B has one for vision only) and the projectors.
 FREEZABLE = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
+# By what the towers perceive: the kinds of soft tokens that each of them makes. Its name is in those of its parts.
+SENSES = {"vision": frozenset({"image", "video"}), "audio": frozenset({"audio"})}
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,18 @@ class Gemma4MultimodalModel(Gemma4Model):
                 start += given
         return index
 
-    def _unused(self, soft: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Trained parameters of the towers and projectors that this batch did not use."""
-        used = {"vision": "image" in soft or "video" in soft, "audio": "audio" in soft}
+    def media_parameters(self, sense: str) -> Iterator[Tensor]:
+        """Trained parameters of the towers and projectors of a sense (`SENSES`), as far as this stage holds them."""
         for name in FREEZABLE:
             module = getattr(self, name, None)
-            if module is not None and not used["vision" if "vision" in name else "audio"]:
+            if module is not None and sense in name:
                 yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    def _unused(self, soft: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Trained parameters of the towers and projectors that this batch did not use."""
+        for sense, kinds in SENSES.items():
+            if not kinds.intersection(soft):
+                yield from self.media_parameters(sense)
 
 
 class UseInNothing(torch.autograd.Function):

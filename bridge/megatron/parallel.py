@@ -45,6 +45,12 @@ class Parallel:
         """The smallest number of ranks that carries this layout."""
         return math.lcm(self.tp * self.cp, self.etp * self.ep) * self.pp
 
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of: two chunks a rank under CP, split again by TP under SP."""
+        split = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1)
+        return self.cp * split
+
     def dp(self, world_size: int) -> int:
         """How many data-parallel replicas of the dense layers `world_size` ranks hold. Raises ParallelError."""
         dense, experts = self.tp * self.cp * self.pp, self.etp * self.ep * self.pp

@@ -32,6 +32,7 @@ from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
 from bridge.errors import BridgeError, CheckpointError
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
+from recipes.train.media import sense_of
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
 
@@ -42,6 +43,8 @@ _PROGRESS_FILE = "progress.json"
 @dataclass
 class Progress:
     """How far a run is. `step`: of the schedule; `updates`: Adam's, less those left out; `data`: the position in it.
+
+    `sense_updates`: those of the towers, by sense: fewer than `updates` where steps were without media for them.
 
     `sums` are what the logs count over the whole run: tokens.
     """
@@ -54,6 +57,7 @@ class Progress:
     evals_since_best: int = 0
     skipped_in_row: int = 0
     norm_mean: float = 0.0
+    sense_updates: dict[str, int] = field(default_factory=dict)
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
@@ -148,7 +152,13 @@ def load(run: Run, folder: Path) -> Progress:
         raise CheckpointError(
             f"{folder}: its optimizer state does not fit this model ({type(error).__name__}: {first_line})"
         ) from error
-    set_state(run.optimizer, loaded["optimizer"], progress.updates)
+    senses = sense_of(run.models)
+
+    def updates(parameter: torch.Tensor | None) -> int:
+        sense = None if parameter is None else senses.get(parameter)
+        return progress.updates if sense is None else progress.sense_updates.get(sense, 0)
+
+    set_state(run.optimizer, loaded["optimizer"], updates)
     if "rng" in loaded:
         # At another number of ranks they start from the seed: nothing in this model draws random numbers.
         _set_random_states(loaded["rng"])

@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,13 @@ from types import FrameType
 import torch
 
 from bridge.errors import TrainingError, UsageError
+from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams, open_streams
 from recipes.train.log import Log, Values
+from recipes.train.media import senses_in
 from recipes.train.setup import Run, build
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 
@@ -141,9 +144,11 @@ class _Loop:
         """One step; its loss, and whether any rank was told to stop."""
         run, progress = self.run_, self.progress
         clear_gradients(run)
-        sums = run_microbatches(run, self._next(run.microbatches), train=True)
-        asked = torch.tensor([float(bool(self.signalled))], dtype=sums.dtype, device=sums.device)
-        total, supervised, real, stop = reduce_sums(torch.cat([sums, asked]))
+        batches = self._next(run.microbatches)
+        sums = run_microbatches(run, batches, train=True)
+        told = [float(bool(self.signalled)), *senses_in(batches)]
+        asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
+        total, supervised, real, stop, *used = reduce_sums(torch.cat([sums, asked]))
         if not supervised:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = total / supervised, math.nan, False
@@ -151,8 +156,9 @@ class _Loop:
         progress.step += 1
         progress.tokens += int(real)
         if math.isfinite(loss):
-            norm, changed = update(run, self._largest_norm())
-        self._count(norm, changed)
+            idle = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
+            norm, changed = update(run, self._largest_norm(), idle)
+        self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
             self._log(loss, norm, changed, int(supervised))
         if progress.skipped_in_row >= self.recipe.train.nan_limit:
@@ -174,7 +180,7 @@ class _Loop:
             return math.inf
         return factor * self.progress.norm_mean
 
-    def _count(self, norm: float, changed: bool) -> None:
+    def _count(self, norm: float, changed: bool, used: Sequence[float]) -> None:
         progress = self.progress
         if not changed:
             progress.skipped_in_row += 1
@@ -182,6 +188,8 @@ class _Loop:
         memory = _NORM_MEMORY if progress.updates else 0.0
         progress.norm_mean = memory * progress.norm_mean + (1 - memory) * norm
         progress.updates += 1
+        for sense, count in zip(SENSES, used, strict=True):
+            progress.sense_updates[sense] = progress.sense_updates.get(sense, 0) + bool(count)
         progress.skipped_in_row = 0
 
     def _log(self, loss: float, norm: float, changed: bool, supervised: int) -> None:

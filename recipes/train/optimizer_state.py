@@ -10,7 +10,7 @@ bucket, and its others are bound to the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,12 +88,15 @@ def sharded_state(
 
 
 @torch.no_grad()
-def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: int) -> None:
-    """Hand out what was loaded under the names of `sharded_state`. Collective. `updates`: how many Adam has done."""
+def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: Callable[[Tensor | None], int]) -> None:
+    """Hand out what was loaded under the names of `sharded_state`. Collective.
+
+    `updates`: how many Adam has made of a parameter; of None: of most.
+    """
     for number, part in enumerate(_parts(optimizer)):
         for group in part.optimizer.param_groups:
             if "step" in group:  # Transformer Engine's Adam counts per group
-                group["step"] = updates
+                group["step"] = updates(None)
         rank = part.data_parallel_group.rank()
         for index, held in enumerate(_held(part)):
             mine = held.owner == rank
@@ -107,7 +110,7 @@ def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: 
                 piece[_MAIN] = state[_MAIN].detach().clone()
             if "step" in state:
                 # Torch's Adam counts per parameter; one tensor for all would be incremented once for each of them.
-                piece["step"] = torch.tensor(float(updates))
+                piece["step"] = torch.tensor(float(updates(held.parameter)))
             part._set_main_param_and_optimizer_states(held.parameter, piece)
 
 
@@ -145,8 +148,7 @@ def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | Non
     rank, own = group.rank(), None
     start, stop = held.ranges[rank]
     if start < stop:
-        state = part._get_main_param_and_optimizer_states(held.parameter)
-        own = torch.stack([state[key].detach().float() for key in held.keys])
+        own = torch.stack([value.detach().float() for value in _state(part, held)])
     if rank != held.owner:
         if own is not None:
             dist.send(own, group=group, group_dst=held.owner)
@@ -162,6 +164,15 @@ def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | Non
         assert piece is not None
         whole[:, low:high] = piece.cpu()
     return dict(zip(held.keys, whole, strict=True))
+
+
+def _state(part: DistributedOptimizer, held: _Held) -> Iterator[Tensor]:
+    """This rank's piece of a parameter's state, by its keys; zeros for moments that no update has made yet."""
+    group, place = part.model_param_group_index_map[held.parameter]
+    piece = part.optimizer.param_groups[group]["params"][place]
+    begun = bool(part.optimizer.state.get(piece))
+    state = part._get_main_param_and_optimizer_states(held.parameter) if begun else {_MAIN: piece}
+    return (state[key] if key in state else torch.zeros_like(piece, dtype=torch.float32) for key in held.keys)
 
 
 def _hand_out(part: DistributedOptimizer, held: _Held, whole: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

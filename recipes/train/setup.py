@@ -21,7 +21,6 @@ from bridge.lora.spec import LoraSpec
 from bridge.mapping import Table
 from bridge.megatron import cpu_runtime
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import FREEZABLE as TOWERS
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from recipes.config import Recipe, check_recipe
@@ -37,7 +36,10 @@ FREEZABLE = {
     "experts": r"\.experts\.",
     "language": r"^(embedding|decoder|output_layer)\.",
     "vision": r"vision",
+    "vision_tower": r"vision_(tower|embedder)\.",
     "audio": r"audio",
+    "audio_tower": r"audio_tower\.",
+    "projectors": r"embed_(vision|audio)\.",
 }
 
 
@@ -124,9 +126,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
     if bridge.geometry.moe is not None:
         overrides["moe_token_dispatcher_type"] = parallel.dispatcher
     layout = parallel.layout()
-    # Batches hold text as yet: towers that nothing trains must not drift by weight decay either.
-    frozen = TOWERS if bridge.geometry.multimodal else ()
-    provider = bridge.provider(layout, dtype, overrides=overrides, frozen=frozen)
+    provider = bridge.provider(layout, dtype, overrides=overrides)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load or adapters is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.megatron.context_parallel import take
 from bridge.megatron.loss import IGNORE
+from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run
 
 Batch = dict[str, Tensor]
 
-_KNOWN = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seqlens", "mm_token_type_ids"}
+# [b, s] each.
+_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids"}
+_KNOWN = _ROWS | {"cu_seqlens"} | MEDIA_NAMES
+# What processors give besides, for themselves.
+_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
 
 
 def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches.
 
     Returns this rank's part of [sum of token losses, tokens with a label, real tokens], float64: zeros but on one
-    tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label of all microbatches
-    and data-parallel ranks.
+    tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label of all microbatches,
+    data-parallel and context-parallel ranks.
     """
     prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
     lengths = {batch["input_ids"].shape for batch in prepared}
@@ -37,7 +43,7 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
         raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
     for chunk in run.chunks:
         chunk.train(train)
-    step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0)
+    step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0, cp=run.groups.cp)
     iterators = [iter(prepared) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func()(
@@ -57,11 +63,18 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
 
 
 def prepare(batch: Batch, run: Run, length: int) -> Batch:
-    """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError."""
-    unknown = sorted(set(batch) - _KNOWN)
+    """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError.
+
+    Media stay behind where no tower is: on every pipeline stage but the first.
+    """
+    unknown = sorted(set(batch) - _KNOWN - _IGNORED)
     if unknown:
         raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
-    batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
+    media = MEDIA_NAMES & set(batch)
+    if media and not run.bridge.geometry.multimodal:
+        raise UsageError(f"the data yields {min(media)}, but this model reads text alone")
+    taken = _KNOWN if run.groups.pp.rank() == 0 else _KNOWN - MEDIA_NAMES
+    batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items() if name in taken}
     have, parallel = batch["input_ids"].shape[1], run.provider.parallel
     if have > length:
         raise UsageError(f"the data yields sequences of {have} tokens, train.seq_length is {length}")
@@ -69,20 +82,22 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
         # Bounds count through the rows, which Megatron takes as one.
         have *= batch["input_ids"].shape[0]
         length *= batch["input_ids"].shape[0]
-        batch = {name: t if name == "cu_seqlens" else t.reshape(1, -1) for name, t in batch.items()}
-    # Every microbatch has the shape that pipeline stages expect of each other; sequence parallelism divides it.
-    want = length if parallel.pp > 1 else have + -have % (parallel.tp if parallel.sequence_parallel else 1)
+        batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
+    # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
+    want = length if parallel.pp > 1 else have + -have % parallel.row_multiple
     if want == have:
         return batch
     if "cu_seqlens" in batch:
         raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
     fill = {"labels": IGNORE, "input_ids": run.bridge.geometry.pad_token_id or 0}
-    for name, tensor in batch.items():
-        batch[name] = torch.nn.functional.pad(tensor, (0, want - have), value=fill.get(name, 0))
+    for name in _ROWS & set(batch):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
     return batch
 
 
-def _forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module, z_loss: float) -> tuple[Tensor, Any]:
+def _forward_step(
+    iterator: Iterator[Batch], chunk: torch.nn.Module, z_loss: float, cp: dist.ProcessGroup
+) -> tuple[Tensor, Any]:
     batch = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
@@ -96,11 +111,14 @@ def _forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module, z_loss: flo
         packed_seq_params=packed,
         mm_token_type_ids=batch.get("mm_token_type_ids"),
         z_loss=z_loss,
+        **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
     )
 
     def total(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, tokens = losses.sum(), (batch["labels"] != IGNORE).sum()
-        real = batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(losses.numel())
+        # The losses are of this rank's part of the rows, and what it counts must be of the same.
+        loss, tokens = losses.sum(), (take(batch["labels"], cp) != IGNORE).sum()
+        mask = batch.get("attention_mask")
+        real = torch.tensor(losses.numel()) if mask is None else take(mask, cp).sum()
         # A copy: the schedule may scale the loss in place.
         sums = torch.stack([loss.detach().double(), tokens.double(), real.to(tokens.device).double()])
         return loss, tokens.to(torch.int), {"sums": sums}
@@ -122,11 +140,11 @@ def clear_gradients(run: Run) -> None:
     run.optimizer.zero_grad()
 
 
-def update(run: Run, largest_norm: float) -> tuple[float, bool]:
+def update(run: Run, largest_norm: float, idle: Collection[str] = ()) -> tuple[float, bool]:
     """Clip and step; (gradient norm before clipping, whether the weights changed). Alike on every rank.
 
     As Megatron's own `step()`, but an update whose norm is not finite, or above `largest_norm`, is left out: there a
-    NaN would reach the weights.
+    NaN would reach the weights. `idle`: senses (see `media.py`) that no rank had anything for in this step.
     """
     optimizer = run.optimizer
     optimizer.prepare_grads()
@@ -142,5 +160,7 @@ def update(run: Run, largest_norm: float) -> tuple[float, bool]:
                 total_norm=norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
+    if idle:
+        leave_out(optimizer, run.models, idle)
     optimizer.step_with_ready_grads()
     return norm, True

@@ -26,6 +26,7 @@ VARIANTS = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pp=2"]
+CP2 = ["parallel.cp=2"]
 PACKED = ["data.packing=true", "train.global_batch_size=2", f"train.seq_length={2 * LENGTH}"]
 LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "e2b microbatches of one": ("e2b", 1, ["train.micro_batch_size=1"]),
@@ -46,6 +47,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "26b-a4b EP2": ("26b-a4b", 2, ["parallel.ep=2"]),
     "26b-a4b EP2 allgather": ("26b-a4b", 2, ["parallel.ep=2", "parallel.dispatcher=allgather"]),
     "26b-a4b TP2+SP EP2": ("26b-a4b", 2, [*TP2, "parallel.ep=2"]),
+    "e2b CP2": ("e2b", 2, CP2),
+    "12b packed TP2+SP CP2": ("12b", 4, [*PACKED, *TP2, *CP2]),
+    "26b-a4b packed EP2 CP2": ("26b-a4b", 2, [*PACKED, *CP2, "parallel.ep=2", "train.micro_batch_size=1"]),
+    "e4b PP2 CP2": ("e4b", 4, [*PP2, *CP2]),
     "26b-a4b EP2 PP2": ("26b-a4b", 4, [*PP2, "parallel.ep=2"]),
 }
 
@@ -156,7 +161,7 @@ def test_a_signal_saves_and_leaves(ranks: RankPool, toys: Toys, tmp_path: Path) 
 
 
 RESUMED = {
-    "e2b": [(1, []), (2, []), (2, TP2), (2, PP2), (2, [*PP2, "parallel.vpp=2"])],
+    "e2b": [(1, []), (2, []), (2, TP2), (2, PP2), (2, [*PP2, "parallel.vpp=2"]), (2, CP2)],
     "26b-a4b": [(2, ["parallel.ep=2"]), (1, []), (2, [*TP2, "parallel.ep=2"]), (2, []), (2, ["parallel.etp=2"])],
 }
 
@@ -254,10 +259,10 @@ def bad_loss(said: dict[str, Any], overrides: list[str], bad_steps: list[int]) -
 
     real, count = loop.update, itertools.count(1)
 
-    def update(run: Any, largest: float) -> tuple[float, bool]:
+    def update(run: Any, *given: Any) -> tuple[float, bool]:
         if next(count) in bad_steps:
             run.models[0].decoder.layers[0].mlp.linear_fc2.weight.main_grad.fill_(float("nan"))
-        return real(run, largest)
+        return real(run, *given)
 
     loop.update = update
     try:

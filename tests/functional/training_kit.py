@@ -76,6 +76,12 @@ class Trouble:
     signal: int = signal.SIGKILL
 
 
+def fall_into(trouble: Trouble, taken: int) -> None:
+    """Let it happen, if it is time after `taken` samples and this is the rank."""
+    if taken == (trouble.step - 1) * GLOBAL_BATCH and torch.distributed.get_rank() == trouble.rank:
+        os.kill(os.getpid(), trouble.signal)
+
+
 @dataclass
 class Corpus:
     """This rank's microbatches: rows of every global batch go to the ranks in turn."""
@@ -90,8 +96,7 @@ class Corpus:
     taken: int = 0  # samples, by all ranks together
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        if self.taken == (self.trouble.step - 1) * GLOBAL_BATCH and torch.distributed.get_rank() == self.trouble.rank:
-            os.kill(os.getpid(), self.trouble.signal)
+        fall_into(self.trouble, self.taken)
         count = self.rows * self.per_row
         start = self.taken + self.dp_rank * count
         self.taken += count * self.dp_size

@@ -1,0 +1,54 @@
+"""Towers in a step: trained where the step has media for them, else left exactly as they are.
+
+A tower and its projector that no rank used in a step have no gradient, only zeros that answer for them in Megatron's
+buffers. Adam would still move them: by weight decay and by what is left of its momentum. Torch's own optimizers leave a
+parameter without a gradient out, its moments and its count of updates included; so does this. Text in a multimodal run
+never makes the towers drift, and a run on text alone returns them bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from bridge.megatron.model import Gemma4Model
+from bridge.megatron.multimodal import SENSES, Gemma4MultimodalModel, Media
+
+# What of a batch only the first pipeline stage takes.
+MEDIA_NAMES = frozenset(field.name for field in fields(Media))
+_GIVEN_BY = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input_features",)}
+
+
+def senses_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
+    """For every one of `SENSES`, 1 where any of this rank's microbatches has media for it, else 0."""
+    return [float(any(name in batch for batch in batches for name in _GIVEN_BY[sense])) for sense in SENSES]
+
+
+def sense_of(models: Sequence[Gemma4Model]) -> dict[Tensor, str]:
+    """The sense of every trained parameter that belongs to one, of this rank's models."""
+    return {
+        parameter: sense
+        for model in models
+        if isinstance(model, Gemma4MultimodalModel)
+        for sense in SENSES
+        for parameter in model.media_parameters(sense)
+    }
+
+
+@torch.no_grad()
+def leave_out(optimizer: MegatronOptimizer, models: Sequence[Gemma4Model], idle: Collection[str]) -> None:
+    """Take the gradients of the senses `idle` from the optimizer, after `prepare_grads` and before its step."""
+    left_out = [parameter for parameter, sense in sense_of(models).items() if sense in idle]
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        for parameter in left_out:
+            # Of the parameters that another rank updates, this one has no piece.
+            if parameter in part.model_param_group_index_map:
+                group, place = part.model_param_group_index_map[parameter]
+                piece = part.optimizer.param_groups[group]["params"][place]
+                piece.grad = piece.decoupled_grad = None
