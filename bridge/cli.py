@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bridge import cli_launch
 from bridge.errors import BridgeError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 _data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(_data, name="data")
+cli_launch.register(app)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 # Where nobody sees a terminal's edge, tables keep their width.
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -31,6 +31,7 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
+from recipes.train.signals import held_back
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _PROGRESS_FILE = "progress.json"
@@ -98,7 +99,8 @@ def save(run: Run, progress: Progress) -> Path:
         state[f"model{number}"] = model.sharded_state_dict(metadata=dict(METADATA))
     state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
     state["rng"] = _rng_object(_random_states())
-    dist_checkpointing.save(state, str(partial))
+    with held_back():
+        dist_checkpointing.save(state, str(partial))
 
     def finish() -> None:
         text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
