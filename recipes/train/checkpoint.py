@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from bridge.convert.folders import import_beside
@@ -31,7 +33,6 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
-from recipes.train.signals import held_back
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _PROGRESS_FILE = "progress.json"
@@ -99,8 +100,10 @@ def save(run: Run, progress: Progress) -> Path:
         state[f"model{number}"] = model.sharded_state_dict(metadata=dict(METADATA))
     state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
     state["rng"] = _rng_object(_random_states())
-    with held_back():
-        dist_checkpointing.save(state, str(partial))
+    # What the writer reports goes from this thread to this thread. Megatron would start a process to carry it, which a
+    # signal to the job ends, and which outlives a rank that is killed.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(partial))
 
     def finish() -> None:
         text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)

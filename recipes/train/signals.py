@@ -1,7 +1,7 @@
 """The signals by which a queue says that time is up.
 
-Slurm sends them to every process of a job step, so also to those that a rank has started (the queue of the checkpoint
-writer, W&B's service), which know nothing of them and would die of them: `held_back` is how those are started.
+Slurm sends them to every process of a job step, so also to those that a rank has started (W&B's service), which
+know nothing of them and would die of them: `held_back` is how those are started.
 """
 
 from __future__ import annotations
