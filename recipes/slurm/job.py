@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Job:
 
     `options`: further sbatch options by their long names (partition, account, time ...). `lead`: seconds before the
     time limit at which the run is told to save. `exports`: (name, value). `setup`: a shell file that is read first.
-    `program`: words that start the command line on a node. `container`: an image, run by `runtime`.
+    `program`: words that start the command line on a node. `notes`: comments. `container`: an image, run by `runtime`.
     Raises UsageError for what cannot stand in a job script.
     """
 
@@ -57,7 +57,8 @@ class Job:
     runtime: str = "pyxis"
     mounts: tuple[str, ...] = ()
     sweep: tuple[Point, ...] = ()
-    command_line: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, number in (("nodes", self.nodes), ("ranks per node", self.ranks), ("cpus per rank", self.cpus)):
@@ -113,6 +114,7 @@ class Job:
             # The two that stand in comments: only a line's end could leave one.
             "title": " ".join(self.recipe.split()),
             "command_line": " ".join(shlex.join(self.command_line).split()),
+            "notes": [" ".join(note.split()) for note in self.notes],
             "recipe": shlex.quote(self.recipe),
             "name": self.job_name,
             "nodes": self.nodes,

@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.errors import UsageError
+from bridge.errors import BridgeError, UsageError
 from recipes.config import check_recipe, load_recipe
+from recipes.memory.recipe import geometry_of, report
 from recipes.slurm.job import Job, Point, read_sweep
 
 
@@ -32,6 +33,7 @@ class Wanted:
     mounts: tuple[str, ...]
     exports: tuple[str, ...]
     sweep: Path | None
+    gpu_memory: float | None
     command_line: tuple[str, ...]
 
 
@@ -66,6 +68,7 @@ def make_job(wanted: Wanted) -> Job:
         runtime=wanted.runtime,
         mounts=wanted.mounts,
         sweep=tuple(points),
+        notes=_memory(wanted, world_size),
         command_line=wanted.command_line,
     )
 
@@ -77,6 +80,24 @@ def _check(name: str, overrides: tuple[str, ...], world_size: int) -> str:
     if recipe.data.path is None:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
     return recipe.output
+
+
+def _memory(wanted: Wanted, world_size: int) -> tuple[str, ...]:
+    """What a GPU needs, as far as the model is known here. Raises UsageError where it has less."""
+    if not wanted.gpus:
+        return ()
+    recipe = load_recipe(wanted.recipe, wanted.overrides)
+    model = recipe.model.hf or recipe.model.megatron or ""
+    try:
+        geometry_of(model)
+    except BridgeError as error:
+        if wanted.gpu_memory is not None:
+            raise
+        return (f"memory not estimated: {error}",)
+    lines, fits = report(recipe, world_size, wanted.gpu_memory)
+    if not fits:
+        raise UsageError("; ".join(line.strip() for line in (lines[0], *lines[4:])))
+    return tuple(lines)
 
 
 def _sweep_lines(path: Path) -> list[tuple[str, ...]]:

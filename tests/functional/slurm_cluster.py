@@ -143,9 +143,9 @@ class Cluster:
             with contextlib.suppress(OSError):
                 parent = (Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()[1]
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if f"SLURM_PROCID={number}".encode() in environment and "SLURM_STEP_NUM_TASKS" in str(environment):
-                    if Path(f"/proc/{parent}/comm").read_text().strip() == "slurmstepd":
-                        return pid
+                started_by = Path(f"/proc/{parent}/comm").read_text().strip()
+                if f"SLURM_PROCID={number}".encode() in environment and started_by == "slurmstepd":
+                    return pid
         raise ProcessLookupError(f"no rank {number}")
 
     def stop(self) -> None:

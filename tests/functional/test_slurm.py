@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from bridge.hf.folder import HfFolder
+from bridge.ranks import RankPool
 from bridge.toy import write_toy
 from recipes.train.checkpoint import checkpoints
 
@@ -44,12 +43,17 @@ class Site:
         lines = [json.dumps({"prompt": f"say {i}", "completion": f"{i} and then {i + 1}"}) for i in range(64)]
         (folder / "data.jsonl").write_text("\n".join(lines))
 
+    def recipe(self, output: Path) -> list[str]:
+        return [
+            *(f"model.hf={self.toy}", f"data.path={self.folder / 'data.jsonl'}", f"output={output}"),
+            *(f"train.steps={STEPS}", f"checkpoint.every={EVERY}", f"export.hf={output}-hf"),
+        ]
+
     def launch(self, output: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
         command = [
             *("launch", "sft/smoke", "--submit", "--nodes", "1", "--gpus-per-node", "0", "--cpus-per-rank", "1"),
             *("--ranks-per-node", str(ranks), "--export", f"PYTHONPATH={REPOSITORY}"),
-            *(f"model.hf={self.toy}", f"data.path={self.folder / 'data.jsonl'}", f"output={output}"),
-            *(f"train.steps={STEPS}", f"checkpoint.every={EVERY}", f"export.hf={output}-hf", *arguments),
+            *(*self.recipe(output), *arguments),
         ]
         return subprocess.run(
             [sys.executable, "-m", "bridge.cli", *command],
@@ -114,34 +118,24 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(cluster, tmp_path_factory.mktemp("site"))
 
 
-@pytest.fixture(scope="module")
-def whole(site: Site) -> Submitted:
-    """The run that nothing disturbs."""
-    job = site.submit(site.folder / "whole")
-    job.wait(lambda: job.over, "the end of the job")
-    return job
+def undisturbed(arguments: list[str]) -> None:
+    """The same recipe on ranks that no queue started."""
+    from recipes.config import load_recipe
+    from recipes.train.loop import train
+
+    train(load_recipe("sft/smoke", arguments))
 
 
-def test_a_job_trains_saves_and_exports(whole: Submitted, site: Site) -> None:
-    job = whole.ends("COMPLETED")
-    assert job["ExitCode"] == "0:0" and job["Restarts"] == "0" and job["JobName"] == "sft-smoke"
-    assert whole.log == whole.output / "slurm" / f"sft-smoke-{whole.number}.log"
-    assert f"0: step {STEPS}/{STEPS}  loss " in whole.text() and whole.text().rstrip().endswith(": done")
-    ours = losses(whole.output)
-    assert len(ours) == STEPS and ours[-1] < 0.5 * ours[0]
-    assert list(checkpoints(whole.output)) == [STEPS - EVERY, STEPS]
-    with HfFolder(site.toy) as before, HfFolder(f"{whole.output}-hf") as after:
-        assert set(before.tensors) == set(after.tensors)
-
-
-def test_interrupted_and_requeued_it_goes_on_exactly(whole: Submitted, site: Site, cluster: Cluster) -> None:
-    """Told to stop as the queue does before a time limit or a preemption; then the node fails."""
-    job = site.submit(site.folder / "broken")
-    # After a checkpoint: its writer has started processes that are signalled as well.
+def test_a_job_that_is_interrupted_twice_goes_on_exactly(site: Site, cluster: Cluster, ranks: RankPool) -> None:
+    """Told to stop as the queue does before a time limit or a preemption; then the node fails; then it is done."""
+    whole = site.folder / "whole"
+    ranks.run(undisturbed, site.recipe(whole), world_size=2)
+    job = site.submit(site.folder / "job")
+    assert job.log == job.output / "slurm" / f"sft-smoke-{job.number}.log"
+    # After a checkpoint, so that whatever its writer started is signalled as well.
     job.trains(EVERY + 1)
     cluster.run("scancel", "--signal=USR1", str(job.number))
     job.wait(lambda: "goes back into the queue" in job.text(), "the requeue")
-    job.wait(lambda: "start 2 " in job.text(), "the second start")
     stopped = max(checkpoints(job.output))
     assert EVERY < stopped < STEPS
     job.wait(lambda: job.step > stopped or job.over, "a step after the first restart")
@@ -150,13 +144,15 @@ def test_interrupted_and_requeued_it_goes_on_exactly(whole: Submitted, site: Sit
     job.wait(lambda: job.state == "PENDING", "the requeue by Slurm")
     cluster.run("scontrol", "update", f"nodename={host}", "state=resume")
     facts = job.ends("COMPLETED")
-    assert facts["Restarts"] == "2" and "start 3 " in job.text()
-    assert f"resuming after step {stopped}" in job.text()
-    assert losses(job.output) == losses(whole.output)
-    with HfFolder(f"{whole.output}-hf") as wanted, HfFolder(f"{job.output}-hf") as got:
-        assert set(wanted.tensors) == set(got.tensors)
-    weights = "model.safetensors"
-    assert (Path(f"{job.output}-hf") / weights).read_bytes() == (Path(f"{whole.output}-hf") / weights).read_bytes()
+    assert facts["ExitCode"] == "0:0" and facts["Restarts"] == "2" and facts["JobName"] == "sft-smoke"
+    text = job.text()
+    assert f"resuming after step {stopped}" in text and ": start 3 on " in text and text.rstrip().endswith(": done")
+    assert f"0: step {STEPS}/{STEPS}  loss " in text
+    assert list(checkpoints(job.output))[-1] == STEPS and len(checkpoints(job.output)) == 2
+    ours = losses(job.output)
+    assert ours == losses(whole) and len(ours) == STEPS and ours[-1] < 0.5 * ours[0]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (Path(f"{job.output}-hf") / name).read_bytes() == (Path(f"{whole}-hf") / name).read_bytes()
 
 
 def test_a_rank_that_is_killed_ends_the_job_for_good(site: Site, cluster: Cluster) -> None:
@@ -211,7 +207,7 @@ def test_the_conversion_job(site: Site, cluster: Cluster, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_time_limit_that_hits_mid_run(whole: Submitted, site: Site) -> None:
+def test_a_time_limit_that_hits_mid_run(site: Site) -> None:
     """Slurm counts limits in minutes, and may send its signal a minute before what was asked for."""
     steps = 20_000
     job = site.submit(site.folder / "limit", "--time", "2", "--signal-lead", "60", f"train.steps={steps}")
@@ -220,4 +216,4 @@ def test_a_time_limit_that_hits_mid_run(whole: Submitted, site: Site) -> None:
     job.wait(lambda: "resuming after step" in job.text(), "the second start", 90)
     job.cluster.run("scancel", str(job.number))
     job.ends("CANCELLED")
-    assert time.time() and losses(job.output)
+    assert losses(job.output)
