@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from bridge import cli_launch
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
 from bridge.errors import BridgeError
@@ -26,6 +27,7 @@ app = typer.Typer(
 _data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(_data, name="data")
 app.add_typer(adapter, name="adapter")
+cli_launch.register(app)
 
 
 @app.callback()
@@ -220,12 +222,20 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, and say what it needs of a GPU.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="With --dry-run: of how many ranks.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, metavar="GB", help="With --dry-run: what a GPU has.")
+    ] = None,
 ) -> None:
     """Train a recipe, or go on with it; alone, or on every rank under torchrun or srun.
 
     SIGTERM and SIGUSR1 save a checkpoint and end the run with exit code 75.
     """
     # The recipes are built on the bridge: it does not know them until one is asked for.
+    if dry_run:
+        cli_launch.dry_run(recipe, overrides or [], ranks, gpu_memory)
+        return
     from recipes.launch import run_recipe
 
     code = run_recipe(recipe, overrides or [])

@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from bridge.errors import UsageError
 from bridge.megatron.quiet import quiet
 from recipes.config import check_recipe, load_recipe, world_size_from_environment
+from recipes.train.signals import StopSignal
 
 
 def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     """Train a recipe on this rank; the exit code (0, or 75 where a signal ended it). Raises a BridgeError."""
-    recipe = load_recipe(name, overrides)
-    check_recipe(recipe, world_size_from_environment())
-    if recipe.data.path is None:
-        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
-    quiet()
-    import torch.distributed as dist
+    # Listening begins before anything slow: a signal that comes while packages load ends the run after its first step.
+    with StopSignal() as signalled:
+        recipe = load_recipe(name, overrides)
+        check_recipe(recipe, world_size_from_environment())
+        if recipe.data.path is None:
+            raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+        quiet()
+        import torch.distributed as dist
 
-    from recipes.train.loop import train
+        from recipes.train.loop import train
 
-    try:
-        return train(recipe).exit_code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            return train(recipe, signalled=signalled).exit_code
+        finally:
+            signalled.ignore_from_now_on()
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from bridge.convert.folders import import_beside
@@ -108,6 +110,9 @@ def save(run: Run, progress: Progress) -> Path:
         state[f"model{number}"] = {name: item for name, item in items if run.table.covers(item.key)}
     state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
     state["rng"] = _rng_object(_random_states())
+    # What the writer reports goes from this thread to this thread. Megatron would start a process to carry it, which a
+    # signal to the job ends, and which outlives a rank that is killed.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(partial))
 
     def finish() -> None:

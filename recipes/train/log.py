@@ -81,7 +81,8 @@ class Log:
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             project=recipe.log.wandb,
-            name=output.name,
+            # A job names its runs by W&B's own variable.
+            name=os.environ.get("WANDB_NAME", output.name),
             dir=str(output),
             config=OmegaConf.to_container(OmegaConf.structured(recipe)),  # type: ignore[arg-type]
             mode=None if known or os.environ.get("WANDB_MODE") else "offline",

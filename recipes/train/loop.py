@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import SENSES
@@ -23,6 +22,7 @@ from recipes.train.data import DataFactory, Streams, open_streams
 from recipes.train.log import Log, Values
 from recipes.train.media import senses_in
 from recipes.train.setup import Run, build
+from recipes.train.signals import StopSignal, held_back
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 
 # The exit code of a run that a signal ended, after its checkpoint: «try again» in sysexits.h.
@@ -44,13 +44,13 @@ class Outcome:
         return STOPPED if self.stopped else 0
 
 
-def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
+def train(recipe: Recipe, data: DataFactory = open_streams, signalled: StopSignal | None = None) -> Outcome:
     """Run a recipe on every rank: from its model, or from its latest checkpoint, to its last step.
 
     Raises a BridgeError; what was saved before stays. SIGTERM and SIGUSR1 end the run after the current step, with a
-    checkpoint.
+    checkpoint. `signalled`: who listens for them already.
     """
-    with _StopSignal() as signalled:
+    with contextlib.nullcontext(signalled) if signalled is not None else StopSignal() as signalled:
         resumable = checkpoint.checkpoints(Path(recipe.output))
         if resumable and not recipe.checkpoint.resume:
             raise UsageError(
@@ -69,7 +69,8 @@ def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
             nonlocal log
             log = Log(recipe, progress.step)
 
-        checkpoint.on_rank_0(open_log)
+        with held_back():
+            checkpoint.on_rank_0(open_log)
         try:
             if log is not None and resumable:
                 log.say(f"resuming after step {progress.step}")
@@ -80,38 +81,15 @@ def train(recipe: Recipe, data: DataFactory = open_streams) -> Outcome:
         finally:
             if log is not None:
                 log.close()
+        # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
+        dist.barrier()
     return outcome
-
-
-class _StopSignal:
-    """True once SIGTERM or SIGUSR1 has come."""
-
-    def __init__(self) -> None:
-        self._came = False
-        self._before: dict[int, object] = {}
-
-    def __bool__(self) -> bool:
-        return self._came
-
-    def __enter__(self) -> _StopSignal:
-        # Only the main thread may listen.
-        with contextlib.suppress(ValueError):
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
 
 
 class _Loop:
     """One run of the loop on one rank. Every decision is made from numbers that all ranks share."""
 
-    def __init__(self, run: Run, streams: Streams, progress: Progress, log: Log | None, signalled: _StopSignal) -> None:
+    def __init__(self, run: Run, streams: Streams, progress: Progress, log: Log | None, signalled: StopSignal) -> None:
         self.run_ = run
         self.recipe = run.recipe
         self.streams = streams

@@ -1,0 +1,207 @@
+"""What a forward pass leaves for the backward pass, and what the backward pass needs beside it.
+
+The figures follow the model's own code, operation by operation: bridge/megatron/{layer,attention,norm,moe,ple,loss}.py
+and Megatron-Core's MLP. Only what grows with the number of tokens is here. Per tensor: e bytes an element in the dtype
+of the model, 4 in float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bridge.geometry import Geometry, LayerGeometry
+from bridge.megatron.parallel import Parallel
+
+# As in bridge/megatron/attention_backends/blockwise.py (a CPU's) and bridge/megatron/loss.py.
+_TILE = 512
+_LOSS_CHUNK, _LOSS_BLOCK = 128 << 20, 8 << 20
+
+# Bytes by kind, such as "norms".
+Bytes = Counter[str]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one microbatch is: `rows` [b] of `length` [s] tokens; bytes `e` of an element; what is recomputed.
+
+    `on_cpu`: attention in tiles, whose scores count; the kernels of a GPU keep theirs on the chip.
+    """
+
+    rows: int
+    length: int
+    e: int = 2
+    recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ()
+    on_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A load on one rank of a layout: `full` tokens where the sequence is whole, `tokens` where SP splits it."""
+
+    geometry: Geometry
+    parallel: Parallel
+    load: Load
+
+    @property
+    def full(self) -> int:
+        return self.load.rows * self.load.length // self.parallel.cp
+
+    @property
+    def tokens(self) -> int:
+        return self.full // (self.parallel.tp if self.parallel.sequence_parallel else 1)
+
+    @property
+    def e(self) -> int:
+        return self.load.e
+
+    @property
+    def hidden(self) -> int:
+        """Elements of a rank's hidden states."""
+        return self.tokens * self.geometry.hidden_size
+
+    def columns(self, layer: LayerGeometry) -> int:
+        """Keys that a rank's queries see: under CP also other ranks', of a sliding layer two rims of one window."""
+        whole = self.load.rows * self.load.length
+        if self.parallel.cp == 1 or layer.window is None:
+            return whole
+        return min(whole, self.full + 2 * self.load.rows * layer.window)
+
+
+def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
+    """Kept of one layer between its forward and its backward pass, without recompute."""
+    e, hidden, full, tp = sizes.e, sizes.hidden, sizes.full, sizes.parallel.tp
+    geometry, found = sizes.geometry, Bytes()
+    q, groups = layer.q_size // tp, max(1, layer.num_query_groups // tp)
+    kv = groups * layer.head_dim
+    # The norms around attention and FFN.
+    found["norms"] = 4 * _norm(hidden, sizes.tokens)
+    # Inputs of the projections; q and k normed (v without a weight), rotated; output, log-sum-exp, context.
+    found["attention"] = e * hidden + _norm(full * q, full * q // layer.head_dim) + e * full * q
+    if not layer.shares_kv:
+        found["attention"] += _norm(full * kv, full * groups) + _norm(full * kv, full * groups, weight=False)
+        found["attention"] += 2 * e * full * kv
+        # In float32 the norms keep what they are given: keys and values hold on to the whole projection.
+        found["attention"] += full * q * 4 if e == 4 and groups > 1 else 0
+    if sizes.parallel.cp > 1:
+        found["context parallelism"] = 2 * e * kv * (sizes.columns(layer) - (0 if layer.shares_kv else full))
+    found["attention"] += core_attention_bytes(sizes, layer)
+    found["mlp"] = e * hidden + mlp_bytes(sizes, layer)
+    if geometry.moe is not None:
+        found["norms"] += 2 * _norm(hidden, sizes.tokens)
+        found["experts"] = moe_bytes(sizes)
+    if geometry.ple is not None:
+        found["norms"] += _norm(hidden, sizes.tokens)
+        found["per-layer inputs"] = e * hidden + 3 * e * sizes.tokens * geometry.ple.dim
+    return found
+
+
+def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
+    """What the kernel adds: output and log-sum-exp for itself, and the output in the order of heads."""
+    q, groups = layer.q_size // sizes.parallel.tp, max(1, layer.num_query_groups // sizes.parallel.tp)
+    copies = 2 if groups > 1 else 1
+    return copies * sizes.e * sizes.full * q + 4 * sizes.full * q // layer.head_dim
+
+
+def mlp_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
+    """Inside the dense FFN: gate and up, the gate activated, up again, and the product that fc2 is given."""
+    return 5 * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
+
+
+def moe_bytes(sizes: Sizes) -> int:
+    """Router and experts. Tokens are taken to be spread evenly over experts."""
+    moe = sizes.geometry.moe
+    assert moe is not None
+    e, hidden = sizes.e, sizes.hidden
+    # The router's norm (in float32 the one of the residual, which the FFN's norm keeps), its scaled input.
+    router = (4 * hidden if e < 4 else 0) + 2 * e * hidden + 4 * 4 * sizes.tokens * moe.num_experts
+    norm = _norm(hidden, sizes.tokens) - (4 * hidden if e == 4 else 0)
+    # Copies of tokens for their experts, on the way there, at the experts' tensor-parallel ranks, and coming back.
+    routed = sizes.tokens * moe.topk * sizes.parallel.etp
+    width = moe.ffn_hidden_size // sizes.parallel.etp
+    return router + norm + e * routed * (2 * sizes.geometry.hidden_size + 4 * width)
+
+
+def front_bytes(sizes: Sizes) -> Bytes:
+    """Before the first layer of a model with per-layer inputs: for the layers of all stages together."""
+    geometry, found = sizes.geometry, Bytes()
+    if geometry.ple is not None:
+        n = sizes.tokens * geometry.num_layers * geometry.ple.dim
+        found["per-layer inputs"] = _norm(n, sizes.tokens * geometry.num_layers) + sizes.e * n
+        found["per-layer inputs"] += sizes.e * sizes.hidden if sizes.e < 4 else 0
+    return found
+
+
+def loss_bytes(sizes: Sizes, train_head: bool) -> tuple[int, int]:
+    """(kept until the backward pass, on top of it while the loss is made), of the last stage."""
+    e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
+    vocab = sizes.geometry.vocab_size // tp
+    head = vocab * hidden_size if train_head else 0
+    kept = _norm(sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
+    chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))
+    rows = min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
+    # The head's gradient is summed in float32 and then rounded.
+    making = (4 * head if e < 4 else 0) + e * chunk * (vocab + 2 * hidden_size) + 2 * 4 * rows * vocab
+    return kept, making
+
+
+def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
+    """The most that the backward pass of a layer holds on top of what the forward pass kept."""
+    e, full, tp = sizes.e, sizes.full, sizes.parallel.tp
+    q, groups = layer.q_size // tp, max(1, layer.num_query_groups // tp)
+    kv = groups * layer.head_dim * sizes.columns(layer)
+    # Gradients of q, k and v; keys' and values' are summed in float32.
+    attention = e * (2 * full * q + 2 * kv) + 4 * 2 * kv
+    if sizes.load.on_cpu:
+        # Operands side by side in float32, and two tiles of scores.
+        queries = _TILE * layer.num_query_groups // layer.num_attention_heads
+        seen = sizes.load.length if layer.window is None else queries + layer.window
+        tile = _TILE * min(_TILE, sizes.load.length, seen) * groups * sizes.load.rows
+        attention += 4 * (3 * full * q + 2 * kv) + 2 * 4 * tile
+    # By then the layer has let go of all that comes behind attention; its first norm is still there.
+    kept = layer_bytes(sizes, layer)
+    attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(sizes.hidden, sizes.tokens)
+    mlp = 3 * e * full * layer.ffn_hidden_size // tp
+    norms = 3 * 4 * sizes.hidden
+    experts = 0
+    if sizes.geometry.moe is not None:
+        # Outputs of experts times their float32 probabilities, and the gradients of both; then as in the dense FFN.
+        routed = sizes.tokens * sizes.geometry.moe.topk * sizes.parallel.etp
+        width = sizes.geometry.moe.ffn_hidden_size // sizes.parallel.etp
+        experts = routed * (3 * 4 * sizes.geometry.hidden_size + 3 * e * width)
+    return max(attention, mlp, norms, experts) + e * sizes.hidden
+
+
+def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
+    """Kept of one microbatch by the layers of a stage."""
+    load, found = sizes.load, Bytes()
+    for layer in layers:
+        if load.recompute == "full":
+            found["layer inputs"] += sizes.e * sizes.hidden
+            # Keys and values that later layers read travel from layer to layer as arguments.
+            if any(reader.kv_source == layer.index and reader.shares_kv for reader in sizes.geometry.layers):
+                groups = max(1, layer.num_query_groups // sizes.parallel.tp)
+                found["layer inputs"] += 2 * sizes.e * sizes.full * groups * layer.head_dim
+            continue
+        found += layer_bytes(sizes, layer)
+        if load.recompute == "selective":
+            if "core_attn" in load.recompute_modules:
+                # The context that the output projection is given stays.
+                kept = sizes.e * sizes.full * layer.q_size // sizes.parallel.tp
+                found["attention"] -= core_attention_bytes(sizes, layer) - kept
+                found["context parallelism"] = 0
+            if "mlp" in load.recompute_modules:
+                found["mlp"] -= mlp_bytes(sizes, layer)
+            if "moe" in load.recompute_modules and sizes.geometry.moe is not None:
+                found["experts"] -= moe_bytes(sizes) - sizes.e * sizes.hidden
+    share = len(layers) / sizes.geometry.num_layers
+    for kind, size in front_bytes(sizes).items():
+        found[kind] += round(size * share)
+    return found
+
+
+def _norm(elements: int, rows: int, weight: bool = True) -> int:
+    """An RMSNorm keeps its input and its normed input in float32, and two numbers a row; without a weight the first."""
+    return 4 * elements * (1 + weight) + 8 * rows

@@ -1,0 +1,113 @@
+"""The memory estimate of a recipe: which model, which layout, and a few lines that say whether it fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from bridge.convert.manifest import MegatronFolder
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.mapping import table_for
+from bridge.mapping.table import Entry
+from bridge.toy.config import VARIANTS, published
+from recipes.config import Recipe, check_recipe
+from recipes.memory.activations import Load
+from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
+from recipes.memory.parameters import language_model
+
+_PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
+
+
+def geometry_of(model: str) -> Geometry:
+    """Of a variant's name, a published hub id, or a folder, Hugging Face or Megatron. Reads no weights, no network.
+
+    Raises UsageError for anything else.
+    """
+    match = _PUBLISHED.fullmatch(model)
+    variant = (match[1] if match else model).lower()
+    if variant in VARIANTS:
+        return Geometry.from_dict(published(variant))
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        return Geometry.from_folder(folder)
+    if folder.is_dir():
+        return MegatronFolder.open(folder).geometry
+    raise UsageError(f"{model}: neither a folder here nor a published model ({', '.join(VARIANTS)})")
+
+
+def plan_of(recipe: Recipe, world_size: int) -> Plan:
+    """What the recipe asks of `world_size` ranks. Raises a BridgeError."""
+    microbatches = check_recipe(recipe, world_size)
+    parallel, optimizer = recipe.parallel, recipe.optimizer
+    e = 2 if recipe.model.dtype == "bfloat16" else 4
+    # A float32 model is its own float32 copy.
+    moments = 12 if e == 2 else 8
+    if optimizer.precision_aware:
+        moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
+    length = recipe.train.seq_length
+    load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
+    return Plan(
+        parallel.layout(), world_size, load, microbatches, moments, recipe.lora.rank, _trained(recipe.model.freeze)
+    )
+
+
+def _trained(freeze: list[str]) -> Callable[[Entry], bool]:
+    """What is left to train: the language model, less what `model.freeze` names."""
+    if not freeze:
+        return language_model
+    # These patterns live beside what they freeze, in a module that needs torch.
+    from recipes.train.setup import FREEZABLE
+
+    patterns = [re.compile(FREEZABLE.get(group, group)) for group in freeze]
+    return lambda entry: language_model(entry) and not any(pattern.search(entry.key) for pattern in patterns)
+
+
+def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[list[str], bool]:
+    """Lines for people, and whether it fits `gpu_memory` [GB] (True where that is not given)."""
+    model = recipe.model.hf or recipe.model.megatron
+    assert model is not None
+    table, plan = table_for(geometry_of(model)), plan_of(recipe, world_size)
+    found = estimate(table, plan)
+    lines = list(describe(found, plan))
+    if gpu_memory is None:
+        return lines, True
+    budget = round(gpu_memory * 1e9)
+    need = found.total + RESERVE
+    if need <= budget:
+        return [*lines, f"fits into {gpu_memory:g} GB, {(budget - need) / 1e9:.1f} GB to spare"], True
+    lines.append(f"does not fit into {gpu_memory:g} GB: {(need - budget) / 1e9:.1f} GB too much")
+    lines += [f"would fit: {change}" for change in advice(table, plan, budget)]
+    from recipes.memory.search import search
+
+    others = search(table, replace(plan, world_size=world_size), budget, plan.microbatches * _dp_rows(plan))
+    if others:
+        lines.append(f"would fit: {others[0].overrides()}")
+    return lines, False
+
+
+def _dp_rows(plan: Plan) -> int:
+    """Sequences that go through at once, over all replicas."""
+    return plan.load.rows * plan.parallel.dp(plan.world_size)
+
+
+def describe(found: Estimate, plan: Plan) -> Iterator[str]:
+    """An estimate, line by line; GB are 10⁹ bytes."""
+
+    def gb(size: int) -> str:
+        return f"{size / 1e9:.2f}"
+
+    moment = max(found.peaks, key=lambda name: found.peaks[name])
+    yield (
+        f"memory of a GPU, estimated, of pipeline rank {found.pp_rank} ({plan.parallel}, "
+        f"{plan.world_size} ranks): {gb(found.total)} GB, and about {gb(RESERVE)} GB for CUDA and NCCL"
+    )
+    yield (
+        f"  weights {gb(found.weights)}, gradients {gb(found.gradients)}, optimizer {gb(found.optimizer)}; "
+        f"{found.counts.parameters / 1e9:.3f} B parameters, {found.counts.trained / 1e9:.3f} B trained"
+    )
+    kinds = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
+    yield f"  activations: {kinds}"
+    yield f"  worst moment: {moment}, {gb(found.peak)} with its activations"

@@ -1,0 +1,1 @@
+"""Recipes as Slurm jobs: what is printed, and how it is submitted."""

@@ -1,0 +1,130 @@
+"""From what a user asks for to a checked job."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import BridgeError, UsageError
+from recipes.config import check_recipe, load_recipe
+from recipes.memory.recipe import geometry_of, report
+from recipes.slurm.job import Job, Point, read_sweep
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `gemma4-bridge launch`; see there. `exports` are NAME=VALUE."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    nodes: int
+    gpus: int
+    ranks: int
+    cpus: int
+    options: tuple[tuple[str, str], ...]
+    name: str
+    logs: str
+    lead: int
+    venv: str | None
+    setup: str
+    container: str
+    runtime: str
+    mounts: tuple[str, ...]
+    exports: tuple[str, ...]
+    sweep: Path | None
+    gpu_memory: float | None
+    command_line: tuple[str, ...]
+
+
+def make_job(wanted: Wanted) -> Job:
+    """Check the recipe, and every point of a sweep, against the ranks of the job. Raises a BridgeError."""
+    world_size = wanted.nodes * wanted.ranks
+    output = _check(wanted.recipe, wanted.overrides, world_size)
+    points = []
+    if wanted.sweep is not None:
+        for number, line in enumerate(_sweep_lines(wanted.sweep)):
+            if not any(word.startswith("output=") for word in line):
+                line = (*line, f"output={output}-{number}")
+            points.append(Point(line, _check(wanted.recipe, (*wanted.overrides, *line), world_size)))
+    if wanted.setup and not Path(wanted.setup).is_file():
+        raise UsageError(f"--setup {wanted.setup}: no such file")
+    return Job(
+        recipe=wanted.recipe,
+        output=output,
+        nodes=wanted.nodes,
+        ranks=wanted.ranks,
+        gpus=wanted.gpus,
+        cpus=wanted.cpus,
+        name=wanted.name,
+        overrides=wanted.overrides,
+        options=wanted.options,
+        logs=wanted.logs,
+        lead=wanted.lead,
+        exports=tuple(_export(said) for said in wanted.exports),
+        setup=wanted.setup,
+        program=_program(wanted),
+        container=wanted.container,
+        runtime=wanted.runtime,
+        mounts=wanted.mounts,
+        sweep=tuple(points),
+        notes=_memory(wanted, world_size),
+        command_line=wanted.command_line,
+    )
+
+
+def _check(name: str, overrides: tuple[str, ...], world_size: int) -> str:
+    """The output folder of a recipe that these ranks can run."""
+    recipe = load_recipe(name, overrides)
+    check_recipe(recipe, world_size)
+    if recipe.data.path is None:
+        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    return recipe.output
+
+
+def _memory(wanted: Wanted, world_size: int) -> tuple[str, ...]:
+    """What a GPU needs, as far as the model is known here. Raises UsageError where it has less."""
+    if not wanted.gpus:
+        return ()
+    recipe = load_recipe(wanted.recipe, wanted.overrides)
+    model = recipe.model.hf or recipe.model.megatron or ""
+    try:
+        geometry_of(model)
+    except BridgeError as error:
+        if wanted.gpu_memory is not None:
+            raise
+        return (f"memory not estimated: {error}",)
+    lines, fits = report(recipe, world_size, wanted.gpu_memory)
+    if not fits:
+        raise UsageError("; ".join(line.strip() for line in (lines[0], *lines[4:])))
+    return tuple(lines)
+
+
+def _sweep_lines(path: Path) -> list[tuple[str, ...]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sweep {path}: cannot be read ({error})") from None
+    try:
+        return read_sweep(lines)
+    except UsageError as error:
+        raise UsageError(f"--sweep {path}: {error}") from None
+
+
+def _export(said: str) -> tuple[str, str]:
+    name, separator, value = said.partition("=")
+    if not separator:
+        # Its value, a key perhaps, would stand in the script.
+        raise UsageError(f"--export {said}: say NAME=VALUE; what is set where you submit is passed on by Slurm itself")
+    return name, value
+
+
+def _program(wanted: Wanted) -> tuple[str, ...]:
+    """A container brings its own `gemma4-bridge`; an environment is the one named, or this one."""
+    if wanted.container:
+        return ("gemma4-bridge",)
+    folder = Path(wanted.venv) if wanted.venv is not None else Path(sys.prefix)
+    program = folder.absolute() / "bin" / "gemma4-bridge"
+    if not program.is_file():
+        raise UsageError(f"{program}: no such file; --venv DIR names the environment that has it")
+    return (str(program),)

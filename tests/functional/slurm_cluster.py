@@ -1,0 +1,196 @@
+"""A Slurm of one node on this machine, for tests: its own key, sockets, ports and folders, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
+_SBIN = "/usr/sbin:/sbin"
+
+_CONFIG = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+# A requeued job waits until the credentials of its last start have expired: 120 s, or the least that Slurm takes.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+SlurmctldPort={ctld_port}
+SlurmdPort={slurmd_port}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=15
+MinJobAge=3600
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 State=UNKNOWN
+PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class NoSlurm(Exception):
+    """Slurm can neither be found nor installed, or does not start here; why."""
+
+
+class Cluster:
+    """A running Slurm; `env` is the environment by which its commands find it. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start it in `folder`. Raises NoSlurm."""
+        _find_or_install()
+        self.folder = folder
+        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{_SBIN}"}
+        for name in list(self.env):
+            if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF":
+                del self.env[name]
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        for name in ("state", "spool"):
+            (folder / name).mkdir()
+        folder.chmod(0o755)
+        (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
+        (folder / "munge.key").chmod(0o400)
+        host = socket.gethostname().split(".")[0]
+        ports = _free_ports(2)
+        text = _CONFIG.format(
+            host=host, user=pwd.getpwuid(os.getuid()).pw_name, folder=folder, ctld_port=ports[0], slurmd_port=ports[1]
+        )
+        (folder / "slurm.conf").write_text(text)
+        try:
+            names = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munged.pid", "seed-file": "seed"}
+            options = [f"--{option}={folder / name}" for option, name in names.items()]
+            self._start("munged", "--foreground", "--force", *options)
+            self.wait(lambda: (folder / "munge.sock").exists(), "munged", 20)
+            self._start("slurmctld", "-D", "-c")
+            self._start("slurmd", "-D")
+            self.wait(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).strip() == "idle", "the node", 60)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, daemon: str, *arguments: str) -> None:
+        with (self.folder / f"{daemon}.out").open("wb") as out:
+            self._daemons.append(
+                subprocess.Popen(
+                    [daemon, *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/"
+                )
+            )
+
+    def wait(self, condition: Callable[[], object], what: str, seconds: float) -> None:
+        """Until `condition` holds. Raises NoSlurm where a daemon has ended, TimeoutError."""
+        end = time.monotonic() + seconds
+        while not condition():
+            for daemon in self._daemons:
+                if daemon.poll() is not None:
+                    name = daemon.args[0]  # type: ignore[index]
+                    said = (self.folder / f"{name}.out").read_text(errors="replace").strip().splitlines()
+                    raise NoSlurm(f"{name} ended with {daemon.returncode}: {said[-1] if said else 'silently'}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"{what}: not after {seconds} s")
+            time.sleep(0.1)
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """A Slurm command's output."""
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=check, timeout=60).stdout
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says, by its own names."""
+        words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self, number: int) -> str:
+        return self.job(number)["JobState"]
+
+    def processes(self) -> list[int]:
+        """Every process but the daemons that lives in this cluster: steps, job scripts, ranks."""
+        wanted, found = f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), []
+        own = {daemon.pid for daemon in self._daemons}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                if int(entry.name) in own or (entry / "status").read_text().find("State:\tZ") >= 0:
+                    continue
+                if (entry / "comm").read_text().strip() in (*DAEMONS, "slurmscriptd"):
+                    continue
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def rank(self, number: int) -> int:
+        """The process of a rank: of those with its number, the one that Slurm itself started."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                parent = (Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()[1]
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                started_by = Path(f"/proc/{parent}/comm").read_text().strip()
+                if f"SLURM_PROCID={number}".encode() in environment and started_by == "slurmstepd":
+                    return pid
+        raise ProcessLookupError(f"no rank {number}")
+
+    def stop(self) -> None:
+        """End jobs, daemons, and whatever is left of them."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.run("scancel", "--user", pwd.getpwuid(os.getuid()).pw_name, check=False)
+            self.run("scancel", "--signal=KILL", "--full", "--user", pwd.getpwuid(os.getuid()).pw_name, check=False)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in reversed(self._daemons):
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _find_or_install() -> None:
+    os.environ["PATH"] = f"{os.environ['PATH']}:{_SBIN}" if _SBIN not in os.environ["PATH"] else os.environ["PATH"]
+    missing = [name for name in DAEMONS if shutil.which(name) is None]
+    if not missing:
+        return
+    if os.getuid() or shutil.which("apt-get") is None:
+        raise NoSlurm(f"{', '.join(missing)} not found; on Debian: apt-get install {' '.join(PACKAGES)}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(["apt-get", "-q", *command], env=environment, capture_output=True, text=True)
+        if done.returncode and command[0] == "install":
+            raise NoSlurm(f"{', '.join(missing)} cannot be installed: {' '.join(done.stderr.split()[-30:])}")
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
