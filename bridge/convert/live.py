@@ -280,7 +280,7 @@ def iter_hf(gatherer: Gatherer) -> Iterator[tuple[str, Tensor]]:
         whole = gatherer.rows(key, 0, max(1, entry.shape[0]))
         assert whole is not None
         for index, source in enumerate(entry.sources):
-            if len(entry.sources) == 1 and len(entry.blocks) == 1:
+            if len(entry.blocks) == 1 and entry.blocks[0].num_rows == len(whole):
                 yield source.name, whole.view(source.shape)
                 continue
             parts = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]

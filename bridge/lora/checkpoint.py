@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class AdapterFolder:
                 last.update({(n, p): t for n, p, t in _canonical(reader, self.table, place[target.name])})
             return last[target.name, part]
 
+        weakref.finalize(value, reader.close)
         return value
 
 

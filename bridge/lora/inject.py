@@ -67,7 +67,7 @@ def _adapter(
 
 def _projections(rows: Sequence[range], adapted: Adapted) -> Tensor:
     """Of each row that a rank holds of a weight: the number of its projection among those adapted, or -1."""
-    whole = torch.full((adapted.weight.shape[0],), -1)
+    whole = torch.full((adapted.weight.shape[0],), -1, device="cpu")
     for block in adapted.weight.blocks:
         if block.source in adapted.targets:
             whole[block.row : block.row + block.num_rows] = adapted.order.index(block.source)

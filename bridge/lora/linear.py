@@ -41,7 +41,8 @@ class LinearAdapter(torch.nn.Module):
     """The adapters of one linear.
 
     `lora_A` [n · rank, in] and `lora_B` [out, rank], for the n projections that are adapted and this rank's part of the
-    weight [out, in]. `projections` [out]: which of the n each row belongs to, -1 = none. `scalings`: of each of the n.
+    weight [out, in]. `projections` [out]: on the CPU, which of the n each row belongs to (-1: none).
+    `scalings`: of each of the n.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LinearAdapter(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(weight.new_zeros(rows, rank))
         self.placement, self.dropout, self.count = placement, dropout, len(scalings)
         selection = torch.nn.functional.one_hot(projections + 1, len(scalings) + 1)[:, 1:]
-        selection = (selection * torch.tensor(list(scalings), dtype=torch.float32)).to(weight)
+        selection = (selection * torch.tensor(list(scalings), dtype=torch.float32, device="cpu")).to(weight)
         self.selection: Tensor
         self.register_buffer("selection", selection, persistent=False)
         split, sequence_parallel = placement.split, placement.sequence_parallel
@@ -89,8 +90,8 @@ class LinearAdapter(torch.nn.Module):
         """[..., n · rank]; every projection draws a dropout of its own, as in PEFT."""
         if not (self.training and self.dropout):
             return torch.nn.functional.linear(x, self.lora_A)
-        split = self.placement.split
-        if self.placement.sequence_parallel or split == "row":
+        place = self.placement
+        if place.sequence_parallel or (place.split == "row" and place.group is not None and place.group.size() > 1):
             # Each rank has other numbers of x, and draws for them with the generator of its own.
             with get_cuda_rng_tracker().fork():
                 return self._dropped(x)

@@ -42,13 +42,21 @@ def spec_of(config: LoraConfig) -> LoraSpec | None:
     )
 
 
-def table_of(spec: LoraSpec, bridge: Gemma4Bridge) -> AdapterTable:
-    """The table of the run's adapters. Raises UsageError for what matches nothing, or is not built."""
+def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> AdapterTable:
+    """The table of the run's adapters.
+
+    Raises UsageError for what matches nothing, is not built, or is the adapter of another model.
+    """
     if spec.dora:
         raise UsageError("lora.dora: magnitudes are not built; leave it at false")
     if spec.modules_to_save:
         raise UsageError(f"lora.modules_to_save={list(spec.modules_to_save)}: not built; leave it empty")
-    return adapter_table(bridge.table, resolve(spec, bridge.table))
+    table = adapter_table(bridge.table, resolve(spec, bridge.table))
+    if config.adapter is not None:
+        held = AdapterFolder.open(config.adapter).table.entries
+        if {key: entry.shape for key, entry in held.items()} != {k: entry.shape for k, entry in table.entries.items()}:
+            raise UsageError(f"{config.adapter}: the adapter of another model")
+    return table
 
 
 def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Sequence[Gemma4Model]) -> None:
@@ -56,10 +64,7 @@ def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Se
     attach(models, table, spec.dropout)
     values = initial_values(recipe.train.seed)
     if recipe.lora.adapter is not None:
-        folder = AdapterFolder.open(recipe.lora.adapter)
-        if folder.table.entries.keys() != table.entries.keys():
-            raise UsageError(f"{recipe.lora.adapter}: an adapter of another model")
-        values = folder.values()
+        values = AdapterFolder.open(recipe.lora.adapter).values()
     fill(models, table, values)
 
 

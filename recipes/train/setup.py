@@ -114,7 +114,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
     """`build` of a recipe that has been checked."""
     bridge = open_model(recipe)
     spec = lora.spec_of(recipe.lora)
-    adapters = None if spec is None else lora.table_of(spec, bridge)
+    adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
     overrides: dict[str, Any] = {"perform_initialization": False}
     if parallel.recompute == "full":
