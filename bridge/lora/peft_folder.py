@@ -155,11 +155,13 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
             "rank_pattern": dict(spec.rank_pattern),
             "alpha_pattern": {pattern: _integral(alpha) for pattern, alpha in spec.alpha_pattern.items()},
         }
-    # One rank and one scaling: that of the largest rank, which the engine has to have room for.
+    # One rank and one scaling: of the largest rank, which the engine has to have room for. Not all engines know rsLoRA,
+    # so alpha is what gives the scaling without it.
     largest = max(adapter.targets, key=lambda target: target.rank)
     return common | {
         "r": largest.rank,
-        "lora_alpha": _integral(largest.alpha),
+        "lora_alpha": _integral(largest.scaling * largest.rank),
+        "use_rslora": False,
         "target_modules": engine_targets(dress, adapter.targets, adapter.table),
         _OURS: {"format": dress, "spec": spec.to_json()},
     }

@@ -239,6 +239,20 @@ def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("dress", ["vllm", "sglang"])
+def test_engines_need_not_know_rslora(dress: str, toy: Toy, tmp_path: Path) -> None:
+    """SGLang scales by lora_alpha / r, whatever use_rslora says."""
+    folder = toy("31b", text_only=True)
+    table = table_for(Geometry.from_folder(folder))
+    make_adapter(folder, tmp_path / "peft", target_modules=["o_proj"], r=16, lora_alpha=6, use_rslora=True)
+    with ExitStack() as stack:
+        write_peft(tmp_path / "dressed", open_peft(stack, tmp_path / "peft", table), dress=dress)
+        back = open_peft(stack, tmp_path / "dressed", table)
+    config = json.loads((tmp_path / "dressed" / CONFIG_FILE).read_text())
+    assert (config["use_rslora"], config["lora_alpha"] / config["r"]) == (False, 6 / 16**0.5)
+    assert (back.spec.rslora, back.spec.alpha, back.targets[0].scaling) == (True, 6, 1.5)
+
+
 def _config(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text()) | changes
