@@ -277,6 +277,9 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"target_modules": ["q_proj"]}, r"holds .*gate_proj.*, which no target"),
         ({"target_parameters": "experts"}, "target_parameters is"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
+        ({"gemma4_bridge": {"format": "gguf"}}, "gemma4_bridge names no format"),
+        ({"gemma4_bridge": {"format": "vllm", "spec": {"rank": 4}}}, "expected the fields"),
+        ({"gemma4_bridge": {"format": "peft", "spec": {"rank": 4, "alpha": 1, "dora": True}}}, "dora is not supported"),
     ],
 )
 def test_refused_by_name(changes: dict[str, Any], words: str, served: tuple[Path, Table], tmp_path: Path) -> None:
