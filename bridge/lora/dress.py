@@ -11,9 +11,10 @@ A that serves gate and up, K that serves as V), reading holds the second against
   are named. PEFT's names of stacked experts are dropped without a word for Gemma 4 (vllm-project/vllm #41754, #50252).
 - `sglang`: `experts.{gate_up_proj,down_proj}`, A [E, r, in], B [E, out, r] (sgl-project/sglang #21466).
 
-Both engines compute q, k and v in one matrix and, where V is K, pack K twice: without an adapter for v_proj they serve
-another V than was trained (vllm-project/vllm #41944) or do not load (sgl-project/sglang #25913). So both dresses hold
-the k adapter under v_proj as well.
+Both engines compute q, k and v in one matrix and, where V is K, pack K twice: without an adapter for v_proj they would
+serve another V than was trained (vllm-project/vllm #41944). So both dresses hold the k adapter under v_proj as well.
+SGLang does not load a layer that has an adapter of q or k and none of v (sgl-project/sglang #25913): where there is
+none, as in layers that share K/V, its dress has one of zeros.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
                     yield from _each_expert(target, part)
                 continue
             yield _plain(target, part)
-            if dress != "peft" and _is_key_and_value(target, table):
-                yield _plain(target, part, target.module.replace("k_proj", "v_proj"), again=True)
+            if dress != "peft":
+                yield from _value(target, part, table, wrapped if dress == "sglang" else None)
 
 
 def check_servable(dress: str, targets: Sequence[Target]) -> None:
@@ -124,6 +125,22 @@ def _each_expert(target: Target, part: Part) -> Iterator[Piece]:
             )
 
 
-def _is_key_and_value(target: Target, table: Table) -> bool:
-    entry, source = table.by_hf_name[target.name]
-    return entry.layer is not None and entry.layer.k_eq_v and entry.row.hf[source].endswith("k_proj.weight")
+def _value(target: Target, part: Part, table: Table, filled: set[str] | None) -> Iterator[Piece]:
+    """What stands under v_proj of a layer without one: the adapter of k where K serves as V, or zeros.
+
+    `filled`: the modules that have adapters, where zeros are wanted beside those of q and k.
+    """
+    entry, _ = table.by_hf_name[target.name]
+    attention, _, name = target.module.rpartition(".")
+    layer, q, k, v = entry.layer, *(f"{attention}.{x}_proj" for x in "qkv")
+    if layer is None or name not in ("q_proj", "k_proj"):
+        return
+    if layer.k_eq_v and target.module == k:
+        yield _plain(target, part, v, again=True)
+        return
+    if filled is None or v in filled or (layer.k_eq_v and k in filled):
+        return
+    # Once a layer: beside q, or beside k where q has none.
+    if target.module == q or q not in filled:
+        shape = (target.rank, target.shape[1]) if part == "A" else (layer.kv_size, target.rank)
+        yield Piece(f"{PREFIX}{v}.lora_{part}.weight", shape, target, part, lambda whole: whole.new_zeros(shape), True)

@@ -22,7 +22,7 @@ from bridge.convert.atomic import Notify, staged
 from bridge.convert.folders import Conversion
 from bridge.convert.stream import Progress, plan_digest
 from bridge.convert.torch_dtypes import TORCH_DTYPES
-from bridge.errors import BridgeError, CheckpointError
+from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
@@ -93,7 +93,9 @@ class PeftConfig:
         if ours is not None:
             if not isinstance(ours, dict) or ours.get("format") not in FORMATS:
                 raise CheckpointError(f"{_OURS} names no format that is known")
-            return cls(ours["format"], LoraSpec.from_json(ours.get("spec")), base)
+            spec = LoraSpec.from_json(ours.get("spec"))
+            _check_supported(spec)
+            return cls(ours["format"], spec, base)
         for name in ("r", "lora_alpha"):
             if name not in config:
                 raise CheckpointError(f"{name} is missing")
@@ -109,6 +111,12 @@ class PeftConfig:
             rslora=config.get("use_rslora", False),
         )
         return cls("peft", spec, base)
+
+
+def _check_supported(spec: LoraSpec) -> None:
+    for name in ("dora", "modules_to_save"):
+        if getattr(spec, name):
+            raise UsageError(f"lora: {name} is not supported in an adapter folder")
 
 
 def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -155,11 +163,13 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
             "rank_pattern": dict(spec.rank_pattern),
             "alpha_pattern": {pattern: _integral(alpha) for pattern, alpha in spec.alpha_pattern.items()},
         }
-    # One rank and one scaling: that of the largest rank, which the engine has to have room for.
+    # One rank and one scaling: of the largest rank, which the engine has to have room for. Not all engines know rsLoRA,
+    # so alpha is what gives the scaling without it.
     largest = max(adapter.targets, key=lambda target: target.rank)
     return common | {
         "r": largest.rank,
-        "lora_alpha": _integral(largest.alpha),
+        "lora_alpha": _integral(largest.scaling * largest.rank),
+        "use_rslora": False,
         "target_modules": engine_targets(dress, adapter.targets, adapter.table),
         _OURS: {"format": dress, "spec": spec.to_json()},
     }
@@ -275,8 +285,9 @@ def write_peft(
 ) -> Conversion:
     """Write an adapter as a folder in a dress; complete or absent.
 
-    Raises UsageError (an adapter that the dress cannot hold, an existing target) and CheckpointError.
+    Raises UsageError (what a folder or the dress cannot hold, an existing target) and CheckpointError.
     """
+    _check_supported(adapter.spec)
     check_servable(dress, adapter.targets)
     planned = list(pieces(dress, adapter.targets, adapter.table))
     dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in PARTS}

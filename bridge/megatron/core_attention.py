@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from bridge.megatron.attention_backends import select
 from bridge.megatron.exchange import exchange_of
 from bridge.megatron.mask import mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
+
+# Of how many pieces an exchange is at most: the first one's way is not hidden, and small products are slow.
+_PIECES = 4
 
 
 class CoreAttention(torch.nn.Module):
@@ -38,8 +42,19 @@ class CoreAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
         """This rank's [s / cp, b, heads, d] and [s / cp, b, groups, d] twice -> [s / cp, b, heads * d]."""
-        if visibility.zigzag is not None:
-            both = exchange_of(visibility, self.rule).fetch(torch.cat([key, value], dim=-1), self.cp_group)
-            key, value = both.chunk(2, dim=-1)
+        if visibility.zigzag is None:
+            return self._attend(query, key, value, visibility).flatten(2)
+        # In pieces of a few query groups: one is computed while the next is on its way.
+        pieces = math.gcd(key.shape[2], _PIECES)
+        exchange = exchange_of(visibility, self.rule)
+        both = torch.cat([key, value], dim=-1).chunk(pieces, dim=2)
+        flights = [exchange.start(piece, self.cp_group) for piece in both]
+        outputs = []
+        for part, flight in zip(query.chunk(pieces, dim=2), flights, strict=True):
+            key, value = flight.wait().chunk(2, dim=-1)
+            outputs.append(self._attend(part, key, value, visibility))
+        return torch.cat(outputs, dim=2).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
         mask = mask_of(visibility, self.rule)
-        return select(self.backend, query, key, mask).attend(query, key, value, mask).flatten(2)
+        return select(self.backend, query, key, mask).attend(query, key, value, mask)

@@ -4,6 +4,9 @@ One all-to-all brings them, and its transpose sums their gradients where the row
 global layer that is what a gather would bring, less what lies in the future; for a sliding layer it is a halo of one
 window (more where a vision block reaches further), and documents that lie within one rank bring nothing. Every rank
 knows the description of the whole row, so all agree on who sends what without asking.
+
+What is on its way is a `Flight`. Between `start` and `wait` there is time to compute; and as the backward pass runs the
+same nodes in the opposite order, so there is between the departure of the gradients and their arrival.
 """
 
 from __future__ import annotations
@@ -33,10 +36,45 @@ class Exchange:
     receive_counts: list[int]
     order: Tensor
 
-    def fetch(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """[own rows, ...] -> [columns, ...], differentiable. Every rank of the group must call it."""
-        fetched: Tensor = _Fetch.apply(x, self, group)
-        return fetched
+    def start(self, x: Tensor, group: dist.ProcessGroup) -> Flight:
+        """Send for the rows [own rows, ...] of other ranks. Every rank of the group must call it."""
+        return Flight(self, group, x)
+
+
+class Flight:
+    """Rows on their way here, and in the backward pass their gradients on the way back."""
+
+    def __init__(self, exchange: Exchange, group: dist.ProcessGroup, own: Tensor) -> None:
+        self.exchange, self.group = exchange, group
+        self._work: dist.Work | None = None
+        # What travels must live as long as it does.
+        self._sent: Tensor | None = None
+        self.grads: tuple[Tensor, Tensor] | None = None
+        self._rows: tuple[Tensor, Tensor] | None = own.detach(), _Depart.apply(own, self)
+
+    def wait(self) -> Tensor:
+        """[columns, ...]: own rows and received ones in the order of the row; differentiable. Once."""
+        assert self._rows is not None
+        own, received = self._rows
+        # The graph holds the flight: if the flight held the graph, neither would be freed.
+        self._rows = None
+        columns: Tensor = _Arrive.apply(own, received, self)
+        return columns
+
+    def send(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """Begin an all-to-all of rows; the tensor it fills is complete after `land`."""
+        self._sent = x.contiguous()
+        received = x.new_empty(sum(receive_counts), *x.shape[1:])
+        self._work = dist.all_to_all_single(
+            received, self._sent, receive_counts, send_counts, group=self.group, async_op=True
+        )
+        return received
+
+    def land(self) -> None:
+        """Wait for what was sent last."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = self._sent = None
 
 
 def exchange_of(visibility: Visibility, rule: MaskRule) -> Exchange:
@@ -95,29 +133,45 @@ def _length(spans: list[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, exchange: Exchange, group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.exchange, ctx.group = exchange, group  # type: ignore[attr-defined]
-        received = _all_to_all(x[exchange.send], exchange.send_counts, exchange.receive_counts, group)
-        return torch.cat([x, received])[exchange.order]
+class _Depart(torch.autograd.Function):
+    """Own rows -> received rows, which are there once the flight has landed."""
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        exchange: Exchange = ctx.exchange  # type: ignore[attr-defined]
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        exchange = flight.exchange
+        return flight.send(x[exchange.send], exchange.send_counts, exchange.receive_counts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor, None]:
+        flight: Flight = ctx.flight  # type: ignore[attr-defined]
+        flight.land()
+        assert flight.grads is not None
+        own, returned = flight.grads
+        flight.grads = None
+        # A row may have gone to several ranks: their gradients are summed in float32, whatever travelled.
+        return own.float().index_add_(0, flight.exchange.send, returned.float()).to(own.dtype), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Received rows -> columns. Its backward pass sends the gradients off; `_Depart` collects what comes back.
+
+    The gradient of the own rows waits in the flight, so that all gradients of a row are summed before one rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, received: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight  # type: ignore[attr-defined]
+        flight.land()
+        return torch.cat([own, received])[flight.exchange.order]
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        flight: Flight = ctx.flight  # type: ignore[attr-defined]
+        exchange = flight.exchange
         held = torch.empty_like(grad)
         held[exchange.order] = grad
         received = sum(exchange.receive_counts)
         own, others = held.split([len(held) - received, received])
-        back = _all_to_all(others, exchange.receive_counts, exchange.send_counts, ctx.group)  # type: ignore[attr-defined]
-        # A row may have gone to several ranks: their gradients are summed in float32, whatever travelled.
-        total = own.float().index_add_(0, exchange.send, back.float())
-        return total.to(grad.dtype), None, None
-
-
-def _all_to_all(x: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = x.new_empty(sum(receive_counts), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, group=group)
-    return received
+        flight.grads = own, flight.send(others, exchange.receive_counts, exchange.send_counts)
+        return None, others, None

@@ -136,7 +136,12 @@ def test_the_dress_of_vllm(served: tuple[Path, Table], tmp_path: Path) -> None:
         down = theirs[f"{prefix}experts.lora_B.weight"].reshape(64, rank, 8)[:, :, expert]
         assert torch.equal(ours[f"{names[2]}.lora_B.weight"], down)
     assert not any(".experts.lora" in name or "base_layer" in name for name in ours)
-    _check_keys_serve_as_values(ours, table)
+    # v_proj is there exactly where k_proj is all there is, and is its copy.
+    for layer in table.geometry.layers:
+        for part in "AB":
+            k, v = (f"base_model.model.model.layers.{layer.index}.self_attn.{x}_proj.lora_{part}.weight" for x in "kv")
+            assert (v in ours) == layer.k_eq_v
+            assert not layer.k_eq_v or torch.equal(ours[k], ours[v])
     config = json.loads((tmp_path / "vllm" / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 6, "LORA")
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -155,18 +160,39 @@ def test_the_dress_of_sglang(served: tuple[Path, Table], tmp_path: Path) -> None
     assert (tuple(up_a.shape), tuple(up_b.shape)) == ((8, 4, 64), (8, 48, 4))
     stacked = theirs[f"{prefix}base_layer.lora_B.weight"].reshape(48, 4, 8)
     assert all(torch.equal(up_b[expert], stacked[:, :, expert]) for expert in range(8))
-    _check_keys_serve_as_values(ours, table)
+    for layer in table.geometry.layers:
+        k, v = (ours[f"base_model.model.model.layers.{layer.index}.self_attn.{x}_proj.lora_B.weight"] for x in "kv")
+        assert torch.equal(v, k if layer.k_eq_v else torch.zeros(layer.kv_size, 4))
     config = json.loads((tmp_path / "sglang" / CONFIG_FILE).read_text())
     assert {"gate_up_proj", "v_proj"} <= set(config["target_modules"])
 
 
-def _check_keys_serve_as_values(ours: dict[str, torch.Tensor], table: Table) -> None:
-    """v_proj is there exactly where k_proj is all there is, and is its copy."""
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj"]])
+@pytest.mark.parametrize("variant", ["e2b", "31b"])
+def test_sglang_finds_a_value_in_every_layer(variant: str, targets: list[str], toy: Toy, tmp_path: Path) -> None:
+    """SGLang #25913: a layer with an adapter of q or k needs one of v; zeros where there is none, and back again."""
+    folder = toy(variant, text_only=True)
+    table = table_for(Geometry.from_folder(folder))
+    make_adapter(folder, tmp_path / "peft", target_modules=targets)
+    with ExitStack() as stack:
+        write_peft(tmp_path / "sglang", open_peft(stack, tmp_path / "peft", table), dress="sglang")
+        write_peft(tmp_path / "vllm", open_peft(stack, tmp_path / "peft", table), dress="vllm")
+        write_peft(tmp_path / "back", open_peft(stack, tmp_path / "sglang", table))
+    assert bits(tmp_path / "back") == bits(tmp_path / "peft")
+    ours, theirs = load_file(tmp_path / "sglang" / WEIGHTS_FILE), load_file(tmp_path / "peft" / WEIGHTS_FILE)
     for layer in table.geometry.layers:
-        for part in "AB":
-            k, v = (f"base_model.model.model.layers.{layer.index}.self_attn.{x}_proj.lora_{part}.weight" for x in "kv")
-            assert (v in ours) == layer.k_eq_v
-            assert not layer.k_eq_v or torch.equal(ours[k], ours[v])
+        q, k, v = (f"base_model.model.model.layers.{layer.index}.self_attn.{x}_proj.lora_B.weight" for x in "qkv")
+        assert (v in ours) == (q in ours or k in ours)
+        if v in theirs or v not in ours:
+            continue
+        copied = layer.k_eq_v and k in theirs
+        assert torch.equal(ours[v], theirs[k] if copied else torch.zeros(layer.kv_size, 4))
+        assert (v in load_file(tmp_path / "vllm" / WEIGHTS_FILE)) == copied
+        if not copied:
+            save_file(ours | {v: ours[v] + 1}, tmp_path / "sglang" / WEIGHTS_FILE)
+            with ExitStack() as stack, pytest.raises(CheckpointError, match=r"v_proj.* is not the same as"):
+                write_peft(tmp_path / "no", open_peft(stack, tmp_path / "sglang", table))
+            break
 
 
 @pytest.mark.parametrize("dress", ["vllm", "sglang"])
@@ -213,6 +239,20 @@ def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("dress", ["vllm", "sglang"])
+def test_engines_need_not_know_rslora(dress: str, toy: Toy, tmp_path: Path) -> None:
+    """SGLang scales by lora_alpha / r, whatever use_rslora says."""
+    folder = toy("31b", text_only=True)
+    table = table_for(Geometry.from_folder(folder))
+    make_adapter(folder, tmp_path / "peft", target_modules=["o_proj"], r=16, lora_alpha=6, use_rslora=True)
+    with ExitStack() as stack:
+        write_peft(tmp_path / "dressed", open_peft(stack, tmp_path / "peft", table), dress=dress)
+        back = open_peft(stack, tmp_path / "dressed", table)
+    config = json.loads((tmp_path / "dressed" / CONFIG_FILE).read_text())
+    assert (config["use_rslora"], config["lora_alpha"] / config["r"]) == (False, 6 / 16**0.5)
+    assert (back.spec.rslora, back.spec.alpha, back.targets[0].scaling) == (True, 6, 1.5)
+
+
 def _config(folder: Path, **changes: Any) -> None:
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text()) | changes
@@ -237,6 +277,9 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"target_modules": ["q_proj"]}, r"holds .*gate_proj.*, which no target"),
         ({"target_parameters": "experts"}, "target_parameters is"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
+        ({"gemma4_bridge": {"format": "gguf"}}, "gemma4_bridge names no format"),
+        ({"gemma4_bridge": {"format": "vllm", "spec": {"rank": 4}}}, "expected the fields"),
+        ({"gemma4_bridge": {"format": "peft", "spec": {"rank": 4, "alpha": 1, "dora": True}}}, "dora is not supported"),
     ],
 )
 def test_refused_by_name(changes: dict[str, Any], words: str, served: tuple[Path, Table], tmp_path: Path) -> None:
@@ -281,7 +324,7 @@ def test_a_target_is_replaced_only_on_request(served: tuple[Path, Table], tmp_pa
         with pytest.raises(UsageError, match="exists"):
             write_peft(tmp_path / "out", ours)
         write_peft(tmp_path / "out", ours, dress="sglang", overwrite=True)
-    assert len(bits(tmp_path / "out")) == len(bits(adapter)) + 4
+    assert len(bits(tmp_path / "out")) == len(bits(adapter)) + 2 * table.geometry.num_layers
 
 
 def test_tensors_are_read_one_at_a_time(served: tuple[Path, Table], tmp_path: Path) -> None:
