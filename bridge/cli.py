@@ -14,7 +14,7 @@ from rich.table import Table
 from bridge import cli_launch
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, UsageError
 
 app = typer.Typer(
     name="gemma4-bridge",
@@ -243,10 +243,16 @@ def train(
         raise typer.Exit(code)
 
 
-@_data.command("show", epilog=epilog("data show --data chats.jsonl --model google/gemma-4-E2B-it -n 5"))
+@_data.command("show", epilog=epilog("data show sft/e2b data.path=chats.jsonl -n 5"))
 def data_show(
-    data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset's name; repeatable.")],
-    model: Annotated[str, typer.Option(help="An HF folder or hub id: tokenizer, processor, chat template.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose data and model are shown.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Without a recipe: JSONL or Parquet, a folder, a glob, a dataset; repeat.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")] = None,
     count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
     seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
     split: Annotated[str, typer.Option(help="Of a dataset that is named.")] = "train",
@@ -261,22 +267,35 @@ def data_show(
     cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops."""
+    """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
+
+    A recipe says all of it by its own keys; without one, --data and --model are needed, and the other options count.
+    """
+    from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
     from recipes.data.show import packing_figures, show
+    from recipes.data.training import corpus_options, model_folder
 
-    options = CorpusOptions(
-        tuple(data),
-        seq_length,
-        split=split,
-        supervise=Supervise(turns, thinking, tool_calls),
-        on_error=on_error,
-        overlong=overlong,
-        allow_urls=allow_urls,
-        media_root=media_root,
-        chat_template=chat_template,
-        cache=cache,
-    )
+    if recipe is not None:
+        if data or model:
+            raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
+        said = load_recipe(recipe, overrides or [])
+        options, model = corpus_options(said), model_folder(said)
+    elif not data or model is None:
+        raise UsageError("name a recipe, or --data and --model")
+    else:
+        options = CorpusOptions(
+            tuple(data),
+            seq_length,
+            split=split,
+            supervise=Supervise(turns, thinking, tool_calls),
+            on_error=on_error,
+            overlong=overlong,
+            allow_urls=allow_urls,
+            media_root=media_root,
+            chat_template=chat_template,
+            cache=cache,
+        )
     corpus = open_corpus(options, model, progress=lambda read: err.print(f"{read} records"))
     if not wrote_json(json_file, corpus.statistics.to_json() | {"packing": packing_figures(corpus)}):
         show(corpus, count, out)

@@ -168,11 +168,15 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """`log.jsonl` in `output` is always written. `wandb`: a project name; offline where no key is set."""
+    """`log.jsonl` in `output` is always written. `wandb`: a project name; offline where no key is set.
+
+    `peak_tflops`: what one device does at best, for MFU; 0: known for some GPUs by their name, else there is no MFU.
+    """
 
     wandb: str | None = None
     tensorboard: bool = False
     every: int = 1
+    peak_tflops: float = 0.0
 
 
 @dataclass
@@ -321,6 +325,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
         ("log.every", recipe.log.every, 1),
         *((f"train.{key}", getattr(train, key), 0) for key in ("eval_every", "patience", "z_loss", "spike_factor")),
         *((f"optimizer.{key}", getattr(optimizer, key), 0) for key in ("lr", "min_lr", "warmup", "wsd_steps", "clip")),
+        ("log.peak_tflops", recipe.log.peak_tflops, 0),
         *((f"checkpoint.{key}", getattr(recipe.checkpoint, key), 0) for key in ("every", "keep")),
     ):
         if number < least:

@@ -41,6 +41,8 @@ class Gemma4Router(TopKRouter):
         for parameter in (self.scale, self.per_expert_scale):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.adapters = torch.nn.ModuleDict()
+        # Tokens of each expert [E] on this rank, in training, since it was last reset to None: for the log.
+        self.load: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, h], the raw residual -> logits [s, b, E]."""
@@ -52,6 +54,10 @@ class Gemma4Router(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probabilities [s * b, E], zero where not routed, and the routing map."""
         probs, routing_map = super().routing(logits.float(), padding_mask)
+        # Under recompute the forward pass runs twice, once of them without gradients.
+        if self.training and torch.is_grad_enabled():
+            counts = routing_map.sum(0)
+            self.load = counts if self.load is None else self.load + counts
         return probs * self.per_expert_scale, routing_map
 
 

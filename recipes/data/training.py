@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import ListConfig
 from torch import Tensor
 
+from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.config import Recipe
@@ -18,13 +19,21 @@ from recipes.data.options import CorpusOptions, Supervise
 from recipes.train.data import Streams
 
 
-def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
-    """Open, tokenise and batch what `data.path` names. Raises DataError and UsageError."""
-    data, train = recipe.data, recipe.train
-    folder = str(resolve(recipe.model.hf)) if recipe.model.hf else f"{recipe.model.megatron}/hf"
-    options = CorpusOptions(
+def model_folder(recipe: Recipe) -> str:
+    """Where a recipe's tokenizer, processor and chat template are. Raises UsageError where it names no model."""
+    if recipe.model.hf is None and recipe.model.megatron is None:
+        raise UsageError("set model.hf or model.megatron")
+    return str(resolve(recipe.model.hf)) if recipe.model.hf else f"{recipe.model.megatron}/hf"
+
+
+def corpus_options(recipe: Recipe) -> CorpusOptions:
+    """What a recipe says of its training data. Raises UsageError."""
+    data = recipe.data
+    if data.path is None:
+        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    return CorpusOptions(
         _paths(data.path),
-        train.seq_length,
+        recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
         supervise=Supervise(data.supervise_turns, data.supervise_thinking, data.supervise_tool_calls),
@@ -37,6 +46,12 @@ def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> S
         cache=data.cache,
         workers=data.workers,
     )
+
+
+def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+    """Open, tokenise and batch what `data.path` names. Raises DataError and UsageError."""
+    data, train = recipe.data, recipe.train
+    folder, options = model_folder(recipe), corpus_options(recipe)
     batch = BatchOptions(
         train.seq_length,
         train.micro_batch_size,

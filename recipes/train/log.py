@@ -99,7 +99,9 @@ class Log:
         self._file.flush()
         for sink in self._sinks:
             sink(step, values)
-        text = f"step {step}/{self._steps}  " + "  ".join(f"{name} {value:.6g}" for name, value in values.items())
+        # What has a slash in its name is a table, and would fill the screen.
+        shown = [f"{name} {value:.6g}" for name, value in values.items() if "/" not in name]
+        text = f"step {step}/{self._steps}  " + "  ".join(shown)
         if self._status is not None and "loss" in values:
             self._status.update(text)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,11 +18,14 @@ from recipes.config import Recipe
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams, open_streams
+from recipes.train.expert_load import load_values, take_load
 from recipes.train.log import Log, Values
-from recipes.train.media import senses_in
+from recipes.train.media import sense_of, senses_in
+from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.setup import Run, build
 from recipes.train.signals import StopSignal, held_back
-from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.step import Batch, clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.workload import training_flops
 
 # The exit code of a run that a signal ended, after its checkpoint: «try again» in sysexits.h.
 STOPPED = 75
@@ -96,7 +98,9 @@ class _Loop:
         self.progress = progress
         self.log = log
         self.signalled = signalled
-        self._since = (time.perf_counter(), progress.tokens)
+        self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
+        # Only the first stage knows, which is also the one that counts.
+        self._frozen = set(SENSES) - set(sense_of(run.models).values())
 
     def run(self) -> Outcome:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case."""
@@ -124,15 +128,16 @@ class _Loop:
         clear_gradients(run)
         batches = self._next(run.microbatches)
         sums = run_microbatches(run, batches, train=True)
-        told = [float(bool(self.signalled)), *senses_in(batches)]
+        told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        total, supervised, real, stop, *used = reduce_sums(torch.cat([sums, asked]))
+        total, supervised, real, slots, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
         if not supervised:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = total / supervised, math.nan, False
         run.scheduler.step(1)
         progress.step += 1
         progress.tokens += int(real)
+        self._meter.add(real, slots, flops)
         if math.isfinite(loss):
             idle = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
             norm, changed = update(run, self._largest_norm(), idle)
@@ -145,6 +150,13 @@ class _Loop:
                 f"gradient norm {norm:.4g}); the last checkpoint is as it was"
             )
         return loss, stop > 0
+
+    def _flops(self, batches: Sequence[Batch]) -> float:
+        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica."""
+        groups = self.run_.groups
+        if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
+            return 0.0
+        return training_flops(self.run_.bridge.geometry, batches, self._frozen)
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
         try:
@@ -171,20 +183,21 @@ class _Loop:
         progress.skipped_in_row = 0
 
     def _log(self, loss: float, norm: float, changed: bool, supervised: int) -> None:
+        run = self.run_
+        load = take_load(run.bridge.geometry, run.models, run.device)
         if self.log is None:
             return
-        now, then = (time.perf_counter(), self.progress.tokens), self._since
-        self._since = now
         values: Values = {
             "loss": loss,
-            "lr": self.run_.optimizer.param_groups[0]["lr"],
+            "lr": run.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
-            "tokens_per_s": (now[1] - then[1]) / (now[0] - then[0]),
+            **self._meter.read(),
             "tokens": self.progress.tokens,
             "supervised": supervised,
+            "memory_gb": peak_memory() / 1e9,
         }
-        if torch.cuda.is_available():
-            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if load is not None:
+            values |= load_values(load)
         if not changed:
             values["skipped"] = 1.0
         self.log.write(self.progress.step, values)
@@ -195,13 +208,13 @@ class _Loop:
             raise TrainingError("train.eval_every is set, but there is no evaluation data; set data.eval_path")
         run, progress = self.run_, self.progress
         batches = self.streams.evaluation()
-        sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=run.device)
         for _ in range(self.recipe.train.eval_batches):
             group = list(islice(batches, run.microbatches))
             if len(group) < run.microbatches:
                 break
             sums += run_microbatches(run, group, train=False)
-        total, supervised, _ = reduce_sums(sums)
+        total, supervised, *_ = reduce_sums(sums)
         loss = total / supervised if supervised else math.nan
         if self.log is not None:
             self.log.write(progress.step, {"eval_loss": loss})

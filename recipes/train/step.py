@@ -32,9 +32,9 @@ _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
 def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches.
 
-    Returns this rank's part of [sum of token losses, tokens with a label, real tokens], float64: zeros but on one
-    tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label of all microbatches,
-    data-parallel and context-parallel ranks.
+    Returns this rank's part of [sum of token losses, tokens with a label, real tokens, all tokens], float64: zeros but
+    on one tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label, of all
+    microbatches, data-parallel and context-parallel ranks.
     """
     prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
     lengths = {batch["input_ids"].shape for batch in prepared}
@@ -55,7 +55,7 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
             micro_batch_size=rows,
             forward_only=not train,
         )
-    total = torch.zeros(3, dtype=torch.float64, device=run.device)
+    total = torch.zeros(4, dtype=torch.float64, device=run.device)
     if run.groups.tp.rank() == 0:
         for report in reports:
             total += report["sums"]
@@ -120,7 +120,8 @@ def _forward_step(
         mask = batch.get("attention_mask")
         real = torch.tensor(losses.numel()) if mask is None else take(mask, cp).sum()
         # A copy: the schedule may scale the loss in place.
-        sums = torch.stack([loss.detach().double(), tokens.double(), real.to(tokens.device).double()])
+        counts = (tokens, real, losses.numel())
+        sums = torch.stack([loss.detach().double(), *(torch.as_tensor(c).to(loss.device).double() for c in counts)])
         return loss, tokens.to(torch.int), {"sums": sums}
 
     return losses, total

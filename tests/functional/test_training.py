@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from bridge.errors import BridgeError, ParallelError, TrainingError, UsageError
+from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
 
 from .training_kit import LENGTH, Plain, Trouble, losses, plain_loop, recipe, train_toy
 
 STEPS, LAYOUT_STEPS = 30, 8
+PEAK_TFLOPS = 0.5
 AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5
 # A corpus on which no routing decision of the 30 steps is a tie to float32: see `Plain.margin`.
 SEEDS = {"26b-a4b": 4}
@@ -95,14 +97,26 @@ def test_trains_as_transformers_does(
 ) -> None:
     plain = toys.plain(variant)
     assert plain.margin > 1e-5, "a tie in the router: take another seed"
-    ranks.run(train_toy, toys.recipe(variant, tmp_path), [], world_size=1)
+    ranks.run(train_toy, toys.recipe(variant, tmp_path), [f"log.peak_tflops={PEAK_TFLOPS}"], world_size=1)
     ours = losses(tmp_path)
     assert len(ours) == STEPS and ours[-1] < 0.9 * ours[0]
     record_property("worst", worst(ours, plain.losses))
     assert worst(ours, plain.losses) <= AGAINST_TRANSFORMERS
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert_rates(Geometry.from_folder(toys[variant]), lines)
     assert worst([line["grad_norm"] for line in lines], plain.norms) <= 1e-3
     assert lines[-1]["lr"] == pytest.approx(2e-4) and lines[2]["lr"] == pytest.approx(2e-3)
+
+
+def assert_rates(geometry: Geometry, lines: list[dict[str, float]]) -> None:
+    """What a line says beside loss, rate and norm."""
+    for line in lines:
+        assert line["tflops_per_device"] > 0 and line["memory_gb"] > 0.1 and 0.7 < line["data_efficiency"] < 1
+        assert line["mfu"] == pytest.approx(line["tflops_per_device"] / PEAK_TFLOPS)
+        if geometry.moe is not None:
+            loads = [line[f"expert_load/{expert}"] for expert in range(geometry.moe.num_experts)]
+            assert sum(loads) == pytest.approx(len(loads))
+            assert line["expert_load_min"] <= min(loads) < 1 < max(loads) <= line["expert_load_max"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

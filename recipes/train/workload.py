@@ -1,0 +1,49 @@
+"""What a step has to compute: the FLOPs of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
+from bridge.geometry import Geometry
+from bridge.megatron.loss import IGNORE
+from bridge.megatron.multimodal import SENSES
+from bridge.megatron.visibility import Visibility, mask_rule
+
+
+def training_flops(geometry: Geometry, batches: Sequence[Mapping[str, Tensor]], frozen: Collection[str] = ()) -> float:
+    """FLOPs of forward and backward passes over batches as the data yields them (whole rows of one rank).
+
+    Three times the forward pass, but of senses (`SENSES`) in `frozen` once. The head counts where there is a label.
+    """
+    text, senses = 0, dict.fromkeys(SENSES, 0)
+    for batch in batches:
+        text += _text_flops(geometry, batch)
+        for name in ("image_position_ids", "video_position_ids"):
+            if name in batch:
+                patches = (batch[name] != -1).all(-1).sum(-1).tolist()
+                senses["vision"] += vision_flops(geometry, patches)
+        if "input_features_mask" in batch:
+            senses["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
+    return 3.0 * text + sum((1.0 if sense in frozen else 3.0) * count for sense, count in senses.items())
+
+
+def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor]) -> int:
+    rows = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
+    bounds = batch.get("cu_seqlens")
+    if bounds is not None:  # they count through the rows laid end to end
+        rows = {name: tensor.reshape(1, -1) for name, tensor in rows.items()}
+    visibility = Visibility.of(rows["input_ids"], rows.get("attention_mask"), bounds, rows.get("mm_token_type_ids"))
+    real = visibility.document >= 0
+    total = int(real.sum()) * decoder_flops(geometry)
+    total += int((batch["labels"] != IGNORE).sum()) * head_flops(geometry)
+    pairs: dict[object, int] = {}
+    for layer in geometry.layers:
+        rule = mask_rule(geometry, layer)
+        if rule not in pairs:
+            reach = visibility.reach(rule)
+            pairs[rule] = int((reach.stop - reach.first)[real].sum())
+        total += pairs[rule] * attention_flops(layer)
+    return total
