@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bridge.mapping.table import DECODER, Entry, Table
 from bridge.megatron.layout import check_layout
@@ -181,8 +181,6 @@ def _linear(entry: Entry) -> bool:
 
 def advice(table: Table, plan: Plan, budget: int) -> list[str]:
     """What would bring the estimate within `budget` bytes, the least change first."""
-    from dataclasses import replace
-
     found = []
     tries: Sequence[tuple[str, Plan]] = [
         ("parallel.recompute=full", replace(plan, load=replace(plan.load, recompute="full"))),

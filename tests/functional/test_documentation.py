@@ -1,8 +1,8 @@
 """Every command that README.md and the examples show, run as it stands there, in toy mode.
 
-Toy mode: an empty folder in which `google/gemma-4-…` is a folder with a toy, so that hub ids need no network, and `.venv`
-is the environment that runs the tests. The blocks of a file run in order, in one shell that stops at the first error.
-A block with `<!-- not run: why -->` on the line above it is left out, and its reason printed.
+Toy mode: an empty folder in which `google/gemma-4-…` is a folder with a toy, so that hub ids need no network, and
+`.venv` is the environment that runs the tests. The blocks of a file run in order, in one shell that stops at the first
+error. A block with `<!-- not run: why -->` on the line above it is left out, and its reason printed.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def test_its_commands_run(path: Path, tmp_path: Path) -> None:
             folder.parent.mkdir(exist_ok=True)
             write_toy(found[1].lower(), folder)
     (tmp_path / ".venv").symlink_to(sys.prefix)
+    # Copies, so that nothing is written into the repository; the code is the repository's.
     for name in ("examples", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    # Copies, so that nothing is written into the repository; the code is the repository's.
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),

@@ -22,7 +22,7 @@ from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Plan, estimate, passes_under_way
 from recipes.memory.recipe import geometry_of, report
 from recipes.memory.search import search
-from recipes.slurm.job import Job, read_sweep
+from recipes.slurm.job import Job, read_sweep, seconds
 from recipes.slurm.published import PUBLISHED
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
@@ -33,7 +33,7 @@ JOB = Job(recipe="sft/e4b", output="runs/e4b", nodes=2, ranks=8, gpus=8)
 
 def bash(script: str, folder: Path, **environment: str) -> str:
     """What a job script runs, with srun and scontrol that only say what they were given."""
-    said = f"srun() {{ printf '%s\\n' \"$@\"; return ${{SRUN:-0}}; }}\nscontrol() {{ echo \"scontrol $*\"; }}\n{script}"
+    said = f'srun() {{ printf \'%s\\n\' "$@"; return ${{SRUN:-0}}; }}\nscontrol() {{ echo "scontrol $*"; }}\n{script}'
     known = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", said], cwd=folder, env=known | environment, capture_output=True, text=True)
     return done.stdout + done.stderr + f"exit {done.returncode}"
@@ -80,6 +80,7 @@ def test_whatever_a_user_writes_stays_one_word(tmp_path: Path) -> None:
         {"options": (("partition", "gpu --qos=high"),)},
         {"exports": (("A;B", "1"),)},
         {"nodes": 0},
+        {"options": (("time", "5"),)},
         {"container": "x", "runtime": "docker"},
     ],
 )
@@ -93,6 +94,14 @@ def test_only_a_run_that_saved_on_a_signal_goes_back(tmp_path: Path, code: int, 
     said = bash(JOB.render() + "\n", tmp_path, SRUN=str(code))
     assert ("scontrol requeue 7" in said) == requeued and said.endswith(f"exit {code}")
     assert (f"error: a rank failed (exit code {code})" in said) == (code in (1, 137))
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [("90", 5400), ("1:30", 90), ("08:00:00", 28800), ("1-2", 93600), ("1-2:3:4", 93784), ("UNLIMITED", None)],
+)
+def test_time_limits(limit: str, wanted: float | None) -> None:
+    assert seconds(limit) == wanted
 
 
 def test_a_container_or_an_environment() -> None:
