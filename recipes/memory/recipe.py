@@ -50,7 +50,13 @@ def plan_of(recipe: Recipe, world_size: int) -> Plan:
     length = recipe.train.seq_length
     load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
     return Plan(
-        parallel.layout(), world_size, load, microbatches, moments, recipe.lora.rank, _trained(recipe.model.freeze)
+        parallel.layout(),
+        world_size,
+        load,
+        microbatches,
+        optimizer_bytes=moments,
+        lora_rank=recipe.lora.rank,
+        trained=_trained(recipe.model.freeze),
     )
 
 
