@@ -46,7 +46,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the pipeline rank `pp_rank`. `peaks`: what comes on top at the worst moment, by moment."""
+    """Of the pipeline rank `pp_rank`. `peaks`: what comes on top at the worst moment, by moment. `trained`: elements,
+    adapters included, which `counts` leaves out.
+    """
 
     pp_rank: int
     weights: int
@@ -55,6 +57,7 @@ class Estimate:
     activations: Bytes
     peaks: dict[str, int]
     counts: Counts
+    trained: int
 
     @property
     def persistent(self) -> int:
@@ -98,6 +101,7 @@ def of_rank(table: Table, plan: Plan, pp_rank: int) -> Estimate:
         activations=activations,
         peaks=peaks,
         counts=counts,
+        trained=dense + experts,
     )
 
 

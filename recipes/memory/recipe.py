@@ -112,7 +112,7 @@ def describe(found: Estimate, plan: Plan) -> Iterator[str]:
     )
     yield (
         f"  weights {gb(found.weights)}, gradients {gb(found.gradients)}, optimizer {gb(found.optimizer)}; "
-        f"{found.counts.parameters / 1e9:.3f} B parameters, {found.counts.trained / 1e9:.3f} B trained"
+        f"{found.counts.parameters / 1e9:.3f} B parameters, {found.trained / 1e9:.3f} B trained"
     )
     kinds = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
     yield f"  activations: {kinds}"
