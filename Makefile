@@ -25,6 +25,7 @@ test: lint
 
 docs: .venv/.ready
 	$(BIN)/python -m bridge.mapping.docs > docs/mapping.md
+	$(BIN)/python -m recipes.slurm.published
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info

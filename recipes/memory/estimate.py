@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bridge.mapping.table import DECODER, Entry, Table
 from bridge.megatron.layout import check_layout
@@ -29,9 +29,9 @@ RESERVE = 3 << 30
 class Plan:
     """What is trained, how, over how many ranks.
 
-    `lora_rank`: adapters of that rank on every linear of the decoder, the model frozen; 0: none. `optimizer_bytes` of
-    a trained parameter: 12 (a float32 copy and two moments), 8 where the model is float32 itself, 6 or 10 with the
-    precision-aware optimizer.
+    `lora_rank`: adapters of that rank, the model frozen; 0: none. `lora_targets`: the HF names of what they adapt, by
+    default the projections of attention and of the dense FFN. `optimizer_bytes` of a trained parameter: 12 (a float32
+    copy and two moments), 8 where the model is float32 itself, 6 or 10 with the precision-aware optimizer.
     """
 
     parallel: Parallel
@@ -40,12 +40,15 @@ class Plan:
     microbatches: int = 1
     optimizer_bytes: int = 12
     lora_rank: int = 0
+    lora_targets: frozenset[str] | None = None
     trained: Trained = language_model
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the pipeline rank `pp_rank`. `peaks`: what comes on top at the worst moment, by moment."""
+    """Of the pipeline rank `pp_rank`. `peaks`: what comes on top at the worst moment, by moment. `trained`: elements,
+    adapters included, which `counts` leaves out.
+    """
 
     pp_rank: int
     weights: int
@@ -54,6 +57,7 @@ class Estimate:
     activations: Bytes
     peaks: dict[str, int]
     counts: Counts
+    trained: int
 
     @property
     def persistent(self) -> int:
@@ -97,6 +101,7 @@ def of_rank(table: Table, plan: Plan, pp_rank: int) -> Estimate:
         activations=activations,
         peaks=peaks,
         counts=counts,
+        trained=dense + experts,
     )
 
 
@@ -159,7 +164,7 @@ def passes_under_way(parallel: Parallel, pp_rank: int, microbatches: int) -> flo
 
 
 def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
-    """Elements of A [r, in] and B [out, r] of every HF tensor in the linears of a rank's layers, split as those are."""
+    """Elements of A [r, in] and B [out, r] of every adapted HF tensor of a rank's layers, split as its weight is."""
     ways = {None: 1, "tp": plan.parallel.tp, "ep": plan.parallel.ep, "etp": plan.parallel.etp}
     layers = {index for _, indices in stages_of_rank(table.geometry, plan.parallel, pp_rank) for index in indices}
     dense = experts = 0
@@ -168,6 +173,9 @@ def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
             continue
         *stack, out, into = entry.row.shard
         for source in entry.sources:
+            # Experts have adapters only where they are asked for.
+            if not (source.name in plan.lora_targets if plan.lora_targets is not None else not stack):
+                continue
             number = math.prod(source.shape[:-2]) // math.prod(ways[group] for group in stack)
             size = plan.lora_rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out]) * number
             dense, experts = (dense, experts + size) if stack else (dense + size, experts)
@@ -175,14 +183,12 @@ def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
 
 
 def _linear(entry: Entry) -> bool:
-    """A weight that parallel ranks split: a projection, not a norm, and not the router."""
+    """A weight that parallel ranks split: a projection or the experts, not a norm, and not the router."""
     return entry.row.part is DECODER and len(entry.shape) > 1 and any(entry.row.shard)
 
 
 def advice(table: Table, plan: Plan, budget: int) -> list[str]:
     """What would bring the estimate within `budget` bytes, the least change first."""
-    from dataclasses import replace
-
     found = []
     tries: Sequence[tuple[str, Plan]] = [
         ("parallel.recompute=full", replace(plan, load=replace(plan.load, recompute="full"))),

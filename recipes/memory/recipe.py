@@ -50,7 +50,13 @@ def plan_of(recipe: Recipe, world_size: int) -> Plan:
     length = recipe.train.seq_length
     load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
     return Plan(
-        parallel.layout(), world_size, load, microbatches, moments, recipe.lora.rank, _trained(recipe.model.freeze)
+        parallel.layout(),
+        world_size,
+        load,
+        microbatches,
+        optimizer_bytes=moments,
+        lora_rank=recipe.lora.rank,
+        trained=_trained(recipe.model.freeze),
     )
 
 
@@ -106,7 +112,7 @@ def describe(found: Estimate, plan: Plan) -> Iterator[str]:
     )
     yield (
         f"  weights {gb(found.weights)}, gradients {gb(found.gradients)}, optimizer {gb(found.optimizer)}; "
-        f"{found.counts.parameters / 1e9:.3f} B parameters, {found.counts.trained / 1e9:.3f} B trained"
+        f"{found.counts.parameters / 1e9:.3f} B parameters, {found.trained / 1e9:.3f} B trained"
     )
     kinds = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
     yield f"  activations: {kinds}"

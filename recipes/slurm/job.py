@@ -70,6 +70,12 @@ class Job:
         for name, _ in self.exports:
             if not _VARIABLE.fullmatch(name):
                 raise UsageError(f"--export {name!r}: no name of a variable")
+        limit = seconds(dict(self.options).get("time", "UNLIMITED"))
+        if limit is not None and self.lead + 60 > limit:
+            # Slurm may send the signal a minute early.
+            raise UsageError(
+                f"a signal {self.lead} s before the time limit leaves nothing of {limit:.0f} s; set --signal-lead"
+            )
         if self.runtime not in RUNTIMES:
             raise UsageError(f"container runtime {self.runtime!r}: known are {', '.join(RUNTIMES)}")
         outputs = [point.output for point in self.sweep]
@@ -91,7 +97,7 @@ class Job:
 
     @property
     def log_folder(self) -> str:
-        """Beside the checkpoints, unless said otherwise; a sweep's is that of its first run."""
+        """In the run's folder, unless said otherwise; of a sweep in the one that its runs' are named after."""
         return self.logs or f"{self.output}/slurm"
 
     @property
@@ -149,6 +155,20 @@ class Job:
             words += [word for mount in self.mounts for word in ("--bind", mount)]
             words.append(self.container)
         return shlex.join(words) + " "
+
+
+def seconds(limit: str) -> float | None:
+    """A time limit as sbatch reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for what is none of these."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, *parts = (None if part is None else int(part) for part in match.groups())
+    first, second, third = (part or 0 for part in parts)
+    if days is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    if parts[2] is not None:
+        return (first * 60 + second) * 60 + third
+    return first * 60 + second
 
 
 def read_sweep(lines: Sequence[str]) -> list[tuple[str, ...]]:

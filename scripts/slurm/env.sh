@@ -1,0 +1,1 @@
+../../recipes/slurm/env.sh

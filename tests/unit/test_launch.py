@@ -1,0 +1,179 @@
+"""Job scripts: what is in them, what no user can put into them, and how a plan is found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bridge.cli import app
+from bridge.errors import BridgeError, UsageError
+from bridge.geometry import Geometry
+from bridge.mapping import table_for
+from bridge.megatron.parallel import Parallel
+from bridge.toy.config import VARIANTS, published
+from recipes.config import load_recipe
+from recipes.memory.activations import Load
+from recipes.memory.estimate import RESERVE, Plan, estimate, passes_under_way
+from recipes.memory.recipe import geometry_of, report
+from recipes.memory.search import search
+from recipes.slurm.job import Job, read_sweep, seconds
+from recipes.slurm.published import PUBLISHED
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
+NASTY = "a b'c\"$(touch pwned)`touch pwned`\\;\nd"
+
+JOB = Job(recipe="sft/e4b", output="runs/e4b", nodes=2, ranks=8, gpus=8)
+
+
+def bash(script: str, folder: Path, **environment: str) -> str:
+    """What a job script runs, with srun and scontrol that only say what they were given."""
+    said = f'srun() {{ printf \'%s\\n\' "$@"; return ${{SRUN:-0}}; }}\nscontrol() {{ echo "scontrol $*"; }}\n{script}'
+    known = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", said], cwd=folder, env=known | environment, capture_output=True, text=True)
+    return done.stdout + done.stderr + f"exit {done.returncode}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_scripts_are_what_launch_prints(name: str) -> None:
+    assert (SCRIPTS / name).read_text() == PUBLISHED[name].render(), "run `make docs`"
+
+
+def test_the_shared_environment_is_in_every_script() -> None:
+    shared = (SCRIPTS / "env.sh").read_text().rstrip()
+    assert all(shared in (SCRIPTS / name).read_text() for name in PUBLISHED)
+
+
+def test_whatever_a_user_writes_stays_one_word(tmp_path: Path) -> None:
+    job = replace(
+        JOB,
+        recipe=NASTY,
+        name="job",
+        output=f"runs/{NASTY}",
+        logs="logs",
+        overrides=(f"model.hf={NASTY}", "train.steps=3"),
+        exports=(("TOKEN", NASTY),),
+        program=(NASTY,),
+        container=f"image{NASTY}",
+        mounts=(f"/a{NASTY}:/b",),
+        command_line=("gemma4-bridge", "launch", NASTY),
+        notes=(NASTY,),
+    )
+    said = bash(job.render() + "\n", tmp_path)
+    words = [NASTY, "train", NASTY, f"model.hf={NASTY}", "train.steps=3"]
+    assert "\n".join([f"--container-image=image{NASTY}", f"--container-mounts=/a{NASTY}:/b", *words]) in said
+    assert not list(tmp_path.iterdir()), "something of it was run"
+    directives = [line for line in job.render().splitlines() if line.startswith("#SBATCH")]
+    assert not any("touch" in line for line in directives)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "a b"},
+        {"logs": "a\n#SBATCH --account=other"},
+        {"options": (("partition", "gpu --qos=high"),)},
+        {"exports": (("A;B", "1"),)},
+        {"nodes": 0},
+        {"options": (("time", "5"),)},
+        {"container": "x", "runtime": "docker"},
+    ],
+)
+def test_what_cannot_be_quoted_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        replace(JOB, **wrong)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False), (137, False)])
+def test_only_a_run_that_saved_on_a_signal_goes_back(tmp_path: Path, code: int, requeued: bool) -> None:
+    said = bash(JOB.render() + "\n", tmp_path, SRUN=str(code))
+    assert ("scontrol requeue 7" in said) == requeued and said.endswith(f"exit {code}")
+    assert (f"error: a rank failed (exit code {code})" in said) == (code in (1, 137))
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [("90", 5400), ("1:30", 90), ("08:00:00", 28800), ("1-2", 93600), ("1-2:3:4", 93784), ("UNLIMITED", None)],
+)
+def test_time_limits(limit: str, wanted: float | None) -> None:
+    assert seconds(limit) == wanted
+
+
+def test_a_container_or_an_environment() -> None:
+    plain, pyxis = JOB.render(), replace(JOB, container="nvcr.io#x", mounts=("/data:/data",)).render()
+    apptainer = replace(JOB, container="x.sif", runtime="apptainer", mounts=("/data:/data",)).render()
+    assert "container" not in plain and "--label \\\n    gemma4-bridge train" in plain
+    assert "--container-image=nvcr.io#x --container-mounts=/data:/data \\\n" in pyxis.replace("'", "")
+    assert "apptainer exec --nv --bind /data:/data x.sif \\\n" in apptainer
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# two rates\noptimizer.lr=1e-3\noptimizer.lr=4e-3 output=runs/high\n")
+    arguments = ["launch", "sft/smoke", "--nodes", "1", "--gpus-per-node", "0", "--venv", str(tmp_path)]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gemma4-bridge").touch()
+    common = ["--sweep", str(sweep), "model.hf=toy", "data.path=d.jsonl", "output=runs/rate"]
+    done = CliRunner().invoke(app, [*arguments, *common])
+    assert "#SBATCH --array=0-1\n" in done.stdout and "%x-%A_%a.log" in done.stdout
+    for task, words in (("0", "optimizer.lr=1e-3\noutput=runs/rate-0"), ("1", "optimizer.lr=4e-3\noutput=runs/high")):
+        said = bash(done.stdout, tmp_path, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_JOB_ID="6")
+        assert f"output=runs/rate\n{words}\n" in said
+    sweep.write_text("output=same\noutput=same\n")
+    refused = CliRunner().invoke(app, [*arguments, *common])
+    assert isinstance(refused.exception, UsageError) and "two runs in same" in str(refused.exception)
+    with pytest.raises(UsageError, match="line 2"):
+        read_sweep(["a=1", "b='"])
+
+
+@pytest.mark.parametrize(("variant", "billions"), zip(VARIANTS, (5.104, 7.941, 11.960, 25.806, 31.273), strict=True))
+def test_the_published_sizes(variant: str, billions: float) -> None:
+    """One rank holds every parameter, each once."""
+    table = table_for(Geometry.from_dict(published(variant)))
+    found = estimate(table, Plan(Parallel(), 1, Load(1, 1024)))
+    assert found.counts.parameters == pytest.approx(billions * 1e9, abs=1e6)
+    assert found.weights == 2 * (found.counts.parameters + found.counts.buffers)
+    assert (found.gradients, found.optimizer) == (4 * found.counts.trained, 12 * found.counts.trained)
+
+
+def test_the_pipeline_holds_more_microbatches_in_front() -> None:
+    one, two = Parallel(pp=4), Parallel(pp=4, vpp=2)
+    assert [passes_under_way(one, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
+    assert passes_under_way(one, 0, 2) == 2
+    # Of two chunks, each half of the layers.
+    assert [passes_under_way(two, rank, 16) for rank in range(4)] == [5.5, 4.5, 3.5, 2.5]
+
+
+def test_proposals_fit_and_the_best_is_first() -> None:
+    table = table_for(geometry_of("google/gemma-4-26B-A4B-it"))
+    found = search(table, Plan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
+    assert found and all(one.estimate.total + RESERVE <= 80e9 for one in found)
+    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    assert all(16 % one.plan.parallel.world_size == 0 for one in found)
+    assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
+
+
+def test_a_recipe_that_does_not_fit_says_what_would() -> None:
+    recipe = load_recipe("sft/12b", ["data.path=x", "parallel.tp=1", "parallel.sequence_parallel=false"])
+    lines, fits = report(recipe, 8, 80)
+    assert not fits and "GB too much" in " ".join(lines) and "would fit: parallel." in lines[-1]
+    assert report(load_recipe("sft/12b", ["data.path=x"]), 8, 80)[1]
+
+
+def test_launch_refuses_what_does_not_fit() -> None:
+    arguments = ["launch", "sft/31b", "--nodes", "1", "--gpus-per-node", "8", "--gpu-memory", "40", "data.path=x"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, BridgeError) and "does not fit into 40 GB" in str(done.exception)
+
+
+def test_plan_as_json() -> None:
+    done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "8", "--gpu-memory", "80", "-n", "2", "--json", "-"])
+    proposals = json.loads(done.stdout)["proposals"]
+    assert len(proposals) == 2 and all(row["gb"] <= 80 for row in proposals)
+    with pytest.raises(UsageError, match="neither a folder"):
+        geometry_of("meta/llama")
