@@ -80,6 +80,6 @@ def test_its_commands_run(path: Path, tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, f"{shown(path)}:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
