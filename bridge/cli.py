@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from bridge.cli_adapter import adapter
+from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
 from bridge.errors import BridgeError
 
 app = typer.Typer(
@@ -25,19 +25,7 @@ app = typer.Typer(
 )
 _data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(_data, name="data")
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-# Where nobody sees a terminal's edge, tables keep their width.
-_out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target, once all is written.")]
-WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
-
-
-def _epilog(example: str) -> str:
-    return f"Example: `gemma4-bridge {example}`"
+app.add_typer(adapter, name="adapter")
 
 
 @app.callback()
@@ -45,7 +33,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
     """--debug is taken off the arguments by `main`, wherever it stands; this declares it for --help."""
 
 
-@app.command(epilog=_epilog("toy 26b-a4b /tmp/toy-26b --dtype float32"))
+@app.command(epilog=epilog("toy 26b-a4b /tmp/toy-26b --dtype float32"))
 def toy(
     variant: Annotated[str, typer.Argument(help="e2b, e4b, 12b, 26b-a4b or 31b")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
@@ -61,7 +49,7 @@ def toy(
     from bridge.progress import shown_progress
     from bridge.toy import write_toy
 
-    with shown_progress(_err, f"toy {variant}") as progress:
+    with shown_progress(err, f"toy {variant}") as progress:
         write_toy(
             variant,
             folder,
@@ -74,10 +62,10 @@ def toy(
             overwrite=overwrite,
             progress=lambda done, total: progress(done, total, variant),
         )
-    _out.print(f"wrote {folder}")
+    out.print(f"wrote {folder}")
 
 
-@app.command(epilog=_epilog("inspect google/gemma-4-E2B-it"))
+@app.command(epilog=epilog("inspect google/gemma-4-E2B-it"))
 def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="An HF folder or hub id, or a Megatron checkpoint.")],
     json_file: JsonOption = None,
@@ -87,19 +75,19 @@ def inspect(
     from bridge.inspection import inspect_folder, short_range
 
     result = inspect_folder(resolve(folder))
-    if _wrote_json(json_file, result.to_json()):
+    if wrote_json(json_file, result.to_json()):
         return
     g = result.geometry
-    _out.print(f"{result.path}: {g.architecture}, {result.format}, {result.files} file(s)")
-    _out.print(
+    out.print(f"{result.path}: {g.architecture}, {result.format}, {result.files} file(s)")
+    out.print(
         f"{result.parameters / 1e9:.3f} B parameters in {result.tensors} tensors, {result.bytes / 1e9:.2f} GB "
         f"({', '.join(f'{n} {d}' for d, n in result.dtypes.items())}); hidden {g.hidden_size}, vocabulary "
         f"{g.vocab_size}, head {'tied' if g.tied else 'untied'}, softcap {g.logit_softcap}"
     )
     if g.moe is not None:
-        _out.print(f"experts: {g.moe.num_experts} of width {g.moe.ffn_hidden_size}, top {g.moe.topk}, in every layer")
+        out.print(f"experts: {g.moe.num_experts} of width {g.moe.ffn_hidden_size}, top {g.moe.topk}, in every layer")
     if g.ple is not None:
-        _out.print(f"per-layer embeddings: {g.num_layers} layers of {g.ple.dim}")
+        out.print(f"per-layer embeddings: {g.num_layers} layers of {g.ple.dim}")
     table = Table()
     for heading in ("layers", "kind", "head dim", "heads", "groups", "window", "FFN", "K/V"):
         table.add_column(heading)
@@ -116,11 +104,11 @@ def inspect(
             str(e.ffn_hidden_size),
             kv,
         )
-    _out.print(table)
-    _out.print(f"tables: {result.mapped} tensors mapped, {result.carried} carried beside, none unaccounted for")
+    out.print(table)
+    out.print(f"tables: {result.mapped} tensors mapped, {result.carried} carried beside, none unaccounted for")
 
 
-@app.command("import", epilog=_epilog("import google/gemma-4-26B-A4B-it ckpt/26b-megatron"))
+@app.command("import", epilog=epilog("import google/gemma-4-26B-A4B-it ckpt/26b-megatron"))
 def import_command(
     hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder or hub id.")],
     megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="The checkpoint to write.")],
@@ -135,7 +123,7 @@ def import_command(
     from bridge.hf.hub import resolve
     from bridge.progress import shown_progress
 
-    with shown_progress(_err, "import") as progress:
+    with shown_progress(err, "import") as progress:
         done = import_hf(
             resolve(hf_dir),
             megatron_dir,
@@ -144,12 +132,12 @@ def import_command(
             overwrite=overwrite,
             workers=workers,
             progress=progress,
-            notify=_err.print,
+            notify=err.print,
         )
-    _report(done, "imported", json_file)
+    report(done, "imported", json_file)
 
 
-@app.command("export", epilog=_epilog("export ckpt/26b-megatron out/gemma-4-26b --max-shard-size 5GB"))
+@app.command("export", epilog=epilog("export ckpt/26b-megatron out/gemma-4-26b --max-shard-size 5GB"))
 def export_command(
     megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="An imported checkpoint, or a run.")],
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The Hugging Face folder to write.")],
@@ -167,7 +155,7 @@ def export_command(
     from bridge.progress import shown_progress
 
     size = parse_size(max_shard_size)
-    with shown_progress(_err, "export") as progress:
+    with shown_progress(err, "export") as progress:
         done = export_hf(
             megatron_dir,
             hf_dir,
@@ -176,12 +164,12 @@ def export_command(
             check_files=check_files,
             workers=workers,
             progress=progress,
-            notify=_err.print,
+            notify=err.print,
         )
-    _report(done, "exported", json_file)
+    report(done, "exported", json_file)
 
 
-@app.command(epilog=_epilog("verify /tmp/toy-26b --tp 2 --sequence-parallel --check logits,gradients"))
+@app.command(epilog=epilog("verify /tmp/toy-26b --tp 2 --sequence-parallel --check logits,gradients"))
 def verify(
     hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder or hub id.")],
     megatron: Annotated[Path | None, typer.Option(help="Its Megatron checkpoint; imported afresh if absent.")] = None,
@@ -206,7 +194,7 @@ def verify(
     from bridge.verify.run import verify as run
 
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
-    with shown_progress(_err, "round trip") as progress:
+    with shown_progress(err, "round trip") as progress:
         checks = run(
             resolve(hf_dir),
             megatron_dir=megatron,
@@ -218,13 +206,13 @@ def verify(
             progress=progress,
         )
     result = to_json(checks)
-    if not _wrote_json(json_file, result) or json_file != "-":
-        print_checks(checks, _out)
+    if not wrote_json(json_file, result) or json_file != "-":
+        print_checks(checks, out)
     if not result["passed"]:
         raise typer.Exit(1)
 
 
-@app.command(epilog=_epilog("train sft/e4b data.path=chats.jsonl output=runs/first train.steps=200"))
+@app.command(epilog=epilog("train sft/e4b data.path=chats.jsonl output=runs/first train.steps=200"))
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name under recipes/configs, or a YAML file.")],
     overrides: Annotated[
@@ -243,7 +231,7 @@ def train(
         raise typer.Exit(code)
 
 
-@_data.command("show", epilog=_epilog("data show --data chats.jsonl --model google/gemma-4-E2B-it -n 5"))
+@_data.command("show", epilog=epilog("data show --data chats.jsonl --model google/gemma-4-E2B-it -n 5"))
 def data_show(
     data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset's name; repeatable.")],
     model: Annotated[str, typer.Option(help="An HF folder or hub id: tokenizer, processor, chat template.")],
@@ -277,36 +265,9 @@ def data_show(
         chat_template=chat_template,
         cache=cache,
     )
-    corpus = open_corpus(options, model, progress=lambda read: _err.print(f"{read} records"))
-    if not _wrote_json(json_file, corpus.statistics.to_json() | {"packing": packing_figures(corpus)}):
-        show(corpus, count, _out)
-
-
-def _report(done: Any, verb: str, json_file: str | None) -> None:
-    result = {
-        "target": str(done.target),
-        "tensors": done.tensors,
-        "bytes": done.bytes_total,
-        "bytes_resumed": done.bytes_resumed,
-    }
-    if _wrote_json(json_file, result):
-        return
-    resumed = f", {done.bytes_resumed / 1e9:.2f} GB of them from an earlier run" if done.bytes_resumed else ""
-    _out.print(f"{verb} {done.tensors} tensors, {done.bytes_total / 1e9:.3f} GB{resumed}: {done.target}")
-
-
-def _wrote_json(target: str | None, result: dict[str, Any]) -> bool:
-    if target is None:
-        return False
-    text = json.dumps(result, indent=1)
-    if target == "-":
-        print(text)
-    else:
-        try:
-            Path(target).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BridgeError(f"{target}: cannot be written ({error.strerror})") from None
-    return True
+    corpus = open_corpus(options, model, progress=lambda read: err.print(f"{read} records"))
+    if not wrote_json(json_file, corpus.statistics.to_json() | {"packing": packing_figures(corpus)}):
+        show(corpus, count, out)
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -325,19 +286,19 @@ def main() -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        _err.print("interrupted: the target is as it was before")
+        err.print("interrupted: the target is as it was before")
         sys.exit(130)
     except BridgeError as error:
         if debug:
             raise
-        _err.print(f"error: {_one_line(error)}", markup=False, style="red")
+        err.print(f"error: {_one_line(error)}", markup=False, style="red")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:
         if debug:
             raise
-        _err.print(
+        err.print(
             f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)",
             markup=False,
         )

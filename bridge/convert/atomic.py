@@ -29,6 +29,7 @@ _VERSION = 1
 # A folder that --overwrite may replace has one of these (or nothing); any other was not made by a conversion.
 _MARKS = (
     "config.json",
+    "adapter_config.json",
     "latest_checkpointed_iteration.txt",
     "metadata.json",
     ".metadata",
@@ -139,7 +140,7 @@ def staged(
     path = Path.cwd() / target
     _check_target(path, overwrite)
     if source_folder is not None:
-        _check_apart(path, source_folder)
+        check_apart(path, source_folder)
     fingerprint = source_fingerprint(plan, sources)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,8 @@ def _check_target(path: Path, overwrite: bool) -> None:
         )
 
 
-def _check_apart(target: Path, source: Path) -> None:
+def check_apart(target: Path, source: Path) -> None:
+    """Raise UsageError where a target is a source, or one lies inside the other."""
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs:
         raise UsageError(f"{shown(target)}: is the source itself")

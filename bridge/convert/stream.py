@@ -26,6 +26,8 @@ from bridge.hf.tensors import (
     RowReader,
     TensorSpec,
     Unit,
+    as_bytes,
+    check_rows,
     num_rows,
     row_elements,
     shown,
@@ -413,6 +415,23 @@ class _Source:
             view = scratch.view((high - low) * source_step)
             self.reader.read_rows(name, first + low, first + high, view)
             convert(view, source.dtype, out[low * step : high * step], self.tensor.dtype)
+
+
+class PlannedReader:
+    """The tensors of a plan, read by rows as `copy` would write them. As thread-safe as the reader it reads from.
+
+    Raises MappingError where the plan does not fit the tensors.
+    """
+
+    def __init__(self, tensors: Iterable[CopyTensor], reader: RowReader) -> None:
+        self._sources = {tensor.name: _Source(tensor, reader) for tensor in tensors}
+        self.tensors = {name: source.tensor.spec for name, source in self._sources.items()}
+
+    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
+        """See `RowReader`."""
+        view = as_bytes(out)
+        check_rows(name, self.tensors[name], start, stop, len(view))
+        self._sources[name].fill(start, stop, view, _Scratch())
 
 
 def _difference(

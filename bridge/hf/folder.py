@@ -37,7 +37,7 @@ _MAX_DIMENSIONS = 16
 _MAX_BYTES = 2**62
 # Other formats of the same weights: neither read nor copied along.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class HfFolder:
     `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
     relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
     stray shard). `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the
-    first weight file. `files`: the weight files.
+    first weight file. `files`: the weight files. `single`: what the weight file is called where there is one only.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, single: str = SINGLE_FILE) -> None:
         self.path = Path(path)
+        self._single = single
         self.tensors: dict[str, TensorInfo] = {}
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
@@ -80,18 +81,19 @@ class HfFolder:
             raise
 
     def _open_weights(self) -> None:
-        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        single, index = self.path / self._single, self.path / INDEX_FILE
         if os.path.lexists(single) and os.path.lexists(index):
-            raise CheckpointError(f"{shown(self.path)}: has both {SINGLE_FILE} and {INDEX_FILE}; remove the wrong one")
+            raise CheckpointError(f"{shown(self.path)}: has both {single.name} and {INDEX_FILE}; remove the wrong one")
         if os.path.lexists(single):
-            self._open_file(inside(self.path, SINGLE_FILE), None)
+            self._open_file(inside(self.path, single.name), None)
             return
         if not os.path.lexists(index):
-            if any((self.path / name).exists() for name in _PICKLES):
-                raise CheckpointError(
-                    f"{shown(self.path)}: has only pytorch_model.bin, a pickle, which is not read; convert it first"
-                )
-            raise CheckpointError(f"{shown(self.path)}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+            for name in _PICKLES:
+                if (self.path / name).exists():
+                    raise CheckpointError(
+                        f"{shown(self.path)}: has only {name}, a pickle, which is not read; convert it first"
+                    )
+            raise CheckpointError(f"{shown(self.path)}: has neither {single.name} nor {INDEX_FILE}")
         weight_map, self.index_metadata = _read_index(inside(self.path, INDEX_FILE))
         by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():

@@ -12,8 +12,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 
 
-def resolve(name: str) -> Path:
-    """The local folder of `name`; a hub id is downloaded to its cache first. Raises CheckpointError, UsageError."""
+def resolve(name: str, *, config_only: bool = False) -> Path:
+    """The local folder of `name`; a hub id is downloaded to its cache first, without weights if `config_only`.
+
+    Raises CheckpointError, UsageError.
+    """
     path = Path(name)
     if path.is_dir():
         return path
@@ -24,7 +27,7 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=["config.json"] if config_only else _PATTERNS))
     except Exception as error:
         # The hub's own errors are many; what they have in common is that the model could not be had.
         line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -144,7 +144,8 @@ class HfWriter(UnitFiles):
 
     Shards are cut as transformers cuts them: tensors in the given order, a new shard where the next tensor would pass
     `max_shard_size` bytes. Within a shard the wider dtypes come first, so that every tensor is aligned to its dtype.
-    Nothing is written before the first `write_rows`, and a file that exists is written over in place.
+    Nothing is written before the first `write_rows`, and a file that exists is written over in place. `single` is the
+    name of the file where there are no shards.
     """
 
     def __init__(
@@ -153,8 +154,11 @@ class HfWriter(UnitFiles):
         tensors: Sequence[TensorSpec],
         max_shard_size: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
+        *,
+        single: str = SINGLE_FILE,
     ) -> None:
         super().__init__(folder)
+        self._single = single
         self.specs = check_specs(tensors, shown(self.folder))
         if not self.specs:
             raise CheckpointError(f"{shown(self.folder)}: no tensors to write")
@@ -174,7 +178,7 @@ class HfWriter(UnitFiles):
             shards[-1].append(spec)
             filled += spec.nbytes
         for number, shard in enumerate(shards, 1):
-            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = self._single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shard.sort(key=lambda spec: -ITEM_SIZES[spec.dtype])
             header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
             offset = 0

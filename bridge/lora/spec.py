@@ -20,10 +20,11 @@ class LoraSpec:
     """What a run adapts.
 
     `targets`: one string is a regular expression for whole module names, or `all-linear`; a tuple holds endings of
-    names (`q_proj`, `mlp.down_proj`), of modules or of expert parameters (`experts.gate_up_proj`), and may hold
-    `all-linear`. `parameters`: endings of the names of expert parameters, as PEFT's `target_parameters`. `exclude`: as
-    `targets`, taken away from them. Names are those of transformers' modules. `rank_pattern` and `alpha_pattern`:
-    regular expressions for the ends of names, the first that matches counts. `modules_to_save` are trained whole.
+    module names (`q_proj`, `mlp.down_proj`), and may hold `all-linear` and endings that no module has but an expert
+    parameter (`experts.gate_up_proj`). `parameters`: endings of the names of expert parameters, as PEFT's
+    `target_parameters`. `exclude`: as `targets`, taken away from them. Names are those of transformers' modules.
+    `rank_pattern` and `alpha_pattern`: regular expressions for the ends of names, the first that matches counts.
+    `modules_to_save` are trained whole.
     """
 
     rank: int

@@ -44,7 +44,7 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
     for name, wanted in _matches(spec.parameters, "parameters", [], parameters):
         chosen[name] = wanted
     linears = [name for name, c in modules.items() if c.kind == "linear" and not c.head]
-    for name, wanted in _matches(spec.targets, "targets", linears, {**everything, **parameters}):
+    for name, wanted in _matches(spec.targets, "targets", linears, everything, parameters):
         # A parameter is not a module: exclude and modules_to_save keep adapters off modules only.
         if name in parameters or not _kept_off(spec, name):
             chosen[name] = wanted
@@ -86,6 +86,13 @@ def resolve_saved(spec: LoraSpec, table: Table) -> tuple[HfTensor, ...]:
     return tuple(t for t in tensors if t.name in names)
 
 
+def named_parameters(spec: LoraSpec, table: Table) -> tuple[str, ...]:
+    """Those of `spec.targets` that mean expert parameters: endings that no module has."""
+    modules = _by_ending(_module_names(table))
+    listed = () if isinstance(spec.targets, str) else spec.targets
+    return tuple(item for item in listed if item.lower() != ALL_LINEAR and item not in modules)
+
+
 def module_name(table: Table, hf_name: str) -> str:
     """Disk name of a weight -> the path of its module in transformers' memory, as PEFT spells it.
 
@@ -123,24 +130,34 @@ def _above(module: str) -> Iterator[str]:
 
 
 def _matches(
-    wanted: str | tuple[str, ...], field: str, linears: Iterable[str], names: Mapping[str, object]
+    wanted: str | tuple[str, ...],
+    field: str,
+    linears: Iterable[str],
+    names: Iterable[str],
+    parameters: Iterable[str] = (),
 ) -> Iterator[tuple[str, str]]:
-    """(name, the target that matches it). `names` are those of modules, and of parameters where they may be meant."""
+    """(name, the target that matches it), among `names`; an ending that is in none of them may mean `parameters`."""
     if isinstance(wanted, str) and wanted.lower() != ALL_LINEAR:
         hit = [name for name in names if re.fullmatch(wanted, name)]
         if not hit:
             raise UsageError(f"lora: {field}: the regular expression {wanted!r} matches nothing in this model")
         yield from ((name, wanted) for name in hit)
         return
-    by_ending: dict[str, list[str]] = {}
+    by_ending, fallback = _by_ending(names), _by_ending(parameters)
+    for item in (wanted,) if isinstance(wanted, str) else wanted:
+        hit = list(linears) if item.lower() == ALL_LINEAR else by_ending.get(item) or fallback.get(item, [])
+        if not hit:
+            close = _close(item, [*by_ending, *fallback])
+            raise UsageError(f"lora: {field}: {item!r} matches nothing in this model{close}")
+        yield from ((name, item) for name in hit)
+
+
+def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for name in names:
         for ending in endings(name):
-            by_ending.setdefault(ending, []).append(name)
-    for item in (wanted,) if isinstance(wanted, str) else wanted:
-        hit = list(linears) if item.lower() == ALL_LINEAR else by_ending.get(item, [])
-        if not hit:
-            raise UsageError(f"lora: {field}: {item!r} matches nothing in this model{_close(item, by_ending)}")
-        yield from ((name, item) for name in hit)
+            found.setdefault(ending, []).append(name)
+    return found
 
 
 def _kept_off(spec: LoraSpec, module: str) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megatron
 from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
+from bridge.lora.checkpoint import AdapterFolder
+from bridge.lora.inject import attach, fill
 from bridge.mapping import table_for
 from bridge.megatron.context_parallel import gather, take
 from bridge.megatron.parallel import initialize
@@ -47,6 +49,10 @@ def run_parity(task: ParityTask) -> list[Check]:
     else:
         with HfFolder(task.checkpoint) as folder:
             load_from_hf(model, table, folder)
+    if task.adapter is not None:
+        adapter = AdapterFolder.open(task.adapter)
+        attach(model, adapter.table)
+        fill(model, adapter.table, adapter.values())
 
     wrapped: list[torch.nn.Module] = list(model)
     config = provider.config

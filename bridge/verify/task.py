@@ -23,6 +23,7 @@ class ParityTask:
     """One comparison. `checkpoint` is an HF folder, or the weights folder of a Megatron checkpoint (`megatron`).
 
     `references` are files of `compute_reference`, "dtype" the one in the dtype of the run; with bf16, "float32" beside.
+    `adapter`: a Megatron adapter that the model gets (then without gradients); the reference has it too.
     `packed`: the rows of a micro batch are documents of one row; the reference has them one by one all the same.
     """
 
@@ -43,6 +44,7 @@ class ParityTask:
     note: str = ""
     packed: bool = False
     attention_backends: dict[str, str] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 def run(task: ParityTask) -> list[Check]:

@@ -163,6 +163,11 @@ def test_all_linear_with_experts_and_a_module_to_save() -> None:
     ]
 
 
+def test_an_ending_that_modules_have_does_not_mean_experts() -> None:
+    found = ours(LoraSpec(4, 8, ("down_proj",)), toy_table("26b-a4b", True))
+    assert found == peft_layers(toy_model("26b-a4b", True), r=4, lora_alpha=8, target_modules=["down_proj"])
+
+
 def test_what_layers_lack_is_never_hit() -> None:
     spec = LoraSpec(4, 8, ("k_proj", "v_proj"))
     found = {target.module for target in resolve(spec, toy_table("31b", True))}

@@ -1,0 +1,57 @@
+"""What the modules of the command line share: options, consoles, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bridge.errors import BridgeError
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Where nobody sees a terminal's edge, tables keep their width.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target, once all is written.")]
+WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
+
+
+def epilog(example: str) -> str:
+    """The example under a command's --help."""
+    return f"Example: `gemma4-bridge {example}`"
+
+
+def report(done: Any, verb: str, json_file: str | None) -> None:
+    """What a conversion did, as JSON or as a line."""
+    result = {
+        "target": str(done.target),
+        "tensors": done.tensors,
+        "bytes": done.bytes_total,
+        "bytes_resumed": done.bytes_resumed,
+    }
+    if wrote_json(json_file, result):
+        return
+    resumed = f", {done.bytes_resumed / 1e9:.2f} GB of them from an earlier run" if done.bytes_resumed else ""
+    out.print(f"{verb} {done.tensors} tensors, {done.bytes_total / 1e9:.3f} GB{resumed}: {done.target}")
+
+
+def wrote_json(target: str | None, result: dict[str, Any]) -> bool:
+    """Write a result to a file, or to stdout for `-`; False where none was asked for."""
+    if target is None:
+        return False
+    text = json.dumps(result, indent=1)
+    if target == "-":
+        print(text)
+    else:
+        try:
+            Path(target).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BridgeError(f"{target}: cannot be written ({error.strerror})") from None
+    return True

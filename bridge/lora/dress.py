@@ -1,0 +1,146 @@
+"""How the tensors of an adapter are named and laid out for those who read them: PEFT, vLLM, SGLang.
+
+A *dress* lists, for every target, the stored pieces of its A and B. A piece is a view of the canonical tensor: writing
+takes the view, reading fills it, so that the two cannot disagree. Where two pieces are views of the same elements (one
+A that serves gate and up, K that serves as V), reading holds the second against the first.
+
+- `peft`: what PEFT 0.21 stores and loads. Expert parameters: A [E·r, in], expert by expert; B [out, E·r], rank by rank
+  with the expert running fastest; `experts.base_layer` where another parameter of the module is wrapped around it
+  (`peft.tuners.lora.layer.ParamWrapper`).
+- `vllm`: every expert for itself, `moe.experts.E.{gate,up,down}_proj`, as the weights of a checkpoint that is not fused
+  are named. PEFT's names of stacked experts are dropped without a word for Gemma 4 (vllm-project/vllm #41754, #50252).
+- `sglang`: `experts.{gate_up_proj,down_proj}`, A [E, r, in], B [E, out, r] (sgl-project/sglang #21466).
+
+Both engines compute q, k and v in one matrix and, where V is K, pack K twice: without an adapter for v_proj they would
+serve another V than was trained (vllm-project/vllm #41944). So both dresses hold the k adapter under v_proj as well.
+SGLang does not load a layer that has an adapter of q or k and none of v (sgl-project/sglang #25913): where there is
+none, as in layers that share K/V, its dress has one of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bridge.errors import UsageError
+from bridge.lora.adapter import shape_of
+from bridge.lora.spec import Target
+from bridge.lora.table import PARTS, Part
+from bridge.mapping import Table
+from bridge.mapping.transforms import Shape
+
+PREFIX = "base_model.model."
+FORMATS = ("peft", "vllm", "sglang")
+_GATE_UP, _DOWN = ".gate_up_proj", ".down_proj"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor: `view` takes it out of the canonical tensor of its target, in a shape of as many elements.
+
+    `again` says that its elements are in an earlier piece as well.
+    """
+
+    key: str
+    shape: Shape
+    target: Target
+    part: Part
+    view: Callable[[Tensor], Tensor]
+    again: bool = False
+
+
+def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piece]:
+    """The stored tensors of an adapter in one dress, target after target. Raises UsageError for an unknown dress."""
+    if dress not in FORMATS:
+        raise UsageError(f"format {dress!r}: expected one of {', '.join(FORMATS)}")
+    wrapped = {t.module for t in targets}
+    for target in targets:
+        for part in PARTS:
+            if target.kind == "experts":
+                if dress == "peft":
+                    yield _stacked(target, part, nested=target.module.removesuffix(_GATE_UP) + _DOWN in wrapped)
+                elif dress == "sglang":
+                    yield _plain(target, part)
+                else:
+                    yield from _each_expert(target, part)
+                continue
+            yield _plain(target, part)
+            if dress != "peft":
+                yield from _value(target, part, table, wrapped if dress == "sglang" else None)
+
+
+def check_servable(dress: str, targets: Sequence[Target]) -> None:
+    """Raise UsageError where an engine would serve something else: it knows one scaling, and no embeddings."""
+    if dress == "peft":
+        return
+    first = targets[0]
+    for target in targets:
+        if target.kind == "embedding":
+            raise UsageError(f"{target.module}: {dress} has no adapters of embeddings; merge this adapter instead")
+        if target.scaling != first.scaling:
+            raise UsageError(
+                f"{target.module}: scaled by {target.scaling:g}, {first.module} by {first.scaling:g}; {dress} knows "
+                "one scaling for all, so merge this adapter instead"
+            )
+
+
+def engine_targets(dress: str, targets: Sequence[Target], table: Table) -> list[str]:
+    """The last parts of the names in a dress: what `target_modules` says for an engine, which reads no patterns."""
+    names = (piece.key.rpartition(".lora_")[0] for piece in pieces(dress, targets, table) if piece.part == "A")
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _plain(target: Target, part: Part, module: str | None = None, again: bool = False) -> Piece:
+    kind = f"lora_embedding_{part}" if target.kind == "embedding" else f"lora_{part}.weight"
+    return Piece(
+        f"{PREFIX}{module or target.module}.{kind}", shape_of(target, part), target, part, lambda whole: whole, again
+    )
+
+
+def _stacked(target: Target, part: Part, nested: bool) -> Piece:
+    module = target.module.rpartition(".")[0] + (".base_layer" if nested else "")
+    experts, first, second = shape_of(target, part)
+    key = f"{PREFIX}{module}.lora_{part}.weight"
+    if part == "A":
+        return Piece(key, (experts * first, second), target, part, lambda whole: whole)
+    return Piece(key, (first, second * experts), target, part, lambda whole: whole.permute(1, 2, 0))
+
+
+def _each_expert(target: Target, part: Part) -> Iterator[Piece]:
+    layer, _, name = target.module.rpartition(".experts.")
+    experts, first, second = shape_of(target, part)
+    fused = "." + name == _GATE_UP
+    for expert in range(experts):
+        for index, projection in enumerate(("gate_proj", "up_proj") if fused else ("down_proj",)):
+            rows = slice(index * first // 2, (index + 1) * first // 2) if fused and part == "B" else slice(0, first)
+            yield Piece(
+                f"{PREFIX}{layer}.moe.experts.{expert}.{projection}.lora_{part}.weight",
+                (rows.stop - rows.start, second),
+                target,
+                part,
+                lambda whole, expert=expert, rows=rows: whole[expert, rows],  # type: ignore[misc]
+                again=part == "A" and index > 0,
+            )
+
+
+def _value(target: Target, part: Part, table: Table, filled: set[str] | None) -> Iterator[Piece]:
+    """What stands under v_proj of a layer without one: the adapter of k where K serves as V, or zeros.
+
+    `filled`: the modules that have adapters, where zeros are wanted beside those of q and k.
+    """
+    entry, _ = table.by_hf_name[target.name]
+    attention, _, name = target.module.rpartition(".")
+    layer, q, k, v = entry.layer, *(f"{attention}.{x}_proj" for x in "qkv")
+    if layer is None or name not in ("q_proj", "k_proj"):
+        return
+    if layer.k_eq_v and target.module == k:
+        yield _plain(target, part, v, again=True)
+        return
+    if filled is None or v in filled or (layer.k_eq_v and k in filled):
+        return
+    # Once a layer: beside q, or beside k where q has none.
+    if target.module == q or q not in filled:
+        shape = (target.rank, target.shape[1]) if part == "A" else (layer.kv_size, target.rank)
+        yield Piece(f"{PREFIX}{v}.lora_{part}.weight", shape, target, part, lambda whole: whole.new_zeros(shape), True)

@@ -1,0 +1,175 @@
+"""Base and adapter as one Hugging Face folder: W + scaling · B A in float32, rounded once to the dtype of W.
+
+The copy of an export, with a reader between that adds the adapter to the rows that pass by: memory depends on the chunk
+and on one adapter, and a tensor that is not adapted is copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.convert.atomic import Notify, check_apart, staged
+from bridge.convert.folders import (
+    DEFAULT_SHARD_BYTES,
+    Conversion,
+    copy_assets,
+    listed_assets,
+    open_checkpoint,
+    open_source,
+)
+from bridge.convert.manifest import MegatronFolder, is_megatron_folder
+from bridge.convert.stream import CHUNK_BYTES, CopyTensor, Piece, PlannedReader, Progress, copy, plan_digest
+from bridge.convert.torch_dtypes import TORCH_DTYPES
+from bridge.errors import MappingError
+from bridge.hf.folder import HfFolder
+from bridge.hf.tensors import RowReader, TensorLike, as_bytes, num_rows
+from bridge.hf.writer import HfWriter
+from bridge.lora.adapter import Adapter
+from bridge.lora.spec import Target
+from bridge.mapping import Table, table_for
+
+_FLOATS = ("BF16", "F16", "F32")
+# Adapters kept at hand: the copy's threads may be at the end of one tensor and at the beginning of the next.
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to merge into: its tensors by their Hugging Face names, and the files that go beside them."""
+
+    path: Path
+    table: Table
+    reader: RowReader
+    files: tuple[Path, ...]
+    assets_folder: Path
+    assets: tuple[Path, ...]
+    metadata: Mapping[str, str]
+
+
+def open_base(stack: ExitStack, path: Path) -> Base:
+    """Open a Hugging Face or a Megatron folder. Raises a BridgeError that names what is wrong with it."""
+    if is_megatron_folder(path):
+        checkpoint = MegatronFolder.open(path)
+        reader, tensors, files = open_checkpoint(stack, checkpoint)
+        return Base(
+            checkpoint.path,
+            table_for(checkpoint.geometry),
+            PlannedReader(tensors, reader),
+            tuple(files),
+            checkpoint.hf,
+            tuple(listed_assets(checkpoint.hf)),
+            checkpoint.manifest.file_metadata,
+        )
+    source = open_source(stack, path)
+    folder: HfFolder = source.folder
+    source.table.check_folder({name: info.shape for name, info in folder.tensors.items()}, path)
+    return Base(
+        folder.path, source.table, folder, tuple(folder.files), folder.path, tuple(folder.assets), folder.file_metadata
+    )
+
+
+class MergedReader:
+    """The rows of a base with an adapter added. Thread-safe.
+
+    Raises MappingError: an adapter of a tensor that the base does not have, or has in another shape.
+    """
+
+    def __init__(self, base: RowReader, table: Table, adapter: Adapter) -> None:
+        self.tensors: Mapping[str, TensorLike] = base.tensors
+        self._base, self._adapter = base, adapter
+        self._lock = threading.Lock()
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._targets: dict[str, Target] = {target.name: target for target in adapter.targets}
+        for copied, entry in table.copies.items():
+            # A tied head that is written out is the embedding once more.
+            if copied in base.tensors and entry.sources[0].name in self._targets:
+                self._targets[copied] = self._targets[entry.sources[0].name]
+        for name, target in self._targets.items():
+            found = base.tensors.get(name)
+            if found is None or tuple(found.shape) != target.shape:
+                have = "lacks it" if found is None else f"has {list(found.shape)}"
+                raise MappingError(f"{adapter.path}: adapts {name} {list(target.shape)}; the base {have}")
+            if found.dtype not in _FLOATS:
+                raise MappingError(f"{name}: {found.dtype}, to which no adapter can be added")
+
+    @property
+    def merged(self) -> int:
+        """How many tensors get an adapter."""
+        return len(self._targets)
+
+    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
+        """See `RowReader`."""
+        self._base.read_rows(name, start, stop, out)
+        target = self._targets.get(name)
+        if target is None or stop == start:
+            return
+        weight = torch.frombuffer(as_bytes(out), dtype=TORCH_DTYPES[self.tensors[name].dtype])
+        weight = weight.view(stop - start, *target.shape[1:])
+        a, b = self._of(target)
+        if target.kind == "embedding":
+            delta = (b @ a[:, start:stop]).T
+        else:
+            delta = b[start:stop] @ (a[start:stop] if target.kind == "experts" else a)
+        # As PEFT does it: the product scaled, then added, both in float32.
+        weight.copy_(weight.float() + delta * target.scaling)
+
+    def _of(self, target: Target) -> tuple[Tensor, Tensor]:
+        """A and B in float32."""
+        with self._lock:
+            if target.name not in self._factors:
+                while len(self._factors) >= _KEPT:
+                    del self._factors[next(iter(self._factors))]
+                a, b = self._adapter.value(target, "A"), self._adapter.value(target, "B")
+                self._factors[target.name] = a.float(), b.float()
+            return self._factors[target.name]
+
+
+def merge_adapter(
+    base: Base,
+    adapter: Adapter,
+    hf_dir: str | Path,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+    workers: int = 2,
+) -> Conversion:
+    """Write base and adapter as a Hugging Face folder. Raises a BridgeError; the target is then as it was before."""
+    reader = MergedReader(base.reader, base.table, adapter)
+    check_apart(Path.cwd() / hf_dir, adapter.path)
+    tensors = _same(base.reader)
+    with ExitStack() as stack:
+        stage = stack.enter_context(
+            staged(
+                hf_dir,
+                plan=plan_digest(tensors, "merge", adapter.spec.to_json(), max_shard_size, CHUNK_BYTES),
+                sources=[*base.files, *adapter.files, *(base.assets_folder / asset for asset in base.assets)],
+                source_folder=base.path,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
+                overwrite=overwrite,
+                notify=notify,
+            )
+        )
+        specs = [tensor.spec for tensor in tensors]
+        writer = stack.enter_context(HfWriter(stage.folder, specs, max_shard_size, base.metadata or None))
+        result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
+        writer.finish()
+        copy_assets(base.assets_folder, list(base.assets), stage.folder)
+        return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
+
+
+def _same(reader: RowReader) -> Sequence[CopyTensor]:
+    """The plan that copies every tensor as it is."""
+    return [
+        CopyTensor(name, info.dtype, tuple(info.shape), (Piece(0, name, 0, num_rows(tuple(info.shape))),))
+        for name, info in reader.tensors.items()
+    ]

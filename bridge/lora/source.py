@@ -1,0 +1,121 @@
+"""Opening adapters and their bases: whatever the folder is, an `Adapter` or a `Base` comes out."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from bridge.convert.folders import Conversion
+from bridge.convert.manifest import MegatronFolder, is_megatron_folder
+from bridge.convert.stream import Progress
+from bridge.convert.torch_dtypes import TORCH_DTYPES
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.hf.hub import resolve
+from bridge.hf.tensors import ITEM_SIZES
+from bridge.lora.adapter import Adapter, shape_of
+from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
+from bridge.lora.merge import Base, open_base
+from bridge.lora.peft_folder import CONFIG_FILE, PeftConfig, open_peft
+from bridge.lora.spec import Target
+from bridge.lora.table import PARTS, Part, part_name
+from bridge.mapping import Table, table_for
+from bridge.torch_dist.reader import DistReader
+
+
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter as PEFT writes it, and no Megatron one."""
+    return (Path(path) / CONFIG_FILE).exists() and not is_megatron_folder(path)
+
+
+def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
+    """Open a Megatron adapter: of `adapter import`, or the output of a run, whose latest complete checkpoint it is.
+
+    Raises CheckpointError that names what is missing or damaged.
+    """
+    folder = AdapterFolder.open(path)
+    reader = stack.enter_context(DistReader(folder.checkpoint.weights))
+
+    def dtype(target: Target, part: Part) -> str:
+        entry, _ = folder.table.by_hf_name[part_name(target.name, part)]
+        return reader.tensors[entry.key].dtype
+
+    chunks = {chunk.file for tensor in reader.tensors.values() for chunk in tensor.chunks}
+    files = (folder.checkpoint.path / ADAPTER_FILE, *sorted(chunks))
+    table = table_for(folder.checkpoint.geometry)
+    base = folder.manifest.hf or folder.manifest.megatron
+    targets = tuple(folder.table.targets)
+    spec, where = folder.manifest.spec, folder.checkpoint.path
+    return Adapter(where, table, spec, targets, folder.values(), dtype, files, base)
+
+
+def open_with_table(stack: ExitStack, path: Path, base: str | None) -> Adapter:
+    """Open a PEFT folder for the model at `base` (default: where its config says it is). Reads no weights of it."""
+    return open_peft(stack, path, table_of(base_of(path, base)))
+
+
+def base_of(path: Path, base: str | None) -> str:
+    """Where the base of an adapter is: as given, or as the adapter says. Raises UsageError where neither says it."""
+    if base is None:
+        if is_peft_folder(path):
+            base = PeftConfig.read(path).base
+        else:
+            manifest = AdapterFolder.open(path).manifest
+            base = manifest.hf or manifest.megatron
+    if base is None:
+        raise UsageError(f"{path}: does not say which model it adapts; pass --base")
+    return base
+
+
+def table_of(name: str) -> Table:
+    """The mapping table of a model, from its config alone."""
+    path = resolve(name, config_only=True)
+    geometry = MegatronFolder.open(path).geometry if is_megatron_folder(path) else Geometry.from_folder(path)
+    return table_for(geometry)
+
+
+def open_both(stack: ExitStack, path: Path, base: str | None) -> tuple[Base, Adapter]:
+    """An adapter, PEFT's or Megatron's, and the model that it adapts."""
+    opened = open_base(stack, resolve(base_of(path, base)))
+    adapter = open_peft(stack, path, opened.table) if is_peft_folder(path) else open_megatron(stack, path)
+    return opened, adapter
+
+
+def import_peft(
+    path: Path,
+    target: Path,
+    base: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
+    with ExitStack() as stack:
+        adapter = open_peft(stack, path, table_for(MegatronFolder.open(base).geometry))
+        for each in adapter.targets:
+            if each.kind == "embedding":
+                raise UsageError(f"{path}: adapts the embedding {each.module}, which is not built; merge it instead")
+        dtype = adapter.common_dtype()
+        total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in PARTS)
+        done = 0
+
+        def value(target: Target, part: Part) -> Tensor:
+            nonlocal done
+            done += _nbytes(adapter, target, part)
+            if progress is not None:
+                progress(done, total, target.name)
+            return adapter.value(target, part)
+
+        table = write_adapter(
+            target, base, adapter.spec, value, TORCH_DTYPES[dtype], sources=list(adapter.files), overwrite=overwrite
+        )
+        return Conversion(target, len(table.entries), total, 0)
+
+
+def _nbytes(adapter: Adapter, target: Target, part: Part) -> int:
+    size = ITEM_SIZES[adapter.dtype(target, part)]
+    for length in shape_of(target, part):
+        size *= length
+    return size

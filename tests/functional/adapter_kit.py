@@ -1,0 +1,75 @@
+"""Adapters of toys, as PEFT itself makes and saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save_file
+
+from bridge.geometry import Geometry
+from bridge.verify.reference import LOGITS, load_hf
+from bridge.verify.sample import Sample
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def load_model(folder: Path) -> Any:
+    """The transformers model of a folder, in float32."""
+    return load_hf(folder, Geometry.from_folder(folder), torch.float32).eval()
+
+
+def make_adapter(folder: Path, target: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Save an adapter of the model in `folder` with random A and B; returns the PEFT model."""
+    options = {"r": 4, "lora_alpha": 6, **options}
+    model = peft.get_peft_model(load_model(folder), peft.LoraConfig(**options), autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    if dtype != torch.float32:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(target)
+    return model
+
+
+def peft_logits(folder: Path, adapter: Path, sample: Sample, out: Path) -> Path:
+    """The logits of PEFT with an adapter, as a reference that `bridge.verify` compares with."""
+    model = peft.PeftModel.from_pretrained(load_model(folder), adapter, autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        logits = model(
+            input_ids=sample.input_ids, attention_mask=sample.attention_mask, **sample.features(), use_cache=False
+        ).logits
+    save_file({LOGITS: logits.contiguous()}, out)
+    return out
+
+
+def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
+    """On every rank: the checkpoint of a LoRA run of everything, with values that do not depend on the layout."""
+    from bridge.lora.inject import fill
+    from recipes.config import resolve
+    from recipes.train.checkpoint import Progress, prepare_output, save
+    from recipes.train.optimizer_state import make_states
+    from recipes.train.setup import assemble, start_ranks
+    from tests.functional.lora_kit import moved_values, whole_spec
+
+    spec = whole_spec(Geometry.from_folder(folder), rank_pattern={}, alpha_pattern={})
+    said = {
+        "output": str(output),
+        "model": {"hf": str(folder), "dtype": "float32"},
+        "parallel": parallel,
+        "train": {"steps": 1, "global_batch_size": 2},
+        "lora": {"rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets, "parameters": list(spec.parameters)},
+    }
+    start_ranks()
+    run = assemble(resolve(said), 1, load=True)
+    fill(run.models, run.table, moved_values(seed=3))  # type: ignore[arg-type]
+    run.optimizer.reload_model_params()
+    make_states(run.optimizer)
+    prepare_output(run)
+    save(run, Progress(step=7))

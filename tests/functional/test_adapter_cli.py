@@ -1,0 +1,107 @@
+"""`gemma4-bridge adapter`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from bridge.cli import app
+from bridge.convert.folders import import_hf
+from bridge.errors import BridgeError
+from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
+from tests.functional.conftest import Toy
+
+
+def cli(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["adapter", *map(str, arguments), "--json", "-"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def folders(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf/, megatron/ and peft/: a 26B text toy, the same imported, and an adapter of it with experts."""
+    base = tmp_path_factory.mktemp("cli")
+    (base / "hf").symlink_to(toy("26b-a4b", text_only=True))
+    import_hf(base / "hf", base / "megatron")
+    make_adapter(base / "hf", base / "peft", target_modules=["q_proj", "k_proj"], target_parameters=list(EXPERTS))
+    return base
+
+
+def test_the_whole_way(folders: Path, tmp_path: Path) -> None:
+    """In, out, into both dresses and back, and merged from each side."""
+    done = cli("import", folders / "peft", tmp_path / "adapter", "--base", folders / "megatron")
+    tensors = load_file(folders / "peft" / WEIGHTS_FILE)
+    assert done == {
+        "target": str(tmp_path / "adapter"),
+        # q and k lie in one Megatron tensor, the experts in two.
+        "tensors": 12 * 3 * 2,
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "bytes_resumed": 0,
+    }
+    cli("export", tmp_path / "adapter", tmp_path / "peft", "--base-model", folders / "hf")
+    cli("export", tmp_path / "adapter", tmp_path / "vllm", "--format", "vllm")
+    cli("convert", tmp_path / "vllm", tmp_path / "sglang", "--format", "sglang", "--base", folders / "hf")
+    cli("convert", tmp_path / "sglang", tmp_path / "back", "--base", folders / "megatron")
+    for name in ("peft", "back"):
+        ours = load_file(tmp_path / name / WEIGHTS_FILE)
+        assert ours.keys() == tensors.keys()
+        assert all(torch.equal(ours[key], tensors[key]) for key in tensors)
+    assert json.loads((tmp_path / "peft" / CONFIG_FILE).read_text())["base_model_name_or_path"] == str(folders / "hf")
+
+    # The bases are those that the adapters name.
+    merged = cli("merge", tmp_path / "peft", tmp_path / "one", "--max-shard-size", "1MB")
+    assert merged["tensors"] == len(load_model(folders / "hf").state_dict()) - 1
+    cli("merge", tmp_path / "adapter", tmp_path / "two", "--max-shard-size", "1MB", "--workers", 1)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
+    cases: list[tuple[list[object], str]] = [
+        (["export", folders / "megatron", tmp_path / "out"], "adapter.json: not found"),
+        (["export", folders / "hf", tmp_path / "out"], "holds no complete distributed checkpoint"),
+        (
+            ["import", folders / "hf", tmp_path / "out", "--base", folders / "megatron"],
+            "adapter_config.json: not found",
+        ),
+        (["import", folders / "peft", tmp_path / "out", "--base", folders / "hf"], "holds no complete distributed"),
+        (["convert", folders / "peft", tmp_path / "out", "--format", "gguf"], "format 'gguf': expected one of peft"),
+        (["convert", folders / "peft", folders / "peft", "--format", "vllm"], "exists"),
+        (["merge", folders / "peft", folders / "peft", "--overwrite"], "is the source itself"),
+        (["merge", folders / "peft", folders / "hf", "--overwrite"], "is not a folder|is the source itself"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(BridgeError, match=words):
+            CliRunner().invoke(app, ["adapter", *map(str, arguments)], catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_line_and_exit_code_without_megatron(folders: Path, tmp_path: Path) -> None:
+    """Importing Megatron takes ten seconds, and it warns on the way: handling files needs none of it."""
+    text = (
+        "import sys, atexit, bridge.cli; atexit.register(lambda: print('megatron' in sys.modules)); bridge.cli.main()"
+    )
+    command = [sys.executable, "-c", text, "adapter", "export"]
+    command += [str(folders / "peft"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (1, "False\n")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert str(folders / "peft") in result.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "import", "merge", "convert"])
+def test_help_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, ["adapter", command, "--help"])
+    assert result.exit_code == 0
+    assert f"gemma4-bridge adapter {command}" in result.output.replace("\n", " ")
