@@ -268,7 +268,8 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
             for report in reports:
                 sums += report["sums"]
         loss, tokens = reduce_sums(sums)
-        if step == 0 and groups.dp_cp.size() == groups.expt_dp.size() == 1:
+        replicas = groups.dp_cp.size() * (groups.expt_dp.size() if run.bridge.geometry.moe is not None else 1)
+        if step == 0 and replicas == 1:
             result.gradients = gathered(lambda p: getattr(p, "main_grad", None))
         run.scheduler.step(1)
         norm, changed = update(run, float("inf"))

@@ -143,3 +143,22 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
         path.write_text(json.dumps(said | change))
         with pytest.raises(BridgeError, match=message):
             list(AdapterFolder.open(tmp_path / "good").tensors())
+
+
+def test_scalings_are_not_rounded_to_bf16() -> None:
+    """scaling · B is rounded to bf16 once, as a whole."""
+    from bridge.lora.linear import LinearAdapter, Placement
+
+    weight, scalings = torch.zeros(64, 8, dtype=torch.bfloat16), torch.tensor([16 / 6**0.5, 0.1])
+    rows = torch.arange(64) % 3 - 1
+    adapter = LinearAdapter(weight, 1, rows, scalings.tolist(), Placement(None, None, False), 0.0)
+    b = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad():
+        adapter.lora_A[:, 0] = 1.0
+        adapter.lora_B.copy_(b)
+    x = torch.zeros(1, 8, dtype=torch.bfloat16)
+    x[0, 0] = 1.0
+    expected = torch.where(rows < 0, 0.0, scalings[rows.clamp(min=0)]) * b[:, 0].float()
+    assert torch.equal(adapter(x)[0], expected.to(torch.bfloat16))
+    twice = torch.where(rows < 0, 0.0, scalings.to(torch.bfloat16)[rows.clamp(min=0)]) * b[:, 0].float()
+    assert not torch.equal(twice.to(torch.bfloat16), expected.to(torch.bfloat16))
