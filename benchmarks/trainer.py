@@ -109,8 +109,7 @@ def main() -> None:
         folder = Path(work) / "toy"
         write_toy(said.variant, folder, dtype="float32")
         geometry = Geometry.from_folder(folder)
-        # The runtime that stands in for a GPU comes on with the trainer, and slows what is built after it: so it is
-        # built last, and the plain loop has its first steps behind it.
+        # The runtime that stands in for a GPU comes on with the trainer, and slows the plain loop a little as well.
         loops = {}
         loops["transformers"] = plain(folder, geometry, said.rows, said.length)
         next(loops["transformers"])
