@@ -62,8 +62,7 @@ class ParallelConfig:
     """The layout, and what Megatron does to hide its cost.
 
     `recompute`: none, selective (`recompute_modules`: core_attn, mlp, moe) or full. `overlap`: send gradients while
-    the backward pass runs and fetch parameters while the forward pass does; not with parameters whose use differs
-    between batches (images in some of them only).
+    the backward pass runs and fetch parameters while the forward pass does.
     """
 
     tp: int = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def write_digits(work: Path) -> None:
         question = [{"type": "image", "path": name}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": str(digit)}]
         rows.append(json.dumps({"messages": messages}) + "\n")
+    # In the order of the set, the last ones are of other writers than the rest.
+    random.Random(0).shuffle(rows)
     (work / "train.jsonl").write_text("".join(rows[:-HELD_OUT]), encoding="utf-8")
     (work / "test.jsonl").write_text("".join(rows[-HELD_OUT:]), encoding="utf-8")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bridge.mapping.table import DECODER, Entry, Table
@@ -19,7 +19,7 @@ from recipes.memory.activations import (
     loss_bytes,
     stage_bytes,
 )
-from recipes.memory.parameters import Counts, Trained, count, language_model, stages_of_rank
+from recipes.memory.parameters import Counts, Trained, count, everything, stages_of_rank
 
 # CUDA's context, NCCL's buffers and what the allocator cannot use. An assumption: it has not been measured here.
 RESERVE = 3 << 30
@@ -29,9 +29,10 @@ RESERVE = 3 << 30
 class Plan:
     """What is trained, how, over how many ranks.
 
-    `lora_rank`: adapters of that rank, the model frozen; 0: none. `lora_targets`: the HF names of what they adapt, by
-    default the projections of attention and of the dense FFN. `optimizer_bytes` of a trained parameter: 12 (a float32
-    copy and two moments), 8 where the model is float32 itself, 6 or 10 with the precision-aware optimizer.
+    `lora_rank`: adapters of that rank, the model frozen; 0: none. `lora_targets`: the HF names of what they adapt, each
+    with its rank; by default the projections of attention and of the dense FFN. `optimizer_bytes` of a trained
+    parameter: 12 (a float32 copy and two moments), 8 where the model is float32 itself, 6 or 10 with the
+    precision-aware optimizer.
     """
 
     parallel: Parallel
@@ -40,8 +41,8 @@ class Plan:
     microbatches: int = 1
     optimizer_bytes: int = 12
     lora_rank: int = 0
-    lora_targets: frozenset[str] | None = None
-    trained: Trained = language_model
+    lora_targets: Mapping[str, int] | None = None
+    trained: Trained = everything
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,10 @@ def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
         *stack, out, into = entry.row.shard
         for source in entry.sources:
             # Experts have adapters only where they are asked for.
-            if not (source.name in plan.lora_targets if plan.lora_targets is not None else not stack):
-                continue
+            default = 0 if stack else plan.lora_rank
+            rank = default if plan.lora_targets is None else plan.lora_targets.get(source.name, 0)
             number = math.prod(source.shape[:-2]) // math.prod(ways[group] for group in stack)
-            size = plan.lora_rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out]) * number
+            size = rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out]) * number
             dense, experts = (dense, experts + size) if stack else (dense + size, experts)
     return Counts(dense=dense, experts=experts)
 

@@ -14,9 +14,9 @@ from bridge.megatron.parallel import Parallel
 Trained = Callable[[Entry], bool]
 
 
-def language_model(entry: Entry) -> bool:
-    """What training runs train: everything but towers and projectors."""
-    return entry.row.part is DECODER
+def everything(entry: Entry) -> bool:
+    """What a run trains that freezes nothing: towers and projectors too."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def stages_of_rank(geometry: Geometry, parallel: Parallel, pp_rank: int) -> list
     return [(number, stages[number]) for number in range(pp_rank, len(stages), parallel.pp)]
 
 
-def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = language_model) -> Counts:
+def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = everything) -> Counts:
     """The elements of one pipeline rank, any of its tensor-parallel and expert-parallel ranks (all are alike)."""
     last = parallel.pp * parallel.vpp - 1
     dense = experts = frozen = buffers = largest = 0

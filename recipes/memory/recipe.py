@@ -10,13 +10,13 @@ from pathlib import Path
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.mapping import table_for
+from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
 from bridge.toy.config import VARIANTS, published
 from recipes.config import Recipe, check_recipe
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
-from recipes.memory.parameters import language_model
+from recipes.memory.parameters import everything
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
 
@@ -38,8 +38,8 @@ def geometry_of(model: str) -> Geometry:
     raise UsageError(f"{model}: neither a folder here nor a published model ({', '.join(VARIANTS)})")
 
 
-def plan_of(recipe: Recipe, world_size: int) -> Plan:
-    """What the recipe asks of `world_size` ranks. Raises a BridgeError."""
+def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
+    """What the recipe asks of `world_size` ranks, for the model of `table`. Raises a BridgeError."""
     microbatches = check_recipe(recipe, world_size)
     parallel, optimizer = recipe.parallel, recipe.optimizer
     e = 2 if recipe.model.dtype == "bfloat16" else 4
@@ -49,33 +49,48 @@ def plan_of(recipe: Recipe, world_size: int) -> Plan:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
     load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
+    targets = _adapted(recipe, table)
     return Plan(
         parallel.layout(),
         world_size,
         load,
         microbatches,
         optimizer_bytes=moments,
-        lora_rank=recipe.lora.rank,
+        lora_rank=max(targets.values(), default=0),
+        lora_targets=targets or None,
         trained=_trained(recipe.model.freeze),
     )
 
 
+def _adapted(recipe: Recipe, table: Table) -> dict[str, int]:
+    """The HF names of what the recipe's adapters are of, with their ranks."""
+    if not recipe.lora.rank and recipe.lora.adapter is None:
+        return {}
+    # Torch is needed for that, and by none of the rest.
+    from bridge.lora.targets import resolve
+    from recipes.train.lora import spec_of
+
+    spec = spec_of(recipe.lora)
+    return {} if spec is None else {target.name: target.rank for target in resolve(spec, table)}
+
+
 def _trained(freeze: list[str]) -> Callable[[Entry], bool]:
-    """What is left to train: the language model, less what `model.freeze` names."""
+    """What is left to train: all but what `model.freeze` names."""
     if not freeze:
-        return language_model
+        return everything
     # These patterns live beside what they freeze, in a module that needs torch.
     from recipes.train.setup import FREEZABLE
 
     patterns = [re.compile(FREEZABLE.get(group, group)) for group in freeze]
-    return lambda entry: language_model(entry) and not any(pattern.search(entry.key) for pattern in patterns)
+    return lambda entry: not any(pattern.search(entry.key) for pattern in patterns)
 
 
 def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[list[str], bool]:
     """Lines for people, and whether it fits `gpu_memory` [GB] (True where that is not given)."""
     model = recipe.model.hf or recipe.model.megatron
     assert model is not None
-    table, plan = table_for(geometry_of(model)), plan_of(recipe, world_size)
+    table = table_for(geometry_of(model))
+    plan = plan_of(recipe, world_size, table)
     found = estimate(table, plan)
     lines = list(describe(found, plan))
     if gpu_memory is None:

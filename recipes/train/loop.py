@@ -100,7 +100,8 @@ class _Loop:
         self.signalled = signalled
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
         # Only the first stage knows, which is also the one that counts.
-        self._frozen = set(SENSES) - set(sense_of(run.models).values())
+        self._senses = sense_of(run.models)
+        self._frozen = set(SENSES) - set(self._senses.values())
 
     def run(self) -> Outcome:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case."""
@@ -139,7 +140,8 @@ class _Loop:
         progress.tokens += int(real)
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
-            idle = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
+            unused = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
+            idle = [parameter for parameter, sense in self._senses.items() if sense in unused]
             norm, changed = update(run, self._largest_norm(), idle)
         self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:

@@ -40,13 +40,12 @@ def sense_of(models: Sequence[Gemma4Model]) -> dict[Tensor, str]:
 
 
 @torch.no_grad()
-def leave_out(optimizer: MegatronOptimizer, models: Sequence[Gemma4Model], idle: Collection[str]) -> None:
-    """Take the gradients of the senses `idle` from the optimizer, after `prepare_grads` and before its step."""
-    left_out = [parameter for parameter, sense in sense_of(models).items() if sense in idle]
+def leave_out(optimizer: MegatronOptimizer, idle: Collection[Tensor]) -> None:
+    """Take the gradients of `idle` parameters from the optimizer, after `prepare_grads` and before its step."""
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
-        for parameter in left_out:
+        for parameter in idle:
             # Of the parameters that another rank updates, this one has no piece.
             if parameter in part.model_param_group_index_map:
                 group, place = part.model_param_group_index_map[parameter]

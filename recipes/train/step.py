@@ -42,7 +42,8 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
     if run.provider.parallel.pp > 1 and len(lengths) > 1:
         raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
     for chunk in run.chunks:
-        chunk.train(train)
+        if chunk.training != train:  # it walks all modules
+            chunk.train(train)
     step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0, cp=run.groups.cp)
     iterators = [iter(prepared) for _ in run.chunks]
     with torch.set_grad_enabled(train):
@@ -141,11 +142,12 @@ def clear_gradients(run: Run) -> None:
     run.optimizer.zero_grad()
 
 
-def update(run: Run, largest_norm: float, idle: Collection[str] = ()) -> tuple[float, bool]:
+def update(run: Run, largest_norm: float, idle: Collection[Tensor] = ()) -> tuple[float, bool]:
     """Clip and step; (gradient norm before clipping, whether the weights changed). Alike on every rank.
 
     As Megatron's own `step()`, but an update whose norm is not finite, or above `largest_norm`, is left out: there a
-    NaN would reach the weights. `idle`: senses (see `media.py`) that no rank had anything for in this step.
+    NaN would reach the weights. `idle`: parameters of towers that no rank had media for in this step
+    (see `media.py`).
     """
     optimizer = run.optimizer
     optimizer.prepare_grads()
@@ -161,7 +163,6 @@ def update(run: Run, largest_norm: float, idle: Collection[str] = ()) -> tuple[f
                 total_norm=norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
-    if idle:
-        leave_out(optimizer, run.models, idle)
+    leave_out(optimizer, idle)
     optimizer.step_with_ready_grads()
     return norm, True

@@ -35,13 +35,12 @@ def built(folder: str, parallel: Parallel) -> tuple[int, int, int, int, int]:
     """(pipeline rank, parameters, trained, trained experts, optimizer's elements) of a rank, as built."""
     import torch.distributed as dist
 
-    from bridge.megatron.multimodal import FREEZABLE
     from recipes.config import resolve
     from recipes.train.setup import make_optimizer, wrap
 
     bridge = Gemma4Bridge.from_hf(folder)
     groups = initialize(parallel)
-    provider = bridge.provider(parallel, torch.bfloat16, frozen=FREEZABLE, overrides={"perform_initialization": False})
+    provider = bridge.provider(parallel, torch.bfloat16, overrides={"perform_initialization": False})
     models = provider.build(groups)
     chunks = wrap(provider, models, groups, overlap=False)
     optimizer = make_optimizer(resolve({"output": "x", "train": {"steps": 1}}), chunks, groups)
@@ -142,9 +141,9 @@ def test_the_peak_of_a_training_step(
 ) -> None:
     folder = toy(variant)
     peaks = ranks.run(peak_of_a_step, str(folder), overrides, world_size=world)
-    plan = plan_of(said(str(folder), overrides), world)
-    plan = replace(plan, load=replace(plan.load, on_cpu=True))
     table = Gemma4Bridge.from_hf(folder).table
+    plan = plan_of(said(str(folder), overrides), world, table)
+    plan = replace(plan, load=replace(plan.load, on_cpu=True))
     for rank, measured in enumerate(peaks):
         pp_rank = rank * plan.parallel.pp // world
         estimated = of_rank(table, plan, pp_rank).peak

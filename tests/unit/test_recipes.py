@@ -69,6 +69,25 @@ def test_shipped_layouts_fit_the_real_models(path: Path) -> None:
     check_layout(Geometry.from_dict(config), load_recipe(str(path)).parallel.layout())
 
 
+def test_documented_layouts_for_more_memory() -> None:
+    """The overrides that docs/training.md names fit the recipes, eight ranks and the published models."""
+    import json
+    import re
+
+    import bridge
+    from bridge.geometry import Geometry
+    from bridge.megatron.provider import check_layout
+
+    text = Path(__file__).parents[2].joinpath("docs", "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(sft/[^`]+)` \| `([^`]+=[^`]+)` \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == ["sft/e2b", "sft/e4b", "sft/12b", "sft/26b-a4b", "sft/31b"]
+    for name, overrides in rows:
+        recipe = load_recipe(name, overrides.split())
+        check_recipe(recipe, 8)
+        config = Path(bridge.__file__).parent / "variants" / f"{name.removeprefix('sft/')}.json"
+        check_layout(Geometry.from_dict(json.loads(config.read_text(encoding="utf-8"))), recipe.parallel.layout())
+
+
 def test_the_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
     recipe = resolve(MINIMAL, ["optimizer.lr=3e-4"])
     (tmp_path / "again.yaml").write_text(to_yaml(recipe), encoding="utf-8")
