@@ -158,7 +158,7 @@ class _Loop:
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
-        return training_flops(self.run_.bridge.geometry, batches, self._frozen)
+        return training_flops(self.run_.bridge.geometry, batches, self._frozen, self.run_.lora is not None)
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
         try:

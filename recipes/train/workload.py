@@ -13,37 +13,48 @@ from bridge.megatron.multimodal import SENSES
 from bridge.megatron.visibility import Visibility, mask_rule
 
 
-def training_flops(geometry: Geometry, batches: Sequence[Mapping[str, Tensor]], frozen: Collection[str] = ()) -> float:
+def training_flops(
+    geometry: Geometry,
+    batches: Sequence[Mapping[str, Tensor]],
+    frozen: Collection[str] = (),
+    adapters: bool = False,
+) -> float:
     """FLOPs of forward and backward passes over batches as the data yields them (whole rows of one rank).
 
-    Three times the forward pass, but of senses (`SENSES`) in `frozen` once. The head counts where there is a label.
+    Three times the forward pass, but of senses (`SENSES`) in `frozen` once. With `adapters` the weights are frozen and
+    no gradients of them are needed: twice; attention has no weights. The adapters' own products, about a hundredth, are
+    not counted. The head counts where there is a label.
     """
-    text, senses = 0, dict.fromkeys(SENSES, 0)
+    linears, attention, senses = 0, 0, dict.fromkeys(SENSES, 0)
     for batch in batches:
-        text += _text_flops(geometry, batch)
+        of_linears, of_attention = _text_flops(geometry, batch)
+        linears, attention = linears + of_linears, attention + of_attention
         for name in ("image_position_ids", "video_position_ids"):
             if name in batch:
                 patches = (batch[name] != -1).all(-1).sum(-1).tolist()
                 senses["vision"] += vision_flops(geometry, patches)
         if "input_features_mask" in batch:
             senses["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
-    return 3.0 * text + sum((1.0 if sense in frozen else 3.0) * count for sense, count in senses.items())
+    trained = 2.0 if adapters else 3.0
+    of_senses = sum((1.0 if sense in frozen else trained) * count for sense, count in senses.items())
+    return trained * linears + 3.0 * attention + of_senses
 
 
-def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor]) -> int:
+def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(linears with the head, attention), forward."""
     rows = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
     bounds = batch.get("cu_seqlens")
     if bounds is not None:  # they count through the rows laid end to end
         rows = {name: tensor.reshape(1, -1) for name, tensor in rows.items()}
     visibility = Visibility.of(rows["input_ids"], rows.get("attention_mask"), bounds, rows.get("mm_token_type_ids"))
     real = visibility.document >= 0
-    total = int(real.sum()) * decoder_flops(geometry)
-    total += int((batch["labels"] != IGNORE).sum()) * head_flops(geometry)
+    linears = int(real.sum()) * decoder_flops(geometry) + int((batch["labels"] != IGNORE).sum()) * head_flops(geometry)
+    attention = 0
     pairs: dict[object, int] = {}
     for layer in geometry.layers:
         rule = mask_rule(geometry, layer)
         if rule not in pairs:
             reach = visibility.reach(rule)
             pairs[rule] = int((reach.stop - reach.first)[real].sum())
-        total += pairs[rule] * attention_flops(layer)
-    return total
+        attention += pairs[rule] * attention_flops(layer)
+    return linears, attention

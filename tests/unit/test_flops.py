@@ -114,6 +114,8 @@ def test_windows_documents_and_labels_by_hand() -> None:
         "cu_seqlens": torch.tensor([0, 20, 25, 32]),
     }
     assert training_flops(geometry, [packed, packed]) == 3 * 2 * forward
+    # With adapters no gradients of weights are computed, and attention has none.
+    assert training_flops(geometry, [packed], adapters=True) == 2 * forward + attention
 
 
 def test_an_image_block_sees_itself() -> None:
