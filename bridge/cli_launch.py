@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bridge.cli_kit import JsonOption, wrote_json
 from bridge.errors import UsageError
 
 
@@ -112,9 +112,7 @@ def plan(
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters, not the model.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="With --lora.")] = 16,
     count: Annotated[int, typer.Option("-n", min=1, help="How many proposals.")] = 5,
-    json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Propose layouts that fit, best first, with what each needs of a GPU.
 
@@ -157,11 +155,7 @@ def plan(
             }
             for one in found
         ]
-        text = json.dumps({"model": model, "gpus": gpus, "proposals": rows}, indent=1)
-        if json_file == "-":
-            print(text)
-        else:
-            Path(json_file).write_text(text + "\n", encoding="utf-8")
+        wrote_json(json_file, {"model": model, "gpus": gpus, "proposals": rows})
         return
     shown = Table(title=f"{model} on {gpus} × {gpu_memory:g} GB, GB of a GPU")
     for heading in ("all", "weights", "gradients", "optimizer", "at the peak", "cost", "overrides"):
@@ -170,6 +164,7 @@ def plan(
         of = one.estimate
         figures = (of.total + RESERVE, of.weights, of.gradients, of.optimizer, of.peak)
         shown.add_row(*(f"{size / 1e9:.1f}" for size in figures), f"{one.cost:.2f}", one.overrides())
+    # Wider than other tables: overrides are there to be copied.
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(shown)
 
 

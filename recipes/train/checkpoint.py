@@ -165,7 +165,7 @@ def load(run: Run, folder: Path) -> Progress:
 
     set_state(run.optimizer, loaded["optimizer"], updates)
     if "rng" in loaded:
-        # At another number of ranks they start from the seed: nothing in this model draws random numbers.
+        # At another number of ranks they start from the seed: only the dropout of adapters draws numbers.
         _set_random_states(loaded["rng"])
     run.scheduler.step(progress.step)
     return progress

@@ -23,8 +23,8 @@ STEPS, LAYOUT_STEPS = 30, 8
 PEAK_TFLOPS = 0.5
 AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5
 # A corpus on which no routing decision of the 30 steps is a tie to float32: see `Plain.margin`. Followed with seed 2:
-# in step 1 all choices agree, and router logits to 1e-6 of the largest. Adam's first update turns every gradient,
-# however small, into a step of about the learning rate, and so noise into 3e-5 of the logits of layer 0. In step 2,
+# in step 1 all choices agree, and router logits to 1e-6 of the largest. After the first update logits of layer 0 differ
+# by 3e-5 (Adam's first step has the size of the learning rate whatever the gradient's: that may be why). In step 2,
 # layer 4, one token's last expert leads by 1.6e-5 and another one is chosen: the loss is 1.3e-4 away.
 SEEDS = {"26b-a4b": 4}
 VARIANTS = ("e2b", "e4b", "12b", "26b-a4b", "31b")
