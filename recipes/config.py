@@ -377,6 +377,18 @@ def _check_lora(recipe: Recipe) -> None:
         raise UsageError("export.hf: a LoRA run holds adapters only; use `adapter merge` or `adapter export`")
 
 
+def check_startable(recipe: Recipe, world_size: int) -> None:
+    """`check_recipe`, and that there is data. Raises a BridgeError."""
+    check_recipe(recipe, world_size)
+    check_data(recipe)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise UsageError where a recipe names no data."""
+    if recipe.data.path is None:
+        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+
+
 def world_size_from_environment() -> int:
     """How many ranks the launcher (torchrun, srun) started; 1 without one."""
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bridge.errors import UsageError
 from bridge.megatron.quiet import quiet
-from recipes.config import check_recipe, load_recipe, world_size_from_environment
+from recipes.config import check_startable, load_recipe, world_size_from_environment
 from recipes.train.signals import StopSignal
 
 
@@ -15,9 +14,7 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     # Listening begins before anything slow: a signal that comes while packages load ends the run after its first step.
     with StopSignal() as signalled:
         recipe = load_recipe(name, overrides)
-        check_recipe(recipe, world_size_from_environment())
-        if recipe.data.path is None:
-            raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+        check_startable(recipe, world_size_from_environment())
         quiet()
         import torch.distributed as dist
 

@@ -28,6 +28,7 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
+from bridge.lora.adapter import shape_of
 from bridge.lora.spec import LoraSpec, Target
 from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
@@ -188,7 +189,7 @@ def _fused(table: AdapterTable, adapted: Adapted, part: Part, values: Values, dt
     whole = torch.zeros(entry.shape, dtype=dtype)
     for index, target in enumerate(targets):
         value = values(target, part)
-        shape = target.shape_a if part == "A" else target.shape_b
+        shape = shape_of(target, part)
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{target.name}: its lora_{part} is {list(value.shape)}, expected {list(shape)}")
         for block in entry.blocks:

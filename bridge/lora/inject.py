@@ -6,7 +6,7 @@ gradient buffer. Which rows of which weight a rank holds is what the model's sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from bridge.errors import UsageError
 from bridge.hf.tensors import TensorSpec
 from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
 from bridge.lora.spec import Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, part_name
+from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, cut, part_name
 from bridge.megatron.linear import Split
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.moe import GroupedExperts
@@ -84,26 +84,23 @@ class _Reader:
 
     def __init__(self, table: AdapterTable, values: Values) -> None:
         self._values = values
-        self._source: dict[str, tuple[Target, Part, int]] = {}
-        self.tensors: Mapping[str, TensorSpec] = {}
-        tensors: dict[str, TensorSpec] = {}
+        self._source: dict[str, tuple[Target, Part]] = {}
+        self.tensors: dict[str, TensorSpec] = {}
         for adapted in table.adapted.values():
             for target in adapted.targets.values():
                 for part in PARTS:
                     name = part_name(target.name, part)
-                    self._source[name] = (target, part, adapted.rank)
+                    self._source[name] = target, part
                     entry, index = table.by_hf_name[name]
-                    tensors[name] = TensorSpec(name, "F32", entry.sources[index].shape)
-        self.tensors = tensors
+                    self.tensors[name] = TensorSpec(name, "F32", entry.sources[index].shape)
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
         """See `RowReader`."""
         if self._last[0] != name:
-            target, part, _ = self._source[name]
+            target, part = self._source[name]
             whole = torch.zeros(self.tensors[name].shape)
-            value = self._values(target, part)
-            whole.narrow(-2 if part == "A" else -1, 0, target.rank).copy_(value)
+            cut(whole, target, part).copy_(self._values(target, part))
             self._last = (name, whole)
         rows = self._last[1][start:stop].contiguous().view(torch.uint8).flatten()
         torch.from_numpy(np.frombuffer(out, dtype=np.uint8)).copy_(rows)

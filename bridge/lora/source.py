@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -115,7 +116,4 @@ def import_peft(
 
 
 def _nbytes(adapter: Adapter, target: Target, part: Part) -> int:
-    size = ITEM_SIZES[adapter.dtype(target, part)]
-    for length in shape_of(target, part):
-        size *= length
-    return size
+    return ITEM_SIZES[adapter.dtype(target, part)] * math.prod(shape_of(target, part))

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
-from recipes.config import Recipe
+from recipes.config import Recipe, check_data
 from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import open_corpus
 from recipes.data.options import CorpusOptions, Supervise
@@ -28,9 +28,8 @@ def model_folder(recipe: Recipe) -> str:
 
 def corpus_options(recipe: Recipe) -> CorpusOptions:
     """What a recipe says of its training data. Raises UsageError."""
+    check_data(recipe)
     data = recipe.data
-    if data.path is None:
-        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
     return CorpusOptions(
         _paths(data.path),
         recipe.train.seq_length,

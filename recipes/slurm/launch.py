@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import BridgeError, UsageError
-from recipes.config import check_recipe, load_recipe
+from recipes.config import Recipe, check_startable, load_recipe
 from recipes.memory.recipe import geometry_of, report
 from recipes.slurm.job import Job, Point, read_sweep
 
@@ -40,18 +40,18 @@ class Wanted:
 def make_job(wanted: Wanted) -> Job:
     """Check the recipe, and every point of a sweep, against the ranks of the job. Raises a BridgeError."""
     world_size = wanted.nodes * wanted.ranks
-    output = _check(wanted.recipe, wanted.overrides, world_size)
+    recipe = _check(wanted.recipe, wanted.overrides, world_size)
     points = []
     if wanted.sweep is not None:
         for number, line in enumerate(_sweep_lines(wanted.sweep)):
             if not any(word.startswith("output=") for word in line):
-                line = (*line, f"output={output}-{number}")
-            points.append(Point(line, _check(wanted.recipe, (*wanted.overrides, *line), world_size)))
+                line = (*line, f"output={recipe.output}-{number}")
+            points.append(Point(line, _check(wanted.recipe, (*wanted.overrides, *line), world_size).output))
     if wanted.setup and not Path(wanted.setup).is_file():
         raise UsageError(f"--setup {wanted.setup}: no such file")
     return Job(
         recipe=wanted.recipe,
-        output=output,
+        output=recipe.output,
         nodes=wanted.nodes,
         ranks=wanted.ranks,
         gpus=wanted.gpus,
@@ -68,25 +68,22 @@ def make_job(wanted: Wanted) -> Job:
         runtime=wanted.runtime,
         mounts=wanted.mounts,
         sweep=tuple(points),
-        notes=_memory(wanted, world_size),
+        notes=_memory(wanted, recipe, world_size),
         command_line=wanted.command_line,
     )
 
 
-def _check(name: str, overrides: tuple[str, ...], world_size: int) -> str:
-    """The output folder of a recipe that these ranks can run."""
+def _check(name: str, overrides: tuple[str, ...], world_size: int) -> Recipe:
+    """A recipe that these ranks can run."""
     recipe = load_recipe(name, overrides)
-    check_recipe(recipe, world_size)
-    if recipe.data.path is None:
-        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
-    return recipe.output
+    check_startable(recipe, world_size)
+    return recipe
 
 
-def _memory(wanted: Wanted, world_size: int) -> tuple[str, ...]:
+def _memory(wanted: Wanted, recipe: Recipe, world_size: int) -> tuple[str, ...]:
     """What a GPU needs, as far as the model is known here. Raises UsageError where it has less."""
     if not wanted.gpus:
         return ()
-    recipe = load_recipe(wanted.recipe, wanted.overrides)
     model = recipe.model.hf or recipe.model.megatron or ""
     try:
         geometry_of(model)
