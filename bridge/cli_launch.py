@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def plan(
     if json_file is not None:
         rows = [
             {
-                "overrides": one.overrides().split(),
+                "overrides": one.overrides(),
                 "gb": round((one.estimate.total + RESERVE) / 1e9, 2),
                 "weights_gb": round(one.estimate.weights / 1e9, 2),
                 "gradients_gb": round(one.estimate.gradients / 1e9, 2),
@@ -163,7 +164,7 @@ def plan(
     for one in found:
         of = one.estimate
         figures = (of.total + RESERVE, of.weights, of.gradients, of.optimizer, of.peak)
-        shown.add_row(*(f"{size / 1e9:.1f}" for size in figures), f"{one.cost:.2f}", one.overrides())
+        shown.add_row(*(f"{size / 1e9:.1f}" for size in figures), f"{one.cost:.2f}", shlex.join(one.overrides()))
     # Wider than other tables: overrides are there to be copied.
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(shown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[l
 
     others = search(table, replace(plan, world_size=world_size), budget, plan.microbatches * _dp_rows(plan))
     if others:
-        lines.append(f"would fit: {others[0].overrides()}")
+        lines.append(f"would fit: {shlex.join(others[0].overrides(recipe.parallel))}")
     return lines, False
 
 

@@ -10,6 +10,7 @@ from bridge.errors import ParallelError
 from bridge.mapping.table import Table
 from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
+from recipes.config import ParallelConfig
 from recipes.memory.estimate import RESERVE, Estimate, Plan, estimate
 
 # GPUs that a fast link joins; tensor and expert parallelism stay within.
@@ -29,17 +30,25 @@ class Proposal:
     estimate: Estimate
     cost: float
 
-    def overrides(self) -> str:
-        """As overrides of a recipe."""
-        parallel, load = self.plan.parallel, self.plan.load
-        words = [
-            f"parallel.{name}={getattr(parallel, name)}"
-            for name in ("tp", "pp", "ep", "cp")
-            if getattr(parallel, name) > 1
-        ]
-        words += ["parallel.sequence_parallel=true"] if parallel.sequence_parallel else []
-        words += [f"parallel.recompute={load.recompute}", f"train.micro_batch_size={load.rows}"]
-        return " ".join(words)
+    def overrides(self, over: ParallelConfig | None = None) -> list[str]:
+        """As overrides of a recipe whose section `parallel` is `over`, by default that of a recipe that says nothing.
+
+        All that differs is named: what the recipe says and the proposal does not would stand otherwise.
+        """
+        load = self.plan.load
+        wanted = vars(self.plan.parallel) | {"recompute": load.recompute}
+        if load.recompute == "selective":
+            wanted["recompute_modules"] = list(load.recompute_modules)
+        stands = vars(over or ParallelConfig())
+        words = [f"parallel.{name}={_written(value)}" for name, value in wanted.items() if value != stands[name]]
+        return [*words, f"train.micro_batch_size={load.rows}"]
+
+
+def _written(value: object) -> str:
+    """As an override's right side."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return str(value).lower()
 
 
 def search(table: Table, wanted: Plan, budget: int, global_batch: int) -> list[Proposal]:

@@ -20,7 +20,7 @@ from bridge.toy.config import VARIANTS, published
 from recipes.config import load_recipe
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Plan, estimate, passes_under_way
-from recipes.memory.recipe import geometry_of, report
+from recipes.memory.recipe import geometry_of, plan_of, report
 from recipes.memory.search import search
 from recipes.slurm.job import Job, read_sweep, seconds
 from recipes.slurm.published import PUBLISHED
@@ -156,6 +156,22 @@ def test_proposals_fit_and_the_best_is_first() -> None:
     assert [one.cost for one in found] == sorted(one.cost for one in found)
     assert all(16 % one.plan.parallel.world_size == 0 for one in found)
     assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
+
+
+@pytest.mark.parametrize("name", ["sft/e4b", "sft/12b", "sft/26b-a4b", "lora/31b", "pretrain/e2b"])
+def test_a_proposal_written_as_overrides_is_that_proposal(name: str) -> None:
+    """Read back over the recipe that was asked about, all that it says about the layout included, it needs as much."""
+    said = ["data.path=x", "parallel.vpp=1", "parallel.etp=1"]
+    recipe = load_recipe(name, said)
+    table = table_for(geometry_of(recipe.model.hf or ""))
+    wanted = plan_of(recipe, 8, table)
+    found = search(table, wanted, 141 * 10**9, recipe.train.global_batch_size)
+    assert found
+    for one in found:
+        again = plan_of(load_recipe(name, [*said, *one.overrides(recipe.parallel)]), 8, table)
+        assert again.parallel == one.plan.parallel
+        assert (again.load.recompute, again.load.rows) == (one.plan.load.recompute, one.plan.load.rows)
+        assert estimate(table, again) == one.estimate
 
 
 def test_a_recipe_that_does_not_fit_says_what_would() -> None:
