@@ -91,6 +91,8 @@ TRAINED: list[tuple[str, int, list[str]]] = [
     ("e2b", 1, ["parallel.recompute=full"]),
     ("12b", 1, ["model.dtype=bfloat16"]),
     ("26b-a4b", 1, ["model.dtype=bfloat16"]),
+    ("26b-a4b", 1, ["model.dtype=bfloat16", "parallel.recompute=full"]),
+    ("26b-a4b", 1, ["model.dtype=bfloat16", "parallel.recompute=selective", "parallel.recompute_modules=[moe]"]),
     ("31b", 1, ["model.dtype=bfloat16", "parallel.recompute=selective", "train.micro_batch_size=2"]),
     ("31b", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     ("12b", 2, ["parallel.pp=2"]),
