@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -254,7 +255,12 @@ class Gemma4MultimodalModel(Gemma4Model):
         """Trained parameters of the towers and projectors that this batch did not use."""
         for sense, kinds in SENSES.items():
             if not kinds.intersection(soft):
-                yield from self.media_parameters(sense)
+                yield from self._media_parameters[sense]
+
+    @cached_property
+    def _media_parameters(self) -> dict[str, list[Tensor]]:
+        """As of the first training step, when all that is frozen is frozen and adapters are in their place."""
+        return {sense: list(self.media_parameters(sense)) for sense in SENSES}
 
 
 class UseInNothing(torch.autograd.Function):

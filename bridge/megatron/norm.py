@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`."""
-    wide = x.float()
-    wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
-    if weight is not None:
-        wide = wide * weight.float()
-    return wide.type_as(x)
+    """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`.
+
+    For the backward pass `x` is kept as it is, and one float32 number a row.
+    """
+    output: Tensor = _RMSNorm.apply(x, weight, eps)
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+        ctx.save_for_backward(x, weight, scale)
+        output = wide * scale
+        if weight is not None:
+            output *= weight.float()
+        return output.type_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        d_weight = None
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            grad = grad * weight.float()
+        # The mean of squares turns with x: its part lies along the normed row.
+        along = (grad * normed).mean(-1, keepdim=True)
+        return torch.addcmul(grad, normed, along, value=-1).mul_(scale).type_as(x), d_weight, None
 
 
 class RMSNorm(torch.nn.Module):

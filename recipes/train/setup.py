@@ -222,7 +222,13 @@ def make_optimizer(
         overlap_param_gather=recipe.parallel.overlap,
         **precision,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    for part in optimizer.chained_optimizers:
+        # On a CPU Megatron falls back to torch's Adam, by default one parameter and one operation after another.
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["fused"] = all(parameter.is_cpu for parameter in group["params"])
+    return optimizer
 
 
 def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -167,6 +167,8 @@ def test_backends_agree_with_the_reference(case: Case) -> None:
         truth = run("reference", case, dtype)
         with tiles(case.tile):
             assert worst(run("blockwise", case, dtype), truth, scales) <= bound
+        if BACKENDS["dense"].refuse(*case.tensors(dtype)[:2], mask) is None:
+            assert worst(run("dense", case, dtype), truth, scales) <= bound
         assert worst(run("flex", case, dtype, gradients=False), truth[:1]) <= bound
         q, k, _, _ = case.tensors(dtype)
         if BACKENDS["sdpa"].refuse(q, k, mask) is None:
@@ -243,7 +245,7 @@ def test_the_families_differ_on_a_block_longer_than_the_window(kind: str) -> Non
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("name", ["blockwise", "flex"])
+@pytest.mark.parametrize("name", ["blockwise", "dense", "flex"])
 @pytest.mark.parametrize("leak", ["documents", "blocks"])
 def test_a_planted_leak_is_caught(name: str, leak: str) -> None:
     """The comparison with the reference fails where a backend is told the wrong documents, or the wrong blocks."""
@@ -288,12 +290,17 @@ def test_a_backend_that_cannot_honour_a_mask_is_refused_by_name() -> None:
         select("sdpa", q, k, mask_of(Visibility.of(torch.zeros(1, 40, dtype=torch.int64)), MaskRule(8, "causal")))
     with pytest.raises(UsageError, match=r"flex cannot honour the mask .* no backward pass on a CPU"):
         select("flex", q.requires_grad_(), k, mask_of(packed, MaskRule(None, "causal")))
+    long = torch.zeros(300, 1, 1, 8)
+    with pytest.raises(UsageError, match=r"dense cannot honour the mask .* at most 128 tokens"):
+        select(
+            "dense", long, long, mask_of(Visibility.of(torch.zeros(1, 300, dtype=torch.int64)), MaskRule(8, "causal"))
+        )
     with pytest.raises(UsageError, match=r"ffpa cannot honour the mask .* Hopper"):
         select("ffpa", q, k, mask_of(packed, MaskRule(None, "causal")))
 
 
 def test_auto_takes_tiles_for_long_rows_and_one_product_for_short_ones() -> None:
-    for length, expected in ((32, "reference"), (300, "blockwise")):
+    for length, expected in ((32, "dense"), (128, "dense"), (300, "blockwise")):
         q = torch.zeros(length, 1, 2, 8)
         mask = mask_of(Visibility.of(torch.zeros(1, length, dtype=torch.int64)), MaskRule(None, "causal"))
         assert select(AUTO, q, q, mask).name == expected

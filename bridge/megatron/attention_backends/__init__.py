@@ -14,14 +14,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron.attention_backends import blockwise, ffpa, flex, reference, sdpa
+from bridge.megatron.attention_backends import blockwise, dense, ffpa, flex, reference, sdpa
 from bridge.megatron.mask import Mask
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-# Up to this many keys a row is so short that one dense product is faster than tiles.
-_SHORT = 64
 
 
 class Backend(NamedTuple):
@@ -39,6 +37,7 @@ BACKENDS: dict[str, Backend] = {
     name: Backend(name, module.attend, module.refuse)
     for name, module in (
         ("reference", reference),
+        ("dense", dense),
         ("blockwise", blockwise),
         ("sdpa", sdpa),
         ("flex", flex),
@@ -46,9 +45,9 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 NAMES = (AUTO, *BACKENDS)
-# What "auto" tries, by device, the fastest first; `blockwise` takes everything. On a CPU nothing is faster at the head
-# dims of the published models.
-_CPU_ORDER = ("blockwise",)
+# What "auto" tries, by device, the fastest first; `blockwise` takes everything. On a CPU nothing else is
+# faster at the head dims of the published models.
+_CPU_ORDER = ("dense", "blockwise")
 _GPU_ORDER = ("ffpa", "flex", "blockwise")
 
 
@@ -73,8 +72,6 @@ def _select(name: str, query: Tensor, key: Tensor, mask: Mask) -> Backend:
             raise UsageError(f"attention backend {name} cannot honour the mask ({mask.rule}): {reason}")
         _log(name, str(mask.rule), query.device.type, "as asked for")
         return BACKENDS[name]
-    if not query.is_cuda and key.shape[0] <= _SHORT:
-        return BACKENDS["reference"]
     order = _GPU_ORDER if query.is_cuda else _CPU_ORDER
     chosen = next(BACKENDS[candidate] for candidate in order if not BACKENDS[candidate].refuse(query, key, mask))
     _log(chosen.name, str(mask.rule), query.device.type, "chosen")
