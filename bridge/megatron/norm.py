@@ -6,14 +6,25 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kernels import fused
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`."""
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None, *, kernels: str) -> Tensor:
+    """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`.
+
+    `residual`, of the shape and dtype of `x`, is added to that.
+    """
+    if fused(kernels, x):
+        from bridge.megatron.kernels import rms_norm as triton
+
+        return triton.rms_norm(x, weight, eps, residual)
     wide = x.float()
     wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
     if weight is not None:
         wide = wide * weight.float()
-    return wide.type_as(x)
+    normed = wide.type_as(x)
+    return normed if residual is None else residual + normed
 
 
 class RMSNorm(torch.nn.Module):
@@ -23,14 +34,15 @@ class RMSNorm(torch.nn.Module):
     Megatron sum its gradient over the ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(self, config: Gemma4TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
+        self.kernels = config.kernels
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual, kernels=self.kernels)
 
 
 def init_device(config: TransformerConfig) -> torch.device:
