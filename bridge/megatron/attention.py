@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bridge.geometry import LayerGeometry
 from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kernels import fused
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.rope import Rotary, rotate
 from bridge.megatron.visibility import Visibility
@@ -35,6 +36,37 @@ def qkv_rows(layer: LayerGeometry) -> int:
 def local_query_groups(layer: LayerGeometry, tp_size: int) -> int:
     """Query groups whose K/V one rank holds; with more ranks than groups each has one, several ranks the same."""
     return max(1, layer.num_query_groups // tp_size)
+
+
+def norm_and_rotate(
+    mixed: Tensor,
+    own: range,
+    kinds: int,
+    query_weight: Tensor,
+    key_weight: Tensor | None,
+    rotary: Rotary,
+    eps: float,
+    kernels: str,
+) -> tuple[Tensor, ...]:
+    """`mixed` [s, b, groups, rows, d] -> query [s, b, groups * len(own), d], and key and value [s, b, groups, d].
+
+    The last `kinds` rows of a group are no queries: k and v (2), k from which v is made too (1), none (0; then there is
+    no key and value). Of its queries those in `own` are wanted. q and k are normed with a weight [d] and rotated, v is
+    normed without one.
+    """
+    if fused(kernels, mixed):
+        from bridge.megatron.kernels.qkv_norm_rope import qkv_norm_rope
+
+        return qkv_norm_rope(mixed, own, kinds, query_weight, key_weight, *rotary, eps)
+    query, *rest = mixed.split([mixed.shape[3] - kinds, *[1] * kinds], dim=3)
+    query = query[:, :, :, own.start : own.stop].flatten(2, 3)
+    query = rotate(rms_norm(query, query_weight, eps, kernels=kernels), rotary)
+    if not kinds:
+        return (query,)
+    # Where there is no v_proj, V is the raw key projection.
+    key, value = rest[0].squeeze(3), rest[-1].squeeze(3)
+    key = rotate(rms_norm(key, key_weight, eps, kernels=kernels), rotary)
+    return query, key, rms_norm(value, None, eps, kernels=kernels)
 
 
 class Gemma4Attention(SelfAttention):
@@ -63,15 +95,16 @@ class Gemma4Attention(SelfAttention):
         shared_kv: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[s (/tp), b, h] -> the same, and the keys and values used. `shared_kv` is what a KV-shared layer reads."""
-        query, key, value = self._project(hidden_states)
-        query = rotate(self.q_layernorm(query), rotary)
-        if key is None:
+        mixed, own = self._project(hidden_states)
+        weights = self.q_layernorm.weight, self.k_layernorm.weight if self._kinds else None
+        query, *made = norm_and_rotate(
+            mixed, own, self._kinds, *weights, rotary, self.config.layernorm_epsilon, self.config.kernels
+        )
+        if made:
+            kv = KeyValue(*made)
+        else:
             assert shared_kv is not None
             kv = shared_kv
-        else:
-            # Where there is no v_proj, V is the raw key projection, normed without a weight.
-            value = rms_norm(key if value is None else value, None, self.config.layernorm_epsilon)
-            kv = KeyValue(rotate(self.k_layernorm(key), rotary), value)
 
         def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return self.core_attention(query, key, value, visibility)
@@ -83,23 +116,24 @@ class Gemma4Attention(SelfAttention):
         output, _ = self.linear_proj(context)
         return output, kv
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """q [s, b, heads / tp, d], and k and v [s, b, local groups, d] as far as the layer has them."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, range]:
+        """[s, b, local groups, rows of a group, d], and which of a group's query rows are this rank's."""
         layer, tp_size = self.layer, self.world_size
         mixed, _ = self.linear_qkv(hidden_states)
         if layer.shares_kv:
-            return mixed.unflatten(-1, (-1, layer.head_dim)), None, None
+            mixed = mixed.unflatten(-1, (1, -1, layer.head_dim))
+            return mixed, range(mixed.shape[3])
         heads_per_group = layer.num_attention_heads // layer.num_query_groups
         ranks_per_group = max(1, tp_size // layer.num_query_groups)
         if ranks_per_group > 1:
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
             group = get_pg_rank(self.pg_collection.tp) // ranks_per_group
             mixed = mixed.chunk(layer.num_query_groups, dim=-1)[group]
-        kinds = 1 if layer.k_eq_v else 2
-        mixed = mixed.unflatten(-1, (-1, heads_per_group + kinds, layer.head_dim))
-        query, *rest = mixed.split([heads_per_group, *[1] * kinds], dim=3)
-        query = query.flatten(2, 3)
-        if ranks_per_group > 1:
-            query = query.chunk(ranks_per_group, dim=2)[get_pg_rank(self.pg_collection.tp) % ranks_per_group]
-        key = rest[0].squeeze(3)
-        return query, key, None if layer.k_eq_v else rest[1].squeeze(3)
+        own = heads_per_group // ranks_per_group
+        first = get_pg_rank(self.pg_collection.tp) % ranks_per_group * own
+        return mixed.unflatten(-1, (-1, heads_per_group + self._kinds, layer.head_dim)), range(first, first + own)
+
+    @property
+    def _kinds(self) -> int:
+        """Rows of a group that are no queries."""
+        return 0 if self.layer.shares_kv else 1 if self.layer.k_eq_v else 2

@@ -10,7 +10,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.megatron import kernels
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -23,16 +25,25 @@ class Gemma4TransformerConfig(TransformerConfig):
     """Megatron's config for one Gemma 4 model.
 
     `pipeline_payload` is how many hidden-size slots travel between pipeline stages (see `pipeline.py`): callers of
-    Megatron's schedules pass `seq_length * pipeline_payload`.
+    Megatron's schedules pass `seq_length * pipeline_payload`. `kernels` says who computes what
+    `bridge.megatron.kernels` has kernels for. Raises UsageError where it names nobody.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
     pipeline_payload: int = 1
     attention_backends: tuple[tuple[str, str], ...] = (("sliding", "auto"), ("global", "auto"))
+    kernels: str = "auto"
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
     heterogeneous_block_specs: bool = True
     # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.
     has_cond_embedder: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernels not in kernels.NAMES:
+            raise UsageError(f"kernels={self.kernels}: known are {', '.join(kernels.NAMES)}")
+        if self.kernels == "triton" and not kernels.installed():
+            raise UsageError("kernels=triton: the package triton is not installed")
 
     def get_config_for_layer(self, layer_number: int) -> Gemma4TransformerConfig:
         """The config of layer `layer_number` (1-based), as Megatron's block asks for it."""

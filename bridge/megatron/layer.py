@@ -10,14 +10,15 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from bridge.geometry import Geometry, LayerGeometry
+from bridge.megatron.activation import Gemma4MLP, gated_gelu
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
-from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.core_attention import CoreAttention
 from bridge.megatron.linear import ColumnLinear, ReplicatedLinear, RowLinear
 from bridge.megatron.moe import Gemma4MoE
@@ -44,7 +45,7 @@ def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str) -> Module
         ),
     )
     mlp = partial(
-        MLP.as_mlp_submodule,
+        Gemma4MLP.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
         ffn_hidden_size=layer.ffn_hidden_size,
     )
@@ -101,14 +102,15 @@ class Gemma4Layer(TransformerLayer):
     ) -> tuple[Tensor, KeyValue]:
         """[s (/tp), b, h] -> the same, and the layer's keys and values for the layers that share them."""
         attention, kv = self.self_attention(self.input_layernorm(hidden_states), rotary, visibility, shared_kv)
-        hidden_states = hidden_states + self.post_attention_layernorm(attention)
+        hidden_states = self.post_attention_layernorm(attention, residual=hidden_states)
 
-        hidden_states = hidden_states + self.post_mlp_layernorm(self._feed_forward(hidden_states))
+        hidden_states = self.post_mlp_layernorm(self._feed_forward(hidden_states), residual=hidden_states)
 
         if self.has_ple:
             assert per_layer_input is not None
-            gated = gelu_tanh(self.per_layer_input_gate(hidden_states)) * per_layer_input
-            hidden_states = hidden_states + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+            gate = self.per_layer_input_gate(hidden_states)
+            gated = gated_gelu(gate, per_layer_input, self.config.kernels)
+            hidden_states = self.post_per_layer_input_norm(self.per_layer_projection(gated), residual=hidden_states)
 
         return hidden_states * self.layer_scalar, kv
 
@@ -121,4 +123,4 @@ class Gemma4Layer(TransformerLayer):
         if self.moe is None:
             return dense
         routed, _ = self.moe(residual)
-        return self.post_dense_layernorm(dense) + self.post_moe_layernorm(routed)
+        return self.post_moe_layernorm(routed, residual=self.post_dense_layernorm(dense))

@@ -23,6 +23,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from bridge.megatron.kernels import fused
+
 IGNORE = -100  # the label of a position that has no loss, as in transformers
 
 # Logits of so many bytes exist at a time, in the dtype of the model.
@@ -42,6 +44,7 @@ class _Head:
     softcap: float | None
     z_loss: float
     group: dist.ProcessGroup | None
+    kernels: str
 
     def chunks(self, positions: Tensor) -> Iterator[Tensor]:
         """`positions` [n] in pieces whose logits fit the budget."""
@@ -49,8 +52,10 @@ class _Head:
         return iter(positions.split(max(1, rows))) if len(positions) else iter(())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of [n, h]: what enters the tanh on its way out, tanh applied; raw logits without a softcap. [n, V / tp]."""
+        """Of [n, h]: tanh(logits / cap); raw logits without a softcap, and for kernels, which apply it. [n, V / tp]."""
         logits = hidden @ self.weight.t()
+        if fused(self.kernels, logits):
+            return logits
         # Rounded to the dtype of the logits after each operation, as transformers and the unfused path do.
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_()
 
@@ -73,16 +78,8 @@ class _Head:
 
     def measure(self, squashed: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over the whole vocabulary and the label's logit, float32 [n] each."""
-        column, here = self.local(labels)
-        highest, sums, targets = [], [], []
-        for block, col, own in self.blocks(squashed, column, here):
-            logits = self.capped(block)
-            top = logits.amax(-1)
-            targets.append(torch.where(own, logits.gather(1, col[:, None])[:, 0], 0.0))
-            highest.append(top)
-            sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
-        top = torch.cat(highest)
-        parts = torch.stack([torch.cat(sums), torch.cat(targets)])
+        top, *local = self._statistics(squashed, *self.local(labels))
+        parts = torch.stack(local)
         if self.group is not None:
             own_top = top.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
@@ -90,9 +87,30 @@ class _Head:
             dist.all_reduce(parts, group=self.group)
         return parts[0].log_() + top, parts[1]
 
+    def _statistics(self, squashed: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's words: the highest logit, the sum of exp(logit - highest), the label's logit. [n] each."""
+        if fused(self.kernels, squashed):
+            from bridge.megatron.kernels import cross_entropy
+
+            return cross_entropy.statistics(squashed, torch.where(here, column, -1), self.softcap)
+        highest, sums, targets = [], [], []
+        for block, col, own in self.blocks(squashed, column, here):
+            logits = self.capped(block)
+            top = logits.amax(-1)
+            targets.append(torch.where(own, logits.gather(1, col[:, None])[:, 0], 0.0))
+            highest.append(top)
+            sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
+        return torch.cat(highest), torch.cat(sums), torch.cat(targets)
+
     def differentiate(self, squashed: Tensor, labels: Tensor, lse: Tensor, weights: Tensor | None = None) -> None:
         """Turn a chunk of `logits` into the gradient of its (weighted) losses to the raw logits, in place."""
         column, here = self.local(labels)
+        if fused(self.kernels, squashed):
+            from bridge.megatron.kernels import cross_entropy
+
+            column = torch.where(here, column, -1)
+            cross_entropy.differentiate(squashed, column, lse, self.softcap, self.z_loss, weights)
+            return
         scale = torch.ones_like(lse) if weights is None else weights
         ones = here.to(lse.dtype)
         for block, col, own, z, factor in self.blocks(squashed, column, ones, lse, scale):
@@ -191,13 +209,14 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    kernels: str = "auto",
 ) -> Tensor:
     """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
 
     `hidden` [s, b, h], or [s / tp, b, h] under `sequence_parallel`; `weight` [V / tp, h], this rank's rows of the head
     in the order of the ranks of `tp_group`; `labels` [b, s] int64, shifted already, `IGNORE` where a position has no
     loss. `softcap` c means c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss`
-    times the squared log-sum-exp is added to every loss.
+    times the squared log-sum-exp is added to every loss. `kernels` as in `Gemma4TransformerConfig`.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). Cheapest where every token weighs the same, as in a sum or mean.
@@ -210,7 +229,7 @@ def linear_cross_entropy(
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
     first_word = weight.shape[0] * (group.rank() if group is not None else 0)
-    options = (first_word, softcap, z_loss, group)
+    options = (first_word, softcap, z_loss, group, kernels)
     losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), options)
     return losses.view(hidden.shape[:2]).t()
 
@@ -237,4 +256,5 @@ def fused_loss(
         z_loss=context or 0.0,
         tp_group=output_layer.tp_group,  # type: ignore[arg-type]
         sequence_parallel=config.sequence_parallel,
+        kernels=config.kernels,
     )

@@ -16,7 +16,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
-from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.activation import geglu
+from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.sharding import split_parameter
 
@@ -46,7 +47,7 @@ class Gemma4Router(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """[s, b, h], the raw residual -> logits [s, b, E]."""
-        normed = rms_norm(input, None, self.config.layernorm_epsilon)
+        normed = rms_norm(input, None, self.config.layernorm_epsilon, kernels=self.config.kernels)
         normed = normed * self.scale * self.config.hidden_size**-0.5
         logits = torch.nn.functional.linear(normed, self.weight)
         return logits + self.adapters["weight"](normed) if "weight" in self.adapters else logits
@@ -97,8 +98,8 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Tokens [t, h] sorted by expert, their counts [E'], and their probabilities [t]."""
         offsets = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
-        gate, up = self._product("linear_fc1", tokens, offsets).chunk(2, dim=-1)
-        output = self._product("linear_fc2", gelu_tanh(gate) * up, offsets)
+        activation = geglu(self._product("linear_fc1", tokens, offsets), self.config.kernels)
+        output = self._product("linear_fc2", activation, offsets)
         # The products round to the tokens' dtype; transformers multiplies by the float32 probability after fc2.
         return (output * probs.unsqueeze(-1)).to(tokens.dtype), None
 

@@ -7,18 +7,28 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kernels import fused
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None, *, kernels: str) -> Tensor:
     """Normalise the last axis in float32, multiply by `weight` as stored, and cast back to the dtype of `x`.
 
-    For the backward pass `x` is kept as it is, and one float32 number a row.
+    `residual`, of the shape and dtype of `x`, is added to that.
     """
-    output: Tensor = _RMSNorm.apply(x, weight, eps)
-    return output
+    if fused(kernels, x):
+        from bridge.megatron.kernels import rms_norm as triton
+
+        return triton.rms_norm(x, weight, eps, residual)
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed if residual is None else residual + normed
 
 
 class _RMSNorm(torch.autograd.Function):
+    """For the backward pass `x` is kept as it is, and one float32 number a row."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         wide = x.float()
@@ -30,6 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return output.type_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         normed, grad = x.float() * scale, grad.float()
@@ -50,14 +61,15 @@ class RMSNorm(torch.nn.Module):
     Megatron sum its gradient over the ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(self, config: Gemma4TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
+        self.kernels = config.kernels
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual, kernels=self.kernels)
 
 
 def init_device(config: TransformerConfig) -> torch.device:

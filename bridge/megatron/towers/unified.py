@@ -53,4 +53,4 @@ class Projector(TowerModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[n, input_size] -> [n, hidden of the decoder]."""
-        return self.embedding_projection(rms_norm(tokens, None, self.eps))
+        return self.embedding_projection(rms_norm(tokens, None, self.eps, kernels=self.config.kernels))

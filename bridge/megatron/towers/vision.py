@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from bridge.megatron.config import gelu_tanh
+from bridge.megatron.activation import gated_gelu
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.rope import Rotary
@@ -115,8 +116,8 @@ class VisionLayer(TowerModule):
     def forward(self, hidden: Tensor, rotary: Rotary, runs: tuple[tuple[int, int], ...]) -> Tensor:
         """[n, hidden] -> the same."""
         attention = self.self_attn(self.input_layernorm(hidden), rotary, runs)
-        hidden = hidden + self.post_attention_layernorm(attention)
-        return hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        hidden = self.post_attention_layernorm(attention, residual=hidden)
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)), residual=hidden)
 
 
 class VisionMlp(TowerModule):
@@ -131,7 +132,7 @@ class VisionMlp(TowerModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> the same."""
-        return self.down_proj(gelu_tanh(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(gated_gelu(self.gate_proj(hidden), self.up_proj(hidden), self.config.kernels))
 
 
 class VisionAttention(TowerModule):
@@ -154,9 +155,10 @@ class VisionAttention(TowerModule):
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate_axially(rms_norm(query, self.context.shared(self.q_norm.weight), self.eps), rotary)
-        key = rotate_axially(rms_norm(key, self.context.shared(self.k_norm.weight), self.eps), rotary)
-        value = rms_norm(value, None, self.eps)
+        norm = partial(rms_norm, eps=self.eps, kernels=self.config.kernels)
+        query = rotate_axially(norm(query, self.context.shared(self.q_norm.weight)), rotary)
+        key = rotate_axially(norm(key, self.context.shared(self.k_norm.weight)), rotary)
+        value = norm(value, None)
         return self.o_proj(attend_per_image(query, key, value, runs).flatten(1))
 
 

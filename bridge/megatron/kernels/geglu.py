@@ -1,0 +1,165 @@
+"""gelu_tanh(gate) * up in one pass, forward and backward (the definition is `bridge.megatron.activation`).
+
+Kept for the backward pass are gate and up alone. gelu_tanh(x) is x σ(2u) with u = √(2/π) (x + 0.044715 x³), which is
+½ x (1 + tanh u) without the cancellation. In half precision the activation is rounded before the product and its
+gradient before it is multiplied on, as torch and transformers do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bridge.megatron.kernels.launch import as_rows, power_of_2
+from bridge.megatron.kernels.rounding import narrow
+
+_BLOCK = 1024
+_TWICE_ROOT = tl.constexpr(2 * math.sqrt(2 / math.pi))
+
+
+@triton.jit
+def _place(n: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Row and columns of a program; as many programs as it takes share a row of `n`."""
+    blocks = tl.cdiv(n, BLOCK)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _share(x: tl.tensor) -> tl.tensor:
+    """gelu_tanh(x) / x"""
+    return tl.sigmoid((x + 0.044715 * x * x * x) * _TWICE_ROOT)
+
+
+@triton.jit
+def forward_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
+    output: tl.tensor,
+    n: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Rows [n] of `gate` and `up` -> `output`."""
+    row, column = _place(n, BLOCK)
+    mask = column < n
+    x = tl.load(gate + row * gate_stride + column, mask, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
+    activation = x * _share(x)
+    dtype: tl.constexpr = output.dtype.element_ty
+    activation = narrow(activation, dtype).to(tl.float32)
+    tl.store(output + row * n + column, narrow(activation * factor, dtype), mask)
+
+
+@triton.jit
+def backward_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
+    d_output: tl.tensor,
+    d_gate: tl.tensor,
+    d_up: tl.tensor,
+    n: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    d_output_stride: tl.tensor,
+    d_gate_stride: tl.tensor,
+    d_up_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Rows [n] of the gradients of `gate` and `up`."""
+    row, column = _place(n, BLOCK)
+    mask = column < n
+    x = tl.load(gate + row * gate_stride + column, mask, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
+    gradient = tl.load(d_output + row * d_output_stride + column, mask, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = d_gate.dtype.element_ty
+    share = _share(x)
+    activation = narrow(x * share, dtype).to(tl.float32)
+    slope = share + x * share * (1 - share) * (1 + 3 * 0.044715 * x * x) * _TWICE_ROOT
+    d_activation = narrow(gradient * factor, dtype).to(tl.float32)
+    tl.store(d_gate + row * d_gate_stride + column, narrow(d_activation * slope, dtype), mask)
+    tl.store(d_up + row * d_up_stride + column, narrow(gradient * activation, dtype), mask)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """`x` [..., 2 n] is gate and up side by side -> [..., n]; their gradients are written side by side at once."""
+    return _GeGLU.apply(x)
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """`gate` and `up` [..., n] -> [..., n]."""
+    return _GatedGelu.apply(gate, up)
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _forward(*x.chunk(2, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), dx.chunk(2, dim=-1)
+        _backward(gate, up, d_output, d_gate, d_up)
+        return dx
+
+
+class _GatedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _forward(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+        _backward(gate, up, d_output, d_gate, d_up)
+        return d_gate, d_up
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if output.numel():
+        gate, up = as_rows(gate), as_rows(up)
+        n, block = gate.shape[1], _block(gate.shape[1])
+        with torch.cuda.device_of(gate):
+            forward_kernel[(len(gate) * triton.cdiv(n, block),)](
+                gate, up, output, n, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
+            )
+    return output
+
+
+def _backward(gate: Tensor, up: Tensor, d_output: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Into `d_gate` and `d_up`, whose rows lie at one distance."""
+    if not d_gate.numel():
+        return
+    gate, up, d_output, d_gate, d_up = (as_rows(x) for x in (gate, up, d_output, d_gate, d_up))
+    n, block = gate.shape[1], _block(gate.shape[1])
+    with torch.cuda.device_of(gate):
+        backward_kernel[(len(gate) * triton.cdiv(n, block),)](
+            gate,
+            up,
+            d_output,
+            d_gate,
+            d_up,
+            n,
+            *(x.stride(0) for x in (gate, up, d_output, d_gate, d_up)),
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def _block(n: int) -> int:
+    return min(_BLOCK, power_of_2(n))

@@ -1,0 +1,312 @@
+"""The kernels of `bridge.megatron.kernels` against the torch code that they stand for. Run by test_kernels.py.
+
+pytest does not collect this file: Triton's interpreter has to be chosen before any kernel is defined, for a whole
+process. With `TRITON_INTERPRET=1` the cases run on a CPU, without on a CUDA device.
+
+float32 is compared with the same mathematics in float64, bf16 with torch's own bf16, from which the order of a sum may
+move a value by one rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP, apply_rotary_pos_emb
+
+from bridge.megatron import loss
+from bridge.megatron.activation import gated_gelu, geglu
+from bridge.megatron.attention import norm_and_rotate
+from bridge.megatron.norm import rms_norm
+from bridge.megatron.rope import Rotary
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+FLOAT32_BOUND = 1e-6
+EPS = 1e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+
+Function = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+
+
+def both(function: Function, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of a function and gradients of its inputs, for given gradients of its outputs."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [x for x in leaves if x is not None]
+    found = torch.autograd.grad(outputs, wanted, [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=True)])
+    return [y.detach() for y in outputs] + list(found)
+
+
+def compare(
+    kernel: Function, torch_code: Function, inputs: Sequence[Tensor | None], outputs: int = 1, bits: bool = True
+) -> None:
+    """Outputs and gradients of both. Without `bits` the kernel may round less often than torch does."""
+    dtype = next(x for x in inputs if x is not None).dtype
+    wide = [None if x is None else x.double() for x in inputs]
+    with torch.no_grad():
+        shapes = torch_code(*wide)
+    shapes = [shapes] if isinstance(shapes, Tensor) else shapes
+    gradients = [random(*y.shape, dtype=dtype) for y in shapes]
+    assert len(gradients) == outputs
+    found = both(kernel, inputs, gradients)
+    assert all(x.dtype is dtype for x in found)
+    if dtype is torch.float32:
+        expected = both(torch_code, wide, gradients)
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            assert (a - b).abs().max() <= FLOAT32_BOUND * b.abs().max() if b.numel() else True
+        return
+    expected = both(torch_code, inputs, gradients)
+    exact = both(torch_code, wide, gradients)
+    for a, b, c in zip(found, expected, exact, strict=True):
+        assert a.shape == b.shape
+        if a.numel():
+            assert (a - c).norm() <= 1.02 * (b - c).norm() + 1e-6 * c.norm()
+            if bits:
+                one_rounding(a.float(), b.float())
+
+
+def one_rounding(found: Tensor, expected: Tensor) -> None:
+    """bf16 values are those of torch: nearly all to the bit, and neighbours (2^-7 away at most) where not.
+
+    What is next to nothing beside the largest is compared with that: it is what is left of larger values.
+    """
+    nothing = expected.abs().max() * 2**-12
+    far = (found - expected).abs()
+    assert (far <= torch.maximum(found.abs(), expected.abs()) * 2**-7 + nothing).all()
+    assert (far > nothing * 2**-8).float().mean() <= 0.02 + 2 / found.numel()
+
+
+# RMSNorm
+
+
+def norm_of(kernels: str, names: str) -> Function:
+    """Of x, and of those of weight and residual that `names` has."""
+
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        given = dict(zip(names.split(), others, strict=True))
+        return rms_norm(x, given.get("weight"), EPS, given.get("residual"), kernels=kernels)
+
+    return run
+
+
+@DTYPES
+@pytest.mark.parametrize("names", ["weight", "", "weight residual", "residual"])
+@pytest.mark.parametrize("shape", [(3, 2, 1536), (2, 5376), (7, 3, 100), (1, 3), (0, 64), (5, 0, 8)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], names: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    others = {"weight": random(shape[-1], dtype=dtype), "residual": random(*shape, dtype=dtype)}
+    inputs = [random(*shape, dtype=dtype, scale=3.0), *(others[name] for name in names.split())]
+    compare(norm_of("triton", names), norm_of("torch", names), inputs)
+
+
+@DTYPES
+def test_rms_norm_of_strided_views(dtype: torch.dtype) -> None:
+    """Rows of a wider tensor, transposed rows, and gradients that are one number for all."""
+    torch.manual_seed(0)
+    weight = random(48, dtype=dtype)
+    wide = random(4, 3, 100, dtype=dtype)
+    for x in (wide[..., 10:58], wide.transpose(0, 1)[..., :48], random(48, 6, dtype=dtype).t()):
+        for residual in (x, random(48, *x.shape[:-1], dtype=dtype).movedim(0, -1)):
+            compare(norm_of("triton", "weight residual"), norm_of("torch", "weight residual"), [x, weight, residual])
+    x = wide[..., :48].detach().requires_grad_()
+    rms_norm(x, weight, EPS, kernels="triton").sum().backward()
+    y = wide[..., :48].detach().requires_grad_()
+    rms_norm(y, weight, EPS, kernels="torch").sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_rms_norm_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    for with_scale in (True, False):
+        module = Gemma4RMSNorm(320, EPS, with_scale).to(DEVICE)
+        weight = torch.nn.init.normal_(module.weight) if with_scale else None
+        x = random(5, 320, dtype=torch.float32)
+        torch.testing.assert_close(rms_norm(x, weight, EPS, kernels="triton"), module(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    x, weight = random(5, 32, dtype=torch.float32), random(32, dtype=torch.float32)
+    for trained in ((True, False), (False, True)):
+        leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip((x, weight), trained, strict=True)]
+        rms_norm(*leaves, EPS, kernels="triton").square().sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(trained)
+
+
+def test_gradients_are_the_same_every_time() -> None:
+    x, weight = random(500, 64, dtype=torch.float32), random(64, dtype=torch.float32)
+    gradient = random(500, 64, dtype=torch.float32)
+    runs = [both(norm_of("triton", "weight"), [x, weight], [gradient])[-1] for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in pairwise(runs))
+
+
+# GeGLU
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 2, 2 * 704), (2, 2 * 1500), (5, 2), (0, 64), (4, 6)], ids=str)
+def test_geglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = random(*shape, dtype=dtype, scale=3.0)
+    compare(lambda x: geglu(x, "triton"), lambda x: geglu(x, "torch"), [x])
+    gate, up = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
+    compare(lambda g, u: gated_gelu(g, u, "triton"), lambda g, u: gated_gelu(g, u, "torch"), [gate, up])
+
+
+@DTYPES
+def test_geglu_of_strided_views(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    per_layer = random(4, 2, 3, 40, dtype=dtype)
+    for up in (per_layer[:, :, 1], per_layer.transpose(0, 1)[..., 2, :].transpose(0, 1)):
+        inputs = [random(4, 2, 40, dtype=dtype), up]
+        compare(lambda g, u: gated_gelu(g, u, "triton"), lambda g, u: gated_gelu(g, u, "torch"), inputs)
+    for x in (random(6, 90, dtype=dtype)[:, 5:85], random(80, 6, dtype=dtype).t()):
+        compare(lambda x: geglu(x, "triton"), lambda x: geglu(x, "torch"), [x])
+
+
+def test_geglu_of_extreme_values() -> None:
+    """Neither overflows nor cancels: far below zero torch's own float32 is worse than the kernel's."""
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, -3.0, -5.5, -8.0, -40.0, 40.0, 1e4, -1e4, 1e15, -1e15], device=DEVICE)
+    up = torch.ones_like(x)
+    found = both(lambda g, u: gated_gelu(g, u, "triton"), [x, up], [up])
+    exact = both(lambda g, u: gated_gelu(g, u, "torch"), [x.double(), up.double()], [up])
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=1e-16)
+    assert gated_gelu(torch.tensor([float("nan")], device=DEVICE), up[:1], "triton").isnan().all()
+
+
+@DTYPES
+def test_geglu_is_the_mlp_of_transformers(dtype: torch.dtype) -> None:
+    """In bf16 to the bit, but for where the two formulas of tanh round apart: the activation is rounded first."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, hidden_size_per_layer_input=0)
+    module = Gemma4TextMLP(config, 0).to(DEVICE, dtype)
+    hidden = random(50, 64, dtype=dtype, scale=4.0)
+    both_halves = torch.cat([module.gate_proj(hidden), module.up_proj(hidden)], dim=-1)
+    found, expected = module.down_proj(geglu(both_halves, "triton")), module(hidden)
+    if dtype is torch.float32:
+        assert (found - expected).abs().max() <= FLOAT32_BOUND * expected.abs().max()
+        return
+    one_rounding(geglu(both_halves, "triton"), module.act_fn(module.gate_proj(hidden)) * module.up_proj(hidden))
+    assert (found - expected).norm() <= 2**-9 * expected.norm()
+
+
+# Norms and rotation
+
+
+def angles(tokens: tuple[int, int], d: int, dtype: torch.dtype) -> Rotary:
+    values = torch.randn(*tokens, 1, d) * 2
+    return Rotary(values.cos().to(dtype).to(DEVICE), values.sin().to(dtype).to(DEVICE))
+
+
+def projections(kinds: int, own: range, rotary: Rotary, kernels: str) -> Function:
+    """Of the fused projection and the weights."""
+
+    def run(mixed: Tensor, query_weight: Tensor, key_weight: Tensor | None = None) -> Sequence[Tensor]:
+        turned = Rotary(*(x.to(mixed.dtype) for x in rotary))
+        return norm_and_rotate(mixed, own, kinds, query_weight, key_weight, turned, EPS, kernels)
+
+    return run
+
+
+@DTYPES
+@pytest.mark.parametrize("kinds", [2, 1, 0], ids=["q k v", "V is K", "q"])
+@pytest.mark.parametrize(
+    ("tokens", "groups", "queries", "own", "d"),
+    [
+        ((2, 1), 1, 8, range(8), 256),
+        ((2, 1), 2, 4, range(4), 512),
+        ((3, 2), 2, 3, range(3), 24),
+        ((3, 2), 1, 6, range(2, 4), 16),
+        ((5, 1), 3, 1, range(1), 2),
+        ((0, 1), 1, 2, range(2), 8),
+    ],
+)
+def test_norm_and_rotation(
+    tokens: tuple[int, int], groups: int, queries: int, own: range, d: int, kinds: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows = queries + kinds
+    rotary = angles(tokens, d, dtype)
+    weights = [random(d, dtype=dtype) for _ in range(2 if kinds else 1)]
+    fused = random(*tokens, groups * rows * d, dtype=dtype, scale=2.0)
+    wider = random(*tokens, 2 * groups * rows * d, dtype=dtype).chunk(2, dim=-1)[1]
+    for flat in (fused, wider):
+        inputs = [flat.unflatten(-1, (groups, rows, d)), *weights]
+        # torch rounds the gradients of a k that is v too before it adds them.
+        compare(
+            projections(kinds, own, rotary, "triton"),
+            projections(kinds, own, rotary, "torch"),
+            inputs,
+            outputs=3 if kinds else 1,
+            bits=kinds != 1,
+        )
+
+
+def test_gradients_that_attention_hands_back_in_its_own_strides() -> None:
+    torch.manual_seed(0)
+    rotary, own = angles((4, 2), 16, torch.float32), range(2)
+    inputs = [random(4, 2, 2, 4, 16, dtype=torch.float32), *(random(16, dtype=torch.float32) for _ in range(2))]
+    # [b, heads, s, d] in memory, and one number for all
+    gradients = [random(2, heads, 4, 16, dtype=torch.float32).permute(2, 0, 1, 3) for heads in (4, 2)]
+    gradients.append(torch.ones(1, device=DEVICE).expand(4, 2, 2, 16))
+    found = both(projections(2, own, rotary, "triton"), inputs, gradients)
+    expected = both(projections(2, own, rotary, "torch"), inputs, gradients)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_is_that_of_transformers() -> None:
+    torch.manual_seed(0)
+    rotary = angles((5, 1), 32, torch.float32)
+    norm = Gemma4RMSNorm(32, EPS).to(DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    mixed = random(5, 1, 1, 4, 32, dtype=torch.float32)
+    query, key, value = norm_and_rotate(mixed, range(2), 2, norm.weight, norm.weight, rotary, EPS, "triton")
+    cos, sin = (x[:, :, 0].transpose(0, 1) for x in rotary)
+    heads = apply_rotary_pos_emb(norm(mixed[:, :, 0, :3]).transpose(0, 1), cos, sin, unsqueeze_dim=2).transpose(0, 1)
+    torch.testing.assert_close(query, heads[:, :, :2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(key, heads[:, :, 2:3], rtol=1e-6, atol=1e-6)
+    plain = Gemma4RMSNorm(32, EPS, with_scale=False)(mixed[:, :, 0, 3:])
+    torch.testing.assert_close(value, plain, rtol=1e-6, atol=1e-6)
+
+
+# Loss
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("weighted", [False, True], ids=["sum", "weighted"])
+@pytest.mark.parametrize("vocabulary", [37, 4096, 20_000])
+def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, dtype: torch.dtype) -> None:
+    """From the hidden states on, with labels that are ignored."""
+    torch.manual_seed(0)
+    labels = torch.randint(vocabulary, (2, 3), device=DEVICE)
+    labels[0, 1] = loss.IGNORE
+    labels[1, 2] = vocabulary - 1
+    factors = torch.rand(2, 3, device=DEVICE) if weighted else torch.ones(2, 3, device=DEVICE)
+
+    def run(kernels: str) -> Function:
+        def losses(hidden: Tensor, weight: Tensor) -> Tensor:
+            options = {"softcap": softcap, "z_loss": z_loss, "kernels": kernels}
+            return loss.linear_cross_entropy(hidden, weight, labels, **options)
+
+        return losses
+
+    inputs = [random(3, 2, 16, dtype=dtype, scale=4.0), random(vocabulary, 16, dtype=dtype, scale=4.0)]
+    found, expected = (both(run(kernels), inputs, [factors]) for kernels in ("triton", "torch"))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype is b.dtype
+        bound = 2e-6 if dtype is torch.float32 else 2**-9
+        assert (a.float() - b.float()).norm() <= bound * b.float().norm()
