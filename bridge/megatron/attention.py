@@ -59,8 +59,9 @@ def norm_and_rotate(
 
         return qkv_norm_rope(mixed, own, kinds, query_weight, key_weight, *rotary, eps)
     query, *rest = mixed.split([mixed.shape[3] - kinds, *[1] * kinds], dim=3)
-    query = query[:, :, :, own.start : own.stop].flatten(2, 3)
-    query = rotate(rms_norm(query, query_weight, eps, kernels=kernels), rotary)
+    # Groups are joined after the norm, which keeps its input: before, that would be a copy.
+    query = rms_norm(query[:, :, :, own.start : own.stop], query_weight, eps, kernels=kernels)
+    query = rotate(query.flatten(2, 3), rotary)
     if not kinds:
         return (query,)
     # Where there is no v_proj, V is the raw key projection.

@@ -77,23 +77,20 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
     q, groups = layer.q_size // tp, max(1, layer.num_query_groups // tp)
     kv = groups * layer.head_dim
     # The norms around attention and FFN.
-    found["norms"] = 4 * _norm(hidden, sizes.tokens)
-    # Inputs of the projections; q and k normed (v without a weight), rotated; output, log-sum-exp, context.
-    found["attention"] = e * hidden + _norm(full * q, full * q // layer.head_dim) + e * full * q
-    if not layer.shares_kv:
-        found["attention"] += _norm(full * kv, full * groups) + _norm(full * kv, full * groups, weight=False)
-        found["attention"] += 2 * e * full * kv
-        # In float32 the norms keep what they are given: keys and values hold on to the whole projection.
-        found["attention"] += full * q * 4 if e == 4 and groups > 1 else 0
+    found["norms"] = 4 * _norm(e, hidden, sizes.tokens)
+    # The projection's input; its output, which the norms of q, k and v keep; what they make of it, rotated.
+    kinds = 0 if layer.shares_kv else 1 if layer.k_eq_v else 2
+    found["attention"] = e * hidden + _norm(e, full * (q + kinds * kv), full * (q // layer.head_dim + 2 * groups))
+    found["attention"] += e * full * (q + (2 * kv if kinds else 0))
     if sizes.parallel.cp > 1:
         found["context parallelism"] = 2 * e * kv * (sizes.columns(layer) - (0 if layer.shares_kv else full))
     found["attention"] += core_attention_bytes(sizes, layer)
     found["mlp"] = e * hidden + mlp_bytes(sizes, layer)
     if geometry.moe is not None:
-        found["norms"] += 2 * _norm(hidden, sizes.tokens)
+        found["norms"] += 2 * _norm(e, hidden, sizes.tokens)
         found["experts"] = moe_bytes(sizes)
     if geometry.ple is not None:
-        found["norms"] += _norm(hidden, sizes.tokens)
+        found["norms"] += _norm(e, hidden, sizes.tokens)
         found["per-layer inputs"] = e * hidden + 3 * e * sizes.tokens * geometry.ple.dim
     return found
 
@@ -106,8 +103,12 @@ def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
 
 
 def mlp_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
-    """Inside the dense FFN: gate and up, the gate activated, up again, and the product that fc2 is given."""
-    return 5 * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
+    """Inside the dense FFN: gate and up, and the product that fc2 is given; without kernels the gate activated."""
+    return _glu_copies(sizes) * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
+
+
+def _glu_copies(sizes: Sizes) -> int:
+    return 4 if sizes.load.on_cpu else 3
 
 
 def moe_bytes(sizes: Sizes) -> int:
@@ -115,13 +116,13 @@ def moe_bytes(sizes: Sizes) -> int:
     moe = sizes.geometry.moe
     assert moe is not None
     e, hidden = sizes.e, sizes.hidden
-    # The router's norm (in float32 the one of the residual, which the FFN's norm keeps), its scaled input.
-    router = (4 * hidden if e < 4 else 0) + 2 * e * hidden + 4 * 4 * sizes.tokens * moe.num_experts
-    norm = _norm(hidden, sizes.tokens) - (4 * hidden if e == 4 else 0)
+    # The router's normed and scaled input. Its norm and that of the experts keep what the dense FFN's keeps.
+    router = 2 * e * hidden + 4 * 4 * sizes.tokens * moe.num_experts
+    norms = 2 * _norm(e, 0, sizes.tokens)
     # Copies of tokens for their experts, on the way there, at the experts' tensor-parallel ranks, and coming back.
     routed = sizes.tokens * moe.topk * sizes.parallel.etp
     width = moe.ffn_hidden_size // sizes.parallel.etp
-    return router + norm + e * routed * (2 * sizes.geometry.hidden_size + 4 * width)
+    return router + norms + e * routed * (2 * sizes.geometry.hidden_size + _glu_copies(sizes) * width)
 
 
 def front_bytes(sizes: Sizes) -> Bytes:
@@ -129,7 +130,7 @@ def front_bytes(sizes: Sizes) -> Bytes:
     geometry, found = sizes.geometry, Bytes()
     if geometry.ple is not None:
         n = sizes.tokens * geometry.num_layers * geometry.ple.dim
-        found["per-layer inputs"] = _norm(n, sizes.tokens * geometry.num_layers) + sizes.e * n
+        found["per-layer inputs"] = _norm(sizes.e, n, sizes.tokens * geometry.num_layers) + sizes.e * n
         found["per-layer inputs"] += sizes.e * sizes.hidden if sizes.e < 4 else 0
     return found
 
@@ -139,7 +140,7 @@ def loss_bytes(sizes: Sizes, train_head: bool) -> tuple[int, int]:
     e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
     vocab = sizes.geometry.vocab_size // tp
     head = vocab * hidden_size if train_head else 0
-    kept = _norm(sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
+    kept = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
     chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))
     rows = min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
     # The head's gradient is summed in float32 and then rounded.
@@ -162,7 +163,7 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
         attention += 4 * (3 * full * q + 2 * kv) + 2 * 4 * tile
     # By then the layer has let go of all that comes behind attention; its first norm is still there.
     kept = layer_bytes(sizes, layer)
-    attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(sizes.hidden, sizes.tokens)
+    attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(e, sizes.hidden, sizes.tokens)
     mlp = 3 * e * full * layer.ffn_hidden_size // tp
     norms = 3 * 4 * sizes.hidden
     experts = 0
@@ -202,6 +203,6 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
     return found
 
 
-def _norm(elements: int, rows: int, weight: bool = True) -> int:
-    """An RMSNorm keeps its input and its normed input in float32, and two numbers a row; without a weight the first."""
-    return 4 * elements * (1 + weight) + 8 * rows
+def _norm(e: int, elements: int, rows: int) -> int:
+    """An RMSNorm keeps its input, and a number a row."""
+    return e * elements + 4 * rows
