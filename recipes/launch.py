@@ -18,6 +18,10 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
         quiet()
         import torch.distributed as dist
 
+        from bridge.megatron import cpu_runtime
+
+        # Before the loop imports Megatron, which this does faster where there is no GPU.
+        cpu_runtime.enable()
         from recipes.train.loop import train
 
         try:

@@ -1,13 +1,14 @@
 """Megatron-Core without a GPU: its hardcoded CUDA calls sent to the CPU, and what gloo lacks made up for.
 
-`enable()` is called explicitly, once per process, and does nothing where a GPU is visible. Every change is one row of
-`_patches`, with its reason; `disable()` takes them all back. The semantics: there is one device, the CPU; streams and
-events are inert since everything runs at once; "the CUDA generator" is the CPU's generator.
+`enable()` is called explicitly, once per process, best before Megatron is imported, and does nothing where a GPU is
+visible. Every change is one row of `_patches`, with its reason; `disable()` takes them all back. The semantics: there
+is one device, the CPU; streams and events are inert since everything runs at once; "the CUDA generator" is the CPU's.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import pkgutil
 import time
@@ -43,6 +44,7 @@ def enable() -> bool:
         return False
     if _saved:
         return True
+    _import_megatron()
     # The set of factory functions that `with torch.device(...)` knows is made once, on first use, from torch's
     # attributes: made after the rows below it would hold the wrappers, and `with torch.device("meta")` do nothing.
     _device_constructors()
@@ -58,6 +60,20 @@ def enable() -> bool:
     logging.getLogger(_RNG_LOGGER).addFilter(_no_rng_warning)
     logger.info("no GPU is visible: Megatron-Core runs on the CPU (%d functions redirected)", len(_saved))
     return True
+
+
+def _import_megatron() -> None:
+    """Import Megatron-Core, as far as no one has yet, without torch's compiler.
+
+    It has little fusions compiled as it is imported, for which torch loads its compiler: a third of the seconds that a
+    process takes to start. Uncompiled they are what is written, and the model uses none of them.
+    """
+    original = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore
+    try:
+        importlib.import_module("megatron.core.models.gpt")
+    finally:
+        torch.compile = original
 
 
 def disable() -> None:

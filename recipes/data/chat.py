@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ _PLACEHOLDERS = dict(zip(MEDIA_KINDS, (_IMAGE_TOKEN, _VIDEO_TOKEN, _AUDIO_TOKEN)
 _ALLOWED = {"assistant": {THOUGHT, THOUGHT_END}, "system": {"<|think|>"}, "developer": {"<|think|>"}}
 _THOUGHT_MARKER = re.compile(f"{re.escape(THOUGHT)}|{re.escape(THOUGHT_END)}")
 # What the tokens depend on.
-_TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", *_PROCESSOR_FILES)
 
 Decoded = tuple[Media, Any]
 ReadMedia = Callable[[Blob, str], bytes]
@@ -70,28 +72,34 @@ class ChatModel:
 
     def __init__(self, folder: Path, options: CorpusOptions) -> None:
         """Raises UsageError: no tokenizer, not one of Gemma 4, an unreadable template."""
-        from transformers import AutoProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.folder = folder
         self._supervise: Supervise = options.supervise
         self._kwargs = dict(options.template_kwargs)
-        self.processor: Any = None
         try:
-            if (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file():
-                self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-                self.tokenizer: Any = self.processor.tokenizer
-            else:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise UsageError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from error
         if not self.tokenizer.is_fast:
             raise UsageError(f"{folder}: has no tokenizer.json")
         self.template = _template(self.tokenizer, options.chat_template)
         self._thinking_key = next((key for key in THINKING_KEYS if key in (self.template or "")), None)
-        self.kinds = _kinds(folder) if self.processor is not None else frozenset()
+        has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
+        self.kinds = _kinds(folder) if has_processor else frozenset()
         self._control = tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *MARKERS, *_PLACEHOLDERS.values()]))
         self._check_tokenizer()
         self._prefix = self._generation_prefix() if options.generation_prefix else ""
+
+    @cached_property
+    def processor(self) -> Any:
+        """Made when the first media come: what it imports takes seconds, which text alone need not wait for."""
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:
+            raise UsageError(f"{self.folder}: its processor cannot be loaded ({_line(error)})") from error
 
     @property
     def pad_id(self) -> int:
@@ -100,8 +108,9 @@ class ChatModel:
     def fork(self) -> ChatModel:
         """One for another thread: tokenizers and processors change inside while they work."""
         other = copy.copy(self)
-        other.processor = copy.deepcopy(self.processor)
-        other.tokenizer = copy.deepcopy(self.tokenizer) if self.processor is None else other.processor.tokenizer
+        other.tokenizer = copy.deepcopy(self.tokenizer)
+        if "processor" in vars(self):
+            other.processor = copy.deepcopy(self.processor)
         return other
 
     def fingerprint(self) -> str:
