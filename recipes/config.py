@@ -87,7 +87,8 @@ class TrainConfig:
     """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
 
     `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
-    a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp.
+    a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp. `aux_loss`: factor of the
+    loss that spreads tokens over experts (Switch Transformers; of each layer and microbatch).
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     """
@@ -101,6 +102,7 @@ class TrainConfig:
     eval_batches: int = 8
     patience: int = 0
     z_loss: float = 0.0
+    aux_loss: float = 0.0
     nan_limit: int = 3
     spike_factor: float = 0.0
 
@@ -322,7 +324,10 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
         ("train.seq_length", train.seq_length, 2),
         ("train.nan_limit", train.nan_limit, 1),
         ("log.every", recipe.log.every, 1),
-        *((f"train.{key}", getattr(train, key), 0) for key in ("eval_every", "patience", "z_loss", "spike_factor")),
+        *(
+            (f"train.{key}", getattr(train, key), 0)
+            for key in ("eval_every", "patience", "z_loss", "aux_loss", "spike_factor")
+        ),
         *((f"optimizer.{key}", getattr(optimizer, key), 0) for key in ("lr", "min_lr", "warmup", "wsd_steps", "clip")),
         ("log.peak_tflops", recipe.log.peak_tflops, 0),
         *((f"checkpoint.{key}", getattr(recipe.checkpoint, key), 0) for key in ("every", "keep")),

@@ -125,6 +125,10 @@ def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
         overrides |= {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
     if bridge.geometry.moe is not None:
         overrides["moe_token_dispatcher_type"] = parallel.dispatcher
+        if recipe.train.aux_loss:
+            overrides |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": recipe.train.aux_loss}
+    elif recipe.train.aux_loss:
+        raise UsageError(f"train.aux_loss={recipe.train.aux_loss:g} is for models with experts, and this one has none")
     layout = parallel.layout()
     provider = bridge.provider(layout, dtype, overrides=overrides)
     groups = initialize(layout, seed=recipe.train.seed)

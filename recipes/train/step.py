@@ -45,6 +45,8 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
         if chunk.training != train:  # it walks all modules
             chunk.train(train)
     step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0, cp=run.groups.cp)
+    if train and run.recipe.train.aux_loss:
+        _weigh_auxiliary_loss(run, prepared)
     iterators = [iter(prepared) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func()(
@@ -94,6 +96,19 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
     for name in _ROWS & set(batch):
         batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
     return batch
+
+
+def _weigh_auxiliary_loss(run: Run, batches: Sequence[Batch]) -> None:
+    """Have a step's auxiliary loss be a mean over all tokens, whatever number of them has a label. Collective.
+
+    Megatron weighs that of a microbatch by its tokens, and in the end divides every gradient by the number of tokens
+    with a label: without this, what was asked for would be multiplied by the ratio of the two.
+    """
+    labels = [batch["labels"] for batch in batches]
+    supervised = torch.stack([(row != IGNORE).sum() for row in labels]).sum()
+    total = torch.stack([supervised, supervised.new_tensor(sum(row.numel() for row in labels))])
+    dist.all_reduce(total)
+    run.config.moe_grad_scale_func = lambda: (total[0] / total[1])[None]
 
 
 def _forward_step(

@@ -111,6 +111,46 @@ def test_trains_as_transformers_does(
     assert lines[-1]["lr"] == pytest.approx(2e-4) and lines[2]["lr"] == pytest.approx(2e-3)
 
 
+BALANCE_STEPS, BALANCE, BALANCE_SEED = 5, 0.3, 4
+
+
+@pytest.fixture(scope="module")
+def balanced(ranks: RankPool, toys: Toys) -> Plain:
+    """The plain loop with an auxiliary loss whose factor moves the losses."""
+    toy = str(toys["26b-a4b"])
+    (plain,) = ranks.run(plain_loop, toy, BALANCE_STEPS, BALANCE_SEED, BALANCE, world_size=1)
+    (without,) = ranks.run(plain_loop, toy, BALANCE_STEPS, BALANCE_SEED, 1e-9, world_size=1)
+    assert plain.margin > 1e-5, "a tie in the router: take another seed"
+    assert worst(without.losses, plain.losses) > 50 * AGAINST_TRANSFORMERS
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (1, ["parallel.recompute=full"]),
+        (2, []),
+        (2, ["parallel.pp=2"]),
+        (2, ["parallel.cp=2"]),
+        (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2"]),
+    ],
+    ids=["recompute", "DP2", "PP2", "CP2", "TP2+SP EP2 DP2"],
+)
+def test_the_auxiliary_loss_is_the_one_of_the_paper(
+    ranks: RankPool, toys: Toys, tmp_path: Path, balanced: Plain, world: int, overrides: list[str]
+) -> None:
+    """Labels are on a part of the tokens: what they are divided by is none of the auxiliary loss's business."""
+    said = recipe(toys["26b-a4b"], tmp_path, BALANCE_STEPS, BALANCE_SEED)
+    ranks.run(train_toy, said, [f"train.aux_loss={BALANCE}", *overrides], world_size=world)
+    ours = losses(tmp_path)
+    assert len(ours) == BALANCE_STEPS and worst(ours, balanced.losses) <= AGAINST_TRANSFORMERS
+
+
+def test_a_model_without_experts_has_no_auxiliary_loss(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train.aux_loss=0.1 is for models with experts"):
+        ranks.run(train_toy, recipe(toys["e2b"], tmp_path, 2), ["train.aux_loss=0.1"], world_size=1)
+
+
 def assert_rates(geometry: Geometry, lines: list[dict[str, float]]) -> None:
     """What a line says beside loss, rate and norm."""
     for line in lines:

@@ -22,10 +22,10 @@ LENGTH, GLOBAL_BATCH, IGNORE = 40, 4, -100
 LR, MIN_LR, WARMUP, WEIGHT_DECAY, CLIP = 2e-3, 2e-4, 3, 0.05, 1.0
 
 
-def sample(geometry: Geometry, seed: int, index: int) -> dict[str, torch.Tensor]:
+def sample(geometry: Geometry, seed: int, index: int, padded: bool = True) -> dict[str, torch.Tensor]:
     """Sample `index` of the corpus, [LENGTH] each: a noisy count, so that there is something to learn, right-padded."""
     generator = torch.Generator().manual_seed(10_000 * seed + index)
-    length = LENGTH - int(torch.randint(0, 12, (1,), generator=generator))
+    length = LENGTH - int(torch.randint(0, 12, (1,), generator=generator)) * padded
     start, step = (int(v) for v in torch.randint(8, 60, (2,), generator=generator))
     ids = 8 + (start + step * torch.arange(length)) % 120
     ids = torch.where(torch.rand(length, generator=generator) < 0.1, 9, ids)
@@ -41,8 +41,8 @@ def sample(geometry: Geometry, seed: int, index: int) -> dict[str, torch.Tensor]
     }
 
 
-def collate(geometry: Geometry, seed: int, indices: range) -> dict[str, torch.Tensor]:
-    rows = [sample(geometry, seed, index) for index in indices]
+def collate(geometry: Geometry, seed: int, indices: range, padded: bool = True) -> dict[str, torch.Tensor]:
+    rows = [sample(geometry, seed, index, padded) for index in indices]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -93,6 +93,7 @@ class Corpus:
     rows: int
     trouble: Trouble = field(default_factory=Trouble)
     per_row: int = 1  # samples in a row; packed where there are more
+    padded: bool = True
     taken: int = 0  # samples, by all ranks together
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -100,7 +101,7 @@ class Corpus:
         count = self.rows * self.per_row
         start = self.taken + self.dp_rank * count
         self.taken += count * self.dp_size
-        batch = collate(self.geometry, self.seed, range(start, start + count))
+        batch = collate(self.geometry, self.seed, range(start, start + count), self.padded)
         return batch if self.per_row == 1 else pack(batch, self.per_row)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +125,8 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
             return (next(held_out) for _ in range(GLOBAL_BATCH // rows // dp_size))
 
         stream = Corpus(geometry, recipe.train.seed, dp_rank, dp_size, rows, trouble or Trouble())
+        # Routers see padding, which is not the same in transformers' masks.
+        stream.padded = not recipe.train.aux_loss
         if recipe.data.packing:
             stream.per_row = GLOBAL_BATCH // recipe.train.global_batch_size
         return Streams(stream, evaluation)
@@ -194,7 +197,34 @@ class RouterMargins:
         self.smallest = min(self.smallest, float((lead / ordered.abs().amax(-1)).min()))
 
 
-def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
+class Balance:
+    """The auxiliary loss of Switch Transformers (arXiv 2101.03961, section 2.2) of transformers' routers, as written
+    there: experts times the sum over them of (share of the top-k choices) x (mean probability), of each layer and
+    microbatch.
+    """
+
+    def __init__(self, model: torch.nn.Module, geometry: Geometry) -> None:
+        self.losses: list[torch.Tensor] = []
+        assert geometry.moe is not None
+        self._moe = geometry.moe
+        for name, module in model.named_modules():
+            if name.endswith("router.proj"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        experts, topk = self._moe.num_experts, self._moe.topk
+        for part in logits.view(-1, 2 * LENGTH, experts):  # rows of a microbatch
+            chosen = torch.nn.functional.one_hot(part.topk(topk).indices, experts).sum(1).float()
+            self.losses.append(experts * (chosen.mean(0) / topk * part.softmax(-1).mean(0)).sum())
+
+    def take(self, microbatches: int) -> torch.Tensor:
+        """The sum over layers, mean over microbatches."""
+        total = torch.stack(self.losses).sum() / microbatches
+        self.losses.clear()
+        return total
+
+
+def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Plain:
     """The same training with transformers and torch alone."""
     from bridge.verify.reference import load_hf
 
@@ -207,8 +237,9 @@ def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
     plain, margins = Plain([], [], math.inf), RouterMargins(model, geometry)
+    balance = Balance(model, geometry) if aux_loss else None
     for step in range(1, steps + 1):
-        batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
+        batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
         margins.real = batch["attention_mask"].flatten().bool()
         rate = LR * step / WARMUP
         if step > WARMUP:
@@ -224,7 +255,7 @@ def plain_loop(toy: str, steps: int, seed: int = 1) -> Plain:
             use_cache=False,
         ).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
-        loss.backward()
+        (loss if balance is None else loss + aux_loss * balance.take(GLOBAL_BATCH // 2)).backward()
         plain.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
         plain.losses.append(loss.item())
