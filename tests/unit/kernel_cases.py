@@ -10,21 +10,30 @@ move a value by one rounding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP, apply_rotary_pos_emb
 
-from bridge.megatron import loss
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.megatron import kernels, loss
 from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
 from bridge.megatron.norm import rms_norm
+from bridge.megatron.parallel import Parallel
+from bridge.megatron.provider import Gemma4Provider
 from bridge.megatron.rope import Rotary
+from bridge.ranks import RankPool
+from bridge.toy import write_toy
+from bridge.toy.config import toy_config
+from bridge.verify.sample import Sample, random_sample
+from bridge.verify.task import ParityTask, run, run_reference
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FLOAT32_BOUND = 1e-6
@@ -88,15 +97,65 @@ def one_rounding(found: Tensor, expected: Tensor) -> None:
     assert (far > nothing * 2**-8).float().mean() <= 0.02 + 2 / found.numel()
 
 
+# The model
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(2 if DEVICE == "cpu" else 1) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_a_model_of_kernels_is_that_of_transformers(ranks: RankPool, tmp_path: Path, variant: str) -> None:
+    """Logits and gradients, float32, every layer recomputed; on CPUs split over two ranks.
+
+    That is more ranks than E2B has K/V heads: each has half of the queries of the group. A few tokens only, because the
+    interpreter is slow.
+    """
+    write_toy(variant, tmp_path / "toy", dtype="float32")
+    geometry = Geometry.from_folder(tmp_path / "toy")
+    whole, reference = random_sample(geometry, seed=0, batch=2), tmp_path / "reference.safetensors"
+    sample = Sample(whole.input_ids[:, -8:], whole.attention_mask[:, -8:], whole.labels[:, -8:])
+    ranks.run(run_reference, tmp_path / "toy", sample, torch.float32, True, reference, world_size=1)
+    parallel = Parallel(tp=ranks.size, sequence_parallel=ranks.size > 1)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    task = ParityTask(
+        variant,
+        geometry,
+        tmp_path / "toy",
+        False,
+        parallel,
+        torch.float32,
+        sample,
+        {"dtype": reference},
+        overrides={"kernels": "triton"} | recompute,
+    )
+    checks = [check for rank in ranks.run(run, task) for check in rank]
+    assert {f"{check.name} {check.metric}" for check in checks} >= {"logits relative", "gradients relative"}
+    assert not [check for check in checks if not check.passed]
+
+
+def test_kernels_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.from_dict(toy_config("e2b").written)
+    with pytest.raises(UsageError, match="kernels=fast: known are auto, torch, triton"):
+        _ = Gemma4Provider(geometry, overrides={"kernels": "fast"}).config
+    assert Gemma4Provider(geometry).config.kernels == "auto"
+    monkeypatch.setattr(kernels, "installed", lambda: False)
+    with pytest.raises(UsageError, match="the package triton is not installed"):
+        _ = Gemma4Provider(geometry, overrides={"kernels": "triton"}).config
+
+
 # RMSNorm
 
 
-def norm_of(kernels: str, names: str) -> Function:
+def norm_of(who: str, names: str) -> Function:
     """Of x, and of those of weight and residual that `names` has."""
 
     def run(x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names.split(), others, strict=True))
-        return rms_norm(x, given.get("weight"), EPS, given.get("residual"), kernels=kernels)
+        return rms_norm(x, given.get("weight"), EPS, given.get("residual"), kernels=who)
 
     return run
 
@@ -221,21 +280,24 @@ def projections(kinds: int, own: range, rotary: Rotary, kernels: str) -> Functio
 
 
 @DTYPES
-@pytest.mark.parametrize("kinds", [2, 1, 0], ids=["q k v", "V is K", "q"])
 @pytest.mark.parametrize(
-    ("tokens", "groups", "queries", "own", "d"),
+    ("tokens", "groups", "queries", "kinds", "own", "d"),
     [
-        ((2, 1), 1, 8, range(8), 256),
-        ((2, 1), 2, 4, range(4), 512),
-        ((3, 2), 2, 3, range(3), 24),
-        ((3, 2), 1, 6, range(2, 4), 16),
-        ((5, 1), 3, 1, range(1), 2),
-        ((0, 1), 1, 2, range(2), 8),
+        ((2, 1), 1, 8, 2, range(8), 256),
+        ((2, 1), 2, 4, 1, range(4), 512),
+        ((3, 1), 1, 8, 0, range(8), 256),
+        ((3, 2), 2, 3, 2, range(3), 24),
+        ((3, 2), 1, 6, 2, range(2, 4), 16),
+        ((3, 2), 1, 4, 1, range(2, 4), 16),
+        ((5, 1), 3, 1, 1, range(1), 2),
+        ((0, 1), 1, 2, 2, range(2), 8),
     ],
+    ids=str,
 )
 def test_norm_and_rotation(
-    tokens: tuple[int, int], groups: int, queries: int, own: range, d: int, kinds: int, dtype: torch.dtype
+    tokens: tuple[int, int], groups: int, queries: int, kinds: int, own: range, d: int, dtype: torch.dtype
 ) -> None:
+    """`kinds` 2: q, k and v; 1: k is v too; 0: q alone. `own`: the queries of this rank, where a group has several."""
     torch.manual_seed(0)
     rows = queries + kinds
     rotary = angles(tokens, d, dtype)
@@ -286,10 +348,10 @@ def test_rotation_is_that_of_transformers() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("softcap", [30.0, None])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("weighted", [False, True], ids=["sum", "weighted"])
-@pytest.mark.parametrize("vocabulary", [37, 4096, 20_000])
+@pytest.mark.parametrize(
+    ("vocabulary", "weighted", "z_loss", "softcap"),
+    [(20_000, False, 0.0, 30.0), (20_000, True, 1e-2, 30.0), (4096, True, 0.0, None), (37, False, 1e-2, None)],
+)
 def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, dtype: torch.dtype) -> None:
     """From the hidden states on, with labels that are ignored."""
     torch.manual_seed(0)
