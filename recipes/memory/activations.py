@@ -1,8 +1,8 @@
 """What a forward pass leaves for the backward pass, and what the backward pass needs beside it.
 
-The figures follow the model's own code, operation by operation: bridge/megatron/{layer,attention,norm,moe,ple,loss}.py
-and Megatron-Core's MLP. Only what grows with the number of tokens is here. Per tensor: e bytes an element in the dtype
-of the model, 4 in float32.
+The figures follow the model's own code, operation by operation: bridge/megatron/{layer,attention,norm,activation,moe,
+ple,loss}.py, and on a GPU bridge/megatron/kernels. Only what grows with the number of tokens is here. Per tensor: e
+bytes an element in the dtype of the model, 4 in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Bytes = Counter[str]
 class Load:
     """What one microbatch is: `rows` [b] of `length` [s] tokens; bytes `e` of an element; what is recomputed.
 
-    `on_cpu`: attention in tiles, whose scores count; the kernels of a GPU keep theirs on the chip.
+    `on_cpu`: attention in tiles, whose scores count, where the kernels of a GPU keep theirs on the chip; norms and
+    activations in torch, where the kernels of a GPU keep their inputs alone.
     """
 
     rows: int
@@ -73,28 +74,29 @@ class Sizes:
 def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
     """Kept of one layer between its forward and its backward pass, without recompute."""
     e, hidden, full, tp = sizes.e, sizes.hidden, sizes.full, sizes.parallel.tp
-    geometry, found = sizes.geometry, Bytes()
+    geometry, load, found = sizes.geometry, sizes.load, Bytes()
     q, groups = layer.q_size // tp, max(1, layer.num_query_groups // tp)
     kv = groups * layer.head_dim
     # The norms around attention and FFN.
-    found["norms"] = 4 * _norm(hidden, sizes.tokens)
+    found["norms"] = 4 * _norm(sizes, hidden, sizes.tokens)
     # Inputs of the projections; q and k normed (v without a weight), rotated; output, log-sum-exp, context.
-    found["attention"] = e * hidden + _norm(full * q, full * q // layer.head_dim) + e * full * q
+    found["attention"] = e * hidden + _norm(sizes, full * q, full * q // layer.head_dim) + e * full * q
     if not layer.shares_kv:
-        found["attention"] += _norm(full * kv, full * groups) + _norm(full * kv, full * groups, weight=False)
-        found["attention"] += 2 * e * full * kv
+        found["attention"] += _norm(sizes, full * kv, full * groups) + 2 * e * full * kv
+        if not (layer.k_eq_v and not load.on_cpu):
+            found["attention"] += _norm(sizes, full * kv, full * groups, weight=False)
         # In float32 the norms keep what they are given: keys and values hold on to the whole projection.
-        found["attention"] += full * q * 4 if e == 4 and groups > 1 else 0
+        found["attention"] += full * q * 4 if load.on_cpu and e == 4 and groups > 1 else 0
     if sizes.parallel.cp > 1:
         found["context parallelism"] = 2 * e * kv * (sizes.columns(layer) - (0 if layer.shares_kv else full))
     found["attention"] += core_attention_bytes(sizes, layer)
     found["mlp"] = e * hidden + mlp_bytes(sizes, layer)
     if geometry.moe is not None:
-        found["norms"] += 2 * _norm(hidden, sizes.tokens)
+        found["norms"] += 2 * _norm(sizes, hidden, sizes.tokens)
         found["experts"] = moe_bytes(sizes)
     if geometry.ple is not None:
-        found["norms"] += _norm(hidden, sizes.tokens)
-        found["per-layer inputs"] = e * hidden + 3 * e * sizes.tokens * geometry.ple.dim
+        found["norms"] += _norm(sizes, hidden, sizes.tokens)
+        found["per-layer inputs"] = e * hidden + (2 + load.on_cpu) * e * sizes.tokens * geometry.ple.dim
     return found
 
 
@@ -106,22 +108,22 @@ def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
 
 
 def mlp_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
-    """Inside the dense FFN: gate and up, the gate activated, up again, and the product that fc2 is given."""
-    return 5 * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
+    """Inside the dense FFN: gate and up, in torch the gate activated, and the product that fc2 is given."""
+    return (3 + sizes.load.on_cpu) * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
 
 
 def moe_bytes(sizes: Sizes) -> int:
     """Router and experts. Tokens are taken to be spread evenly over experts."""
     moe = sizes.geometry.moe
     assert moe is not None
-    e, hidden = sizes.e, sizes.hidden
-    # The router's norm (in float32 the one of the residual, which the FFN's norm keeps), its scaled input.
-    router = (4 * hidden if e < 4 else 0) + 2 * e * hidden + 4 * 4 * sizes.tokens * moe.num_experts
-    norm = _norm(hidden, sizes.tokens) - (4 * hidden if e == 4 else 0)
+    e, hidden, on_cpu = sizes.e, sizes.hidden, sizes.load.on_cpu
+    # The router's norm (where nothing is cast, of the residual that the FFN's norm keeps too), its scaled input.
+    router = (4 * hidden if on_cpu and e < 4 else 0) + 2 * e * hidden + 4 * 4 * sizes.tokens * moe.num_experts
+    norm = _norm(sizes, hidden, sizes.tokens) - (e * hidden if e == 4 or not on_cpu else 0)
     # Copies of tokens for their experts, on the way there, at the experts' tensor-parallel ranks, and coming back.
     routed = sizes.tokens * moe.topk * sizes.parallel.etp
     width = moe.ffn_hidden_size // sizes.parallel.etp
-    return router + norm + e * routed * (2 * sizes.geometry.hidden_size + 4 * width)
+    return router + norm + e * routed * (2 * sizes.geometry.hidden_size + (3 + on_cpu) * width)
 
 
 def front_bytes(sizes: Sizes) -> Bytes:
@@ -129,7 +131,7 @@ def front_bytes(sizes: Sizes) -> Bytes:
     geometry, found = sizes.geometry, Bytes()
     if geometry.ple is not None:
         n = sizes.tokens * geometry.num_layers * geometry.ple.dim
-        found["per-layer inputs"] = _norm(n, sizes.tokens * geometry.num_layers) + sizes.e * n
+        found["per-layer inputs"] = _norm(sizes, n, sizes.tokens * geometry.num_layers) + sizes.e * n
         found["per-layer inputs"] += sizes.e * sizes.hidden if sizes.e < 4 else 0
     return found
 
@@ -139,7 +141,7 @@ def loss_bytes(sizes: Sizes, train_head: bool) -> tuple[int, int]:
     e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
     vocab = sizes.geometry.vocab_size // tp
     head = vocab * hidden_size if train_head else 0
-    kept = _norm(sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
+    kept = _norm(sizes, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
     chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))
     rows = min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
     # The head's gradient is summed in float32 and then rounded.
@@ -162,7 +164,9 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
         attention += 4 * (3 * full * q + 2 * kv) + 2 * 4 * tile
     # By then the layer has let go of all that comes behind attention; its first norm is still there.
     kept = layer_bytes(sizes, layer)
-    attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(sizes.hidden, sizes.tokens)
+    attention -= (
+        kept.total() - kept["attention"] - kept["context parallelism"] - _norm(sizes, sizes.hidden, sizes.tokens)
+    )
     mlp = 3 * e * full * layer.ffn_hidden_size // tp
     norms = 3 * 4 * sizes.hidden
     experts = 0
@@ -202,6 +206,9 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
     return found
 
 
-def _norm(elements: int, rows: int, weight: bool = True) -> int:
-    """An RMSNorm keeps its input and its normed input in float32, and two numbers a row; without a weight the first."""
+def _norm(sizes: Sizes, elements: int, rows: int, weight: bool = True) -> int:
+    """What an RMSNorm keeps: its input; in torch that and its normed input in float32, and two numbers a row; without a
+    weight the first."""
+    if not sizes.load.on_cpu:
+        return sizes.e * elements
     return 4 * elements * (1 + weight) + 8 * rows
