@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridge.megatron.activation import geglu
 from bridge.megatron.config import Gemma4TransformerConfig
-from bridge.megatron.local_dispatcher import LocalDispatcher
+from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.sharding import split_parameter
 
@@ -138,7 +138,7 @@ class Gemma4MoE(MoELayer):
         submodules = MoESubmodules(experts=GroupedExperts, router=Gemma4Router)
         super().__init__(config, submodules, layer_number, pg_collection)
         self.set_layer_number(layer_number)
-        if LocalDispatcher.serves(config, pg_collection):
+        if get_pg_size(pg_collection.ep) == get_pg_size(pg_collection.expt_tp) == 1:
             self.token_dispatcher = LocalDispatcher(config, pg_collection)
         self.pre_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 

@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from torch import Tensor
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP, apply_rotary_pos_emb
@@ -26,7 +26,7 @@ from bridge.geometry import Geometry
 from bridge.megatron import kernels, loss
 from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
-from bridge.megatron.local_dispatcher import collect, order_of, spread
+from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.provider import Gemma4Provider
@@ -377,43 +377,35 @@ def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | N
         assert (a.float() - b.float()).norm() <= bound * b.float().norm()
 
 
-# The order of experts
-
-
-def routing(tokens: int, experts: int, topk: int) -> tuple[Tensor, Tensor]:
-    """Probabilities, zero where not routed, and the map; the last expert gets nothing."""
-    logits = torch.randn(tokens, experts, device=DEVICE)
-    logits[:, -1] = -9
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(topk).indices, True)
-    return torch.where(chosen, logits.softmax(-1), 0), chosen
-
-
-@pytest.mark.parametrize(("tokens", "experts", "topk"), [(13, 8, 3), (1, 4, 1), (0, 4, 2)])
-def test_order_is_that_of_megatron(tokens: int, experts: int, topk: int) -> None:
-    """To the bit, in torch: rows, probabilities, counts, and what is made of the rows afterwards."""
-    torch.manual_seed(0)
-    probs, chosen = routing(tokens, experts, topk)
-    x = random(tokens, 6, dtype=torch.bfloat16)
-    rows, row_probs, indices, _, _ = permute(x, chosen, probs=probs, num_out_tokens=tokens * topk)
-    torch.cuda.set_sync_debug_mode("error") if DEVICE == "cuda" else None
-    order = order_of(chosen, topk)
-    made = spread(x, order, "torch")
-    restored = collect(rows, order, "torch")
-    torch.cuda.set_sync_debug_mode("default") if DEVICE == "cuda" else None
-    assert torch.equal(made, rows)
-    assert torch.equal(probs.gather(1, order.experts).flatten()[order.chosen], row_probs)
-    assert order.counts.tolist() == chosen.sum(0).tolist()
-    if DEVICE == "cpu":  # elsewhere neither sums in an order
-        assert torch.equal(restored, unpermute(rows, indices, x.shape))
+# Experts
 
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(13, 40), (3, 1300), (0, 8)], ids=str)
-def test_rows_go_to_their_experts_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_tokens_go_to_their_experts_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Both ways, and no host waits for a GPU."""
     torch.manual_seed(0)
-    order = order_of(routing(shape[0], 8, 3)[1], 3)
-    x = random(*shape, dtype=dtype)
-    # torch rounds after each of the three additions.
-    compare(lambda x: spread(x, order, "triton"), lambda x: spread(x, order, "torch"), [x], bits=False)
-    rows = random(3 * shape[0], shape[1], dtype=dtype)
-    compare(lambda x: collect(x, order, "triton"), lambda x: collect(x, order, "torch"), [rows], bits=False)
+    experts, topk, group = 8, 3, SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    chosen = torch.randn(shape[0], experts, device=DEVICE).topk(topk).indices
+    routing_map = torch.zeros(shape[0], experts, dtype=torch.bool, device=DEVICE).scatter_(1, chosen, True)
+    probs = routing_map.float()
+
+    def run(who: str) -> Function:
+        config, groups = SimpleNamespace(moe_router_topk=topk, kernels=who), SimpleNamespace(ep=group, expt_tp=group)
+        groups.tp_ep = group
+        dispatcher = LocalDispatcher(config, groups)
+
+        def there_and_back(tokens: Tensor, weight: Tensor) -> Sequence[Tensor]:
+            rows, _ = dispatcher.dispatch_preprocess(tokens, routing_map, probs)
+            return rows, dispatcher.combine_postprocess(rows * weight)
+
+        return there_and_back
+
+    inputs = [random(*shape, dtype=dtype), random(shape[1], dtype=dtype)]
+    compare(run("triton"), run("torch"), inputs, outputs=2)
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run("triton")(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -60,6 +60,7 @@ COMPILED: list[tuple[str, str, int, dict[str, Any], tuple[str, ...]]] = [
     ("qkv_norm_rope", "forward_kernel", 4, QKV, ()),
     ("qkv_norm_rope", "backward_kernel", 4, QKV, ("d_weight",)),
     ("qkv_norm_rope", "backward_kernel", 4, V_IS_K, ()),
+    ("permute", "collect_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
     ("cross_entropy", "statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),
     ("cross_entropy", "gradient_kernel", 8, {"SOFTCAP": True, "BLOCK": 4096}, ("weights",)),
 ]
@@ -106,7 +107,7 @@ def _type(name: str) -> str:
         return "i32"
     if name in ("dw", "d_weight", "lse", "weights", "top", "total", "target"):
         return "*fp32"
-    return "*i64" if name == "column" else "*bf16"
+    return "*i64" if name in ("column", "places") else "*bf16"
 
 
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:

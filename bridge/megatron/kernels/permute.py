@@ -1,18 +1,15 @@
-"""Rows of tokens to the order of their experts and back (the definition is `bridge.megatron.local_dispatcher`).
+"""The sum over a token's experts, of their outputs or of its copies' gradients (see `bridge.megatron.local_dispatch`).
 
-Every token goes to the same number of experts, so that its copies are summed by reading them: no atomic additions, the
-same result every time, one rounding. The gradient of spreading is that sum, and the gradient of the sum is spreading.
+Every token goes to the same number of experts, so that its rows are read where they are: they are not gathered first,
+and nothing is added atomically. The sum is float32 and rounded once.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bridge.megatron.kernels.launch import as_rows, power_of_2
 from bridge.megatron.kernels.rounding import narrow
@@ -30,7 +27,7 @@ def collect_kernel(
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK columns of one token: the float32 sum of its COPIES rows [n], those at `places` [tokens, COPIES]."""
+    """BLOCK columns of one token: the float32 sum of its COPIES rows [n], those at `places` [tokens * COPIES]."""
     blocks = tl.cdiv(n, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -41,46 +38,10 @@ def collect_kernel(
     tl.store(output + token * n + column, narrow(total, output.dtype.element_ty), column < n)
 
 
-def spread(tokens: Tensor, source: Tensor, places: Tensor) -> Tensor:
-    """`tokens` [t, n] -> [t * copies, n], row i that of `source[i]`; `places` [t, copies] int64 is the inverse."""
-    return _Spread.apply(tokens, source, places)
-
-
-def collect(rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
-    """`rows` [t * copies, n] -> [t, n], the sum of each token's."""
-    return _Collect.apply(rows, source, places)
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.index_select(0, source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return _collect(d_rows, places), None, None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        return _collect(rows, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_tokens: Tensor) -> tuple[Tensor, None, None]:
-        (source,) = ctx.saved_tensors
-        return d_tokens.index_select(0, source), None, None
-
-
-def _collect(rows: Tensor, places: Tensor) -> Tensor:
-    tokens, copies = places.shape
-    rows, places = as_rows(rows), places.contiguous()
-    n = rows.shape[1]
+def collect(rows: Tensor, places: Tensor, copies: int) -> Tensor:
+    """`rows` [t * copies, n] -> [t, n]: of each token the sum of its rows, those at `places` [t * copies] int64."""
+    rows, n = as_rows(rows), rows.shape[1]
+    tokens = len(places) // copies
     output = torch.empty(tokens, n, dtype=rows.dtype, device=rows.device)
     if output.numel():
         block = min(_BLOCK, power_of_2(n))
