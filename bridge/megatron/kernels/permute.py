@@ -19,22 +19,22 @@ _BLOCK = 1024
 
 @triton.jit
 def collect_kernel(
-    rows: tl.tensor,
+    source: tl.tensor,
     places: tl.tensor,
     output: tl.tensor,
     n: tl.tensor,
-    rows_stride: tl.tensor,
+    source_stride: tl.tensor,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK columns of one token: the float32 sum of its COPIES rows [n], those at `places` [tokens * COPIES]."""
+    """BLOCK columns of one token: the float32 sum of its COPIES rows [n] of `source`, at `places` [tokens * COPIES]."""
     blocks = tl.cdiv(n, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for copy in range(COPIES):
         place = tl.load(places + token * COPIES + copy)
-        total += tl.load(rows + place * rows_stride + column, column < n, other=0.0).to(tl.float32)
+        total += tl.load(source + place * source_stride + column, column < n, other=0.0).to(tl.float32)
     tl.store(output + token * n + column, narrow(total, output.dtype.element_ty), column < n)
 
 
