@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,31 @@ def test_kernels_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "installed", lambda: False)
     with pytest.raises(UsageError, match="the package triton is not installed"):
         _ = Gemma4Provider(geometry, overrides={"kernels": "triton"}).config
+
+
+def test_rows_farther_apart_than_an_int32_counts() -> None:
+    """As in [65536, 2 * 21504]. The memory between the rows is never touched."""
+    torch.manual_seed(0)
+    wide = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = wide.as_strided((3, 64), (2**30, 1)).copy_(torch.randn(3, 64))
+    weight, gradient = random(64, dtype=torch.bfloat16), [random(3, 64, dtype=torch.bfloat16)]
+
+    def heads(who: str, x: Tensor) -> Tensor:
+        rotary = Rotary(*(torch.ones(3, 1, 1, 16, dtype=x.dtype, device=x.device) for _ in range(2)))
+        mixed = x.unflatten(1, (1, 1, 4, 16))
+        return torch.cat(
+            norm_and_rotate(mixed, range(2), 2, weight[:16], weight[:16], rotary, EPS, who), dim=2
+        ).flatten(1)
+
+    functions: list[Callable[[str, Tensor], Tensor]] = [
+        lambda who, x: rms_norm(x, weight, EPS, x, kernels=who),
+        lambda who, x: gated_gelu(x, x, who),
+        heads,
+    ]
+    for function in functions:
+        found, expected = (both(partial(function, who), [x], gradient) for who in ("triton", "torch"))
+        for a, b in zip(found, expected, strict=True):
+            one_rounding(a.float(), b.float())
 
 
 # RMSNorm
@@ -318,13 +344,14 @@ def test_norm_and_rotation(
         )
 
 
-def test_gradients_that_attention_hands_back_in_its_own_strides() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_that_attention_hands_back_in_its_own_strides(batch: int) -> None:
     torch.manual_seed(0)
-    rotary, own = angles((4, 2), 16, torch.float32), range(2)
-    inputs = [random(4, 2, 2, 4, 16, dtype=torch.float32), *(random(16, dtype=torch.float32) for _ in range(2))]
+    rotary, own = angles((4, batch), 16, torch.float32), range(2)
+    inputs = [random(4, batch, 2, 4, 16, dtype=torch.float32), *(random(16, dtype=torch.float32) for _ in range(2))]
     # [b, heads, s, d] in memory, and one number for all
-    gradients = [random(2, heads, 4, 16, dtype=torch.float32).permute(2, 0, 1, 3) for heads in (4, 2)]
-    gradients.append(torch.ones(1, device=DEVICE).expand(4, 2, 2, 16))
+    gradients = [random(batch, heads, 4, 16, dtype=torch.float32).permute(2, 0, 1, 3) for heads in (4, 2)]
+    gradients.append(torch.ones(1, device=DEVICE).expand(4, batch, 2, 16))
     found = both(projections(2, own, rotary, "triton"), inputs, gradients)
     expected = both(projections(2, own, rotary, "torch"), inputs, gradients)
     for a, b in zip(found, expected, strict=True):
@@ -352,7 +379,13 @@ def test_rotation_is_that_of_transformers() -> None:
 @DTYPES
 @pytest.mark.parametrize(
     ("vocabulary", "weighted", "z_loss", "softcap"),
-    [(20_000, False, 0.0, 30.0), (20_000, True, 1e-2, 30.0), (4096, True, 0.0, None), (37, False, 1e-2, None)],
+    [
+        (20_000, False, 0.0, 30.0),
+        (20_000, True, 1e-2, 30.0),
+        (4096, True, 0.0, None),
+        (37, False, 1e-2, None),
+        (37, False, 0.0, 2.0),
+    ],
 )
 def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, dtype: torch.dtype) -> None:
     """From the hidden states on, with labels that are ignored."""

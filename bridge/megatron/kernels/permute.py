@@ -32,7 +32,7 @@ def collect_kernel(
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for copy in range(COPIES):
+    for copy in tl.static_range(COPIES):
         place = tl.load(places + token * COPIES + copy)
         total += tl.load(source + place * source_stride + column, column < n, other=0.0).to(tl.float32)
     tl.store(output + token * n + column, narrow(total, output.dtype.element_ty), column < n)
