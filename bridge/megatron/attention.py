@@ -97,7 +97,7 @@ class Gemma4Attention(SelfAttention):
     ) -> tuple[Tensor, KeyValue]:
         """[s (/tp), b, h] -> the same, and the keys and values used. `shared_kv` is what a KV-shared layer reads."""
         mixed, own = self._project(hidden_states)
-        weights = self.q_layernorm.weight, self.k_layernorm.weight if self._kinds else None
+        weights = self.q_layernorm(), self.k_layernorm() if self._kinds else None
         query, *made = norm_and_rotate(
             mixed, own, self._kinds, *weights, rotary, self.config.layernorm_epsilon, self.config.kernels
         )

@@ -68,7 +68,14 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """The norm of `x` [..., hidden_size], plus `residual`. Without `x` the weight, for code that norms with it.
+
+        Megatron waits for a parameter that is still on its way from other ranks when its module is called: it must not
+        be read otherwise.
+        """
+        if x is None:
+            return self.weight
         return rms_norm(x, self.weight, self.eps, residual, kernels=self.kernels)
 
 

@@ -91,7 +91,7 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
         found["experts"] = moe_bytes(sizes)
     if geometry.ple is not None:
         found["norms"] += _norm(e, hidden, sizes.tokens)
-        found["per-layer inputs"] = e * hidden + 3 * e * sizes.tokens * geometry.ple.dim
+        found["per-layer inputs"] = e * hidden + (2 + sizes.load.on_cpu) * e * sizes.tokens * geometry.ple.dim
     return found
 
 
@@ -104,11 +104,7 @@ def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
 
 def mlp_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     """Inside the dense FFN: gate and up, and the product that fc2 is given; without kernels the gate activated."""
-    return _glu_copies(sizes) * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
-
-
-def _glu_copies(sizes: Sizes) -> int:
-    return 4 if sizes.load.on_cpu else 3
+    return (3 + sizes.load.on_cpu) * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
 
 
 def moe_bytes(sizes: Sizes) -> int:
@@ -122,7 +118,7 @@ def moe_bytes(sizes: Sizes) -> int:
     # Copies of tokens for their experts, on the way there, at the experts' tensor-parallel ranks, and coming back.
     routed = sizes.tokens * moe.topk * sizes.parallel.etp
     width = moe.ffn_hidden_size // sizes.parallel.etp
-    return router + norms + e * routed * (2 * sizes.geometry.hidden_size + _glu_copies(sizes) * width)
+    return router + norms + e * routed * (2 * sizes.geometry.hidden_size + (3 + sizes.load.on_cpu) * width)
 
 
 def front_bytes(sizes: Sizes) -> Bytes:

@@ -10,8 +10,11 @@ move a value by one rounding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +22,21 @@ from torch import Tensor
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextMLP, apply_rotary_pos_emb
 
-from bridge.megatron import loss
+from bridge.errors import UsageError
+from bridge.geometry import Geometry
+from bridge.megatron import kernels, loss
 from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
+from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import rms_norm
+from bridge.megatron.parallel import Parallel
+from bridge.megatron.provider import Gemma4Provider
 from bridge.megatron.rope import Rotary
+from bridge.ranks import RankPool
+from bridge.toy import write_toy
+from bridge.toy.config import toy_config
+from bridge.verify.sample import Sample, random_sample
+from bridge.verify.task import ParityTask, run, run_reference
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FLOAT32_BOUND = 1e-6
@@ -87,15 +100,90 @@ def one_rounding(found: Tensor, expected: Tensor) -> None:
     assert (far > nothing * 2**-8).float().mean() <= 0.02 + 2 / found.numel()
 
 
+# The model
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(2 if DEVICE == "cpu" else 1) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_a_model_of_kernels_is_that_of_transformers(ranks: RankPool, tmp_path: Path, variant: str) -> None:
+    """Logits and gradients, float32, every layer recomputed; on CPUs split over two ranks.
+
+    That is more ranks than E2B has K/V heads: each has half of the queries of the group. A few tokens only, because the
+    interpreter is slow.
+    """
+    write_toy(variant, tmp_path / "toy", dtype="float32")
+    geometry = Geometry.from_folder(tmp_path / "toy")
+    whole, reference = random_sample(geometry, seed=0, batch=2), tmp_path / "reference.safetensors"
+    sample = Sample(whole.input_ids[:, -8:], whole.attention_mask[:, -8:], whole.labels[:, -8:])
+    ranks.run(run_reference, tmp_path / "toy", sample, torch.float32, True, reference, world_size=1)
+    parallel = Parallel(tp=ranks.size, sequence_parallel=ranks.size > 1)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    task = ParityTask(
+        variant,
+        geometry,
+        tmp_path / "toy",
+        False,
+        parallel,
+        torch.float32,
+        sample,
+        {"dtype": reference},
+        overrides={"kernels": "triton"} | recompute,
+    )
+    checks = [check for rank in ranks.run(run, task) for check in rank]
+    assert {f"{check.name} {check.metric}" for check in checks} >= {"logits relative", "gradients relative"}
+    assert not [check for check in checks if not check.passed]
+
+
+def test_kernels_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.from_dict(toy_config("e2b").written)
+    with pytest.raises(UsageError, match="kernels=fast: known are auto, torch, triton"):
+        _ = Gemma4Provider(geometry, overrides={"kernels": "fast"}).config
+    assert Gemma4Provider(geometry).config.kernels == "auto"
+    monkeypatch.setattr(kernels, "installed", lambda: False)
+    with pytest.raises(UsageError, match="the package triton is not installed"):
+        _ = Gemma4Provider(geometry, overrides={"kernels": "triton"}).config
+
+
+def test_rows_farther_apart_than_an_int32_counts() -> None:
+    """As in [65536, 2 * 21504]. The memory between the rows is never touched."""
+    torch.manual_seed(0)
+    wide = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = wide.as_strided((3, 64), (2**30, 1)).copy_(torch.randn(3, 64))
+    weight, gradient = random(64, dtype=torch.bfloat16), [random(3, 64, dtype=torch.bfloat16)]
+
+    def heads(who: str, x: Tensor) -> Tensor:
+        rotary = Rotary(*(torch.ones(3, 1, 1, 16, dtype=x.dtype, device=x.device) for _ in range(2)))
+        mixed = x.unflatten(1, (1, 1, 4, 16))
+        return torch.cat(
+            norm_and_rotate(mixed, range(2), 2, weight[:16], weight[:16], rotary, EPS, who), dim=2
+        ).flatten(1)
+
+    functions: list[Callable[[str, Tensor], Tensor]] = [
+        lambda who, x: rms_norm(x, weight, EPS, x, kernels=who),
+        lambda who, x: gated_gelu(x, x, who),
+        heads,
+    ]
+    for function in functions:
+        found, expected = (both(partial(function, who), [x], gradient) for who in ("triton", "torch"))
+        for a, b in zip(found, expected, strict=True):
+            one_rounding(a.float(), b.float())
+
+
 # RMSNorm
 
 
-def norm_of(kernels: str, names: str) -> Function:
+def norm_of(who: str, names: str) -> Function:
     """Of x, and of those of weight and residual that `names` has."""
 
     def run(x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names.split(), others, strict=True))
-        return rms_norm(x, given.get("weight"), EPS, given.get("residual"), kernels=kernels)
+        return rms_norm(x, given.get("weight"), EPS, given.get("residual"), kernels=who)
 
     return run
 
@@ -220,21 +308,24 @@ def projections(kinds: int, own: range, rotary: Rotary, kernels: str) -> Functio
 
 
 @DTYPES
-@pytest.mark.parametrize("kinds", [2, 1, 0], ids=["q k v", "V is K", "q"])
 @pytest.mark.parametrize(
-    ("tokens", "groups", "queries", "own", "d"),
+    ("tokens", "groups", "queries", "kinds", "own", "d"),
     [
-        ((2, 1), 1, 8, range(8), 256),
-        ((2, 1), 2, 4, range(4), 512),
-        ((3, 2), 2, 3, range(3), 24),
-        ((3, 2), 1, 6, range(2, 4), 16),
-        ((5, 1), 3, 1, range(1), 2),
-        ((0, 1), 1, 2, range(2), 8),
+        ((2, 1), 1, 8, 2, range(8), 256),
+        ((2, 1), 2, 4, 1, range(4), 512),
+        ((3, 1), 1, 8, 0, range(8), 256),
+        ((3, 2), 2, 3, 2, range(3), 24),
+        ((3, 2), 1, 6, 2, range(2, 4), 16),
+        ((3, 2), 1, 4, 1, range(2, 4), 16),
+        ((5, 1), 3, 1, 1, range(1), 2),
+        ((0, 1), 1, 2, 2, range(2), 8),
     ],
+    ids=str,
 )
 def test_norm_and_rotation(
-    tokens: tuple[int, int], groups: int, queries: int, own: range, d: int, kinds: int, dtype: torch.dtype
+    tokens: tuple[int, int], groups: int, queries: int, kinds: int, own: range, d: int, dtype: torch.dtype
 ) -> None:
+    """`kinds` 2: q, k and v; 1: k is v too; 0: q alone. `own`: the queries of this rank, where a group has several."""
     torch.manual_seed(0)
     rows = queries + kinds
     rotary = angles(tokens, d, dtype)
@@ -253,13 +344,14 @@ def test_norm_and_rotation(
         )
 
 
-def test_gradients_that_attention_hands_back_in_its_own_strides() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_that_attention_hands_back_in_its_own_strides(batch: int) -> None:
     torch.manual_seed(0)
-    rotary, own = angles((4, 2), 16, torch.float32), range(2)
-    inputs = [random(4, 2, 2, 4, 16, dtype=torch.float32), *(random(16, dtype=torch.float32) for _ in range(2))]
+    rotary, own = angles((4, batch), 16, torch.float32), range(2)
+    inputs = [random(4, batch, 2, 4, 16, dtype=torch.float32), *(random(16, dtype=torch.float32) for _ in range(2))]
     # [b, heads, s, d] in memory, and one number for all
-    gradients = [random(2, heads, 4, 16, dtype=torch.float32).permute(2, 0, 1, 3) for heads in (4, 2)]
-    gradients.append(torch.ones(1, device=DEVICE).expand(4, 2, 2, 16))
+    gradients = [random(batch, heads, 4, 16, dtype=torch.float32).permute(2, 0, 1, 3) for heads in (4, 2)]
+    gradients.append(torch.ones(1, device=DEVICE).expand(4, batch, 2, 16))
     found = both(projections(2, own, rotary, "triton"), inputs, gradients)
     expected = both(projections(2, own, rotary, "torch"), inputs, gradients)
     for a, b in zip(found, expected, strict=True):
@@ -285,10 +377,16 @@ def test_rotation_is_that_of_transformers() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("softcap", [30.0, None])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("weighted", [False, True], ids=["sum", "weighted"])
-@pytest.mark.parametrize("vocabulary", [37, 4096, 20_000])
+@pytest.mark.parametrize(
+    ("vocabulary", "weighted", "z_loss", "softcap"),
+    [
+        (20_000, False, 0.0, 30.0),
+        (20_000, True, 1e-2, 30.0),
+        (4096, True, 0.0, None),
+        (37, False, 1e-2, None),
+        (37, False, 0.0, 2.0),
+    ],
+)
 def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, dtype: torch.dtype) -> None:
     """From the hidden states on, with labels that are ignored."""
     torch.manual_seed(0)
@@ -310,3 +408,37 @@ def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | N
         assert a.dtype is b.dtype
         bound = 2e-6 if dtype is torch.float32 else 2**-9
         assert (a.float() - b.float()).norm() <= bound * b.float().norm()
+
+
+# Experts
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(13, 40), (3, 1300), (0, 8)], ids=str)
+def test_tokens_go_to_their_experts_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Both ways, and no host waits for a GPU."""
+    torch.manual_seed(0)
+    experts, topk, group = 8, 3, SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    chosen = torch.randn(shape[0], experts, device=DEVICE).topk(topk).indices
+    routing_map = torch.zeros(shape[0], experts, dtype=torch.bool, device=DEVICE).scatter_(1, chosen, True)
+    probs = routing_map.float()
+
+    def run(who: str) -> Function:
+        config, groups = SimpleNamespace(moe_router_topk=topk, kernels=who), SimpleNamespace(ep=group, expt_tp=group)
+        groups.tp_ep = group
+        dispatcher = LocalDispatcher(config, groups)
+
+        def there_and_back(tokens: Tensor, weight: Tensor) -> Sequence[Tensor]:
+            rows, _ = dispatcher.dispatch_preprocess(tokens, routing_map, probs)
+            return rows, dispatcher.combine_postprocess(rows * weight)
+
+        return there_and_back
+
+    inputs = [random(*shape, dtype=dtype), random(shape[1], dtype=dtype)]
+    compare(run("triton"), run("torch"), inputs, outputs=2)
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run("triton")(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -19,16 +19,16 @@ from torch.autograd.function import once_differentiable
 from bridge.megatron.kernels.launch import as_rows, power_of_2
 from bridge.megatron.kernels.rounding import narrow
 
-_BLOCK = 1024
+_TILE = 1024
 _TWICE_ROOT = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
 @triton.jit
-def _place(n: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Row and columns of a program; as many programs as it takes share a row of `n`."""
-    blocks = tl.cdiv(n, BLOCK)
-    program = tl.program_id(0)
-    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
+def _place(n: tl.tensor, HEIGHT: tl.constexpr, WIDTH: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Rows [HEIGHT, 1] and columns [1, WIDTH] of a program; as many programs as it takes share rows of `n`."""
+    blocks = tl.cdiv(n, WIDTH)
+    row = tl.program_id(0) // blocks * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    return row.to(tl.int64), tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -42,14 +42,16 @@ def forward_kernel(
     gate: tl.tensor,
     up: tl.tensor,
     output: tl.tensor,
+    rows: tl.tensor,
     n: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
-    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """Rows [n] of `gate` and `up` -> `output`."""
-    row, column = _place(n, BLOCK)
-    mask = column < n
+    row, column = _place(n, HEIGHT, WIDTH)
+    mask = (row < rows) & (column < n)
     x = tl.load(gate + row * gate_stride + column, mask, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
     activation = x * _share(x)
@@ -65,17 +67,19 @@ def backward_kernel(
     d_output: tl.tensor,
     d_gate: tl.tensor,
     d_up: tl.tensor,
+    rows: tl.tensor,
     n: tl.tensor,
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     d_output_stride: tl.tensor,
     d_gate_stride: tl.tensor,
     d_up_stride: tl.tensor,
-    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """Rows [n] of the gradients of `gate` and `up`."""
-    row, column = _place(n, BLOCK)
-    mask = column < n
+    row, column = _place(n, HEIGHT, WIDTH)
+    mask = (row < rows) & (column < n)
     x = tl.load(gate + row * gate_stride + column, mask, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
     gradient = tl.load(d_output + row * d_output_stride + column, mask, other=0.0).to(tl.float32)
@@ -133,33 +137,24 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if output.numel():
         gate, up = as_rows(gate), as_rows(up)
-        n, block = gate.shape[1], _block(gate.shape[1])
+        shape, programs = _tile(gate)
         with torch.cuda.device_of(gate):
-            forward_kernel[(len(gate) * triton.cdiv(n, block),)](
-                gate, up, output, n, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
-            )
+            forward_kernel[(programs,)](gate, up, output, *gate.shape, gate.stride(0), up.stride(0), **shape)
     return output
 
 
 def _backward(gate: Tensor, up: Tensor, d_output: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
     """Into `d_gate` and `d_up`, whose rows lie at one distance."""
-    if not d_gate.numel():
-        return
-    gate, up, d_output, d_gate, d_up = (as_rows(x) for x in (gate, up, d_output, d_gate, d_up))
-    n, block = gate.shape[1], _block(gate.shape[1])
-    with torch.cuda.device_of(gate):
-        backward_kernel[(len(gate) * triton.cdiv(n, block),)](
-            gate,
-            up,
-            d_output,
-            d_gate,
-            d_up,
-            n,
-            *(x.stride(0) for x in (gate, up, d_output, d_gate, d_up)),
-            BLOCK=block,
-            num_warps=4,
-        )
+    if d_gate.numel():
+        tensors = [as_rows(x) for x in (gate, up, d_output, d_gate, d_up)]
+        shape, programs = _tile(tensors[0])
+        with torch.cuda.device_of(gate):
+            backward_kernel[(programs,)](*tensors, *tensors[0].shape, *(x.stride(0) for x in tensors), **shape)
 
 
-def _block(n: int) -> int:
-    return min(_BLOCK, power_of_2(n))
+def _tile(rows: Tensor) -> tuple[dict[str, int], int]:
+    """Constants of the kernels, and how many programs they take."""
+    width = min(_TILE, power_of_2(rows.shape[1]))
+    height = min(_TILE // width, power_of_2(len(rows)))
+    programs = triton.cdiv(len(rows), height) * triton.cdiv(rows.shape[1], width)
+    return {"HEIGHT": height, "WIDTH": width, "num_warps": 4}, programs

@@ -156,8 +156,8 @@ class VisionAttention(TowerModule):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         norm = partial(rms_norm, eps=self.eps, kernels=self.config.kernels)
-        query = rotate_axially(norm(query, self.context.shared(self.q_norm.weight)), rotary)
-        key = rotate_axially(norm(key, self.context.shared(self.k_norm.weight)), rotary)
+        query = rotate_axially(norm(query, self.context.shared(self.q_norm())), rotary)
+        key = rotate_axially(norm(key, self.context.shared(self.k_norm())), rotary)
         value = norm(value, None)
         return self.o_proj(attend_per_image(query, key, value, runs).flatten(1))
 

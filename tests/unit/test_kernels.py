@@ -1,0 +1,124 @@
+"""The kernels of `bridge.megatron.kernels`: kernel_cases.py in processes of their own, and what the compiler makes of
+them for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from bridge.megatron.kernels import fused, installed
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+ROOT = Path(__file__).parents[2]
+
+
+def run_cases(*options: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES), *options]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1500, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and "skipped" not in done.stdout, done.stdout
+
+
+def test_kernels_in_the_interpreter() -> None:
+    run_cases("-m", "not slow", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_models_of_kernels_in_the_interpreter() -> None:
+    run_cases("-m", "slow", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_kernels_and_models_of_them_on_a_gpu() -> None:
+    run_cases(TRITON_INTERPRET="0")
+
+
+HEADS = {"GROUPS": 2, "QUERIES": 8, "FIRST": 0, "OWN": 8, "D": 512, "BLOCK": 4, "HALF": 256}
+NORM = {"N": 5376, "ROWS": 1, "COLUMNS": 8192}
+QKV, V_IS_K = HEADS | {"ROWS": 10, "V_IS_K": False}, HEADS | {"ROWS": 9, "V_IS_K": True}
+# Kernel, warps, constants, tensors that are not given: as the launches of the largest models have them.
+COMPILED: list[tuple[str, str, int, dict[str, Any], tuple[str, ...]]] = [
+    ("rms_norm", "forward_kernel", 16, NORM, ()),
+    ("rms_norm", "backward_kernel", 16, NORM, ()),
+    ("rms_norm", "backward_kernel", 4, {"N": 256, "ROWS": 8, "COLUMNS": 256}, ("weight", "dw")),
+    ("geglu", "forward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
+    ("geglu", "backward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
+    ("qkv_norm_rope", "forward_kernel", 4, QKV, ()),
+    ("qkv_norm_rope", "backward_kernel", 4, QKV, ("d_weight",)),
+    ("qkv_norm_rope", "backward_kernel", 4, V_IS_K, ()),
+    ("permute", "collect_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
+    ("cross_entropy", "statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),
+    ("cross_entropy", "gradient_kernel", 8, {"SOFTCAP": True, "BLOCK": 4096}, ("weights",)),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "warps", "constants", "absent"), COMPILED)
+def test_a_hopper_gpu_keeps_it_in_registers(
+    module: str,
+    name: str,
+    warps: int,
+    constants: dict[str, Any],
+    absent: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton and ptxas take it, for bf16 tensors; nothing is spilled, and every load of bf16 is of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(importlib.import_module(f"bridge.megatron.kernels.{module}"), name)
+    values = constants | dict.fromkeys(absent)
+    types = {parameter.name: _type(parameter.name) for parameter in kernel.params}
+    types |= dict.fromkeys(values, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ not in ("constexpr", "fp32")
+    }
+    source = triton.compiler.ASTSource(kernel, types, values, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    (tmp_path / "cubin").write_bytes(made.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert numbers["STACK"] == numbers["LOCAL"] == 0, numbers
+    assert numbers["REG"] * 32 * warps <= 65536, numbers
+    loads = re.findall(r"ld\.global\S*", made.asm["ptx"])
+    assert not [load for load in loads if load.endswith(".b16") and ".v" not in load], loads
+
+
+def _type(name: str) -> str:
+    if name in ("eps", "cap", "z_loss"):
+        return "fp32"
+    if name in ("rows", "n", "tokens", "words") or name.endswith("_stride"):
+        return "i32"
+    if name in ("dw", "d_weight", "lse", "weights", "top", "total", "target"):
+        return "*fp32"
+    return "*i64" if name in ("column", "places") else "*bf16"
+
+
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch, unless asked otherwise; never a kernel for a dtype that it has not got, or without Triton."""
+    x = torch.ones(2)
+    assert [fused(kernels, x) for kernels in ("auto", "torch", "triton")] == [False, False, True]
+    assert not fused("triton", x.double())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = torch.empty(2, device="cuda")
+    assert [fused(kernels, on_gpu) for kernels in ("auto", "torch", "triton")] == [True, False, True]
+    monkeypatch.setitem(sys.modules, "triton", None)  # not found
+    installed.cache_clear()
+    assert not fused("auto", on_gpu)
+    installed.cache_clear()
