@@ -68,6 +68,7 @@ def trainer(folder: Path, geometry: Geometry, rows: int, length: int) -> Iterato
     from recipes.train.data import Streams
     from recipes.train.log import Log
     from recipes.train.setup import build
+    from recipes.train.signals import StopSignal
 
     class Endless:
         def __init__(self) -> None:
@@ -90,7 +91,7 @@ def trainer(folder: Path, geometry: Geometry, rows: int, length: int) -> Iterato
     }
     recipe = resolve(said)
     run = build(recipe, load=True)
-    one = loop._Loop(run, Streams(Endless()), Progress(), Log(recipe, 0), loop._StopSignal())
+    one = loop._Loop(run, Streams(Endless()), Progress(), Log(recipe, 0), StopSignal())
     while True:
         one._step()
         yield

@@ -27,12 +27,16 @@ class ModelConfig:
 
     `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `FREEZABLE`, or
     regular expressions on Megatron's parameter names.
+    `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
+    multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     """
 
     hf: str | None = None
     megatron: str | None = None
     dtype: str = "bfloat16"
     freeze: list[str] = field(default_factory=list)
+    layer_spec: str = "local"
+    fp8: str = "none"
 
 
 @dataclass

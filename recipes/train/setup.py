@@ -112,9 +112,9 @@ def build(recipe: Recipe, load: bool) -> Run:
     return assemble(recipe, check_recipe(recipe, dist.get_world_size()), load)
 
 
-def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
-    """`build` of a recipe that has been checked."""
-    bridge = open_model(recipe)
+def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge | None = None) -> Run:
+    """`build` of a recipe that has been checked. `bridge`: in the place of what the recipe names, opened already."""
+    bridge = bridge or open_model(recipe)
     spec = lora.spec_of(recipe.lora)
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
