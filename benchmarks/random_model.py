@@ -20,10 +20,10 @@ from bridge import Gemma4Bridge
 from bridge.geometry import Geometry
 from bridge.hf.tensors import TensorSpec
 from bridge.mapping import table_for
+from bridge.towers_geometry import AudioGeometry
 from bridge.toy.config import ToyConfig, published, shallow, shrink
 from bridge.toy.weights import block
 from bridge.toy.write import build
-from bridge.towers_geometry import AudioGeometry
 from bridge.verify.sample import IGNORE
 
 _STORED = {torch.bfloat16: "BF16", torch.float32: "F32"}

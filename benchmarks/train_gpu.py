@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -179,7 +178,12 @@ def run_child(case: Case, seconds: float) -> Row:
         environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         try:
             done = subprocess.run(
-                [*command, "--out", str(out)], cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
+                [*command, "--out", str(out)],
+                cwd=ROOT,
+                env=environment,
+                timeout=seconds,
+                capture_output=True,
+                text=True,
             )
         except subprocess.TimeoutExpired:
             return {"status": f"failed: not done after {seconds:.0f} s"}
@@ -226,7 +230,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], metavar="TEXT", help="those whose name holds one of these")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS")
-    parser.add_argument("--out", type=Path, default=Path("train_gpu.jsonl"), help="where results are added, line by line")
+    parser.add_argument(
+        "--out", type=Path, default=Path("train_gpu.jsonl"), help="where results are added, line by line"
+    )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="as --out; what is in it is not run again")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="where the table goes [docs/benchmarks.md]")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="what cases have to fit [the visible GPU's]")

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.errors import UsageError
-
 from benchmarks.random_model import RandomModel, random_batches
+from bridge.errors import UsageError
 
 # Short rows go through in turn until there are so many tokens, so that one update serves as many of them everywhere.
 TOKENS_A_STEP = 16_384

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel
+from bridge.megatron.parts import FP8_ROWS, check_names
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -344,13 +345,14 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
         )
     if recipe.lora.rank or recipe.lora.adapter:
         _check_lora(recipe)
-    layout = parallel.layout()
-    if train.seq_length % layout.row_multiple:
-        longer = train.seq_length + -train.seq_length % layout.row_multiple
+    check_names(recipe.model.layer_spec, recipe.model.fp8)
+    layout, multiple = parallel.layout(), row_multiple(recipe)
+    if train.seq_length % multiple:
+        longer = train.seq_length + -train.seq_length % multiple
         raise UsageError(
-            f"train.seq_length={train.seq_length} is no multiple of {layout.row_multiple}, as parallel.cp={layout.cp} "
-            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need; "
-            f"{longer} would work"
+            f"train.seq_length={train.seq_length} is no multiple of {multiple}, as parallel.cp={layout.cp} "
+            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need"
+            f"{'' if recipe.model.fp8 == 'none' else f' and model.fp8={recipe.model.fp8}'}; {longer} would work"
         )
     dp = layout.dp(world_size)
     share = train.micro_batch_size * dp
@@ -368,6 +370,11 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             "would work"
         )
     return microbatches
+
+
+def row_multiple(recipe: Recipe) -> int:
+    """What the length of a row must be a multiple of, for the layout and for what linears multiply in."""
+    return recipe.parallel.layout().row_multiple * (1 if recipe.model.fp8 == "none" else FP8_ROWS)
 
 
 def _check_lora(recipe: Recipe) -> None:

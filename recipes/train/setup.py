@@ -126,7 +126,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     if bridge.geometry.moe is not None:
         overrides["moe_token_dispatcher_type"] = parallel.dispatcher
     layout = parallel.layout()
-    provider = bridge.provider(layout, dtype, overrides=overrides)
+    model = recipe.model
+    provider = bridge.provider(layout, dtype, overrides=overrides, layer_spec=model.layer_spec, fp8=model.fp8)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load or adapters is not None:

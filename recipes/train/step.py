@@ -17,6 +17,7 @@ from torch import Tensor
 from bridge.errors import UsageError
 from bridge.megatron.context_parallel import take
 from bridge.megatron.loss import IGNORE
+from recipes.config import row_multiple
 from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run
 
@@ -85,7 +86,7 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
         length *= batch["input_ids"].shape[0]
         batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
     # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
-    want = length if parallel.pp > 1 else have + -have % parallel.row_multiple
+    want = length if parallel.pp > 1 else have + -have % row_multiple(run.recipe)
     if want == have:
         return batch
     if "cu_seqlens" in batch:
@@ -142,6 +143,7 @@ def clear_gradients(run: Run) -> None:
     run.optimizer.zero_grad()
 
 
+@torch.profiler.record_function("optimizer")
 def update(run: Run, largest_norm: float, idle: Collection[Tensor] = ()) -> tuple[float, bool]:
     """Clip and step; (gradient norm before clipping, whether the weights changed). Alike on every rank.
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks import train_gpu
 from benchmarks.kernel_groups import group_of
 from benchmarks.train_gpu_report import BEGIN, END, LEAST_MFU, misses, same_losses, table, write_between
 from benchmarks.training_sides import RECOMPUTE, Case
-
 from bridge.ranks import RankPool
 
 
@@ -35,13 +35,24 @@ def test_both_sides_train_the_same_model(ranks: RankPool) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3) and ours[0] != ours[1]
 
 
-def test_a_case_is_a_process_and_a_line(tmp_path: Path) -> None:
-    loss = [case for case in train_gpu.toy_cases() if case.mode == "loss"]
-    out = tmp_path / "rows.jsonl"
-    ((name, row),) = train_gpu.run_all(loss, out, None, 60)
-    assert row["status"] == "ok" and 0 < row["peak_gb"] < 0.5
-    assert json.loads(out.read_text(encoding="utf-8"))["case"] == name
-    assert list(train_gpu.run_all(loss, out, None, 60)) == []  # it is there
+def as_child(case: Case, out: Path) -> None:
+    """Runs on a rank."""
+    train_gpu.child(case, out)
+
+
+def test_a_case_is_a_process_and_a_line(ranks: RankPool, tmp_path: Path) -> None:
+    (loss,) = (case for case in train_gpu.toy_cases() if case.mode == "loss")
+    ranks.run(as_child, loss, tmp_path / "row.json", world_size=1)
+    row = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
+    assert row["status"] == "ok" and 0 < row["peak_gb"] < 0.5 and row["torch"]
+    # A process of its own, which fails before it has imported much.
+    out, wrong = tmp_path / "rows.jsonl", Case("e2b", "lora", 48, "nobody", size="toy")
+    for _ in range(2):  # a failure is tried again
+        ((name, row),) = train_gpu.run_all([wrong], out, None, 60)
+        assert name == "lora/e2b/48/nobody" and row["status"] == "failed: KeyError: 'nobody'"
+    assert [json.loads(line)["case"] for line in out.read_text(encoding="utf-8").splitlines()] == [name] * 2
+    out.write_text(json.dumps({"case": name, "status": "ok"}) + "\n", encoding="utf-8")
+    assert list(train_gpu.run_all([wrong], out, None, 60)) == []  # what was measured is not
 
 
 def test_out_of_memory_tries_more_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
