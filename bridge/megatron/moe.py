@@ -17,6 +17,7 @@ from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.sharding import split_parameter
 
@@ -136,6 +137,8 @@ class Gemma4MoE(MoELayer):
         submodules = MoESubmodules(experts=GroupedExperts, router=Gemma4Router)
         super().__init__(config, submodules, layer_number, pg_collection)
         self.set_layer_number(layer_number)
+        if get_pg_size(pg_collection.ep) == get_pg_size(pg_collection.expt_tp) == 1:
+            self.token_dispatcher = LocalDispatcher(config, pg_collection)
         self.pre_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:

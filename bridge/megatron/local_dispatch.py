@@ -1,0 +1,88 @@
+"""Tokens to experts and back where one rank holds all experts: a sort, two gathers, and no wait of the host.
+
+Megatron's dispatchers read the counts of every layer on the host, which stops a GPU's queue of work once a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """For groups of one rank. Every token goes to exactly `moe_router_topk` experts."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config, pg_collection)
+        self._topk: int = config.moe_router_topk
+        self._shape: torch.Size = torch.Size()
+        self._places: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self.routing_map: Tensor = torch.empty(0)
+
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., h], and [t, E] twice -> copies of the tokens [t * topk, h] sorted by expert, their probabilities."""
+        self._shape, self.routing_map = tokens.shape, routing_map
+        experts = routing_map.to(torch.float32).topk(self._topk).indices.flatten()
+        # Stable: of one expert, the earlier token comes first.
+        order = experts.argsort(stable=True)
+        token = order // self._topk
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        self._places = (token, back)
+        sorted_probs = probs.flatten().index_select(0, token * probs.shape[1] + experts[order])
+        return _Spread.apply(tokens.flatten(0, -2), token, back, self._topk), sorted_probs
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and the tokens of each expert [E] between them."""
+        return hidden_states, self.routing_map.sum(0), probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """[t * topk, h] sorted by expert -> the sum of each token's, in the shape that came in."""
+        combined: Tensor = _Collect.apply(hidden_states, *self._places, self._topk)
+        return combined.view(self._shape)
+
+
+def _collect(rows: Tensor, back: Tensor, topk: int) -> Tensor:
+    return rows.index_select(0, back).unflatten(0, (-1, topk)).sum(1)
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to their copies. Gradients of a token's copies are gathered and summed: nothing is added atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token: Tensor, back: Tensor, topk: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.topk = topk
+        return tokens.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return _collect(gradient, back, ctx.topk), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, token: Tensor, back: Tensor, topk: int) -> Tensor:
+        ctx.save_for_backward(token)
+        return _collect(copies, back, topk)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (token,) = ctx.saved_tensors
+        return gradient.index_select(0, token), None, None, None
