@@ -51,11 +51,13 @@ def breakdown(profile: Any) -> dict[str, float]:
     on_gpu = any(event.kernels for event in events)
     times: Counter[str] = Counter()
     for event in events:
-        if on_gpu:
-            for kernel in event.kernels:
-                times[group_of(kernel.name, list(_around(event)))] += kernel.duration
-        elif event.self_cpu_time_total:
-            times[group_of(event.name, list(_around(event)))] += event.self_cpu_time_total
+        ranges = list(_around(event))
+        if not on_gpu:
+            times[group_of(event.name, ranges)] += event.self_cpu_time_total
+        for kernel in event.kernels:
+            # A range of the program may be listed beside its kernels, with their time again.
+            if kernel.name not in ranges:
+                times[group_of(kernel.name, ranges)] += kernel.duration
     total = sum(times.values()) or 1
     return {group: round(times[group] / total, 4) for group in GROUPS if times[group]}
 

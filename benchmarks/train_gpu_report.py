@@ -126,13 +126,14 @@ def table(rows: Mapping[str, Row]) -> str:
             _number(row.get("peak_gb"), ".2f"),
             row.get("recompute", ""),
             _number(next(iter(row.get("losses", [])), None), ".4f"),
-            _number(sum(row["waits"].values()) if "waits" in row else None, "d"),
+            _number(sum(row["waits"][wait] for wait in _WAITS) if "waits" in row else None, "d"),
             shares,
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 _VERSIONS = ("torch", "cuda", "megatron-core", "transformers", "peft", "liger-kernel", "transformer-engine", "triton")
 
 

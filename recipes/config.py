@@ -95,6 +95,7 @@ class TrainConfig:
     a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp.
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
+    `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
     """
 
     steps: int = MISSING
@@ -108,6 +109,7 @@ class TrainConfig:
     z_loss: float = 0.0
     nan_limit: int = 3
     spike_factor: float = 0.0
+    deterministic: bool = False
 
 
 @dataclass

@@ -114,6 +114,8 @@ def build(recipe: Recipe, load: bool) -> Run:
 
 def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge | None = None) -> Run:
     """`build` of a recipe that has been checked. `bridge`: in the place of what the recipe names, opened already."""
+    if recipe.train.deterministic:
+        only_deterministic()
     bridge = bridge or open_model(recipe)
     spec = lora.spec_of(recipe.lora)
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
@@ -140,6 +142,14 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     scheduler = make_scheduler(recipe, optimizer)
     table = adapters or bridge.table
     return Run(recipe, bridge, groups, provider, models, chunks, optimizer, scheduler, microbatches, table, spec)
+
+
+def only_deterministic() -> None:
+    """Let torch refuse, in this process from now on, what does not give the same bits every time."""
+    # cuBLAS reads this when it is first used, and torch asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def open_model(recipe: Recipe) -> Gemma4Bridge:

@@ -59,9 +59,8 @@ def _our_logits(model: RandomModel, ids: Tensor, layer_spec: str) -> Tensor:
 
     start_ranks()
     bridge = model.bridge()
-    provider = bridge.provider(
-        dtype=model.dtype, overrides={"perform_initialization": False}, layer_spec=layer_spec
-    )  # fmt: skip
+    options = {"overrides": {"perform_initialization": False}, "layer_spec": layer_spec}
+    provider = bridge.provider(dtype=model.dtype, **options)
     groups = initialize(provider.parallel)
     (chunk,) = provider.build(groups)
     bridge.load_hf_weights([chunk])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import train_gpu
-from benchmarks.kernel_groups import group_of
+from benchmarks.kernel_groups import breakdown, group_of
 from benchmarks.train_gpu_report import BEGIN, END, LEAST_MFU, misses, same_losses, table, write_between
 from benchmarks.training_sides import RECOMPUTE, Case
 from bridge.ranks import RankPool
@@ -166,3 +167,21 @@ def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
 )
 def test_kernels_have_groups(kernel: str, ranges: list[str], group: str) -> None:
     assert group_of(kernel, ranges) == group
+
+
+def test_kernels_belong_to_what_launched_them() -> None:
+    def event(name: str, parent: Any = None, kernels: dict[str, float] | None = None) -> Any:
+        listed = [SimpleNamespace(name=kernel, duration=time) for kernel, time in (kernels or {}).items()]
+        return SimpleNamespace(name=name, cpu_parent=parent, kernels=listed, self_cpu_time_total=1000.0)
+
+    optimizer = event("optimizer", None, {"optimizer": 5.0})  # a range, timed on the device too
+    loss = event("_LinearCrossEntropy")
+    events = [
+        optimizer,
+        event("aten::add_", optimizer, {"vectorized_elementwise_kernel": 1.0}),
+        event("aten::mm", loss, {"nvjet_x": 2.0}),
+        event("aten::mm", None, {"nvjet_x": 6.0}),
+        event("aten::add", None, {"vectorized_elementwise_kernel": 1.0}),
+    ]
+    found = breakdown(SimpleNamespace(events=lambda: events))
+    assert found == {"gemm": 0.6, "norm and elementwise": 0.1, "loss": 0.2, "optimizer": 0.1}
