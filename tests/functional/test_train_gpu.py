@@ -29,7 +29,7 @@ def test_both_sides_train_the_same_model(ranks: RankPool) -> None:
     for row in rows.values():
         assert row["status"] == "ok" and row["tokens_per_s"] > 0 and row["peak_gb"] > 0
         assert sum(row["breakdown"].values()) == pytest.approx(1, abs=0.01)
-        assert row["breakdown"]["other"] < 0.4 and {"gemm", "optimizer", "loss"} <= set(row["breakdown"])
+        assert {"gemm", "norm and elementwise", "optimizer", "loss"} <= set(row["breakdown"])
         # Three steps of the same batches: adapters begin with other values, and have moved little.
         assert len(row["losses"]) == 3
     ours, theirs = (row["losses"] for row in rows.values())
