@@ -2,9 +2,10 @@
 
     python benchmarks/loss.py                     # 8,192 tokens fused, and both at 512, where whole logits fit
     python benchmarks/loss.py --tokens 1024 --hidden 640 --vocab 32768
+    python benchmarks/loss.py --device cuda --dtype bfloat16
 
-Peak memory is what the process held at its highest (VmHWM) beyond what it held before, less the two gradients, which
-every way of computing them has to return. CPU only.
+Peak memory is what the process held at its highest (VmHWM; of a GPU, what its allocator gave out) beyond what it held
+before, less the gradients, which every way of computing them has to return.
 """
 
 from __future__ import annotations
@@ -30,17 +31,33 @@ def memory_bytes(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure(how: str, tokens: int, hidden_size: int, vocab: int, threads: int, repeats: int) -> dict[str, float | str]:
-    """One way, in this process: extra peak memory of the first run, seconds of the fastest, checksums of the result."""
+def measure(
+    how: str,
+    tokens: int,
+    hidden_size: int,
+    vocab: int,
+    threads: int,
+    repeats: int,
+    device: str = "cpu",
+    dtype: str = "float32",
+    frozen: bool = False,
+) -> dict[str, float | str]:
+    """One way, in this process: extra peak memory of the first run, seconds of the fastest, checksums of the result.
+
+    `frozen`: the head takes no gradient, as with adapters.
+    """
     import torch
 
     from bridge.megatron.loss import linear_cross_entropy
 
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, 1, hidden_size, generator=generator, requires_grad=True)
-    weight = torch.empty(vocab, hidden_size).normal_(0, 0.2, generator=generator).requires_grad_()
-    labels = torch.randint(vocab, (1, tokens), generator=generator)
+    where = {"device": device, "dtype": getattr(torch, dtype)}
+    hidden = torch.randn(tokens, 1, hidden_size, generator=generator).to(**where).requires_grad_()
+    weight = torch.empty(vocab, hidden_size).normal_(0, 0.2, generator=generator).to(**where)
+    weight.requires_grad_(not frozen)
+    labels = torch.randint(vocab, (1, tokens), generator=generator).to(device)
+    on_gpu = device != "cpu"
 
     def run() -> torch.Tensor:
         if how == "fused":
@@ -50,19 +67,26 @@ def measure(how: str, tokens: int, hidden_size: int, vocab: int, threads: int, r
         return torch.nn.functional.cross_entropy(logits.transpose(0, 1).flatten(0, 1), labels.flatten())
 
     # What is allocated once, whichever way: the matrix library's threads and buffers.
-    (torch.randn(64, 64) @ torch.randn(64, 64)).sum()
+    (torch.randn(64, 64, **where) @ torch.randn(64, 64, **where)).sum().item()
     seconds, extra, loss = [], 0.0, torch.zeros(())
     for repeat in range(repeats):
         hidden.grad = weight.grad = None
-        before = memory_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            before = memory_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         start = time.perf_counter()
         loss = run()
         loss.backward()
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if repeat == 0:
-            extra = memory_bytes("VmHWM") - before - hidden.nbytes - weight.nbytes
-    assert hidden.grad is not None and weight.grad is not None
+            peak = torch.cuda.max_memory_allocated() if on_gpu else memory_bytes("VmHWM")
+            extra = peak - before - hidden.nbytes - (0 if frozen else weight.nbytes)
+    assert hidden.grad is not None
     return {
         "how": how,
         "tokens": tokens,
@@ -70,7 +94,7 @@ def measure(how: str, tokens: int, hidden_size: int, vocab: int, threads: int, r
         "extra_mb": extra / MEGABYTE,
         "loss": loss.item(),
         "grad_hidden_norm": hidden.grad.norm(dtype=torch.float64).item(),
-        "grad_weight_norm": weight.grad.norm(dtype=torch.float64).item(),
+        "grad_weight_norm": 0.0 if weight.grad is None else weight.grad.norm(dtype=torch.float64).item(),
     }
 
 
@@ -83,12 +107,15 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=262144)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--one", nargs=2, metavar=("HOW", "TOKENS"), help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.one:
         how, tokens = options.one[0], int(options.one[1])
-        print(json.dumps(measure(how, tokens, options.hidden, options.vocab, options.threads, options.repeats)))
+        shape = (tokens, options.hidden, options.vocab, options.threads, options.repeats)
+        print(json.dumps(measure(how, *shape, options.device, options.dtype)))
         return
     rows = []
     for how, tokens, repeats in (
@@ -98,6 +125,7 @@ def main() -> None:
     ):
         arguments = ["--one", how, str(tokens), "--hidden", str(options.hidden), "--vocab", str(options.vocab)]
         arguments += ["--threads", str(options.threads), "--repeats", str(repeats)]
+        arguments += ["--device", options.device, "--dtype", options.dtype]
         done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print({k: v if isinstance(v, str) else round(v, 7) for k, v in rows[-1].items()}, flush=True)

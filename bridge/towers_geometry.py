@@ -71,8 +71,14 @@ class Placeholders:
     audio: int | None
 
     @property
+    def by_kind(self) -> dict[str, int]:
+        """Those that there are."""
+        kinds = {"image": self.image, "video": self.video, "audio": self.audio}
+        return {kind: token for kind, token in kinds.items() if token is not None}
+
+    @property
     def ids(self) -> frozenset[int]:
-        return frozenset(i for i in (self.image, self.video, self.audio) if i is not None)
+        return frozenset(self.by_kind.values())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel
+from bridge.megatron.parts import FP8_ROWS, check_names
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -27,12 +28,16 @@ class ModelConfig:
 
     `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `FREEZABLE`, or
     regular expressions on Megatron's parameter names.
+    `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
+    multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     """
 
     hf: str | None = None
     megatron: str | None = None
     dtype: str = "bfloat16"
     freeze: list[str] = field(default_factory=list)
+    layer_spec: str = "local"
+    fp8: str = "none"
 
 
 @dataclass
@@ -91,6 +96,7 @@ class TrainConfig:
     loss that spreads tokens over experts (Switch Transformers; of each layer and microbatch).
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
+    `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
     """
 
     steps: int = MISSING
@@ -105,6 +111,7 @@ class TrainConfig:
     aux_loss: float = 0.0
     nan_limit: int = 3
     spike_factor: float = 0.0
+    deterministic: bool = False
 
 
 @dataclass
@@ -345,13 +352,14 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
         )
     if recipe.lora.rank or recipe.lora.adapter:
         _check_lora(recipe)
-    layout = parallel.layout()
-    if train.seq_length % layout.row_multiple:
-        longer = train.seq_length + -train.seq_length % layout.row_multiple
+    check_names(recipe.model.layer_spec, recipe.model.fp8)
+    layout, multiple = parallel.layout(), row_multiple(recipe)
+    if train.seq_length % multiple:
+        longer = train.seq_length + -train.seq_length % multiple
         raise UsageError(
-            f"train.seq_length={train.seq_length} is no multiple of {layout.row_multiple}, as parallel.cp={layout.cp} "
-            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need; "
-            f"{longer} would work"
+            f"train.seq_length={train.seq_length} is no multiple of {multiple}, as parallel.cp={layout.cp} "
+            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need"
+            f"{'' if recipe.model.fp8 == 'none' else f' and model.fp8={recipe.model.fp8}'}; {longer} would work"
         )
     dp = layout.dp(world_size)
     share = train.micro_batch_size * dp
@@ -369,6 +377,11 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             "would work"
         )
     return microbatches
+
+
+def row_multiple(recipe: Recipe) -> int:
+    """What the length of a row must be a multiple of, for the layout and for what linears multiply in."""
+    return recipe.parallel.layout().row_multiple * (1 if recipe.model.fp8 == "none" else FP8_ROWS)
 
 
 def _check_lora(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from bridge.megatron.attention import KeyValue
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.layer import layer_spec
 from bridge.megatron.norm import RMSNorm
+from bridge.megatron.parts import parts
 from bridge.megatron.pipeline import Boundary
 from bridge.megatron.ple import PerLayerEmbedding
 from bridge.megatron.rope import Rotary
@@ -36,7 +37,8 @@ class Gemma4Block(TransformerBlock):
     ) -> None:
         backends = dict(config.attention_backends)
         geometry = config.geometry
-        specs = [layer_spec(geometry, geometry.layers[i], backends[geometry.layers[i].kind]) for i in layers]
+        linears = parts(config.layer_spec)
+        specs = [layer_spec(geometry, geometry.layers[i], backends[geometry.layers[i].kind], linears) for i in layers]
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),

@@ -78,7 +78,7 @@ class Flight:
 
 
 def exchange_of(visibility: Visibility, rule: MaskRule) -> Exchange:
-    """The exchange of one step and rule, planned by the first layer that asks (one transfer to the host)."""
+    """The exchange of one step and rule, planned by the first layer that asks."""
     exchange = visibility.cache.get(("exchange", rule))
     if exchange is None:
         exchange = visibility.cache[("exchange", rule)] = _plan(visibility, rule)
@@ -89,7 +89,7 @@ def exchange_of(visibility: Visibility, rule: MaskRule) -> Exchange:
 def _plan(visibility: Visibility, rule: MaskRule) -> Exchange:
     zigzag = visibility.zigzag
     assert zigzag is not None
-    first, stop = visibility.reach(rule)
+    first, stop = (visibility.host or visibility).reach(rule)
     chunks = (-1, 2 * zigzag.size, zigzag.length // (2 * zigzag.size))
     bounds = torch.stack([first.reshape(chunks).amin((0, 2)), stop.reshape(chunks).amax((0, 2))], 1).tolist()
     # What the queries of one chunk see is one run: they are consecutive, and each sees itself.

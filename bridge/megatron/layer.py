@@ -20,33 +20,36 @@ from bridge.megatron.activation import Gemma4MLP, gated_gelu
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.core_attention import CoreAttention
-from bridge.megatron.linear import ColumnLinear, ReplicatedLinear, RowLinear
+from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.moe import Gemma4MoE
 from bridge.megatron.norm import RMSNorm, init_device
+from bridge.megatron.parts import Parts
 from bridge.megatron.rope import Rotary
 from bridge.megatron.visibility import Visibility, mask_rule
 
 
-def _qkv_linear(input_size: int, output_size: int, /, *, layer: LayerGeometry, **kwargs: Any) -> ColumnLinear:
+def _qkv_linear(
+    input_size: int, output_size: int, /, *, layer: LayerGeometry, linear: type[torch.nn.Module], **kwargs: Any
+) -> torch.nn.Module:
     """Megatron asks for q, k and v of every layer; this builds the rows that the layer has."""
-    return ColumnLinear(input_size, qkv_rows(layer), **kwargs)
+    return linear(input_size, qkv_rows(layer), **kwargs)
 
 
-def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str) -> ModuleSpec:
-    """The Megatron spec of one layer, from its geometry alone."""
+def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str, parts: Parts) -> ModuleSpec:
+    """The Megatron spec of one layer, from its geometry and the classes of its linears."""
     attention = ModuleSpec(
         module=Gemma4Attention,
         submodules=SelfAttentionSubmodules(
-            linear_qkv=partial(_qkv_linear, layer=layer),
+            linear_qkv=partial(_qkv_linear, layer=layer, linear=parts.column),
             core_attention=partial(CoreAttention, rule=mask_rule(geometry, layer), backend=backend),
-            linear_proj=RowLinear,
+            linear_proj=parts.row,
             q_layernorm=RMSNorm,
             k_layernorm=IdentityOp if layer.shares_kv else RMSNorm,
         ),
     )
     mlp = partial(
         Gemma4MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
+        submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
         ffn_hidden_size=layer.ffn_hidden_size,
     )
     return ModuleSpec(

@@ -30,7 +30,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
-        return _adapted(self, input_, output), bias
+        return adapted(self, input_, output), bias
 
 
 class RowLinear(RowParallelLinear):
@@ -44,7 +44,7 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
-        return _adapted(self, input_, output), bias
+        return adapted(self, input_, output), bias
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -61,10 +61,11 @@ class ReplicatedLinear(torch.nn.Linear):
         self.adapters = torch.nn.ModuleDict()
 
     def forward(self, input: Tensor) -> Tensor:
-        return _adapted(self, input, super().forward(input))
+        return adapted(self, input, super().forward(input))
 
 
-def _adapted(linear: torch.nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def adapted(linear: torch.nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """`output` of a linear for `x`, and what its adapter adds, where it has one."""
     return output + linear.adapters["weight"](x) if "weight" in linear.adapters else output  # type: ignore
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -141,9 +141,12 @@ def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
         head = _Head(weight.detach(), *options)
-        kept = (labels != IGNORE).nonzero()[:, 0]
+        if kept is None:
+            kept = (labels != IGNORE).nonzero()[:, 0]
         losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
         lses = torch.empty(len(kept), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = ctx.needs_input_grad[:2]
@@ -168,14 +171,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, labels, kept, lses = ctx.saved_tensors
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice: its gradients are used in place")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
         if not len(kept):
-            return grad_hidden, grad_weight, None, None
+            return grad_hidden, grad_weight, None, None, None
+        if grad_losses.stride() == (0,):
+            # One number for all, as behind a sum: nothing has to be read to know that.
+            for gradient in (grad_hidden, grad_weight):
+                if gradient is not None:
+                    gradient *= grad_losses[0]
+            return grad_hidden, grad_weight, None, None, None
         factors = grad_losses[kept]
         low, high = (float(bound) for bound in factors.aminmax())
         if high - low <= _SAME * max(abs(high), abs(low)):
@@ -183,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for gradient in (grad_hidden, grad_weight):
                     if gradient is not None:
                         gradient *= high
-            return grad_hidden, grad_weight, None, None
+            return grad_hidden, grad_weight, None, None, None
         if grad_hidden is not None:
             grad_hidden *= grad_losses[:, None].to(grad_hidden.dtype)
         if grad_weight is not None:
@@ -197,7 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_outer(total, squashed, rows)
                 del squashed
             grad_weight = total.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def linear_cross_entropy(
@@ -210,13 +219,15 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     kernels: str = "auto",
+    kept: Tensor | None = None,
 ) -> Tensor:
     """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
 
     `hidden` [s, b, h], or [s / tp, b, h] under `sequence_parallel`; `weight` [V / tp, h], this rank's rows of the head
     in the order of the ranks of `tp_group`; `labels` [b, s] int64, shifted already, `IGNORE` where a position has no
     loss. `softcap` c means c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss`
-    times the squared log-sum-exp is added to every loss. `kernels` as in `Gemma4TransformerConfig`.
+    times the squared log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known.
+    `kernels` as in `Gemma4TransformerConfig`.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). Cheapest where every token weighs the same, as in a sum or mean.
@@ -230,8 +241,20 @@ def linear_cross_entropy(
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
     first_word = weight.shape[0] * (group.rank() if group is not None else 0)
     options = (first_word, softcap, z_loss, group, kernels)
-    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), options)
+    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), kept, options)
     return losses.view(hidden.shape[:2]).t()
+
+
+def positions_with_labels(labels: Tensor) -> Tensor:
+    """Of `labels` [b, s], in the order of hidden states [s, b]: [n] int64. On a GPU the host would wait for it."""
+    return (labels.t().flatten() != IGNORE).nonzero()[:, 0]
+
+
+class LossContext(NamedTuple):
+    """What `fused_loss` is told beside what Megatron hands it: arguments of `linear_cross_entropy`."""
+
+    z_loss: float = 0.0
+    kept: Tensor | None = None
 
 
 def fused_loss(
@@ -241,10 +264,10 @@ def fused_loss(
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
-    context: Any = None,
+    context: LossContext = LossContext(),  # noqa: B008 - immutable
     **unused: Any,
 ) -> Tensor:
-    """`linear_cross_entropy` as Megatron's GPTModel calls an `output_processor`; `context` is the z-loss factor.
+    """`linear_cross_entropy` as Megatron's GPTModel calls an `output_processor`.
 
     `unused` are the arguments of other output processors: ids, masks, and the parts of the unfused path.
     """
@@ -253,8 +276,9 @@ def fused_loss(
         output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
         labels,
         softcap=config.geometry.logit_softcap,
-        z_loss=context or 0.0,
+        z_loss=context.z_loss,
         tp_group=output_layer.tp_group,  # type: ignore[arg-type]
         sequence_parallel=config.sequence_parallel,
         kernels=config.kernels,
+        kept=context.kept,
     )

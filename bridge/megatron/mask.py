@@ -77,8 +77,15 @@ class Mask:
         return self.visibility.document[:, self.column_places]
 
     @cached_property
+    def on_host(self) -> Mask:
+        """The same mask where decisions are made (`Visibility.host`)."""
+        return self if self.visibility.host is None else mask_of(self.visibility.host, self.rule)
+
+    @cached_property
     def contiguous(self) -> Tensor:
-        """[] bool: whether every document is one run of tokens, so that intervals alone decide."""
+        """[] bool, on the host: whether every document is one run of tokens, so that intervals alone decide."""
+        if self.on_host is not self:
+            return self.on_host.contiguous
         document = self.visibility.document
         borders = (document[:, 1:] != document[:, :-1]).sum(1) + 1
         ordered = document.sort(1).values
@@ -86,14 +93,18 @@ class Mask:
 
     @cached_property
     def causal(self) -> bool:
-        """Whether every query sees all of its document up to itself, and nothing else. One transfer to the host."""
+        """Whether every query sees all of its document up to itself, and nothing else."""
+        if self.on_host is not self:
+            return self.on_host.causal
         first, stop = self.reach
         document = self.visibility.reach(MaskRule(None, "causal")).first[:, self.row_places]
         return bool((self.contiguous & (first == document).all() & (stop == self.row_places + 1).all()).item())
 
     @cached_property
     def whole_rows(self) -> bool:
-        """Whether every row is one document. One transfer to the host."""
+        """Whether every row is one document."""
+        if self.on_host is not self:
+            return self.on_host.whole_rows
         return bool((self.visibility.document == self.visibility.document[:, :1]).all().item())
 
     @property
@@ -114,7 +125,9 @@ class Mask:
         return (first <= place) & (place < stop) & same
 
     def tiles(self, size: int) -> list[Tile]:
-        """The queries in tiles of at most `size`, which never straddle two spans. One transfer to the host, once."""
+        """The queries in tiles of at most `size`, which never straddle two spans."""
+        if self.on_host is not self:
+            return self.on_host.tiles(size)
         tiles = self.cache.get(("tiles", size))
         if tiles is None:
             tiles = self.cache[("tiles", size)] = self._tiles(size)

@@ -16,7 +16,7 @@ from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
 from bridge.megatron.linear import adapter_items
-from bridge.megatron.loss import fused_loss
+from bridge.megatron.loss import LossContext, fused_loss
 from bridge.megatron.rope import rotary_tables
 from bridge.megatron.visibility import Visibility
 from bridge.megatron.zigzag import Zigzag
@@ -68,6 +68,8 @@ class Gemma4Model(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
+        visibility: Visibility | None = None,
+        kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
@@ -77,13 +79,15 @@ class Gemma4Model(GPTModel):
 
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
         here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
-        `position_ids` [b, s] count from 0 in every document when absent.
+        `position_ids` [b, s] count from 0 in every document when absent. `visibility`: what the masks say, and
+        `kept`: `positions_with_labels` of this rank's part, where the caller has made them already, on the host.
 
         Under context parallelism every rank is given the whole rows and computes its part of them, which
         `bridge.megatron.context_parallel.take` cuts out of anything else; only `decoder_input` is that part already.
         """
         cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
-        visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
+        if visibility is None:
+            visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
         if position_ids is None:
             position_ids = visibility.index
             if cu_seqlens is not None:
@@ -101,7 +105,7 @@ class Gemma4Model(GPTModel):
             "visibility": visibility,
         }
         if labels is not None and kwargs.get("output_processor") is None:
-            kwargs |= {"output_processor": fused_loss, "output_processor_context": z_loss}
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept)}
         return super().forward(
             input_ids,
             position_ids,

@@ -19,6 +19,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.geometry import Geometry
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.towers.audio import AudioTower, check_clips
@@ -26,6 +27,7 @@ from bridge.megatron.towers.linear import TowerContext
 from bridge.megatron.towers.packing import Images
 from bridge.megatron.towers.unified import Projector, UnifiedVisionEmbedder
 from bridge.megatron.towers.vision import VisionTower
+from bridge.megatron.visibility import Visibility, send
 from bridge.megatron.zigzag import Zigzag
 from bridge.towers_geometry import AudioGeometry, UnifiedVisionGeometry, VisionGeometry
 
@@ -33,6 +35,18 @@ from bridge.towers_geometry import AudioGeometry, UnifiedVisionGeometry, VisionG
 FREEZABLE = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 # By what the towers perceive: the kinds of soft tokens that each of them makes. Its name is in those of its parts.
 SENSES = {"vision": frozenset({"image", "video"}), "audio": frozenset({"audio"})}
+# Media that are read where towers are planned: on the host, unless they come on a device.
+ON_HOST = frozenset({"image_position_ids", "video_position_ids", "num_frames_per_video", "input_features_mask"})
+
+
+def count_placeholders(geometry: Geometry, input_ids: Tensor) -> dict[str, int]:
+    """How many tokens of `input_ids` stand for each kind of soft token that the model knows; a text model knows none.
+
+    The host waits for each of them where they are on a GPU.
+    """
+    if geometry.placeholders is None:
+        return {}
+    return {kind: int((input_ids == token).sum()) for kind, token in geometry.placeholders.by_kind.items()}
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,8 @@ class Gemma4MultimodalModel(Gemma4Model):
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
+        visibility: Visibility | None = None,
+        kept: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
         image_position_ids: Tensor | None = None,
@@ -130,16 +146,21 @@ class Gemma4MultimodalModel(Gemma4Model):
         num_frames_per_video: Tensor | None = None,
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
+        placeholder_counts: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`Gemma4Model.forward`, with images, frames and clips as `Media` describes them.
+
+        `placeholder_counts`: those of `input_ids`, where the caller has them already, from the host.
 
         Features are used on the first stage only; `input_ids`, `mm_token_type_ids` and `attention_mask` [b, s] are
         wanted on every one. Raises UsageError for features and placeholders that do not fit.
         """
         placeholders = self.config.geometry.placeholders
         assert placeholders is not None
-        held = torch.isin(input_ids, torch.tensor(sorted(placeholders.ids), device=input_ids.device))
+        held = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in placeholders.ids:
+            held |= input_ids == token
         # Everything but the merge sees padding where placeholders stand: per-layer embeddings and the lookup itself.
         text_ids = input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
         if self.pre_process and decoder_input is None:
@@ -156,7 +177,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             if seen and mm_token_type_ids is None and self.config.geometry.bidirectional_vision:
                 raise UsageError("this model attends within images both ways: pass mm_token_type_ids with them")
             soft = self.soft_tokens(media)
-            local_ids, index = text_ids, self._index(input_ids, soft)
+            local_ids, index = text_ids, self._index(input_ids, soft, placeholder_counts)
             if self.pg_collection.cp.size() > 1:
                 # Every rank runs the towers on all of the media and puts in what falls into its part of the rows.
                 zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
@@ -171,6 +192,8 @@ class Gemma4MultimodalModel(Gemma4Model):
             packed_seq_params,
             mm_token_type_ids,
             z_loss,
+            visibility,
+            kept,
             **kwargs,
         )
 
@@ -209,7 +232,8 @@ class Gemma4MultimodalModel(Gemma4Model):
         if isinstance(audio, AudioGeometry):
             return self.embed_audio(self.audio_tower(features, mask))
         check_clips(features, mask, audio.features)
-        return self.embed_audio(features[mask.bool()].to(self.config.params_dtype))
+        real = send(mask.flatten().nonzero().squeeze(1), features.device)
+        return self.embed_audio(features.flatten(0, 1).index_select(0, real).to(self.config.params_dtype))
 
     def _merge(self, embeddings: Tensor, index: Tensor, soft: dict[str, Tensor]) -> Tensor:
         """Put soft tokens over the embeddings [s (/tp), b, h] of their placeholders, as `index` [b, s] says."""
@@ -227,20 +251,22 @@ class Gemma4MultimodalModel(Gemma4Model):
             return embeddings
         return UseInNothing.apply(embeddings, *self._unused(soft))
 
-    def _index(self, input_ids: Tensor, soft: dict[str, Tensor]) -> Tensor:
+    def _index(self, input_ids: Tensor, soft: dict[str, Tensor], counts: dict[str, int] | None) -> Tensor:
         """Which soft token, counted through `soft`, each token of [b, s] becomes; -1 = none. Raises UsageError."""
-        placeholders = self.config.geometry.placeholders
+        geometry = self.config.geometry
+        assert geometry.placeholders is not None
+        counts = count_placeholders(geometry, input_ids) if counts is None else counts
         index, start = torch.full_like(input_ids, -1), 0
         for kind in ("image", "video", "audio"):
-            token_id, given = getattr(placeholders, kind), len(soft[kind]) if kind in soft else None
-            place = input_ids == token_id if token_id is not None else torch.zeros_like(input_ids, dtype=torch.bool)
-            wanted = int(place.sum())
+            given, wanted = len(soft[kind]) if kind in soft else None, counts.get(kind, 0)
             if given is None and wanted:
                 raise UsageError(f"input_ids hold {wanted} {kind} placeholders, but no {kind} features were given")
             if given is not None and given != wanted:
                 raise UsageError(f"{given} {kind} soft tokens for {wanted} {kind} placeholders in input_ids")
             if given:
-                index[place] = torch.arange(start, start + given, device=index.device)
+                place = input_ids == geometry.placeholders.by_kind[kind]
+                number = place.flatten().cumsum(0).view_as(place) - 1 + start
+                index = torch.where(place, number, index)
                 start += given
         return index
 

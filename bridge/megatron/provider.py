@@ -13,7 +13,7 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.errors import ParallelError, UsageError
 from bridge.geometry import Geometry
-from bridge.megatron import attention_backends
+from bridge.megatron import attention_backends, parts
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
@@ -31,7 +31,8 @@ class Gemma4Provider:
 
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
-    names towers and projectors that are not trained (`multimodal.FREEZABLE`).
+    names towers and projectors that are not trained (`multimodal.FREEZABLE`). `layer_spec` and `fp8`: what the
+    decoder's linears are, and what they multiply in (see `parts.py`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
 
@@ -41,9 +42,12 @@ class Gemma4Provider:
     attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
     overrides: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    layer_spec: str = parts.LOCAL
+    fp8: str = "none"
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
+        parts.check_layer_spec(self.layer_spec, self.fp8, self.dtype)
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
                 known = ", ".join(attention_backends.NAMES)
@@ -71,6 +75,8 @@ class Gemma4Provider:
             "geometry": geometry,
             "pipeline_payload": max((boundary.slots for boundary in boundaries), default=1),
             "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
+            "layer_spec": self.layer_spec,
+            **parts.FP8[self.fp8],
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,
             "num_attention_heads": first.num_attention_heads,

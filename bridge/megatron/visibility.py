@@ -61,12 +61,15 @@ class Visibility:
     `index`: place in the row, 0 to s - 1; what is causal and how far back a window reaches are measured on it.
     `block`: number of the vision block, a run of tokens; -1 outside of one; None where there are none.
     `zigzag`: which part of the rows this rank's queries are; None: all.
+    `host`: the same on the CPU, where decisions are made that a kernel's launch depends on (what is contiguous, where
+    tiles end); None: they are made here. On a GPU each would be a wait of the host for the device.
     """
 
     document: Tensor
     index: Tensor
     block: Tensor | None = None
     zigzag: Zigzag | None = None
+    host: Visibility | None = None
     # What layers derive from the description, made by the first that asks, once a step.
     cache: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
@@ -98,7 +101,16 @@ class Visibility:
 
     def on(self, zigzag: Zigzag) -> Visibility:
         """The same rows, seen by one context-parallel rank's queries."""
-        return replace(self, zigzag=zigzag, cache={})
+        host = None if self.host is None else self.host.on(zigzag)
+        return replace(self, zigzag=zigzag, host=host, cache={})
+
+    def to(self, device: torch.device) -> Visibility:
+        """A description on the CPU, for a model on `device`."""
+        if device == self.document.device:
+            return self
+        document, index = send(self.document, device), send(self.index, device)
+        block = None if self.block is None else send(self.block, device)
+        return Visibility(document, index, block, self.zigzag, host=self)
 
     def dense(self, rule: MaskRule) -> Tensor:
         """[b, s, s] bool, True where query i (axis 1) sees key j (axis 2): the rule as written, for the oracle."""
@@ -118,6 +130,9 @@ class Visibility:
         union has no gap.
         """
         reach = self.cache.get(rule)
+        if reach is None and self.host is not None:
+            reach = Reach(*(send(x, self.document.device) for x in self.host.reach(rule)))
+            self.cache[rule] = reach
         if reach is None:
             reach = self.cache[rule] = self._reach(rule)
         assert isinstance(reach, Reach)
@@ -144,6 +159,13 @@ def _hull(label: Tensor, index: Tensor) -> Reach:
     first = lowest.scatter_reduce(1, label, index, "amin")
     last = torch.zeros_like(lowest).scatter_reduce(1, label, index, "amax")
     return Reach(first.gather(1, label), last.gather(1, label) + 1)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without a wait of the host: from pinned memory, behind the work in its queue."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def vision_blocks(mm_token_type_ids: Tensor | None) -> Tensor | None:

@@ -116,15 +116,28 @@ def shrink(config: Config, variant: str) -> Config:
             continue
         given = {field: value for field, value in table.items() if values.get(field)}
         small[section] = values | {field: value(values) if callable(value) else value for field, value in given.items()}
-    text = small["text_config"] | _LAYERS[variant]
-    text["layer_types"] = text["layer_types"][: text["num_hidden_layers"]]
+    small = _cut(small, _LAYERS[variant])
+    text = small["text_config"]
     text["per_layer_config"] = {
-        layer: own | {"head_dim": GLOBAL_HEAD_DIM}
-        for layer, own in text["per_layer_config"].items()
-        if int(layer) < text["num_hidden_layers"]
+        layer: own | {"head_dim": GLOBAL_HEAD_DIM} for layer, own in text["per_layer_config"].items()
     }
-    small["text_config"] = text
     return small
+
+
+def shallow(variant: str) -> Config:
+    """The published config with a toy's number of layers, half of them where none share K/V: every width is real."""
+    layers = dict(_LAYERS[variant])
+    if "num_kv_shared_layers" not in layers:
+        layers["num_hidden_layers"] //= 2
+    return _cut(published(variant), layers)
+
+
+def _cut(config: Config, layers: Config) -> Config:
+    """The first layers of the decoder of a multimodal config."""
+    text = config["text_config"] | layers
+    count = text["num_hidden_layers"]
+    own = {layer: values for layer, values in text["per_layer_config"].items() if int(layer) < count}
+    return {**config, "text_config": text | {"layer_types": text["layer_types"][:count], "per_layer_config": own}}
 
 
 def toy_config(variant: str, *, text_only: bool = False, full_size: bool = False, untied: bool = False) -> ToyConfig:

@@ -115,8 +115,11 @@ def fill_of(name: str) -> Fill:
     raise MappingError(f"{name}: the toy has no rule for this tensor")
 
 
-def _block(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> np.ndarray:
-    """The first `_BLOCK` values of a tensor, or all of a shorter one, as bytes of its dtype ("BF16", "F32")."""
+def block(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> np.ndarray:
+    """What a tensor repeats from its first value on, or all of a shorter one: flat, of its dtype ("BF16", "F32").
+
+    float32, or int16 that holds bfloat16, as in `chunks`.
+    """
     fill = fill_of(name)
     digest = hashlib.sha256(f"{variant}/{seed}/{name}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -137,13 +140,13 @@ def chunks(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> Iter
     Values depend on variant, seed, name, shape and dtype only. Arrays are float32, or int16 that hold bfloat16; they
     are views of a shared buffer, valid until the next one is asked for.
     """
-    block = _block(name, shape, dtype, variant, seed)
+    values = block(name, shape, dtype, variant, seed)
     if math.prod(shape) <= _BLOCK:
-        yield 0, block.reshape(shape)
+        yield 0, values.reshape(shape)
         return
     width = math.prod(shape[1:])
     rows = max(1, _CHUNK // width)
-    tiled = np.resize(block, _BLOCK + min(rows, shape[0]) * width)
+    tiled = np.resize(values, _BLOCK + min(rows, shape[0]) * width)
     for start in range(0, shape[0], rows):
         count = min(rows, shape[0] - start)
         offset = start * width % _BLOCK

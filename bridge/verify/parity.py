@@ -137,7 +137,7 @@ def _compare_logits(task: ParityTask, ours: Tensor, rows: slice, dp_rank: int) -
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     checks = [
         row("relative", difference / largest, LOGITS_RELATIVE if exact else None, whole),
-        row("kl", _kl(theirs, ours), None if exact else BF16_KL, whole),
+        row("kl", kl_divergence(theirs, ours), None if exact else BF16_KL, whole),
         row("max_abs_diff", difference, None, whole),
         row("max_abs_logit", largest, None, whole),
         row("top1_agreement", agreement, None, whole, at_least=True),
@@ -150,12 +150,12 @@ def _compare_logits(task: ParityTask, ours: Tensor, rows: slice, dp_rank: int) -
         checks.append(row("relative", apart / largest_there, LOGITS_RELATIVE if exact else None, name))
     if "float32" in task.references:
         truth = Reference(task.references["float32"])[LOGITS][rows].float()[real]
-        checks.append(row("kl", _kl(truth, ours), None, "from transformers in float32"))
-        checks.append(row("kl", _kl(truth, theirs), None, "transformers' own, from its float32"))
+        checks.append(row("kl", kl_divergence(truth, ours), None, "from transformers in float32"))
+        checks.append(row("kl", kl_divergence(truth, theirs), None, "transformers' own, from its float32"))
     return checks
 
 
-def _kl(reference: Tensor, other: Tensor) -> float:
+def kl_divergence(reference: Tensor, other: Tensor) -> float:
     """Mean KL(reference || other) over positions, in nats, of logits [n, vocab]."""
     p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(other.double(), -1)
     return (p.exp() * (p - q)).sum(-1).mean().item()

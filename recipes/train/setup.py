@@ -112,9 +112,11 @@ def build(recipe: Recipe, load: bool) -> Run:
     return assemble(recipe, check_recipe(recipe, dist.get_world_size()), load)
 
 
-def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
-    """`build` of a recipe that has been checked."""
-    bridge = open_model(recipe)
+def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge | None = None) -> Run:
+    """`build` of a recipe that has been checked. `bridge`: in the place of what the recipe names, opened already."""
+    if recipe.train.deterministic:
+        only_deterministic()
+    bridge = bridge or open_model(recipe)
     spec = lora.spec_of(recipe.lora)
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
@@ -130,7 +132,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
     elif recipe.train.aux_loss:
         raise UsageError(f"train.aux_loss={recipe.train.aux_loss:g} is for models with experts, and this one has none")
     layout = parallel.layout()
-    provider = bridge.provider(layout, dtype, overrides=overrides)
+    model = recipe.model
+    provider = bridge.provider(layout, dtype, overrides=overrides, layer_spec=model.layer_spec, fp8=model.fp8)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load or adapters is not None:
@@ -143,6 +146,14 @@ def assemble(recipe: Recipe, microbatches: int, load: bool) -> Run:
     scheduler = make_scheduler(recipe, optimizer)
     table = adapters or bridge.table
     return Run(recipe, bridge, groups, provider, models, chunks, optimizer, scheduler, microbatches, table, spec)
+
+
+def only_deterministic() -> None:
+    """Let torch refuse, in this process from now on, what does not give the same bits every time."""
+    # cuBLAS reads this when it is first used, and torch asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def open_model(recipe: Recipe) -> Gemma4Bridge:

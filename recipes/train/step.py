@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.megatron.context_parallel import take
-from bridge.megatron.loss import IGNORE
+from bridge.megatron.loss import IGNORE, positions_with_labels
+from bridge.megatron.multimodal import ON_HOST, count_placeholders
+from bridge.megatron.visibility import Visibility, send
+from recipes.config import row_multiple
 from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run
 
@@ -37,8 +40,8 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
     microbatches, data-parallel and context-parallel ranks.
     """
     prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
-    lengths = {batch["input_ids"].shape for batch in prepared}
-    rows, length = prepared[0]["input_ids"].shape
+    lengths = {each.batch["input_ids"].shape for each in prepared}
+    rows, length = prepared[0].batch["input_ids"].shape
     if run.provider.parallel.pp > 1 and len(lengths) > 1:
         raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
     for chunk in run.chunks:
@@ -65,7 +68,16 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
     return total
 
 
-def prepare(batch: Batch, run: Run, length: int) -> Batch:
+class Prepared(NamedTuple):
+    """A microbatch on the device of the model, and what is said of it on the host."""
+
+    batch: Batch
+    visibility: Visibility
+    kept: Tensor
+    placeholders: dict[str, int]
+
+
+def prepare(batch: Batch, run: Run, length: int) -> Prepared:
     """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError.
 
     Media stay behind where no tower is: on every pipeline stage but the first.
@@ -77,7 +89,7 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
     if media and not run.bridge.geometry.multimodal:
         raise UsageError(f"the data yields {min(media)}, but this model reads text alone")
     taken = _KNOWN if run.groups.pp.rank() == 0 else _KNOWN - MEDIA_NAMES
-    batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items() if name in taken}
+    batch = {name: tensor for name, tensor in batch.items() if name in taken}
     have, parallel = batch["input_ids"].shape[1], run.provider.parallel
     if have > length:
         raise UsageError(f"the data yields sequences of {have} tokens, train.seq_length is {length}")
@@ -87,34 +99,41 @@ def prepare(batch: Batch, run: Run, length: int) -> Batch:
         length *= batch["input_ids"].shape[0]
         batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
     # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
-    want = length if parallel.pp > 1 else have + -have % parallel.row_multiple
-    if want == have:
-        return batch
-    if "cu_seqlens" in batch:
-        raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
-    fill = {"labels": IGNORE, "input_ids": run.bridge.geometry.pad_token_id or 0}
-    for name in _ROWS & set(batch):
-        batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
-    return batch
+    want = length if parallel.pp > 1 else have + -have % row_multiple(run.recipe)
+    if want != have:
+        if "cu_seqlens" in batch:
+            raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
+        fill = {"labels": IGNORE, "input_ids": run.bridge.geometry.pad_token_id or 0}
+        for name in _ROWS & set(batch):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
+    visibility = Visibility.of(
+        batch["input_ids"], batch.get("attention_mask"), batch.get("cu_seqlens"), batch.get("mm_token_type_ids")
+    )
+    return Prepared(
+        {name: tensor if name in ON_HOST else send(tensor, run.device) for name, tensor in batch.items()},
+        visibility.to(run.device),
+        send(positions_with_labels(take(batch["labels"], run.groups.cp)), run.device),
+        count_placeholders(run.bridge.geometry, batch["input_ids"]),
+    )
 
 
-def _weigh_auxiliary_loss(run: Run, batches: Sequence[Batch]) -> None:
+def _weigh_auxiliary_loss(run: Run, microbatches: Sequence[Prepared]) -> None:
     """Have a step's auxiliary loss be a mean over all tokens, whatever number of them has a label. Collective.
 
     Megatron weighs that of a microbatch by its tokens, and in the end divides every gradient by the number of tokens
     with a label: without this, what was asked for would be multiplied by the ratio of the two.
     """
-    labels = [batch["labels"] for batch in batches]
+    labels = [microbatch.batch["labels"] for microbatch in microbatches]
     supervised = torch.stack([(row != IGNORE).sum() for row in labels]).sum()
-    total = torch.stack([supervised, supervised.new_tensor(sum(row.numel() for row in labels))])
+    total = torch.stack([supervised, supervised.new_full((), sum(row.numel() for row in labels))])
     dist.all_reduce(total)
     run.config.moe_grad_scale_func = lambda: (total[0] / total[1])[None]
 
 
 def _forward_step(
-    iterator: Iterator[Batch], chunk: torch.nn.Module, z_loss: float, cp: dist.ProcessGroup
+    iterator: Iterator[Prepared], chunk: torch.nn.Module, z_loss: float, cp: dist.ProcessGroup
 ) -> tuple[Tensor, Any]:
-    batch = next(iterator)
+    batch, visibility, kept, placeholders = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
@@ -127,6 +146,9 @@ def _forward_step(
         packed_seq_params=packed,
         mm_token_type_ids=batch.get("mm_token_type_ids"),
         z_loss=z_loss,
+        visibility=visibility,
+        kept=kept,
+        **({"placeholder_counts": placeholders} if placeholders else {}),
         **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
     )
 
@@ -134,10 +156,11 @@ def _forward_step(
         # The losses are of this rank's part of the rows, and what it counts must be of the same.
         loss, tokens = losses.sum(), (take(batch["labels"], cp) != IGNORE).sum()
         mask = batch.get("attention_mask")
-        real = torch.tensor(losses.numel()) if mask is None else take(mask, cp).sum()
+        # Filled there: to send a number would be to wait for the device.
+        slots = torch.full_like(tokens, losses.numel())
+        real = slots if mask is None else take(mask, cp).sum()
         # A copy: the schedule may scale the loss in place.
-        counts = (tokens, real, losses.numel())
-        sums = torch.stack([loss.detach().double(), *(torch.as_tensor(c).to(loss.device).double() for c in counts)])
+        sums = torch.stack([x.double() for x in (loss.detach(), tokens, real, slots)])
         return loss, tokens.to(torch.int), {"sums": sums}
 
     return losses, total
@@ -157,6 +180,7 @@ def clear_gradients(run: Run) -> None:
     run.optimizer.zero_grad()
 
 
+@torch.profiler.record_function("optimizer")
 def update(run: Run, largest_norm: float, idle: Collection[Tensor] = ()) -> tuple[float, bool]:
     """Clip and step; (gradient norm before clipping, whether the weights changed). Alike on every rank.
 

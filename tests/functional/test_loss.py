@@ -12,6 +12,8 @@ from torch import Tensor
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.ranks import RankPool
 
+from .gpu_kit import HostReads
+
 FLOAT32_BOUND = 1e-6
 TOKENS, BATCH, HIDDEN, VOCAB = 24, 2, 32, 96
 
@@ -159,6 +161,33 @@ def gradients_twice_or_not_at_all() -> None:
 
 def test_gradients_twice_or_not_at_all(ranks: RankPool) -> None:
     ranks.run(gradients_twice_or_not_at_all, world_size=1)
+
+
+def known_labels_and_one_weight() -> None:
+    """Told where labels are, and behind a sum, the loss reads nothing: a GPU's host would wait for it."""
+    from bridge.megatron.loss import linear_cross_entropy, positions_with_labels
+
+    inputs = Inputs.make(Case())
+    kept = positions_with_labels(inputs.labels)
+    assert 0 < len(kept) < inputs.labels.numel()
+    found = []
+    for known in (True, False):
+        hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+        with HostReads() as reads:
+            if known:
+                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0, kept=kept)
+                (losses.sum() * 3).backward()
+            else:
+                # A gradient of its own for every token, though all are alike.
+                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0)
+                (losses * 3).sum().backward()
+        assert bool(reads.places) is not known
+        found.append((losses.detach(), hidden.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_known_labels_and_one_weight(ranks: RankPool) -> None:
+    ranks.run(known_labels_and_one_weight, world_size=1)
 
 
 def peak_above_inputs(tokens: int, hidden_size: int, vocab: int) -> tuple[int, int]:

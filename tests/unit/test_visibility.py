@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.megatron.attention_backends.ffpa import _documents
+from bridge.megatron.attention_backends.flex import block_mask
+from bridge.megatron.exchange import exchange_of
+from bridge.megatron.mask import mask_of
 from bridge.megatron.visibility import MaskRule, Visibility, mask_rule, vision_blocks
+from bridge.megatron.zigzag import Zigzag
 
 VARIANTS = Path(__file__).parents[2] / "bridge" / "variants"
 
@@ -78,3 +84,31 @@ def test_other_masks_are_refused() -> None:
         Visibility.of(ids, torch.ones(2, 1, 10, 10))
     with pytest.raises(UsageError, match="one row"):
         Visibility.of(ids, cu_seqlens=torch.tensor([0, 10]))
+
+
+@pytest.mark.parametrize("blocks", ["causal", "windowed", "full"])
+@pytest.mark.parametrize("cp", [1, 2])
+def test_no_decision_reads_the_device(blocks: Literal["causal", "windowed", "full"], cp: int) -> None:
+    """On the meta device, where nothing can be read: what a mask decides comes from the description on the host."""
+    types = torch.zeros(1, 64, dtype=torch.int64)
+    types[:, 10:17] = 1
+    bounds = torch.tensor([0, 24, 64], dtype=torch.int32)
+    on_host = Visibility.of(types, None, bounds, types)
+    on_device = on_host.to(torch.device("meta"))
+    assert on_host.to(torch.device("cpu")) is on_host and on_device.document.is_meta
+    if cp > 1:
+        on_host, on_device = (v.on(Zigzag(64, cp, 1)) for v in (on_host, on_device))
+    rule = MaskRule(16, blocks)
+    ours, wanted = mask_of(on_device, rule), mask_of(on_host, rule)
+    assert ours.tiles(8) == wanted.tiles(8)
+    assert (ours.columns, ours.rows) == (wanted.columns, wanted.rows)
+    assert (ours.causal, ours.whole_rows, bool(ours.contiguous)) == (wanted.causal, wanted.whole_rows, True)
+    assert ours.reach.first.is_meta and ours.between(slice(0, 4), slice(0, 8)).is_meta
+    assert block_mask(ours, 16).kv_num_blocks.is_meta
+    bounds_sent, longest = _documents(ours)
+    assert bounds_sent.is_meta and longest == 40
+    if cp > 1:
+        plan, other = exchange_of(on_device, rule), exchange_of(on_host, rule)
+        assert (plan.send_counts, plan.receive_counts) == (other.send_counts, other.receive_counts)
+    with pytest.raises(RuntimeError, match="meta"):
+        mask_of(Visibility(on_device.document, on_device.index, on_device.block), rule).tiles(8)

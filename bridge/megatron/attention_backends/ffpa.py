@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridge.megatron.mask import Mask
+from bridge.megatron.visibility import send
 
 _HEAD_DIM = 512
 _HOPPER = (9, 0)
@@ -59,11 +60,12 @@ def _documents(mask: Mask) -> tuple[Tensor, int]:
     """Where documents begin in the rows laid end to end, int32, and the length of the longest."""
     made = mask.cache.get("ffpa")
     if made is None:
-        document = mask.visibility.document
+        device = mask.visibility.document.device
+        document = mask.on_host.visibility.document
         starts = torch.ones_like(document, dtype=torch.bool)
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         end = torch.tensor([document.numel()], device=document.device)
         bounds = torch.cat([starts.flatten().nonzero().squeeze(1), end]).to(torch.int32)
-        made = mask.cache["ffpa"] = (bounds, int(bounds.diff().max()))
+        made = mask.cache["ffpa"] = (send(bounds, device), int(bounds.diff().max()))
     assert isinstance(made, tuple)
     return made

@@ -13,6 +13,7 @@ from bridge.errors import UsageError
 from bridge.megatron.linear import ColumnLinear, ReplicatedLinear
 from bridge.megatron.norm import RMSNorm, init_device
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
+from bridge.megatron.visibility import send
 from bridge.towers_geometry import AudioGeometry
 
 # Of the norms that transformers builds without asking the config.
@@ -37,15 +38,22 @@ class AudioTower(TowerModule):
         or that has none.
         """
         check_clips(features, mask, self.geometry.features)
-        frames, kept = self.subsample_conv_projection(features, mask)
-        hidden, clip = frames[kept], kept.nonzero()[:, 0]
+        frames = self.subsample_conv_projection(features, send(mask, features.device))
+        # What the two convolutions leave of each clip.
+        kept = mask.bool()[:, ::2][:, ::2]
+        hidden = frames.flatten(0, 1).index_select(0, send(kept.flatten().nonzero().squeeze(1), features.device))
+        clip = send(kept.nonzero()[:, 0], features.device)
         distances = relative_positions(self.geometry, hidden.dtype, hidden.device)
         recompute = self.config.recompute_granularity == "full" and self.training
         for layer in self.layers.children():
+
+            def run(hidden: Tensor, clip: Tensor, distances: Tensor, layer: torch.nn.Module = layer) -> Tensor:
+                return layer(hidden, clip, distances, len(mask))
+
             if recompute and hidden.requires_grad:
-                hidden = tensor_parallel.checkpoint(layer, False, hidden, clip, distances)
+                hidden = tensor_parallel.checkpoint(run, False, hidden, clip, distances)
             else:
-                hidden = layer(hidden, clip, distances)
+                hidden = run(hidden, clip, distances)
         return self.output_proj(hidden)
 
 
@@ -73,13 +81,13 @@ class ConvFront(TowerModule):
         self.layer1 = ConvLayer(context, first, second, geometry.rms_norm_eps)
         self.input_proj_linear = ReplicatedLinear(context.config, geometry.conv_values, geometry.hidden_size)
 
-    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[clips, t, bins] and [clips, t] -> [clips, ceil(t / 4), hidden] and the mask of those frames (bool)."""
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """[clips, t, bins] and [clips, t] -> [clips, ceil(t / 4), hidden]."""
         mask = mask.bool()
         x, mask = self.layer0(features[:, None], mask)
         x, mask = self.layer1(x, mask)
         # Frequency-major: all channels of the lowest bins first.
-        return self.input_proj_linear(x.permute(0, 2, 3, 1).flatten(2)), mask
+        return self.input_proj_linear(x.permute(0, 2, 3, 1).flatten(2))
 
 
 class ConvLayer(TowerModule):
@@ -113,12 +121,12 @@ class ConformerLayer(TowerModule):
         self.feed_forward2 = FeedForward(context, geometry)
         self.norm_out = RMSNorm(config, size, _NORM_EPS)
 
-    def forward(self, hidden: Tensor, clip: Tensor, distances: Tensor) -> Tensor:
-        """[n, hidden], which clip each frame is of [n], and `relative_positions` -> [n, hidden]."""
+    def forward(self, hidden: Tensor, clip: Tensor, distances: Tensor, clips: int) -> Tensor:
+        """[n, hidden], which of the `clips` each frame is of [n], and `relative_positions` -> [n, hidden]."""
         hidden = self.feed_forward1(hidden)
         attention = self.self_attn(self.norm_pre_attn(self._limit(hidden)), clip, distances)
         hidden = hidden + self.norm_post_attn(self._limit(attention))
-        hidden = self.feed_forward2(self.lconv1d(hidden, clip))
+        hidden = self.feed_forward2(self.lconv1d(hidden, clip, clips))
         return self.norm_out(self._limit(hidden))
 
     def _limit(self, x: Tensor) -> Tensor:
@@ -173,13 +181,13 @@ class LightConv(TowerModule):
         self.conv_norm = RMSNorm(config, size, eps)
         self.linear_end = TowerLinear(context, size, size, None, geometry.clipped)
 
-    def forward(self, hidden: Tensor, clip: Tensor) -> Tensor:
-        """[n, hidden] and which clip each frame is of [n] -> [n, hidden]."""
+    def forward(self, hidden: Tensor, clip: Tensor, clips: int) -> Tensor:
+        """[n, hidden] and which of the `clips`, in order, each frame is of [n] -> [n, hidden]."""
         x = glu(self.linear_start(self.pre_layer_norm(hidden)), dim=-1)
         # A gap of zeros before every clip: what a frame sees of the past ends at the start of its clip.
         reach = self.kernel - 1
         place = torch.arange(len(clip), device=clip.device) + reach * clip
-        gapped = x.new_zeros(int(place[-1]) + 1 + reach, x.shape[1]).index_put((place + reach,), x)
+        gapped = x.new_zeros(len(clip) + reach * clips, x.shape[1]).index_put((place + reach,), x)
         x = conv1d(gapped.t()[None], self.depthwise_conv1d.weight, groups=x.shape[1])[0].t()[place]
         x = self.conv_norm(torch.clamp(x, -self.limit, self.limit))
         return self.linear_end(silu(x)) + hidden

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.megatron.visibility import send
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def pack_patches(batches: Sequence[Images], kernel: int, patch_values: int, tabl
     restore = torch.cat([torch.arange(counts[i] // kernel**2) + starts[i] for i in range(len(counts))])
     device = batches[0].pixels.device
     places = torch.cat([batch.places.flatten(0, 1) for batch in batches])[order]
-    return PatchPack(order.to(device), places.to(device), tuple(runs), restore.to(device))
+    return PatchPack(send(order, device), send(places, device), tuple(runs), send(restore, device))
 
 
 def _soft_token_of(places: Tensor, kernel: int, table_size: int, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.norm import init_device, rms_norm
 from bridge.megatron.towers.linear import TowerContext, TowerModule
 from bridge.megatron.towers.packing import Images, pack_patches
+from bridge.megatron.visibility import send
 from bridge.towers_geometry import UnifiedVisionGeometry
 
 
@@ -36,9 +37,11 @@ class UnifiedVisionEmbedder(TowerModule):
         geometry = self.geometry
         # Nothing attends or pools here, so that the order of the batch can stay; only what is no image is refused.
         pack_patches(batches, geometry.kernel, geometry.patch_values, geometry.position_embedding_size)
-        real = [(batch.position_ids != -1).all(dim=-1) for batch in batches]
-        pixels = torch.cat([batch.pixels[mask] for batch, mask in zip(batches, real, strict=True)])
-        x, y = torch.cat([b.position_ids[mask] for b, mask in zip(batches, real, strict=True)]).long().unbind(-1)
+        device = batches[0].pixels.device
+        real = [(batch.places != -1).all(dim=-1).flatten().nonzero().squeeze(1) for batch in batches]
+        pairs = list(zip(batches, real, strict=True))
+        pixels = torch.cat([batch.pixels.flatten(0, 1).index_select(0, send(rows, device)) for batch, rows in pairs])
+        x, y = send(torch.cat([batch.places.flatten(0, 1)[rows] for batch, rows in pairs]), device).unbind(-1)
         hidden = self.patch_ln2(self.patch_dense(self.patch_ln1(pixels.to(self.pos_embedding.dtype))))
         return self.pos_norm(hidden + (self.pos_embedding[x, 0] + self.pos_embedding[y, 1]))
 

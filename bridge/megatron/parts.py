@@ -1,0 +1,76 @@
+"""What a decoder layer is made of: the layer specs by name.
+
+A spec names the classes of a layer's linears. Attention itself, the router, norms, experts and the head are the same in
+all: in the dtype of the model. Both specs have the same parameters under the same keys, so that a checkpoint is of
+neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+LOCAL, TE = "local", "te"
+NAMES = (LOCAL, TE)
+# What FP8 is called here -> the fields of Megatron's TransformerConfig. Gradients need the range of E5M2 where one
+# scale serves a whole tensor ("hybrid"); with one for each block E4M3 serves them too.
+FP8: dict[str, dict[str, str]] = {
+    "none": {},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "block": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+# Tokens of a rank come in multiples of this: FP8 products want multiples of 8 in one direction and of 16 in the other,
+# and the backward pass turns them round.
+FP8_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The linears of a layer: q/k/v and the FFN's first are `column`, the output projection and its second `row`."""
+
+    column: type[torch.nn.Module]
+    row: type[torch.nn.Module]
+
+
+@cache
+def parts(name: str) -> Parts:
+    """The parts of a spec that `check_layer_spec` allows."""
+    if name == TE:
+        from bridge.megatron.te_linear import te_linears
+
+        return Parts(*te_linears())
+    from bridge.megatron.linear import ColumnLinear, RowLinear
+
+    return Parts(ColumnLinear, RowLinear)
+
+
+def check_names(name: str, fp8: str) -> None:
+    """What can be said anywhere, a login node too. Raises UsageError for what is not known, or does not go together."""
+    if name not in NAMES:
+        raise UsageError(f"layer_spec={name}: is one of {', '.join(NAMES)}")
+    if fp8 not in FP8:
+        raise UsageError(f"fp8={fp8}: is one of {', '.join(FP8)}")
+    if fp8 != "none" and name != TE:
+        raise UsageError(f"fp8={fp8} needs layer_spec={TE}: the local linears multiply in the dtype of the model")
+
+
+def check_layer_spec(name: str, fp8: str, dtype: torch.dtype) -> None:
+    """`check_names`, and that it can run here. Raises UsageError."""
+    import torch
+
+    check_names(name, fp8)
+    if name != TE:
+        return
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UsageError(f"layer_spec={TE}: Transformer Engine is not installed; pip install 'gemma4-bridge[te]'")
+    if not torch.cuda.is_available():
+        raise UsageError(f"layer_spec={TE}: Transformer Engine runs on a GPU, and none is visible")
+    if fp8 != "none" and dtype is not torch.bfloat16:
+        raise UsageError(f"fp8={fp8} needs a model in bfloat16, this one is {str(dtype).removeprefix('torch.')}")

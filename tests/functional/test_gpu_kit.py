@@ -1,0 +1,88 @@
+"""The helpers of the GPU tests, on a CPU with toys, so that they are known to run; and where a step reads tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from benchmarks.random_model import RandomModel
+from benchmarks.training_sides import Case
+from bridge.ranks import RankPool
+from bridge.toy.config import VARIANTS, published, shallow
+from bridge.verify.parity import LOGITS_RELATIVE
+
+from . import gpu_kit
+
+TOY = Case("e2b", "lora", 96, recompute="full", size="toy", dtype="float32")
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_parity(ranks: RankPool, variant: str) -> None:
+    model = RandomModel(variant, torch.float32, "toy")
+    (found,) = ranks.run(gpu_kit.logits_distance, model, 40, "local", 7, world_size=1)
+    assert found.relative < LOGITS_RELATIVE and found.kl < 1e-9
+
+
+def test_deterministic_runs_are_alike(ranks: RankPool) -> None:
+    (first,), (second,) = (ranks.run(gpu_kit.trained, TOY, 3, world_size=1) for _ in range(2))
+    assert first[0] == second[0] and len(set(first[0])) == 3
+    assert len(first[1]) == len(second[1]) > 50
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_memory_is_flat(ranks: RankPool) -> None:
+    (found,) = ranks.run(gpu_kit.memory_after_steps, TOY, 4, world_size=1)
+    assert len(found) == 4 and found[1] == found[3] > 0
+
+
+def reads(case: Case) -> Counter[str]:
+    """Where a step would make the host wait, if all tensors were on a GPU. Runs on a rank."""
+    run = gpu_kit.build(case)
+    batches = case.batches()
+    gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
+    with gpu_kit.HostReads() as found:
+        gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
+    return found.places
+
+
+# What is read on the host of a GPU run too, and so is no wait: made of the batch before it is sent.
+ON_THE_HOST = {
+    "bridge/megatron/embedding.py:scale_embeddings: _local_scalar_dense",
+    "bridge/megatron/loss.py:positions_with_labels: nonzero",
+    "bridge/megatron/mask.py:_tiles: repeat_interleave",
+    "bridge/megatron/multimodal.py:count_placeholders: _local_scalar_dense",
+    "bridge/megatron/multimodal.py:_hear: nonzero",
+    "bridge/megatron/towers/audio.py:check_clips: nonzero",
+    "bridge/megatron/towers/audio.py:forward: nonzero",
+    "bridge/megatron/towers/packing.py:<genexpr>: _local_scalar_dense",
+    "bridge/megatron/towers/packing.py:_soft_token_of: _local_scalar_dense",
+    "bridge/megatron/towers/packing.py:_soft_token_of: _unique2",
+    "bridge/megatron/towers/packing.py:num_patches: _local_scalar_dense",
+    "bridge/megatron/towers/packing.py:pack_patches: nonzero",
+    "bridge/megatron/towers/unified.py:forward: nonzero",
+    "bridge/megatron/visibility.py:_hull: _local_scalar_dense",
+}
+
+
+@pytest.mark.parametrize(("variant", "media"), [("e2b", True), ("26b-a4b", False), ("12b", True)])
+def test_where_a_step_reads_tensors(ranks: RankPool, variant: str, media: bool) -> None:
+    """A new place is a wait for the device, unless its tensor is on the host there: then it belongs to the list."""
+    case = Case(variant, "sft", 96, media=media, recompute="none", size="toy", dtype="float32")
+    (found,) = ranks.run(reads, case, world_size=1)
+    assert set(found) <= ON_THE_HOST
+    assert "bridge/megatron/visibility.py:_hull: _local_scalar_dense" in found  # the counting works
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shallow_models_keep_widths_and_sharing(variant: str) -> None:
+    whole, cut = published(variant), RandomModel(variant, torch.float32, "shallow").geometry
+    kinds = {layer.kind for layer in cut.layers}
+    assert (
+        kinds == {"sliding", "global"} and cut.num_layers == shallow(variant)["text_config"]["num_hidden_layers"] < 13
+    )
+    assert (cut.hidden_size, cut.vocab_size) == (whole["text_config"]["hidden_size"], 262_144)
+    shared = {layer.kind for layer in cut.layers if layer.shares_kv}
+    assert shared == (kinds if variant in ("e2b", "e4b") else set())
