@@ -70,7 +70,7 @@ ON_THE_HOST = {
 @pytest.mark.parametrize(("variant", "media"), [("e2b", True), ("26b-a4b", False), ("12b", True)])
 def test_where_a_step_reads_tensors(ranks: RankPool, variant: str, media: bool) -> None:
     """A new place is a wait for the device, unless its tensor is on the host there: then it belongs to the list."""
-    case = Case(variant, "sft", 96, media=media, recompute="none", size="toy", dtype="float32")
+    case = Case(variant, "sft", 192, media=media, recompute="none", size="toy", dtype="float32")
     (found,) = ranks.run(reads, case, world_size=1)
     assert set(found) <= ON_THE_HOST
     assert "bridge/megatron/visibility.py:_hull: _local_scalar_dense" in found  # the counting works
