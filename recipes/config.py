@@ -136,6 +136,7 @@ class LoraConfig:
 
     `targets`: all-linear or a regular expression for whole module names, or a list of endings of names (`q_proj`);
     `parameters`: expert parameters (`experts.gate_up_proj`); `exclude`: as `targets`, taken away from them.
+    `dropout_pattern`, which PEFT has not: to `dropout` what `rank_pattern` is to `rank`. `dora`: PEFT's `use_dora`.
     `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys.
     """
 
@@ -147,6 +148,7 @@ class LoraConfig:
     exclude: Any = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)

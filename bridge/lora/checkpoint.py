@@ -28,9 +28,8 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
-from bridge.lora.adapter import shape_of
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, adapter_table, cut, part_name
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
@@ -93,9 +92,9 @@ class AdapterFolder:
         return cls(checkpoint, manifest, adapter_table(base, resolve(manifest.spec, base)))
 
     def tensors(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """(HF name of the weight on disk, "A" or "B", canonical tensor on the CPU), one Megatron tensor at a time.
+        """(HF name of the weight on disk, part, canonical tensor on the CPU), one Megatron tensor at a time.
 
-        A is [r, in] and B [out, r]; [E, r, in] and [E, out, r] for experts; dtypes as stored. Raises MappingError or
+        Shapes are those of `Target.shape_of`, dtypes as stored. Raises MappingError or
         CheckpointError where the folder holds something else than its manifest says.
         """
         with DistReader(self.checkpoint.weights) as reader:
@@ -121,7 +120,7 @@ class AdapterFolder:
 
 
 def _canonical(reader: DistReader, table: AdapterTable, adapted: Adapted) -> Iterator[tuple[str, Part, Tensor]]:
-    for part in PARTS:
+    for part in adapted.parts:
         for target in (adapted.targets[source] for source in adapted.order):
             entry, index = table.by_hf_name[part_name(target.name, part)]
             whole = _read(reader, entry.key, entry.shape)
@@ -170,7 +169,7 @@ def write_adapter(
         release.mkdir()
         with DistWriter(release, specs) as writer:
             for adapted in table.adapted.values():
-                for part in PARTS:
+                for part in adapted.parts:
                     key, whole = _fused(table, adapted, part, values, dtype)
                     for chunk in writer.chunks(key):
                         rows = whole[chunk.start : chunk.stop].contiguous()
@@ -189,7 +188,7 @@ def _fused(table: AdapterTable, adapted: Adapted, part: Part, values: Values, dt
     whole = torch.zeros(entry.shape, dtype=dtype)
     for index, target in enumerate(targets):
         value = values(target, part)
-        shape = shape_of(target, part)
+        shape = target.shape_of(part)
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{target.name}: its lora_{part} is {list(value.shape)}, expected {list(shape)}")
         for block in entry.blocks:

@@ -26,16 +26,16 @@ from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
-from bridge.lora.adapter import Adapter, shape_of
+from bridge.lora.adapter import Adapter
 from bridge.lora.dress import FORMATS, Piece, check_servable, engine_targets, pieces
-from bridge.lora.spec import ALL_LINEAR, LoraSpec, Target
-from bridge.lora.table import PARTS, Part
+from bridge.lora.spec import ALL_LINEAR, LoraSpec, Part, Target
 from bridge.lora.targets import named_parameters, resolve
 from bridge.mapping import Table
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Our own entry in the config of a dress that PEFT does not read: the format, and the spec as it was.
+# Our own entry in a config: the format, and the spec as it was in a dress that PEFT does not read; in PEFT's own only
+# what PEFT has no field for.
 _OURS = "gemma4_bridge"
 # Fields of a config that say nothing about what the tensors do to a weight.
 _HARMLESS = {
@@ -45,7 +45,7 @@ _HARMLESS = {
 }
 _SPEC_FIELDS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
-    *("rank_pattern", "alpha_pattern", "use_rslora"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
 }
 # Initialisations that leave the base as it is. The others (pissa, olora, ...) train beside a changed base.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -90,9 +90,9 @@ class PeftConfig:
         base = config.get("base_model_name_or_path")
         base = base if isinstance(base, str) and base else None
         ours = config.get(_OURS)
-        if ours is not None:
-            if not isinstance(ours, dict) or ours.get("format") not in FORMATS:
-                raise CheckpointError(f"{_OURS} names no format that is known")
+        if ours is not None and (not isinstance(ours, dict) or ours.get("format") not in FORMATS):
+            raise CheckpointError(f"{_OURS} names no format that is known")
+        if ours is not None and ours["format"] != "peft":
             spec = LoraSpec.from_json(ours.get("spec"))
             _check_supported(spec)
             return cls(ours["format"], spec, base)
@@ -109,14 +109,15 @@ class PeftConfig:
             rank_pattern=_pattern(config, "rank_pattern"),
             alpha_pattern=_pattern(config, "alpha_pattern"),
             rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+            dropout_pattern=_pattern(ours or {}, "dropout_pattern"),
         )
         return cls("peft", spec, base)
 
 
 def _check_supported(spec: LoraSpec) -> None:
-    for name in ("dora", "modules_to_save"):
-        if getattr(spec, name):
-            raise UsageError(f"lora: {name} is not supported in an adapter folder")
+    if spec.modules_to_save:
+        raise UsageError("lora: modules_to_save is not supported in an adapter folder")
 
 
 def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -149,11 +150,14 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
         "bias": "none",
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
-        "use_dora": False,
+        "use_dora": spec.dora,
         "modules_to_save": None,
     }
     if dress == "peft":
         modules, parameters = _peft_targets(adapter)
+        # PEFT has one dropout for all: the rest goes into an entry of our own, which it leaves alone.
+        patterns = {"dropout_pattern": dict(spec.dropout_pattern)}
+        common |= {_OURS: {"format": dress, **patterns}} if spec.dropout_pattern else {}
         return common | {
             "r": spec.rank,
             "lora_alpha": _integral(spec.alpha),
@@ -253,7 +257,7 @@ def _check_tensors(source: HfFolder, expected: list[Piece]) -> None:
 def _assembled(source: HfFolder, parts: list[Piece]) -> Tensor:
     """The canonical tensor whose pieces are stored."""
     target, part = parts[0].target, parts[0].part
-    whole = torch.empty(shape_of(target, part), dtype=TORCH_DTYPES[source.tensors[parts[0].key].dtype])
+    whole = torch.empty(target.shape_of(part), dtype=TORCH_DTYPES[source.tensors[parts[0].key].dtype])
     for piece in parts:
         info = source.tensors[piece.key]
         buffer = np.empty(info.nbytes, dtype=np.uint8)
@@ -290,7 +294,7 @@ def write_peft(
     _check_supported(adapter.spec)
     check_servable(dress, adapter.targets)
     planned = list(pieces(dress, adapter.targets, adapter.table))
-    dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in PARTS}
+    dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}
     specs = [TensorSpec(p.key, dtypes[p.target.name, p.part], p.shape) for p in planned]
     total = sum(spec.nbytes for spec in specs)
     text = json.dumps(config_json(adapter, dress), indent=2, sort_keys=True) + "\n"

@@ -13,6 +13,11 @@ from bridge.mapping.transforms import Shape
 
 ALL_LINEAR = "all-linear"
 Kind = Literal["linear", "experts", "embedding"]
+# The tensors of an adapter: the two factors, and DoRA's magnitudes.
+Part = Literal["A", "B", "magnitude"]
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class LoraSpec:
     parameter (`experts.gate_up_proj`). `parameters`: endings of the names of expert parameters, as PEFT's
     `target_parameters`. `exclude`: as `targets`, taken away from them. Names are those of transformers' modules.
     `rank_pattern` and `alpha_pattern`: regular expressions for the ends of names, the first that matches counts.
+    `dropout_pattern`, which PEFT has not, is to `dropout` what they are to rank and alpha. `dora`: with magnitudes.
     `modules_to_save` are trained whole.
     """
 
@@ -38,6 +44,7 @@ class LoraSpec:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    dropout_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises UsageError that names the field."""
@@ -50,8 +57,12 @@ class LoraSpec:
         ):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
                 raise UsageError(f"lora: {name} is {alpha!r}, expected a number above 0")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UsageError(f"lora: dropout is {self.dropout!r}, expected 0 up to 1")
+        for name, dropout in (
+            ("dropout", self.dropout),
+            *((f"dropout_pattern {k!r}", d) for k, d in self.dropout_pattern.items()),
+        ):
+            if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+                raise UsageError(f"lora: {name} is {dropout!r}, expected 0 up to 1")
         for name in ("targets", "parameters", "exclude", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, str) and name in ("targets", "exclude"):
@@ -61,8 +72,9 @@ class LoraSpec:
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"lora: {name} is {getattr(self, name)!r}, expected true or false")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _compiled(pattern, "rank_pattern or alpha_pattern")
+        for name in _PATTERNS:
+            for pattern in getattr(self, name):
+                _compiled(pattern, name)
 
     def rank_of(self, module: str) -> int:
         """The rank that `rank_pattern` gives a module (or an expert parameter) of that name."""
@@ -71,6 +83,10 @@ class LoraSpec:
     def alpha_of(self, module: str) -> float:
         """The alpha that `alpha_pattern` gives a module (or an expert parameter) of that name."""
         return next((a for pattern, a in self.alpha_pattern.items() if _at_end(pattern, module)), self.alpha)
+
+    def dropout_of(self, module: str) -> float:
+        """The dropout that `dropout_pattern` gives a module of that name."""
+        return next((d for pattern, d in self.dropout_pattern.items() if _at_end(pattern, module)), self.dropout)
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest; `from_json` reads it."""
@@ -82,7 +98,7 @@ class LoraSpec:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, Mapping) or not {"rank", "alpha"} <= set(values) <= known:
             raise UsageError(f"lora: expected the fields {', '.join(sorted(known))}")
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in _PATTERNS:
             if not isinstance(values.get(name, {}), Mapping):
                 raise UsageError(f"lora: {name} is {values[name]!r}, expected patterns and numbers")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
@@ -103,11 +119,24 @@ class Target:
     rslora: bool
     module: str
     kind: Kind = "linear"
+    dropout: float = 0.0
+    dora: bool = False
 
     @property
     def scaling(self) -> float:
         """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that it has."""
+        return ("A", "B", "magnitude") if self.dora else ("A", "B")
+
+    def shape_of(self, part: Part) -> Shape:
+        """The canonical shape of one of them: magnitudes are [out], of an embedding [hidden]."""
+        if part == "magnitude":
+            return self.shape_b[:-1]
+        return self.shape_a if part == "A" else self.shape_b
 
     @property
     def shape_a(self) -> Shape:

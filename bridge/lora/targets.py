@@ -55,7 +55,8 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
     if not hit and not spec.modules_to_save:
         raise UsageError("lora: targets, less what is excluded, leave no weight of this model to adapt")
     if any(c.kind == "experts" for c in hit):
-        if spec.dropout:
+        # PEFT knows one dropout for all, and refuses any beside experts.
+        if spec.dropout or any(spec.dropout_of(c.module) for c in hit if c.kind == "experts"):
             raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
         if spec.dora:
             raise UsageError("lora: dora does not work where experts are targeted (as in PEFT)")
@@ -68,6 +69,8 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
             rslora=spec.rslora,
             module=c.module,
             kind=c.kind,
+            dropout=spec.dropout_of(c.module),
+            dora=spec.dora,
         )
         for c in hit
     )

@@ -9,7 +9,7 @@ from bridge import Gemma4Bridge
 from bridge.errors import UsageError
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
 from bridge.lora.initial import initial_values
-from bridge.lora.inject import attach, fill
+from bridge.lora.inject import attach, fill, start_magnitudes
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import resolve
@@ -39,6 +39,7 @@ def spec_of(config: LoraConfig) -> LoraSpec | None:
         config.rslora,
         config.dora,
         tuple(config.modules_to_save),
+        dict(config.dropout_pattern),
     )
 
 
@@ -47,8 +48,6 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
     Raises UsageError for what matches nothing, is not built, or is the adapter of another model.
     """
-    if spec.dora:
-        raise UsageError("lora.dora: magnitudes are not built; leave it at false")
     if spec.modules_to_save:
         raise UsageError(f"lora.modules_to_save={list(spec.modules_to_save)}: not built; leave it empty")
     table = adapter_table(bridge.table, resolve(spec, bridge.table))
@@ -61,11 +60,13 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
 def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Sequence[Gemma4Model]) -> None:
     """Freeze the model and give it adapters: PEFT's initial values, or those of `lora.adapter`."""
-    attach(models, table, spec.dropout)
-    values = initial_values(recipe.train.seed)
+    attach(models, table)
     if recipe.lora.adapter is not None:
-        values = AdapterFolder.open(recipe.lora.adapter).values()
-    fill(models, table, values)
+        fill(models, table, AdapterFolder.open(recipe.lora.adapter).values())
+        return
+    fill(models, table, initial_values(recipe.train.seed))
+    if spec.dora:
+        start_magnitudes(models)
 
 
 def describe(recipe: Recipe, spec: LoraSpec, output: Path) -> None:

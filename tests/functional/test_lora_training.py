@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,64 @@ def test_frozen_embeddings_do_not_cut_adapters_off(
 def test_drops_what_peft_drops(trainings: Trainings, record_property: Any) -> None:
     """One row of text: then [s, b, h] and [b, s, h] take the same random numbers in the same order."""
     check(trainings.compared("31b", FEW, 0, {}, 1, targets=TEXT, dropout=0.25), record_property)
+
+
+@pytest.mark.parametrize(
+    "pattern", [{r"mlp\.\w+_proj": 0.0}, {"o_proj": 0.1, "up_proj": 0.4}], ids=["none in the FFN", "of two kinds"]
+)
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_drops_by_pattern(trainings: Trainings, record_property: Any, pattern: dict[str, float], dora: bool) -> None:
+    """As `test_drops_what_peft_drops`; DoRA multiplies what was dropped by the base as well."""
+    options = {"targets": TEXT, "dropout": 0.25, "dropout_pattern": pattern, "dora": dora}
+    check(trainings.compared("31b", FEW, 0, {}, 1, **options), record_property)
+
+
+WITH_TABLES = r".*language_model\.(embed_tokens(_per_layer)?|per_layer_model_projection|layers\.\d+\.mlp\.down_proj)"
+EMBEDDINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "TP2": (2, {"tp": 2}),
+    "TP2+SP PP2": (4, {**SP2, "pp": 2}),
+    "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
+}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_adapters_of_embeddings(trainings: Trainings, record_property: Any, name: str, dora: bool) -> None:
+    """Of the scaled tables and their padding row, beside a head that stays the base's."""
+    world, parallel = EMBEDDINGS[name]
+    found = trainings.compared("e2b", FEW, 2, parallel, world, targets=WITH_TABLES, dora=dora)
+    check(found, record_property)
+
+
+def test_trains_the_magnitudes_of_peft(trainings: Trainings, record_property: Any) -> None:
+    """DoRA on all linears of text, vision and audio."""
+    check(trainings.compared("e2b", STEPS, 2, {}, 1, dora=True), record_property)
+
+
+DORA: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "e2b TP2+SP PP2": ("e2b", 4, {**SP2, "pp": 2}),
+    "12b TP2, full recompute": ("12b", 2, {"tp": 2, "recompute": "full"}),
+    "12b CP2": ("12b", 2, {"cp": 2}),
+    "26b EP2": ("26b-a4b", 2, {"ep": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_magnitudes_in_every_layout(trainings: Trainings, record_property: Any, name: str) -> None:
+    variant, world, parallel = DORA[name]
+    check(trainings.compared(variant, FEW, 2, parallel, world, dora=True, parameters=()), record_property)
+
+
+def test_magnitudes_begin_as_norms(trainings: Trainings, ranks: RankPool, record_property: Any) -> None:
+    """Each program with its own. A B that begins at zero is not compared: Adam makes steps of its noise."""
+    training = replace(trainings.training("12b", 1, 1, dora=True), moved=False)
+    theirs = ranks.run(peft_training, training, world_size=1)[0]
+    ours = ranks.run(our_training, training, {"tp": 2}, 1, world_size=2)[0]
+    for result in (ours, theirs):
+        result.trained = {name: t for name, t in result.trained.items() if name.endswith(".lora_magnitude")}
+    assert theirs.trained
+    check(compare(ours, theirs), record_property)
 
 
 @pytest.mark.parametrize("variant", ["12b", "e4b"])
@@ -303,9 +362,11 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 4, "dora": True}, "lora.dora: magnitudes are not built"),
+        (
+            {"rank": 4, "dora": True, "targets": "experts.down_proj"},
+            "dora does not work where experts are targeted",
+        ),
         ({"rank": 4, "modules_to_save": ["embed_tokens"]}, r"lora.modules_to_save=\['embed_tokens'\]: not built"),
-        ({"rank": 4, "targets": ["embed_tokens"]}, "adapters of embeddings are not built"),
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
         ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
         ({"adapter": "nowhere"}, "nowhere"),

@@ -14,8 +14,8 @@ from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import AdapterTable, Part, adapter_table, cut, part_name
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.table import AdapterTable, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.toy import write_toy
