@@ -22,14 +22,15 @@ def load_model(folder: Path) -> Any:
 
 
 def make_adapter(folder: Path, target: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """Save an adapter of the model in `folder` with random A and B; returns the PEFT model."""
+    """Save an adapter of the model in `folder` with random A and B, magnitudes near the norms; returns PEFT's model."""
     options = {"r": 4, "lora_alpha": 6, **options}
     model = peft.get_peft_model(load_model(folder), peft.LoraConfig(**options), autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                noise = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)
     if dtype != torch.float32:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -68,7 +69,7 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
     }
     start_ranks()
     run = assemble(resolve(said), 1, load=True)
-    fill(run.models, run.table, moved_values(seed=3))  # type: ignore[arg-type]
+    fill(run.models, run.table, moved_values(3, folder))  # type: ignore[arg-type]
     run.optimizer.reload_model_params()
     make_states(run.optimizer)
     prepare_output(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "12b": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 2}},
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
-    "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
+    "31b": {"target_modules": r".*language_model\.(.*\.(q|k|v)_proj|embed_tokens)", "use_dora": True},
 }
-COMPARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters", "exclude_modules")
+COMPARED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +233,35 @@ def test_copies_that_differ_are_refused(broken: str, served: tuple[Path, Table],
 
 
 @pytest.mark.parametrize("dress", ["vllm", "sglang"])
+def test_engines_know_neither_magnitudes_nor_embeddings(dress: str, made: Any, toy: Toy, tmp_path: Path) -> None:
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"q_proj: {dress} reads no DoRA magnitudes"):
+        make_adapter(toy("31b", text_only=True), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+        table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "dora", table), dress=dress)
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"embed_tokens.*: {dress} has no adapters of embedd"):
+        _, adapter, _, table = made("e4b")
+        write_peft(tmp_path / "no", open_peft(stack, adapter, table), dress=dress)
+    assert not (tmp_path / "no").exists()
+
+
+def test_peft_has_one_dropout(toy: Toy, tmp_path: Path) -> None:
+    """Ours of a pattern stands beside it, where PEFT leaves it alone."""
+    folder = toy("31b", text_only=True)
+    table = table_for(Geometry.from_folder(folder))
+    make_adapter(folder, tmp_path / "peft", target_modules=["q_proj", "o_proj"], lora_dropout=0.1)
+    with ExitStack() as stack:
+        ours = open_peft(stack, tmp_path / "peft", table)
+        spec = replace(ours.spec, dropout_pattern={"o_proj": 0.5})
+        write_peft(tmp_path / "ours", replace(ours, spec=spec))
+        assert open_peft(stack, tmp_path / "ours", table).spec == spec
+        again = {t.module.rpartition(".")[2]: t.dropout for t in open_peft(stack, tmp_path / "ours", table).targets}
+    assert again == {"q_proj": 0.1, "o_proj": 0.5}
+    assert peft.PeftModel.from_pretrained(load_model(folder), tmp_path / "ours").peft_config[
+        "default"
+    ].lora_dropout == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dress", ["vllm", "sglang"])
 def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
     """Ranks may differ as long as alpha does in proportion."""
     folder = toy("31b", text_only=True)
@@ -267,7 +306,8 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"r": 5}, r"lora_A.weight has the shape \[4, 64\], expected \[5, 64\] \(rank 5\)"),
         ({"r": -1}, "rank is -1"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"use_dora": True}, "use_dora is true"),
+        ({"use_dora": True}, "dora does not work where experts are targeted"),
+        ({"use_dora": 1}, "dora is 1"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is"),
         ({"layers_to_transform": [0]}, "layers_to_transform is"),
         ({"something_new": {"a": 1}}, "something_new is"),
@@ -279,7 +319,7 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"gemma4_bridge": {"format": "gguf"}}, "gemma4_bridge names no format"),
         ({"gemma4_bridge": {"format": "vllm", "spec": {"rank": 4}}}, "expected the fields"),
-        ({"gemma4_bridge": {"format": "peft", "spec": {"rank": 4, "alpha": 1, "dora": True}}}, "dora is not supported"),
+        ({"gemma4_bridge": {"format": "peft", "dropout_pattern": {"q_proj": 2}}}, "dropout_pattern 'q_proj' is 2"),
     ],
 )
 def test_refused_by_name(changes: dict[str, Any], words: str, served: tuple[Path, Table], tmp_path: Path) -> None:

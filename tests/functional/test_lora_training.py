@@ -362,10 +362,6 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (
-            {"rank": 4, "dora": True, "targets": "experts.down_proj"},
-            "dora does not work where experts are targeted",
-        ),
         ({"rank": 4, "modules_to_save": ["embed_tokens"]}, r"lora.modules_to_save=\['embed_tokens'\]: not built"),
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
         ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
