@@ -50,8 +50,11 @@ def peft_logits(folder: Path, adapter: Path, sample: Sample, out: Path) -> Path:
     return out
 
 
-def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
-    """On every rank: the checkpoint of a LoRA run of everything, with values that do not depend on the layout."""
+def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[str, Any]) -> None:
+    """On every rank: the checkpoint of a LoRA run of everything, with values that do not depend on the layout.
+
+    `lora`: what it has instead.
+    """
     from bridge.lora.inject import fill
     from recipes.config import resolve
     from recipes.train.checkpoint import Progress, prepare_output, save
@@ -65,7 +68,7 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
         "model": {"hf": str(folder), "dtype": "float32"},
         "parallel": parallel,
         "train": {"steps": 1, "global_batch_size": 2},
-        "lora": {"rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets, "parameters": list(spec.parameters)},
+        "lora": {"rank": spec.rank, "alpha": spec.alpha, "parameters": list(spec.parameters), **lora},
     }
     start_ranks()
     run = assemble(resolve(said), 1, load=True)

@@ -79,9 +79,15 @@ def _bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
     return {n: (t.dtype, t.contiguous().view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
-def test_every_layout_exports_the_same_bytes(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
-    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress."""
+@pytest.mark.parametrize(
+    ("variant", "lora"),
+    [("e2b", {}), ("26b-a4b", {}), ("e2b", {"targets": TABLES, "dora": True})],
+    ids=["e2b", "26b-a4b", "e2b-tables-dora"],
+)
+def test_every_layout_exports_the_same_bytes(
+    ranks: RankPool, toy: Toy, variant: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress that can have it."""
     folder = toy(variant)
     layouts: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}
     if variant == "26b-a4b":
@@ -90,8 +96,8 @@ def test_every_layout_exports_the_same_bytes(ranks: RankPool, toy: Toy, variant:
         layouts["tp2 pp2"] = {**layouts.pop("tp2"), **layouts.pop("pp2")}
     for name, parallel in layouts.items():
         world_size = math.prod(parallel.get(key, 1) for key in ("tp", "pp", "ep"))
-        ranks.run(save_run, folder, tmp_path / name, parallel, world_size=world_size)
-        for dress in ("peft", "vllm", "sglang"):
+        ranks.run(save_run, folder, tmp_path / name, parallel, lora, world_size=world_size)
+        for dress in ("peft",) if lora else ("peft", "vllm", "sglang"):
             with ExitStack() as stack:
                 adapter = open_megatron(stack, tmp_path / name)
                 assert adapter.base == str(folder)

@@ -264,9 +264,13 @@ def test_runs_hold_adapters_only_and_go_on_in_other_layouts(ranks: RankPool, toy
 
 
 def test_stopped_with_dropout_and_resumed_is_bit_identical(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
-    """bf16 with tensor and sequence parallelism: random states of both kinds, and the optimizer's float32 copies."""
+    """bf16 with tensor and sequence parallelism: random states of both kinds, and the optimizer's float32 copies.
+
+    Of DoRA and of tables, too.
+    """
     overrides = ["model.dtype=bfloat16", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"]
-    said = {name: lora_recipe(toy("e4b"), tmp_path / name, 6, dropout=0.1) for name in ("whole", "stopped")}
+    options = {"dropout": 0.1, "dora": True, "targets": WITH_TABLES}
+    said = {name: lora_recipe(toy("e4b"), tmp_path / name, 6, **options) for name in ("whole", "stopped")}
     ranks.run(train_toy, said["whole"], overrides, world_size=2)
     ranks.run(train_toy, said["stopped"], overrides, Trouble(3, 1, signal.SIGUSR1), world_size=2)
     ranks.run(train_toy, said["stopped"], overrides, world_size=2)
@@ -276,7 +280,8 @@ def test_stopped_with_dropout_and_resumed_is_bit_identical(ranks: RankPool, toy:
 
 
 def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
-    ranks.run(train_toy, lora_recipe(toy("e4b"), tmp_path / "first", 2), [], world_size=1)
+    options = {"dora": True, "targets": WITH_TABLES}
+    ranks.run(train_toy, lora_recipe(toy("e4b"), tmp_path / "first", 2, **options), [], world_size=1)
     said = lora_recipe(toy("e4b"), tmp_path / "second", 1)
     said["lora"] = {"adapter": str(tmp_path / "first")}
     still = ["optimizer.lr=0", "optimizer.min_lr=0", "parallel.tp=2", "parallel.sequence_parallel=true"]
