@@ -34,8 +34,9 @@ class Adapter:
     base: str | None
 
     def common_dtype(self) -> str:
-        """The dtype of all tensors. Raises CheckpointError where they differ: a Megatron checkpoint has one."""
-        kinds = {self.dtype(target, part): target.name for target in self.targets for part in target.parts}
+        """The dtype of all but whole weights. Raises CheckpointError where they differ: an adapter here has one."""
+        adapted = [target for target in self.targets if target.kind != "saved"]
+        kinds = {self.dtype(target, part): target.name for target in adapted for part in target.parts}
         if len(kinds) != 1:
             listed = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
             raise CheckpointError(f"{self.path}: tensors of several dtypes, {listed}; an adapter here has one")

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def write_adapter(
     base: str | Path,
     spec: LoraSpec,
     values: Values,
-    dtype: torch.dtype,
+    dtype: Callable[[Target, Part], torch.dtype],
     *,
     sources: list[Path] | None = None,
     overwrite: bool = False,
@@ -154,8 +154,9 @@ def write_adapter(
     checkpoint = MegatronFolder.open(base)
     model = table_for(checkpoint.geometry)
     table = adapter_table(model, resolve(spec, model))
-    specs = [TensorSpec(entry.key, DTYPE_NAMES[dtype], entry.shape) for entry in table.entries.values()]
-    plan = plan_digest([], "adapter", json.dumps(spec.to_json(), sort_keys=True), DTYPE_NAMES[dtype])
+    dtypes = {key: kind for each in table.adapted.values() for key, kind in _dtypes(table, each, dtype)}
+    specs = [TensorSpec(entry.key, DTYPE_NAMES[dtypes[entry.key]], entry.shape) for entry in table.entries.values()]
+    plan = plan_digest([], "adapter", json.dumps(spec.to_json(), sort_keys=True), *(s.dtype for s in specs))
     with staged(
         target,
         plan=plan,
@@ -170,7 +171,7 @@ def write_adapter(
         with DistWriter(release, specs) as writer:
             for adapted in table.adapted.values():
                 for part in adapted.parts:
-                    key, whole = _fused(table, adapted, part, values, dtype)
+                    key, whole = _fused(table, adapted, part, values, dtypes)
                     for chunk in writer.chunks(key):
                         rows = whole[chunk.start : chunk.stop].contiguous()
                         writer.write_rows(key, chunk.start, rows.view(torch.uint8).numpy())
@@ -181,11 +182,25 @@ def write_adapter(
     return table
 
 
-def _fused(table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtype: torch.dtype) -> tuple[str, Tensor]:
+def _dtypes(
+    table: AdapterTable, adapted: Adapted, dtype: Callable[[Target, Part], torch.dtype]
+) -> Iterator[tuple[str, torch.dtype]]:
+    """The keys of a Megatron tensor's adapters, each with the dtype that all its sources have."""
+    for part in adapted.parts:
+        found = {dtype(target, part): target.name for target in adapted.targets.values()}
+        if len(found) > 1:
+            raise CheckpointError(f"{', '.join(found.values())}: lie in one tensor here, and have several dtypes")
+        entry, _ = table.by_hf_name[part_name(adapted.targets[adapted.order[0]].name, part)]
+        yield entry.key, next(iter(found))
+
+
+def _fused(
+    table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtypes: Mapping[str, torch.dtype]
+) -> tuple[str, Tensor]:
     """One Megatron tensor of adapters: its key, and all of it."""
     targets = [adapted.targets[source] for source in adapted.order]
     entry, _ = table.by_hf_name[part_name(targets[0].name, part)]
-    whole = torch.zeros(entry.shape, dtype=dtype)
+    whole = torch.zeros(entry.shape, dtype=dtypes[entry.key])
     for index, target in enumerate(targets):
         value = values(target, part)
         shape = target.shape_of(part)

@@ -56,6 +56,13 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
     wrapped = {t.module for t in targets}
     for target in targets:
         for part in target.parts:
+            if target.kind == "saved":
+                yield Piece(f"{PREFIX}{target.module}", target.shape, target, part, lambda whole: whole)
+                entry, _ = table.by_hf_name[target.name]
+                for copied in (name for name, other in table.copies.items() if other is entry):
+                    # A tied head is stored once more (`ensure_weight_tying`).
+                    yield Piece(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
+                continue
             if target.kind == "experts":
                 if dress == "peft":
                     yield _stacked(target, part, nested=target.module.removesuffix(_GATE_UP) + _DOWN in wrapped)
@@ -70,14 +77,18 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
 
 
 def check_servable(dress: str, targets: Sequence[Target]) -> None:
-    """Raise UsageError where an engine would serve something else: it knows one scaling, and neither embeddings nor
-    magnitudes."""
+    """Raise UsageError where an engine would serve something else.
+
+    It knows one scaling, and no embeddings, magnitudes or whole modules.
+    """
     if dress == "peft":
         return
     first = targets[0]
     for target in targets:
         if target.kind == "embedding":
             raise UsageError(f"{target.module}: {dress} has no adapters of embeddings; merge this adapter instead")
+        if target.kind == "saved":
+            raise UsageError(f"{target.module}: {dress} reads no modules_to_save; merge this adapter instead")
         if target.dora:
             raise UsageError(f"{target.module}: {dress} reads no DoRA magnitudes; merge this adapter instead")
         if target.scaling != first.scaling:

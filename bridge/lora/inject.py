@@ -29,7 +29,7 @@ from bridge.megatron.ple import share_over_stages
 
 
 def attach(models: Sequence[Gemma4Model], table: AdapterTable) -> None:
-    """Freeze the chunks of a model and give them adapters, all zero as yet (see `fill`).
+    """Freeze the chunks of a model, but `modules_to_save`, and give them adapters, all zero as yet (see `fill`).
 
     Raises UsageError for a weight whose module has no place for one.
     """
@@ -39,6 +39,9 @@ def attach(models: Sequence[Gemma4Model], table: AdapterTable) -> None:
         for item in model.sharded_state_dict(metadata=dict(METADATA)).values():
             adapted = table.adapted.get(getattr(item, "key", ""))
             if adapted is None:
+                continue
+            if adapted.saved:
+                item.data.requires_grad_(True)
                 continue
             module, name = owners[id(item.data)]
             if adapted.embedding and not isinstance(module, VocabParallelEmbedding):

@@ -82,17 +82,22 @@ def open_base(stack: ExitStack, path: Path) -> Base:
 
 @dataclass(frozen=True)
 class _Factors:
-    """The tensors of one target in float32. `column_scale` [hidden]: of an embedding with DoRA."""
+    """The tensors of one target in float32. `column_scale` [hidden]: of an embedding with DoRA.
+
+    Of a weight that was trained whole, `a` is that and there is no `b`.
+    """
 
     target: Target
     a: Tensor
-    b: Tensor
+    b: Tensor | None = None
     magnitude: Tensor | None = None
     column_scale: Tensor | None = None
 
     def added(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the base and what the factors add to them, float32; as in PEFT the product is scaled, then added."""
         a, b = self.a, self.b
+        if b is None:
+            return a[start:stop]
         if self.target.kind == "embedding":
             delta = (b @ a[:, start:stop]).T
         else:

@@ -7,7 +7,7 @@ would be another adapter here. Tensors are read and written one at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +22,7 @@ from bridge.convert.atomic import Notify, staged
 from bridge.convert.folders import Conversion
 from bridge.convert.stream import Progress, plan_digest
 from bridge.convert.torch_dtypes import TORCH_DTYPES
-from bridge.errors import BridgeError, CheckpointError, UsageError
+from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
@@ -45,7 +45,7 @@ _HARMLESS = {
 }
 _SPEC_FIELDS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
-    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"),
 }
 # Initialisations that leave the base as it is. The others (pissa, olora, ...) train beside a changed base.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -53,11 +53,15 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says: the dress of the tensors, what they adapt, and the model's folder or id."""
+    """What an `adapter_config.json` says: the dress of the tensors, what they adapt, and the model's folder or id.
+
+    `ties`: what was done to an embedding was done to the head that is tied to it.
+    """
 
     dress: str
     spec: LoraSpec
     base: str | None
+    ties: bool
 
     @classmethod
     def read(cls, folder: str | Path) -> PeftConfig:
@@ -94,8 +98,7 @@ class PeftConfig:
             raise CheckpointError(f"{_OURS} names no format that is known")
         if ours is not None and ours["format"] != "peft":
             spec = LoraSpec.from_json(ours.get("spec"))
-            _check_supported(spec)
-            return cls(ours["format"], spec, base)
+            return cls(ours["format"], spec, base, False)
         for name in ("r", "lora_alpha"):
             if name not in config:
                 raise CheckpointError(f"{name} is missing")
@@ -110,14 +113,10 @@ class PeftConfig:
             alpha_pattern=_pattern(config, "alpha_pattern"),
             rslora=config.get("use_rslora", False),
             dora=config.get("use_dora", False),
+            modules_to_save=_list(config, "modules_to_save"),
             dropout_pattern=_pattern(ours or {}, "dropout_pattern"),
         )
-        return cls("peft", spec, base)
-
-
-def _check_supported(spec: LoraSpec) -> None:
-    if spec.modules_to_save:
-        raise UsageError("lora: modules_to_save is not supported in an adapter folder")
+        return cls("peft", spec, base, bool(config.get("ensure_weight_tying")))
 
 
 def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -151,7 +150,8 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
-        "modules_to_save": None,
+        "modules_to_save": list(spec.modules_to_save) or None,
+        "ensure_weight_tying": any(t.kind == "saved" and _tied(t, adapter.table) for t in adapter.targets),
     }
     if dress == "peft":
         modules, parameters = _peft_targets(adapter)
@@ -211,6 +211,7 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
     config = PeftConfig.read(folder)
     try:
         targets = resolve(config.spec, table)
+        _check_tied(config, targets, table)
     except BridgeError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     source = stack.enter_context(HfFolder(folder, single=WEIGHTS_FILE))
@@ -227,6 +228,24 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
 
     files = (folder / CONFIG_FILE, *source.files)
     return Adapter(folder, table, config.spec, targets, value, dtype, files, config.base)
+
+
+def _tied(target: Target, table: Table) -> bool:
+    """Whether a head is tied to that embedding."""
+    entry, _ = table.by_hf_name[target.name]
+    return any(other is entry for other in table.copies.values())
+
+
+def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table) -> None:
+    """Without `ensure_weight_tying` PEFT trains a copy of a saved embedding; with it, adapters are the head's too."""
+    for target in (t for t in targets if _tied(t, table)):
+        if target.kind == "saved" and not config.ties:
+            raise CheckpointError(
+                f"modules_to_save has {target.module}, which is tied to the head, without ensure_weight_tying: that "
+                "unties them, and here they are one"
+            )
+        if target.kind == "embedding" and config.ties:
+            raise CheckpointError(f"ensure_weight_tying with an adapter of {target.module} is not supported")
 
 
 def _check_tensors(source: HfFolder, expected: list[Piece]) -> None:
@@ -291,7 +310,6 @@ def write_peft(
 
     Raises UsageError (what a folder or the dress cannot hold, an existing target) and CheckpointError.
     """
-    _check_supported(adapter.spec)
     check_servable(dress, adapter.targets)
     planned = list(pieces(dress, adapter.targets, adapter.table))
     dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}

@@ -95,7 +95,7 @@ def import_peft(
     """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
     with ExitStack() as stack:
         adapter = open_peft(stack, path, table_for(MegatronFolder.open(base).geometry))
-        dtype = adapter.common_dtype()
+        adapter.common_dtype()
         total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in target.parts)
         done = 0
 
@@ -107,7 +107,13 @@ def import_peft(
             return adapter.value(target, part)
 
         table = write_adapter(
-            target, base, adapter.spec, value, TORCH_DTYPES[dtype], sources=list(adapter.files), overwrite=overwrite
+            target,
+            base,
+            adapter.spec,
+            value,
+            lambda target, part: TORCH_DTYPES[adapter.dtype(target, part)],
+            sources=list(adapter.files),
+            overwrite=overwrite,
         )
         return Conversion(target, len(table.entries), total, 0)
 

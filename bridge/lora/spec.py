@@ -12,9 +12,9 @@ from bridge.errors import UsageError
 from bridge.mapping.transforms import Shape
 
 ALL_LINEAR = "all-linear"
-Kind = Literal["linear", "experts", "embedding"]
-# The tensors of an adapter: the two factors, and DoRA's magnitudes.
-Part = Literal["A", "B", "magnitude"]
+Kind = Literal["linear", "experts", "embedding", "saved"]
+# The tensors of an adapter: the two factors, and DoRA's magnitudes; or the weight itself, where it is trained whole.
+Part = Literal["A", "B", "magnitude", "weight"]
 
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
@@ -109,7 +109,8 @@ class LoraSpec:
 class Target:
     """One adapted weight: `name` and `shape` are those of the tensor on disk, `module` is what PEFT calls it.
 
-    `module` is the name of the module in transformers' memory, or of the parameter where experts are targeted.
+    `module` is the name of the module in transformers' memory, or of the parameter where experts are targeted, or the
+    weight is one of `modules_to_save` (kind `saved`, of rank 0).
     """
 
     name: str
@@ -130,10 +131,14 @@ class Target:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The tensors that it has."""
+        if self.kind == "saved":
+            return ("weight",)
         return ("A", "B", "magnitude") if self.dora else ("A", "B")
 
     def shape_of(self, part: Part) -> Shape:
         """The canonical shape of one of them: magnitudes are [out], of an embedding [hidden]."""
+        if part == "weight":
+            return self.shape
         if part == "magnitude":
             return self.shape_b[:-1]
         return self.shape_a if part == "A" else self.shape_b

@@ -8,10 +8,12 @@ weight without `.weight`:
 
 and with DoRA `KEY.lora_magnitude` [out], arranged like B; `[E, r, in]`, `[E, out, r]` for experts; for an embedding
 [rows, hidden] the factors lie as the weight does, and are PEFT's transposed: A [rows, r], B [r, hidden] (and magnitudes
-[hidden]). r is the largest rank in the tensor: smaller ones are filled up with rows
-and columns of zeros, which get no gradient and stay zero. Rows of B that belong to a tensor without an adapter are
-zeros as well. This table's Hugging Face tensors are named `TENSOR.lora_A` and so on after the weight's name on disk;
-the filling is part of them, and `cut` takes it off.
+[hidden]). A weight of `modules_to_save` is in the table as it is in that of the weights.
+
+r is the largest rank in the tensor: smaller ones are filled up with rows and columns of zeros, which get no gradient
+and stay zero. Rows of B that belong to a tensor without an adapter are zeros as well. This table's Hugging Face tensors
+are named `TENSOR.lora_A` and so on after the weight's name on disk; the filling is part of them, and `cut` takes it
+off.
 """
 
 from __future__ import annotations
@@ -53,6 +55,11 @@ class Adapted:
         return self.weight.row.embedding
 
     @property
+    def saved(self) -> bool:
+        """Whether the weight has no adapter, but is trained itself."""
+        return self.parts == ("weight",)
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """The tensors that its targets have."""
         return self.targets[self.order[0]].parts
@@ -78,7 +85,13 @@ class AdapterTable(Table):
 
     def covers(self, key: str) -> bool:
         """See `Table.covers`."""
-        return not super().covers(key)
+        return key in self.entries or not super().covers(key)
+
+    def factors(self) -> AdapterTable:
+        """The table without the weights that are trained themselves."""
+        adapted = {key: each for key, each in self.adapted.items() if not each.saved}
+        entries = {entry.key: entry for each in adapted.values() for entry in _entries(each)}
+        return AdapterTable(self.geometry, entries, {}, {}, adapted)
 
 
 def adapter_table(table: Table, targets: Sequence[Target]) -> AdapterTable:
@@ -86,7 +99,8 @@ def adapter_table(table: Table, targets: Sequence[Target]) -> AdapterTable:
     held: dict[str, dict[int, Target]] = {}
     for target in targets:
         entry, source = table.by_hf_name.get(target.name, (None, 0))
-        if entry is None or len(entry.shape) not in (2, 3) or not entry.row.trainable:
+        fits = target.kind == "saved" or (entry is not None and len(entry.shape) in (2, 3))
+        if entry is None or not fits or not entry.row.trainable:
             raise UsageError(f"{target.name}: no weight of this model that can have an adapter")
         held.setdefault(entry.key, {})[source] = target
     adapted = {key: Adapted(entry, held[key]) for key, entry in table.entries.items() if key in held}
@@ -95,13 +109,13 @@ def adapter_table(table: Table, targets: Sequence[Target]) -> AdapterTable:
 
 
 def part_name(name: str, part: Part) -> str:
-    """The name of one factor of the adapter of the HF tensor `name`, in an adapter table."""
-    return f"{name}.lora_{part}"
+    """The name of one tensor of the adapter of the HF tensor `name`, in an adapter table."""
+    return name if part == "weight" else f"{name}.lora_{part}"
 
 
 def cut(tensor: Tensor, target: Target, part: Part) -> Tensor:
     """A tensor of the table, or rows of it, without its filling and turned as PEFT has it: a view."""
-    if part == "magnitude":
+    if part in ("magnitude", "weight"):
         return tensor
     if target.kind == "embedding":
         return tensor.T
@@ -110,6 +124,9 @@ def cut(tensor: Tensor, target: Target, part: Part) -> Tensor:
 
 def _entries(adapted: Adapted) -> Iterator[Entry]:
     weight, order = adapted.weight, adapted.order
+    if adapted.saved:
+        yield weight
+        return
     key = weight.key.removesuffix(".weight")
     for part in adapted.parts:
         shape, shard, shapes, blocks = _layout(adapted, part)

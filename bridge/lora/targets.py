@@ -31,7 +31,7 @@ class _Candidate:
 
 
 def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
-    """The adapted weights, in the order of the table.
+    """The adapted weights, in the order of the table, and those of `modules_to_save`.
 
     Raises UsageError, naming it: a target or parameter that matches nothing, a module that cannot have an adapter (a
     norm, a convolution, the wrapper of a tower's linear), an option that experts do not allow.
@@ -60,7 +60,7 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
             raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
         if spec.dora:
             raise UsageError("lora: dora does not work where experts are targeted (as in PEFT)")
-    return tuple(
+    adapted = (
         Target(
             name=c.tensor.name,
             shape=c.tensor.shape,
@@ -74,19 +74,36 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
         )
         for c in hit
     )
+    return (*adapted, *_saved(spec, table))
 
 
-def resolve_saved(spec: LoraSpec, table: Table) -> tuple[HfTensor, ...]:
-    """The tensors of `modules_to_save`, in the order of the table. Raises UsageError for a name that matches none."""
-    tensors = [t for entry in table.entries.values() for t in entry.sources if entry.row.trainable]
-    modules = {t.name: in_memory(t.name, table.geometry).rpartition(".")[0] for t in tensors}
+def _saved(spec: LoraSpec, table: Table) -> Iterator[Target]:
+    """The tensors of `modules_to_save`, in the order of the table.
+
+    Raises UsageError, naming it: a module that is not there, that holds a buffer, or that has only a part of a weight
+    which Megatron keeps fused.
+    """
+    entries = [(tensor, entry) for entry in table.entries.values() for tensor in entry.sources]
+    modules = {t.name: in_memory(t.name, table.geometry).rpartition(".")[0] for t, _ in entries}
     names: set[str] = set()
     for wanted in spec.modules_to_save:
         found = {name for name, module in modules.items() if any(m.endswith(wanted) for m in _above(module))}
         if not found:
             raise UsageError(f"lora: modules_to_save: {wanted!r} matches nothing{_close(wanted, modules.values())}")
         names |= found
-    return tuple(t for t in tensors if t.name in names)
+    for tensor, entry in entries:
+        if tensor.name not in names:
+            continue
+        if not entry.row.trainable:
+            raise UsageError(f"lora: modules_to_save: {tensor.name} is a buffer, which is not trained; leave it out")
+        for other in entry.sources:
+            if other.name not in names:
+                raise UsageError(
+                    f"lora: modules_to_save: {tensor.name} is one weight with {other.name} here, and trained with it "
+                    "or not at all"
+                )
+        whole = in_memory(tensor.name, table.geometry)
+        yield Target(tensor.name, tensor.shape, 0, 0.0, False, whole, "saved")
 
 
 def named_parameters(spec: LoraSpec, table: Table) -> tuple[str, ...]:

@@ -48,8 +48,6 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
     Raises UsageError for what matches nothing, is not built, or is the adapter of another model.
     """
-    if spec.modules_to_save:
-        raise UsageError(f"lora.modules_to_save={list(spec.modules_to_save)}: not built; leave it empty")
     table = adapter_table(bridge.table, resolve(spec, bridge.table))
     if config.adapter is not None:
         held = AdapterFolder.open(config.adapter).table.entries
@@ -64,7 +62,8 @@ def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Se
     if recipe.lora.adapter is not None:
         fill(models, table, AdapterFolder.open(recipe.lora.adapter).values())
         return
-    fill(models, table, initial_values(recipe.train.seed))
+    # What is trained whole begins as the base has it.
+    fill(models, table.factors(), initial_values(recipe.train.seed))
     if spec.dora:
         start_magnitudes(models)
 

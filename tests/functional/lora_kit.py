@@ -54,6 +54,10 @@ def moved_values(seed: int, toy: Path) -> Values:
     initial, weights = initial_values(seed), HfFolder(toy)
 
     def value(target: Target, part: Part) -> Tensor:
+        if part == "weight":
+            whole = np.empty(target.shape, dtype=np.float32)
+            weights.read_rows(target.name, 0, target.shape[0], whole)
+            return torch.from_numpy(whole)
         if part == ("B" if target.kind == "embedding" else "A"):
             return initial(target, part) * (0.1 if part == "B" else 1)
         digest = hashlib.sha256(f"{part} {seed} {target.name}".encode()).digest()
@@ -118,6 +122,8 @@ def peft_training(training: Training) -> Result:
         alpha_pattern=dict(spec.alpha_pattern),
         use_rslora=spec.rslora,
         use_dora=spec.dora,
+        modules_to_save=list(spec.modules_to_save) or None,
+        ensure_weight_tying=geometry.tied and "embed_tokens" in spec.modules_to_save,
         lora_dropout=spec.dropout,
     )
     model = peft.get_peft_model(load_hf(training.toy, geometry, torch.float32), config).train()
@@ -165,7 +171,7 @@ def peft_training(training: Training) -> Result:
 
 
 def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple[tuple[Target, Part], Tensor]]:
-    held = dict(model.named_parameters())
+    held = {name.replace(".modules_to_save.default", ""): p for name, p in model.named_parameters()}
     experts = [t.module for t in targets if t.kind == "experts"]
     for target in targets:
         module = target.module
@@ -174,6 +180,9 @@ def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple
             module, _, name = module.rpartition(".")
             inner = name == "gate_up_proj" and f"{module}.down_proj" in experts
             module += ".base_layer" if inner else ""
+        if target.kind == "saved":
+            yield (target, "weight"), held[f"base_model.model.{module}"]
+            continue
         for part in target.parts:
             place = f"lora_{part}.default.weight"
             if part == "magnitude":
@@ -241,6 +250,7 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
             "dropout_pattern": dict(spec.dropout_pattern),
             "rslora": spec.rslora,
             "dora": spec.dora,
+            "modules_to_save": list(spec.modules_to_save),
             "dropout": spec.dropout,
         },
     }

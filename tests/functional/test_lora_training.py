@@ -211,6 +211,22 @@ def test_magnitudes_begin_as_norms(trainings: Trainings, ranks: RankPool, record
     check(compare(ours, theirs), record_property)
 
 
+SAVED: dict[str, tuple[str, int, dict[str, Any], tuple[str, ...]]] = {
+    # A tied embedding, with its head.
+    "e4b": ("e4b", 1, {}, ("embed_tokens", "embed_tokens_per_layer", "embed_vision", "norm")),
+    "e4b TP2+SP PP2": ("e4b", 4, {**SP2, "pp": 2}, ("embed_tokens", "embed_tokens_per_layer", "embed_vision", "norm")),
+    "26b TP2+SP EP2": ("26b-a4b", 2, {**SP2, "ep": 2}, ("router", "mlp", "experts")),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_modules_to_save(trainings: Trainings, record_property: Any, name: str) -> None:
+    """Trained whole, beside adapters of what is left."""
+    variant, world, parallel, saved = SAVED[name]
+    options: dict[str, Any] = {"targets": TEXT, "parameters": (), "modules_to_save": saved}
+    check(trainings.compared(variant, FEW, 2, parallel, world, **options), record_property)
+
+
 @pytest.mark.parametrize("variant", ["12b", "e4b"])
 def test_some_projections_of_a_fused_linear(trainings: Trainings, record_property: Any, variant: str) -> None:
     """Q, up and PLE linears only, at as many ranks as split a query group of 12B."""
@@ -367,7 +383,7 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 4, "modules_to_save": ["embed_tokens"]}, r"lora.modules_to_save=\['embed_tokens'\]: not built"),
+        ({"rank": 4, "modules_to_save": ["q_proj"]}, "q_proj.weight is one weight with .*k_proj"),
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
         ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
         ({"adapter": "nowhere"}, "nowhere"),

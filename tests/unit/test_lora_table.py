@@ -115,7 +115,7 @@ def test_initial_values_are_of_a_name_and_a_seed(base: Path) -> None:
 
 @pytest.mark.parametrize(("spec", "dtype"), [(SPEC, torch.float32), (SPEC, torch.bfloat16), (DORA, torch.float32)])
 def test_written_and_read_again(base: Path, tmp_path: Path, spec: LoraSpec, dtype: torch.dtype) -> None:
-    write_adapter(tmp_path / "adapter", base, spec, values, dtype)
+    write_adapter(tmp_path / "adapter", base, spec, values, lambda target, part: dtype)
     opened = AdapterFolder.open(tmp_path / "adapter")
     assert opened.manifest.spec == spec and opened.manifest.megatron == str(base)
     targets = {target.name: target for target in opened.table.targets}
@@ -147,10 +147,10 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="no weight of this model"):
         adapter_table(model, [Target("model.nowhere.weight", (2, 2), 2, 4.0, False, "nowhere")])
     with pytest.raises(CheckpointError, match=r"lora_A is \[3, 2\]"):
-        write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), torch.float32)
+        write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), lambda *_: torch.float32)
     assert not list(tmp_path.iterdir())
 
-    write_adapter(tmp_path / "good", base, LoraSpec(2, 4.0, "all-linear"), values, torch.float32)
+    write_adapter(tmp_path / "good", base, LoraSpec(2, 4.0, "all-linear"), values, lambda *_: torch.float32)
     path = tmp_path / "good" / ADAPTER_FILE
     said = json.loads(path.read_text())
     for change, message in (

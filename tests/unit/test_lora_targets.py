@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.lora.spec import LoraSpec
-from bridge.lora.targets import module_name, resolve, resolve_saved
+from bridge.lora.targets import module_name, resolve
 from bridge.mapping import Table, table_for
 from bridge.toy import VARIANTS
 from bridge.toy.config import toy_config
@@ -59,7 +59,7 @@ def peft_layers(model: Any, **options: Any) -> dict[str, tuple[int, float, tuple
 def ours(spec: LoraSpec, table: Table) -> dict[str, tuple[int, float, tuple[int, ...], tuple[int, ...]]]:
     """The same of `resolve`; experts as PEFT lays them out, [E·r, in] and [out, E·r]."""
     found = {}
-    for target in resolve(spec, table):
+    for target in (t for t in resolve(spec, table) if t.kind != "saved"):
         a, b = target.shape_a, target.shape_b
         if target.kind == "experts":
             a, b = (a[0] * a[1], a[2]), (b[1], b[0] * b[2])
@@ -156,7 +156,7 @@ def test_all_linear_with_experts_and_a_module_to_save() -> None:
     table = toy_table("26b-a4b")
     assert ours(spec, table) == expected
     assert not any("patch_embedder" in name for name in expected)
-    assert [tensor.name for tensor in resolve_saved(spec, table)] == [
+    assert [target.name for target in resolve(spec, table) if target.kind == "saved"] == [
         "model.language_model.embed_tokens.weight",
         "model.vision_tower.patch_embedder.input_proj.weight",
         "model.vision_tower.patch_embedder.position_embedding_table",
@@ -211,7 +211,7 @@ def test_refused_by_name(spec: dict[str, Any], words: str) -> None:
 
 def test_a_module_to_save_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="'embed_token' matches nothing"):
-        resolve_saved(LoraSpec(4, 8, (), modules_to_save=("embed_token",)), toy_table("31b"))
+        resolve(LoraSpec(4, 8, (), modules_to_save=("embed_token",)), toy_table("31b"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
