@@ -22,15 +22,16 @@ def load_model(folder: Path) -> Any:
 
 
 def make_adapter(folder: Path, target: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """Save an adapter of the model in `folder` with random A and B, magnitudes near the norms; returns PEFT's model."""
+    """Save an adapter of the model in `folder` with random A and B, and all else near what it was; PEFT's model."""
     options = {"r": 4, "lora_alpha": 6, **options}
     model = peft.get_peft_model(load_model(folder), peft.LoraConfig(**options), autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or ".modules_to_save." in name:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.05
-                parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)
+                factor = "lora_" in name and "magnitude" not in name
+                parameter.copy_(noise if factor else parameter * (1 + noise))
     if dtype != torch.float32:
         for name, parameter in model.named_parameters():
             if "lora_" in name:

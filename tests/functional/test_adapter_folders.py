@@ -31,7 +31,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "target_modules": ["embed_tokens_per_layer", "o_proj.linear", "up_proj"],
         "exclude_modules": r".*tower.*up_proj",
     },
-    "12b": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 2}},
+    "12b": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"k_proj": 2},
+        "modules_to_save": ["embed_tokens", "embed_vision"],
+        "ensure_weight_tying": True,
+    },
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
     "31b": {"target_modules": r".*language_model\.(.*\.(q|k|v)_proj|embed_tokens)", "use_dora": True},
 }
@@ -44,6 +50,8 @@ COMPARED = (
     "target_modules",
     "target_parameters",
     "exclude_modules",
+    "modules_to_save",
+    "ensure_weight_tying",
 )
 
 
@@ -77,15 +85,19 @@ def test_there_and_back_and_into_peft(variant: str, made: Any, tmp_path: Path) -
     with ExitStack() as stack:
         ours = open_peft(stack, adapter, table)
         write_peft(tmp_path / "again", ours)
-        deltas = {t.module: t.scaling * (ours.value(t, "B") @ ours.value(t, "A")) for t in ours.targets}
+        deltas = {
+            t.module: t.scaling * (ours.value(t, "B") @ ours.value(t, "A")) for t in ours.targets if t.kind != "saved"
+        }
     assert bits(tmp_path / "again") == base_layers_left_out(bits(adapter))
     configs = [peft.LoraConfig.from_pretrained(str(path)) for path in (adapter, tmp_path / "again")]
     for name in (*COMPARED, "rank_pattern", "alpha_pattern", "bias"):
         assert getattr(configs[0], name) == getattr(configs[1], name), name
 
     loaded = peft.PeftModel.from_pretrained(load_model(folder), tmp_path / "again")
-    theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    back = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    theirs, back = (
+        {n: p for n, p in each.named_parameters() if "lora_" in n or ".modules_to_save." in n}
+        for each in (model, loaded)
+    )
     assert theirs.keys() == back.keys()
     assert all(torch.equal(theirs[name], back[name]) for name in theirs)
     seen = 0
@@ -308,7 +320,15 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_dora": True}, "dora does not work where experts are targeted"),
         ({"use_dora": 1}, "dora is 1"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.* is tied to the head, without ensure_weight_tying"),
+        ({"modules_to_save": ["q_proj"]}, "q_proj.weight is one weight with .*k_proj.weight here"),
+        ({"modules_to_save": ["layers.3"]}, r"layers\.3\.layer_scalar is a buffer"),
+        ({"modules_to_save": ["norms"]}, "'norms' matches nothing"),
+        ({"modules_to_save": ["language_model.norm"]}, "matches nothing"),
+        (
+            {"target_modules": ["embed_tokens"], "target_parameters": None, "ensure_weight_tying": True},
+            "ensure_weight_tying with an adapter of .*embed_tokens",
+        ),
         ({"layers_to_transform": [0]}, "layers_to_transform is"),
         ({"something_new": {"a": 1}}, "something_new is"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),

@@ -29,7 +29,12 @@ from tests.functional.conftest import Toy
 UNEVEN: dict[str, Any] = {"rank_pattern": {"q_proj": 3, "up_proj": 6}, "alpha_pattern": {"k_proj": 2}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "e2b": {"target_modules": "all-linear", **UNEVEN},
-    "e4b": {"target_modules": ["q_proj", "v_proj", "linear_end.linear"], "exclude_modules": r".*tower.*[qv]_proj"},
+    "e4b": {
+        "target_modules": ["q_proj", "v_proj", "linear_end.linear"],
+        "exclude_modules": r".*tower.*[qv]_proj",
+        "modules_to_save": ["embed_tokens", "embed_vision", "language_model.norm"],
+        "ensure_weight_tying": True,
+    },
     "12b": {"target_modules": "all-linear", **UNEVEN},
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True, **UNEVEN},
     "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
@@ -72,6 +77,18 @@ def test_an_adapter_of_peft_here_and_back(
         relative = [check.value for check in checks if check.metric == "relative"]
         assert len(relative) == 1 + len(set(kinds))
         assert max(relative) <= 1e-5, relative
+
+
+def test_whole_modules_keep_a_dtype_of_their_own(toy: Toy, tmp_path: Path) -> None:
+    """PEFT trains factors in float32 beside modules of a bf16 model."""
+    folder = toy("31b", text_only=True)
+    make_adapter(folder, tmp_path / "peft", dtype=torch.bfloat16, target_modules=["q_proj"], modules_to_save=["norm"])
+    import_hf(folder, tmp_path / "base")
+    import_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
+    with ExitStack() as stack:
+        write_peft(tmp_path / "again", open_megatron(stack, tmp_path / "adapter"))
+    assert _bits(tmp_path / "again") == _bits(tmp_path / "peft")
+    assert {dtype for dtype, _ in _bits(tmp_path / "peft").values()} == {torch.float32, torch.bfloat16}
 
 
 def _bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
