@@ -152,6 +152,8 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] = field(default_factory=list)
+    layers_pattern: list[str] = field(default_factory=list)
     adapter: str | None = None
 
 
@@ -182,7 +184,7 @@ class LogConfig:
 
 @dataclass
 class ExportConfig:
-    """`hf`: write the final model as an HF folder there."""
+    """`hf`: write the final model as an HF folder there, a LoRA run's merged into its base."""
 
     hf: str | None = None
 
@@ -375,8 +377,6 @@ def _check_lora(recipe: Recipe) -> None:
             raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
     if recipe.model.freeze:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
-    if recipe.export.hf is not None:
-        raise UsageError("export.hf: a LoRA run holds adapters only; use `adapter merge` or `adapter export`")
 
 
 def check_startable(recipe: Recipe, world_size: int) -> None:

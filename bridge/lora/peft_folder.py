@@ -46,6 +46,7 @@ _HARMLESS = {
 _SPEC_FIELDS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
     *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"),
+    *("layers_to_transform", "layers_pattern"),
 }
 # Initialisations that leave the base as it is. The others (pissa, olora, ...) train beside a changed base.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -115,6 +116,8 @@ class PeftConfig:
             dora=config.get("use_dora", False),
             modules_to_save=_list(config, "modules_to_save"),
             dropout_pattern=_pattern(ours or {}, "dropout_pattern"),
+            layers_to_transform=_several(config.get("layers_to_transform")),
+            layers_pattern=_several(config.get("layers_pattern")),
         )
         return cls("peft", spec, base, bool(config.get("ensure_weight_tying")))
 
@@ -124,6 +127,13 @@ def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise CheckpointError(f"{name} is {shown(json.dumps(value))}, expected names")
     return tuple(value)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """One, several or none."""
+    if value is None or value == "":
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _names(config: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
@@ -165,6 +175,8 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
             "target_parameters": parameters or None,
             "exclude_modules": (spec.exclude if isinstance(spec.exclude, str) else list(spec.exclude)) or None,
             "rank_pattern": dict(spec.rank_pattern),
+            "layers_to_transform": list(spec.layers_to_transform) or None,
+            "layers_pattern": list(spec.layers_pattern) or None,
             "alpha_pattern": {pattern: _integral(alpha) for pattern, alpha in spec.alpha_pattern.items()},
         }
     # One rank and one scaling: of the largest rank, which the engine has to have room for. Not all engines know rsLoRA,

@@ -30,7 +30,8 @@ class LoraSpec:
     `target_parameters`. `exclude`: as `targets`, taken away from them. Names are those of transformers' modules.
     `rank_pattern` and `alpha_pattern`: regular expressions for the ends of names, the first that matches counts.
     `dropout_pattern`, which PEFT has not, is to `dropout` what they are to rank and alpha. `dora`: with magnitudes.
-    `modules_to_save` are trained whole.
+    `modules_to_save` are trained whole. `layers_to_transform`: endings in `targets` mean only modules whose names have
+    one of these as their first number, behind one of `layers_pattern` where that is given.
     """
 
     rank: int
@@ -45,6 +46,8 @@ class LoraSpec:
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     dropout_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UsageError that names the field."""
@@ -63,7 +66,7 @@ class LoraSpec:
         ):
             if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
                 raise UsageError(f"lora: {name} is {dropout!r}, expected 0 up to 1")
-        for name in ("targets", "parameters", "exclude", "modules_to_save"):
+        for name in ("targets", "parameters", "exclude", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str) and name in ("targets", "exclude"):
                 _compiled(value, name)
@@ -72,6 +75,15 @@ class LoraSpec:
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"lora: {name} is {getattr(self, name)!r}, expected true or false")
+        if not isinstance(self.layers_to_transform, tuple) or not all(type(n) is int for n in self.layers_to_transform):
+            raise UsageError(f"lora: layers_to_transform is {self.layers_to_transform!r}, expected numbers of layers")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise UsageError("lora: layers_pattern needs layers_to_transform (as in PEFT)")
+        endings_only = not isinstance(self.targets, str) and not any(t.lower() == ALL_LINEAR for t in self.targets)
+        if self.layers_to_transform and not endings_only:
+            raise UsageError("lora: layers_to_transform needs targets that are a list of endings (as in PEFT)")
+        for pattern in self.layers_pattern:
+            _compiled(pattern, "layers_pattern")
         for name in _PATTERNS:
             for pattern in getattr(self, name):
                 _compiled(pattern, name)
@@ -87,6 +99,16 @@ class LoraSpec:
     def dropout_of(self, module: str) -> float:
         """The dropout that `dropout_pattern` gives a module of that name."""
         return next((d for pattern, d in self.dropout_pattern.items() if _at_end(pattern, module)), self.dropout)
+
+    def in_layers(self, module: str) -> bool:
+        """Whether `layers_to_transform` leave a module in that an ending in `targets` matches."""
+        if not self.layers_to_transform:
+            return True
+        for pattern in self.layers_pattern or (r"[^.]+",):
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module)
+            if found is not None:
+                return int(found["layer"]) in self.layers_to_transform
+        return False
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest; `from_json` reads it."""

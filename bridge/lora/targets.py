@@ -46,14 +46,16 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
     linears = [name for name, c in modules.items() if c.kind == "linear" and not c.head]
     for name, wanted in _matches(spec.targets, "targets", linears, everything, parameters):
         # A parameter is not a module: exclude and modules_to_save keep adapters off modules only.
-        if name in parameters or not _kept_off(spec, name):
+        if name in parameters or (not _kept_off(spec, name) and (name == wanted or spec.in_layers(name))):
             chosen[name] = wanted
     for name, wanted in chosen.items():
         if name not in modules and name not in parameters:
             raise UsageError(f"lora: target {wanted!r} matches {name}, {_why_not(name, modules, table)}")
     hit = [c for c in candidates if c.module in chosen]
     if not hit and not spec.modules_to_save:
-        raise UsageError("lora: targets, less what is excluded, leave no weight of this model to adapt")
+        raise UsageError(
+            "lora: targets, less what is excluded or in other layers, leave no weight of this model to adapt"
+        )
     if any(c.kind == "experts" for c in hit):
         # PEFT knows one dropout for all, and refuses any beside experts.
         if spec.dropout or any(spec.dropout_of(c.module) for c in hit if c.kind == "experts"):
@@ -74,7 +76,11 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
         )
         for c in hit
     )
-    return (*adapted, *_saved(spec, table))
+    saved = tuple(_saved(spec, table))
+    twice = {c.tensor.name for c in hit} & {target.name for target in saved}
+    if twice:
+        raise UsageError(f"lora: {min(twice)} is in modules_to_save and a target; exclude it from the targets")
+    return (*adapted, *saved)
 
 
 def _saved(spec: LoraSpec, table: Table) -> Iterator[Target]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from bridge import Gemma4Bridge
@@ -10,6 +11,8 @@ from bridge.errors import UsageError
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
 from bridge.lora.initial import initial_values
 from bridge.lora.inject import attach, fill, start_magnitudes
+from bridge.lora.merge import merge_adapter
+from bridge.lora.source import open_both
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import resolve
@@ -40,6 +43,8 @@ def spec_of(config: LoraConfig) -> LoraSpec | None:
         config.dora,
         tuple(config.modules_to_save),
         dict(config.dropout_pattern),
+        tuple(config.layers_to_transform),
+        tuple(config.layers_pattern),
     )
 
 
@@ -66,6 +71,13 @@ def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Se
     fill(models, table.factors(), initial_values(recipe.train.seed))
     if spec.dora:
         start_magnitudes(models)
+
+
+def export_merged(output: Path, target: Path) -> None:
+    """Write the base of a run with the adapters of its latest checkpoint as an HF folder. On one rank."""
+    with ExitStack() as stack:
+        base, adapter = open_both(stack, output, None)
+        merge_adapter(base, adapter, target, overwrite=True)
 
 
 def describe(recipe: Recipe, spec: LoraSpec, output: Path) -> None:

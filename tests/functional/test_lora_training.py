@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ import torch
 from bridge.errors import BridgeError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.checkpoint import AdapterFolder
+from bridge.lora.initial import initial_values
+from bridge.lora.merge import merge_adapter
+from bridge.lora.source import open_both
 from bridge.lora.spec import LoraSpec
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.ranks import RankPool
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.media import media_sample
+from recipes.config import resolve as resolve_recipe
+from recipes.memory.estimate import estimate
+from recipes.memory.recipe import plan_of
 
 from .conftest import Toy
 from .lora_kit import Result, Training, compare, our_training, peft_training, whole_spec
@@ -186,18 +193,21 @@ def test_trains_the_magnitudes_of_peft(trainings: Trainings, record_property: An
     check(trainings.compared("e2b", STEPS, 2, {}, 1, dora=True), record_property)
 
 
-DORA: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "e2b TP2+SP PP2": ("e2b", 4, {**SP2, "pp": 2}),
-    "12b TP2, full recompute": ("12b", 2, {"tp": 2, "recompute": "full"}),
-    "12b CP2": ("12b", 2, {"cp": 2}),
-    "26b EP2": ("26b-a4b", 2, {"ep": 2}),
+# Too small to drop anything, but what is dropped goes another way.
+HARDLY = 1e-9
+DORA: dict[str, tuple[str, int, dict[str, Any], float]] = {
+    "e2b TP2+SP PP2, dropout": ("e2b", 4, {**SP2, "pp": 2}, HARDLY),
+    "12b TP2, full recompute, dropout": ("12b", 2, {"tp": 2, "recompute": "full"}, HARDLY),
+    "12b CP2": ("12b", 2, {"cp": 2}, 0.0),
+    "26b TP2+SP EP2": ("26b-a4b", 2, {**SP2, "ep": 2}, 0.0),
 }
 
 
 @pytest.mark.parametrize("name", DORA)
 def test_magnitudes_in_every_layout(trainings: Trainings, record_property: Any, name: str) -> None:
-    variant, world, parallel = DORA[name]
-    check(trainings.compared(variant, FEW, 2, parallel, world, dora=True, parameters=()), record_property)
+    variant, world, parallel, dropout = DORA[name]
+    found = trainings.compared(variant, FEW, 2, parallel, world, dora=True, parameters=(), dropout=dropout)
+    check(found, record_property)
 
 
 def test_magnitudes_begin_as_norms(trainings: Trainings, ranks: RankPool, record_property: Any) -> None:
@@ -282,10 +292,10 @@ def test_runs_hold_adapters_only_and_go_on_in_other_layouts(ranks: RankPool, toy
 def test_stopped_with_dropout_and_resumed_is_bit_identical(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
     """bf16 with tensor and sequence parallelism: random states of both kinds, and the optimizer's float32 copies.
 
-    Of DoRA and of tables, too.
+    Of DoRA, of tables and of whole modules, too.
     """
     overrides = ["model.dtype=bfloat16", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"]
-    options = {"dropout": 0.1, "dora": True, "targets": WITH_TABLES}
+    options = {"dropout": 0.1, "dora": True, "targets": WITH_TABLES, "modules_to_save": ["norm"]}
     said = {name: lora_recipe(toy("e4b"), tmp_path / name, 6, **options) for name in ("whole", "stopped")}
     ranks.run(train_toy, said["whole"], overrides, world_size=2)
     ranks.run(train_toy, said["stopped"], overrides, Trouble(3, 1, signal.SIGUSR1), world_size=2)
@@ -296,7 +306,7 @@ def test_stopped_with_dropout_and_resumed_is_bit_identical(ranks: RankPool, toy:
 
 
 def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
-    options = {"dora": True, "targets": WITH_TABLES}
+    options = {"dora": True, "targets": WITH_TABLES, "modules_to_save": ["language_model.norm"]}
     ranks.run(train_toy, lora_recipe(toy("e4b"), tmp_path / "first", 2, **options), [], world_size=1)
     said = lora_recipe(toy("e4b"), tmp_path / "second", 1)
     said["lora"] = {"adapter": str(tmp_path / "first")}
@@ -307,6 +317,31 @@ def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
     with pytest.raises(BridgeError, match="first: the adapter of another model"):
         ranks.run(train_toy, said | {"model": {"hf": str(toy("31b"))}, "output": str(tmp_path / "x")}, [], world_size=1)
+
+
+def test_a_run_ends_with_a_merged_model(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    """And towers that had nothing to read come out as they were, whatever the weight decay."""
+    said = lora_recipe(toy("e2b"), tmp_path / "run", 3, targets="all-linear") | {
+        "export": {"hf": str(tmp_path / "out")}
+    }
+    said["optimizer"]["weight_decay"] = 0.1
+    ranks.run(train_toy, said, ["parallel.tp=2", "parallel.sequence_parallel=true"], world_size=2)
+    geometry = Geometry.from_folder(toy("e2b"))
+    initial = initial_values(said["train"]["seed"])
+    targets = {target.name: target for target in resolve(LoraSpec(4, 8.0, "all-linear"), table_for(geometry))}
+    idle = 0
+    for (name, part), tensor in adapters(tmp_path / "run").items():
+        same = torch.equal(tensor, initial(targets[name], part))  # type: ignore[arg-type]
+        assert same == (".language_model." not in name), name
+        idle += same
+    assert idle > 50
+    with ExitStack() as stack:
+        base, adapter = open_both(stack, tmp_path / "run", None)
+        assert base.path == toy("e2b")
+        merge_adapter(base, adapter, tmp_path / "again")
+    out, again = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "again"))
+    assert out == again
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != (toy("e2b") / "model.safetensors").read_bytes()
 
 
 def memory_of(said: dict[str, Any]) -> dict[str, int]:
@@ -340,6 +375,13 @@ def test_the_base_takes_no_gradient_memory(ranks: RankPool, toy: Toy, tmp_path: 
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     said = lora_recipe(toy("26b-a4b"), tmp_path, 1, targets="all-linear", parameters=experts)
     found = ranks.run(memory_of, said, world_size=1)[0]
+    checked = [(said, found["trained"])]
+    tables = said | {"lora": said["lora"] | {"targets": WITH_TABLES, "parameters": [], "dora": True}}
+    tables["lora"] |= {"modules_to_save": ["router", "embed_vision"]}
+    checked.append((tables, ranks.run(memory_of, tables, world_size=1)[0]["trained"]))
+    for each, trained in checked:
+        plan = plan_of(resolve_recipe(each), 1, table_for(Geometry.from_folder(toy("26b-a4b"))))
+        assert estimate(table_for(Geometry.from_folder(toy("26b-a4b"))), plan).trained == trained
     full = ranks.run(memory_of, recipe(toy("26b-a4b"), tmp_path, 1), world_size=1)[0]
     record_property("memory", f"{found} against {full}")
     spec = LoraSpec(4, 8.0, "all-linear", parameters=tuple(experts))

@@ -163,6 +163,35 @@ def test_all_linear_with_experts_and_a_module_to_save() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("layers", "pattern"), [([1, 3], None), (2, None), ([0], "encoder.layers"), ([4, 1], ["tower", "layers"])]
+)
+def test_layers(layers: Any, pattern: Any) -> None:
+    """Of the language model and of the towers; a whole name, and experts, in whatever layer."""
+    whole = "model.language_model.layers.5.mlp.up_proj"
+    experts = ["experts.down_proj"]
+    expected = peft_layers(
+        toy_model("26b-a4b"),
+        r=4,
+        lora_alpha=8,
+        target_modules=["o_proj.linear", whole, "mlp.gate_proj", "router.proj"],
+        target_parameters=experts,
+        exclude_modules=r".*tower.*gate_proj",
+        layers_to_transform=layers,
+        layers_pattern=pattern,
+    )
+    spec = LoraSpec(
+        4,
+        8,
+        ("o_proj.linear", whole, "mlp.gate_proj", "router.proj"),
+        parameters=tuple(experts),
+        exclude=r".*tower.*gate_proj",
+        layers_to_transform=tuple(layers) if isinstance(layers, list) else (layers,),
+        layers_pattern=tuple([pattern] if isinstance(pattern, str) else pattern or ()),
+    )
+    assert ours(spec, toy_table("26b-a4b")) == expected
+
+
 def test_an_ending_that_modules_have_does_not_mean_experts() -> None:
     found = ours(LoraSpec(4, 8, ("down_proj",)), toy_table("26b-a4b", True))
     assert found == peft_layers(toy_model("26b-a4b", True), r=4, lora_alpha=8, target_modules=["down_proj"])
@@ -202,6 +231,11 @@ def test_an_untied_head_is_hit_only_by_name() -> None:
         ({"targets": ("o_proj",), "alpha": float("nan")}, "alpha is nan"),
         ({"targets": ("o_proj",), "rank_pattern": {"o_proj": 1.5}}, "rank_pattern 'o_proj' is 1.5"),
         ({"targets": ["o_proj"]}, "targets is"),
+        ({"targets": ("o_proj",), "dropout_pattern": {"o_proj": 1.0}}, "dropout_pattern 'o_proj' is 1.0"),
+        ({"targets": ("o_proj", "experts.down_proj"), "dropout_pattern": {"experts.down_proj": 0.5}}, "dropout"),
+        ({"targets": "all-linear", "layers_to_transform": (1,)}, "a list of endings"),
+        ({"targets": ("o_proj",), "layers_to_transform": (99,)}, "no weight"),
+        ({"targets": ("o_proj",), "modules_to_save": ("attn.o_proj",)}, "in modules_to_save and a target"),
     ],
 )
 def test_refused_by_name(spec: dict[str, Any], words: str) -> None:
