@@ -62,7 +62,8 @@ class EmbeddingAdapter(torch.nn.Module):
         delta = (z @ self.lora_B) * self.scaling
         if self.lora_magnitude is None:
             return rows + delta
-        return (self.lora_magnitude / self._norm(weight)) * (rows + delta)
+        scale = self.lora_magnitude.float() / self._norm(weight).float()
+        return rows + (scale - 1).to(rows.dtype) * rows + scale.to(delta.dtype) * delta
 
     def start_magnitude(self, weight: Tensor) -> None:
         """Make the magnitudes those of the table and the factors as they are. Collective."""

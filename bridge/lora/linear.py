@@ -100,7 +100,8 @@ class LinearAdapter(torch.nn.Module):
             if part is not x:
                 rows = self.selection[:, number].nonzero().flatten()
                 base = base.index_copy(-1, rows, self._product(part, weight[rows]))
-        return output + (scale - 1) * base + scale * delta
+        # Float32 up to here: near 1, where it is, bf16 is coarse.
+        return output + (scale - 1).to(base.dtype) * base + scale.to(delta.dtype) * delta
 
     def start_magnitude(self, weight: Tensor) -> None:
         """Make the magnitudes those of the weight [out, in] and the factors as they are. Collective."""
@@ -131,9 +132,9 @@ class LinearAdapter(torch.nn.Module):
         return torch.nn.functional.linear(self._over_ranks(x), weight)
 
     def _scale(self, weight: Tensor) -> Tensor:
-        """[out]: by what DoRA multiplies a row of the adapted weight; 1 where it has no adapter."""
+        """[out], float32: by what DoRA multiplies a row of the adapted weight; 1 where it has no adapter."""
         assert self.lora_magnitude is not None
-        return torch.where(self.selection.sum(1) != 0, self.lora_magnitude / self._norm(weight), 1.0).to(weight.dtype)
+        return torch.where(self.selection.sum(1) != 0, self.lora_magnitude.float() / self._norm(weight).float(), 1.0)
 
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:

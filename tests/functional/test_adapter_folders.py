@@ -245,7 +245,7 @@ def test_copies_that_differ_are_refused(broken: str, served: tuple[Path, Table],
 
 
 @pytest.mark.parametrize("dress", ["vllm", "sglang"])
-def test_engines_know_neither_magnitudes_nor_embeddings(dress: str, made: Any, toy: Toy, tmp_path: Path) -> None:
+def test_engines_know_factors_of_linears_alone(dress: str, made: Any, toy: Toy, tmp_path: Path) -> None:
     with ExitStack() as stack, pytest.raises(UsageError, match=f"q_proj: {dress} reads no DoRA magnitudes"):
         make_adapter(toy("31b", text_only=True), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
         table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
@@ -253,6 +253,12 @@ def test_engines_know_neither_magnitudes_nor_embeddings(dress: str, made: Any, t
     with ExitStack() as stack, pytest.raises(UsageError, match=f"embed_tokens.*: {dress} has no adapters of embedd"):
         _, adapter, _, table = made("e4b")
         write_peft(tmp_path / "no", open_peft(stack, adapter, table), dress=dress)
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"norm.weight: {dress} reads no modules_to_save"):
+        make_adapter(
+            toy("31b", text_only=True), tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["norm"]
+        )
+        table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "whole", table), dress=dress)
     assert not (tmp_path / "no").exists()
 
 
