@@ -187,8 +187,11 @@ def test_adapters_of_embeddings(trainings: Trainings, record_property: Any, name
 
 
 def test_trains_the_magnitudes_of_peft(trainings: Trainings, record_property: Any) -> None:
-    """DoRA on all linears."""
-    check(trainings.compared("12b", STEPS, 2, {}, 1, dora=True), record_property)
+    """DoRA on all linears of text, vision and audio.
+
+    Not on 12B: at this rate its gradients grow again after 20 steps, and whatever differs doubles with every step.
+    """
+    check(trainings.compared("e2b", STEPS, 2, {}, 1, dora=True), record_property)
 
 
 # Too small to drop anything, but what is dropped goes another way.
