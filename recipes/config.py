@@ -145,6 +145,7 @@ class LoraConfig:
 
     `targets`: all-linear or a regular expression for whole module names, or a list of endings of names (`q_proj`);
     `parameters`: expert parameters (`experts.gate_up_proj`); `exclude`: as `targets`, taken away from them.
+    `dropout_pattern`, which PEFT has not: to `dropout` what `rank_pattern` is to `rank`. `dora`: PEFT's `use_dora`.
     `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys.
     """
 
@@ -156,9 +157,12 @@ class LoraConfig:
     exclude: Any = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] = field(default_factory=list)
+    layers_pattern: list[str] = field(default_factory=list)
     adapter: str | None = None
 
 
@@ -189,7 +193,7 @@ class LogConfig:
 
 @dataclass
 class ExportConfig:
-    """`hf`: write the final model as an HF folder there."""
+    """`hf`: write the final model as an HF folder there, a LoRA run's merged into its base."""
 
     hf: str | None = None
 
@@ -391,8 +395,6 @@ def _check_lora(recipe: Recipe) -> None:
             raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
     if recipe.model.freeze:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
-    if recipe.export.hf is not None:
-        raise UsageError("export.hf: a LoRA run holds adapters only; use `adapter merge` or `adapter export`")
 
 
 def check_startable(recipe: Recipe, world_size: int) -> None:

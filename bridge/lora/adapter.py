@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bridge.errors import CheckpointError
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import PARTS, Part
+from bridge.lora.spec import LoraSpec, Part, Target
 from bridge.mapping import Table
 
 
@@ -18,8 +17,9 @@ from bridge.mapping import Table
 class Adapter:
     """An open adapter of the model that `table` is of.
 
-    `value(target, part)` reads one canonical tensor, of the shape `target.shape_a` or `target.shape_b` and the dtype
-    `dtype(target, part)` (a safetensors name); asked for in the order of `targets`, A before B, nothing is read twice.
+    `value(target, part)` reads one canonical tensor, of the shape `target.shape_of(part)` and the dtype
+    `dtype(target, part)` (a safetensors name); asked for in the order of `targets` and their `parts`, nothing is read
+    twice.
     `files` are those it is read from. `base` is where the model is that it adapts, if that is known: a Hugging Face
     folder or hub id, or a Megatron folder.
     """
@@ -34,14 +34,10 @@ class Adapter:
     base: str | None
 
     def common_dtype(self) -> str:
-        """The dtype of all tensors. Raises CheckpointError where they differ: a Megatron checkpoint has one."""
-        kinds = {self.dtype(target, part): target.name for target in self.targets for part in PARTS}
+        """The dtype of all but whole weights. Raises CheckpointError where they differ: an adapter here has one."""
+        adapted = [target for target in self.targets if target.kind != "saved"]
+        kinds = {self.dtype(target, part): target.name for target in adapted for part in target.parts}
         if len(kinds) != 1:
             listed = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
             raise CheckpointError(f"{self.path}: tensors of several dtypes, {listed}; an adapter here has one")
         return next(iter(kinds))
-
-
-def shape_of(target: Target, part: Part) -> tuple[int, ...]:
-    """The canonical shape of one factor."""
-    return target.shape_a if part == "A" else target.shape_b

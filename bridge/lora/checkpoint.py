@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,8 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
-from bridge.lora.adapter import shape_of
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, adapter_table, cut, part_name
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
@@ -93,9 +92,9 @@ class AdapterFolder:
         return cls(checkpoint, manifest, adapter_table(base, resolve(manifest.spec, base)))
 
     def tensors(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """(HF name of the weight on disk, "A" or "B", canonical tensor on the CPU), one Megatron tensor at a time.
+        """(HF name of the weight on disk, part, canonical tensor on the CPU), one Megatron tensor at a time.
 
-        A is [r, in] and B [out, r]; [E, r, in] and [E, out, r] for experts; dtypes as stored. Raises MappingError or
+        Shapes are those of `Target.shape_of`, dtypes as stored. Raises MappingError or
         CheckpointError where the folder holds something else than its manifest says.
         """
         with DistReader(self.checkpoint.weights) as reader:
@@ -121,7 +120,7 @@ class AdapterFolder:
 
 
 def _canonical(reader: DistReader, table: AdapterTable, adapted: Adapted) -> Iterator[tuple[str, Part, Tensor]]:
-    for part in PARTS:
+    for part in adapted.parts:
         for target in (adapted.targets[source] for source in adapted.order):
             entry, index = table.by_hf_name[part_name(target.name, part)]
             whole = _read(reader, entry.key, entry.shape)
@@ -141,7 +140,7 @@ def write_adapter(
     base: str | Path,
     spec: LoraSpec,
     values: Values,
-    dtype: torch.dtype,
+    dtype: Callable[[Target, Part], torch.dtype],
     *,
     sources: list[Path] | None = None,
     overwrite: bool = False,
@@ -155,8 +154,9 @@ def write_adapter(
     checkpoint = MegatronFolder.open(base)
     model = table_for(checkpoint.geometry)
     table = adapter_table(model, resolve(spec, model))
-    specs = [TensorSpec(entry.key, DTYPE_NAMES[dtype], entry.shape) for entry in table.entries.values()]
-    plan = plan_digest([], "adapter", json.dumps(spec.to_json(), sort_keys=True), DTYPE_NAMES[dtype])
+    dtypes = {key: kind for each in table.adapted.values() for key, kind in _dtypes(table, each, dtype)}
+    specs = [TensorSpec(entry.key, DTYPE_NAMES[dtypes[entry.key]], entry.shape) for entry in table.entries.values()]
+    plan = plan_digest([], "adapter", json.dumps(spec.to_json(), sort_keys=True), *(s.dtype for s in specs))
     with staged(
         target,
         plan=plan,
@@ -170,8 +170,8 @@ def write_adapter(
         release.mkdir()
         with DistWriter(release, specs) as writer:
             for adapted in table.adapted.values():
-                for part in PARTS:
-                    key, whole = _fused(table, adapted, part, values, dtype)
+                for part in adapted.parts:
+                    key, whole = _fused(table, adapted, part, values, dtypes)
                     for chunk in writer.chunks(key):
                         rows = whole[chunk.start : chunk.stop].contiguous()
                         writer.write_rows(key, chunk.start, rows.view(torch.uint8).numpy())
@@ -182,14 +182,28 @@ def write_adapter(
     return table
 
 
-def _fused(table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtype: torch.dtype) -> tuple[str, Tensor]:
+def _dtypes(
+    table: AdapterTable, adapted: Adapted, dtype: Callable[[Target, Part], torch.dtype]
+) -> Iterator[tuple[str, torch.dtype]]:
+    """The keys of a Megatron tensor's adapters, each with the dtype that all its sources have."""
+    for part in adapted.parts:
+        found = {dtype(target, part): target.name for target in adapted.targets.values()}
+        if len(found) > 1:
+            raise CheckpointError(f"{', '.join(found.values())}: lie in one tensor here, and have several dtypes")
+        entry, _ = table.by_hf_name[part_name(adapted.targets[adapted.order[0]].name, part)]
+        yield entry.key, next(iter(found))
+
+
+def _fused(
+    table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtypes: Mapping[str, torch.dtype]
+) -> tuple[str, Tensor]:
     """One Megatron tensor of adapters: its key, and all of it."""
     targets = [adapted.targets[source] for source in adapted.order]
     entry, _ = table.by_hf_name[part_name(targets[0].name, part)]
-    whole = torch.zeros(entry.shape, dtype=dtype)
+    whole = torch.zeros(entry.shape, dtype=dtypes[entry.key])
     for index, target in enumerate(targets):
         value = values(target, part)
-        shape = shape_of(target, part)
+        shape = target.shape_of(part)
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{target.name}: its lora_{part} is {list(value.shape)}, expected {list(shape)}")
         for block in entry.blocks:

@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.lora.adapter import shape_of
-from bridge.lora.spec import Target
-from bridge.lora.table import PARTS, Part
+from bridge.lora.spec import Part, Target
 from bridge.mapping import Table
 from bridge.mapping.transforms import Shape
 
@@ -57,7 +55,14 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
         raise UsageError(f"format {dress!r}: expected one of {', '.join(FORMATS)}")
     wrapped = {t.module for t in targets}
     for target in targets:
-        for part in PARTS:
+        for part in target.parts:
+            if target.kind == "saved":
+                yield Piece(f"{PREFIX}{target.module}", target.shape, target, part, lambda whole: whole)
+                entry, _ = table.by_hf_name[target.name]
+                for copied in (name for name, other in table.copies.items() if other is entry):
+                    # A tied head is stored once more (`ensure_weight_tying`).
+                    yield Piece(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
+                continue
             if target.kind == "experts":
                 if dress == "peft":
                     yield _stacked(target, part, nested=target.module.removesuffix(_GATE_UP) + _DOWN in wrapped)
@@ -72,13 +77,20 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
 
 
 def check_servable(dress: str, targets: Sequence[Target]) -> None:
-    """Raise UsageError where an engine would serve something else: it knows one scaling, and no embeddings."""
+    """Raise UsageError where an engine would serve something else.
+
+    It knows one scaling, and no embeddings, magnitudes or whole modules.
+    """
     if dress == "peft":
         return
     first = targets[0]
     for target in targets:
         if target.kind == "embedding":
             raise UsageError(f"{target.module}: {dress} has no adapters of embeddings; merge this adapter instead")
+        if target.kind == "saved":
+            raise UsageError(f"{target.module}: {dress} reads no modules_to_save; merge this adapter instead")
+        if target.dora:
+            raise UsageError(f"{target.module}: {dress} reads no DoRA magnitudes; merge this adapter instead")
         if target.scaling != first.scaling:
             raise UsageError(
                 f"{target.module}: scaled by {target.scaling:g}, {first.module} by {first.scaling:g}; {dress} knows "
@@ -94,14 +106,15 @@ def engine_targets(dress: str, targets: Sequence[Target], table: Table) -> list[
 
 def _plain(target: Target, part: Part, module: str | None = None, again: bool = False) -> Piece:
     kind = f"lora_embedding_{part}" if target.kind == "embedding" else f"lora_{part}.weight"
+    kind = "lora_magnitude_vector" if part == "magnitude" else kind
     return Piece(
-        f"{PREFIX}{module or target.module}.{kind}", shape_of(target, part), target, part, lambda whole: whole, again
+        f"{PREFIX}{module or target.module}.{kind}", target.shape_of(part), target, part, lambda whole: whole, again
     )
 
 
 def _stacked(target: Target, part: Part, nested: bool) -> Piece:
     module = target.module.rpartition(".")[0] + (".base_layer" if nested else "")
-    experts, first, second = shape_of(target, part)
+    experts, first, second = target.shape_of(part)
     key = f"{PREFIX}{module}.lora_{part}.weight"
     if part == "A":
         return Piece(key, (experts * first, second), target, part, lambda whole: whole)
@@ -110,7 +123,7 @@ def _stacked(target: Target, part: Part, nested: bool) -> Piece:
 
 def _each_expert(target: Target, part: Part) -> Iterator[Piece]:
     layer, _, name = target.module.rpartition(".experts.")
-    experts, first, second = shape_of(target, part)
+    experts, first, second = target.shape_of(part)
     fused = "." + name == _GATE_UP
     for expert in range(experts):
         for index, projection in enumerate(("gate_proj", "up_proj") if fused else ("down_proj",)):

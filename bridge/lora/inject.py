@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
 from bridge.convert.live import METADATA, load_from_hf
 from bridge.errors import UsageError
 from bridge.hf.tensors import TensorSpec
+from bridge.lora.embedding import EmbeddingAdapter
 from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
-from bridge.lora.spec import Target
-from bridge.lora.table import PARTS, Adapted, AdapterTable, Part, Values, cut, part_name
+from bridge.lora.spec import Part, Target
+from bridge.lora.table import Adapted, AdapterTable, Values, cut, part_name
 from bridge.megatron.linear import Split
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.moe import GroupedExperts
 from bridge.megatron.ple import share_over_stages
 
 
-def attach(models: Sequence[Gemma4Model], table: AdapterTable, dropout: float = 0.0) -> None:
-    """Freeze the chunks of a model and give them adapters, all zero as yet (see `fill`).
+def attach(models: Sequence[Gemma4Model], table: AdapterTable) -> None:
+    """Freeze the chunks of a model, but `modules_to_save`, and give them adapters, all zero as yet (see `fill`).
 
     Raises UsageError for a weight whose module has no place for one.
     """
@@ -38,30 +40,50 @@ def attach(models: Sequence[Gemma4Model], table: AdapterTable, dropout: float = 
             adapted = table.adapted.get(getattr(item, "key", ""))
             if adapted is None:
                 continue
+            if adapted.saved:
+                item.data.requires_grad_(True)
+                continue
             module, name = owners[id(item.data)]
+            if adapted.embedding and not isinstance(module, VocabParallelEmbedding):
+                continue  # a tied head's copy on the last stage, which stays the base's
             if not isinstance(getattr(module, "adapters", None), torch.nn.ModuleDict):
                 raise UsageError(f"lora: {item.key} has no place for an adapter")
-            module.adapters[name] = _adapter(module, name, item, adapted, dropout)
+            module.adapters[name] = _adapter(module, name, item, adapted)
 
 
 def _adapter(
-    module: torch.nn.Module, name: str, item: ShardedTensor | ShardedTensorFactory, adapted: Adapted, dropout: float
+    module: torch.nn.Module, name: str, item: ShardedTensor | ShardedTensorFactory, adapted: Adapted
 ) -> torch.nn.Module:
     weight = getattr(module, name)
     if isinstance(module, GroupedExperts):
         (target,) = adapted.targets.values()
         of_expert: Split = "column" if name == "linear_fc1" else "row"
         return ExpertAdapter(weight, adapted.rank, target.scaling, of_expert, module.pg_collection.expt_tp)
+    boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
+    shared = adapted.weight.row.shard.index("pp") if "pp" in adapted.weight.row.shard else None
+    if isinstance(module, VocabParallelEmbedding):
+        (target,) = adapted.targets.values()
+        table = EmbeddingAdapter(module, adapted.rank, target.scaling, target.dora)
+        if shared is not None:
+            share_over_stages(table.lora_A, first=boxes[0].global_offset[shared] == 0)
+        return table
     split: Split = getattr(module, "split", None)
     sequence_parallel = module.sequence_parallel if split else getattr(weight, "sequence_parallel", False)
     placement = Placement(split, module.tp_group if split else None, bool(sequence_parallel))  # type: ignore[arg-type]
-    scalings = [adapted.targets[source].scaling for source in adapted.order]
-    boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
+    targets = [adapted.targets[source] for source in adapted.order]
     rows = [range(box.global_offset[0], box.global_offset[0] + box.local_shape[0]) for box in boxes]
-    adapter = LinearAdapter(weight, adapted.rank, _projections(rows, adapted), scalings, placement, dropout)
-    if adapted.weight.row.shard[0] == "pp":
+    adapter = LinearAdapter(
+        weight,
+        adapted.rank,
+        _projections(rows, adapted),
+        [target.scaling for target in targets],
+        placement,
+        [target.dropout for target in targets],
+        targets[0].dora,
+    )
+    if shared is not None:
         # The rows of B are split over the stages, and each has an A of its own that must stay the same.
-        share_over_stages(adapter.lora_A, first=rows[0].start == 0)
+        share_over_stages(adapter.lora_A, first=boxes[0].global_offset[shared] == 0)
     return adapter
 
 
@@ -79,6 +101,15 @@ def fill(models: Sequence[Gemma4Model], table: AdapterTable, values: Values) -> 
     load_from_hf(models, table, _Reader(table, values))
 
 
+def start_magnitudes(models: Sequence[Gemma4Model]) -> None:
+    """Give DoRA's magnitudes the norms of the weights with their factors as they are. Collective."""
+    for model in models:
+        for module in model.modules():
+            for name, adapter in getattr(module, "adapters", {}).items():
+                if not isinstance(adapter, ExpertAdapter):
+                    adapter.start_magnitude(getattr(module, name))
+
+
 class _Reader:
     """Canonical tensors as a `RowReader` of the table's own, with their filling; one is kept at a time."""
 
@@ -88,7 +119,7 @@ class _Reader:
         self.tensors: dict[str, TensorSpec] = {}
         for adapted in table.adapted.values():
             for target in adapted.targets.values():
-                for part in PARTS:
+                for part in target.parts:
                     name = part_name(target.name, part)
                     self._source[name] = target, part
                     entry, index = table.by_hf_name[name]

@@ -6,12 +6,16 @@ lie. So both are cut over ranks as the weight is, whatever that is, and one prod
 
     z = x Aᵀ                        [..., projections · rank]
     delta = z (B spread)ᵀ           row i of B meets the part of z of its own projection only
+
+DoRA (PEFT's `DoraLinearLayer`) multiplies each row of the adapted weight by magnitude / norm, so that its norm is the
+magnitude; the norm is a constant to the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -41,9 +45,12 @@ class LinearAdapter(torch.nn.Module):
     """The adapters of one linear.
 
     `lora_A` [n · rank, in] and `lora_B` [out, rank], for the n projections that are adapted and this rank's part of the
-    weight [out, in]. `projections` [out]: on the CPU, which of the n each row belongs to (-1: none).
-    `scalings`: of each of the n.
+    weight [out, in]; with DoRA `lora_magnitude` [out]. `projections` [out]: on the CPU, which of the n each row belongs
+    to (-1: none). `scalings` and `dropouts`: of each of the n.
     """
+
+    # The axis of the weight that each parameter has not: see `megatron.linear.adapter_items`.
+    LOST: ClassVar = {"lora_A": -2, "lora_B": -1, "lora_magnitude": -1}
 
     def __init__(
         self,
@@ -52,56 +59,112 @@ class LinearAdapter(torch.nn.Module):
         projections: Tensor,
         scalings: Sequence[float],
         placement: Placement,
-        dropout: float,
+        dropouts: Sequence[float],
+        dora: bool,
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
         self.lora_A = torch.nn.Parameter(weight.new_zeros(len(scalings) * rank, columns))
         self.lora_B = torch.nn.Parameter(weight.new_zeros(rows, rank))
-        self.placement, self.dropout, self.count = placement, dropout, len(scalings)
+        self.lora_magnitude = torch.nn.Parameter(weight.new_zeros(rows)) if dora else None
+        self.placement, self.dropouts = placement, tuple(dropouts)
         selection = torch.nn.functional.one_hot(projections + 1, len(scalings) + 1)[:, 1:]
         # Float32 even where the weight is bf16, in which 0.1 or an rsLoRA scaling would be off by up to 0.4 %.
         selection = (selection * torch.tensor(list(scalings), device="cpu")).to(weight.device)
         self.selection: Tensor
         self.register_buffer("selection", selection, persistent=False)
         split, sequence_parallel = placement.split, placement.sequence_parallel
-        for parameter, of, dim in ((self.lora_A, "row", 1), (self.lora_B, "column", 0)):
-            set_tensor_model_parallel_attributes(parameter, is_parallel=split == of, dim=dim, stride=1)
-        # What meets a part of the sequence only has a part of its gradient only: Megatron sums it over the ranks.
-        self.lora_A.sequence_parallel = sequence_parallel and split != "row"  # type: ignore[attr-defined]
-        self.lora_B.sequence_parallel = sequence_parallel and split != "column"  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():
+            of: Split = "row" if name == "lora_A" else "column"
+            set_tensor_model_parallel_attributes(
+                parameter, is_parallel=split == of, dim=int(name == "lora_A"), stride=1
+            )
+            # What meets a part of the sequence only has a part of its gradient only: Megatron sums it over the ranks.
+            parameter.sequence_parallel = sequence_parallel and split != of  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the linear takes, [..., in] -> what is added to its output, [..., out]."""
-        z, place = self._down(x), self.placement
-        # The small z travels, not x: with a whole sequence to the rows of a column-parallel weight, summed over the
-        # columns of a row-parallel one.
+    def forward(self, x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the linear takes, [..., in], and what it gives for it, [..., out] -> what it gives with its adapters."""
+        dropped = self._dropped(x)
+        if all(part is x for part in dropped):
+            z = torch.nn.functional.linear(x, self.lora_A)
+        else:
+            products = zip(dropped, self.lora_A.chunk(len(dropped)), strict=True)
+            z = torch.cat([torch.nn.functional.linear(part, a) for part, a in products], dim=-1)
+        # The small z travels, not x.
+        delta = torch.nn.functional.linear(self._over_ranks(z), self._spread().to(z.dtype))
+        if self.lora_magnitude is None:
+            return output + delta
+        scale = self._scale(weight)
+        base = output if bias is None else output - bias
+        for number, part in enumerate(dropped):
+            if part is not x:
+                rows = self.selection[:, number].nonzero().flatten()
+                base = base.index_copy(-1, rows, self._product(part, weight[rows]))
+        # Float32 up to here: near 1, where it is, bf16 is coarse.
+        return output + (scale - 1).to(base.dtype) * base + scale.to(delta.dtype) * delta
+
+    def start_magnitude(self, weight: Tensor) -> None:
+        """Make the magnitudes those of the weight [out, in] and the factors as they are. Collective."""
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.data.copy_(self._norm(weight) * (self.selection.sum(1) != 0))
+
+    def _spread(self) -> Tensor:
+        """[out, n · rank]: B times scaling, each row in the columns of its own projection."""
+        return (self.lora_B[:, None] * self.selection[:, :, None]).flatten(1)
+
+    def _over_ranks(self, z: Tensor) -> Tensor:
+        """A whole sequence, to the rows of a column-parallel weight; the sum over a row-parallel one's columns."""
+        place = self.placement
         if place.split == "column" and place.sequence_parallel:
-            z = gather_from_sequence_parallel_region(z, tensor_parallel_output_grad=True, group=place.group)
-        elif place.split == "column":
-            z = copy_to_tensor_model_parallel_region(z, group=place.group)
-        elif place.split == "row" and place.sequence_parallel:
-            z = reduce_scatter_to_sequence_parallel_region(z, group=place.group)
-        elif place.split == "row":
-            z = reduce_from_tensor_model_parallel_region(z, group=place.group)
-        spread = (self.lora_B[:, None] * self.selection[:, :, None]).flatten(1)
-        return torch.nn.functional.linear(z, spread.to(z.dtype))
+            return gather_from_sequence_parallel_region(z, tensor_parallel_output_grad=True, group=place.group)
+        if place.split == "column":
+            return copy_to_tensor_model_parallel_region(z, group=place.group)
+        if place.split == "row" and place.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(z, group=place.group)
+        if place.split == "row":
+            return reduce_from_tensor_model_parallel_region(z, group=place.group)
+        return z
 
-    def _down(self, x: Tensor) -> Tensor:
-        """[..., n · rank]; every projection draws a dropout of its own, as in PEFT."""
-        if not (self.training and self.dropout):
-            return torch.nn.functional.linear(x, self.lora_A)
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., in] by rows of the weight, as the linear itself multiplies."""
+        if self.placement.split == "row":
+            return self._over_ranks(torch.nn.functional.linear(x, weight))
+        return torch.nn.functional.linear(self._over_ranks(x), weight)
+
+    def _scale(self, weight: Tensor) -> Tensor:
+        """[out], float32: by what DoRA multiplies a row of the adapted weight; 1 where it has no adapter."""
+        assert self.lora_magnitude is not None
+        return torch.where(self.selection.sum(1) != 0, self.lora_magnitude.float() / self._norm(weight).float(), 1.0)
+
+    @torch.no_grad()
+    def _norm(self, weight: Tensor) -> Tensor:
+        """[out]: the norms of the rows of W + scaling · B A, a constant to the gradient as in PEFT.
+
+        |w + b A|² = |w|² + 2 (w Aᵀ) · b + b (A Aᵀ) · b: never is there a second matrix of the weight's size. Float32,
+        rounded to the dtype of the weight.
+        """
+        a, spread = self.lora_A.float(), self._spread()
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) ** 2
+        crossed = torch.nn.functional.linear(weight.float(), a)
+        squares += ((2 * crossed + spread @ (a @ a.T)) * spread).sum(1)
+        place = self.placement
+        if place.split == "row" and place.group is not None and place.group.size() > 1:
+            dist.all_reduce(squares, group=place.group)
+        return squares.sqrt().to(weight.dtype)
+
+    def _dropped(self, x: Tensor) -> list[Tensor]:
+        """x for each projection: every one draws a dropout of its own, as in PEFT; x itself where there is none."""
+        if not (self.training and any(self.dropouts)):
+            return [x for _ in self.dropouts]
         place = self.placement
         if place.sequence_parallel or (place.split == "row" and place.group is not None and place.group.size() > 1):
             # Each rank has other numbers of x, and draws for them with the generator of its own.
             with get_cuda_rng_tracker().fork():
-                return self._dropped(x)
-        return self._dropped(x)
+                return self._draw(x)
+        return self._draw(x)
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        parts = self.lora_A.chunk(self.count)
-        dropped = (torch.nn.functional.dropout(x, self.dropout) for _ in parts)
-        return torch.cat([torch.nn.functional.linear(d, a) for d, a in zip(dropped, parts, strict=True)], dim=-1)
+    def _draw(self, x: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.dropout(x, dropout) if dropout else x for dropout in self.dropouts]
 
 
 class ExpertAdapter(torch.nn.Module):
@@ -111,6 +174,8 @@ class ExpertAdapter(torch.nn.Module):
     [E', out, in]. Under expert tensor parallelism the dispatcher gathers tokens and sums partial outputs: products
     stay partial, and only the gradient of the factor that every rank holds is summed.
     """
+
+    LOST: ClassVar = {"lora_A": -2, "lora_B": -1}
 
     def __init__(self, weight: Tensor, rank: int, scaling: float, split: Split, group: dist.ProcessGroup) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Base and adapter as one Hugging Face folder: W + scaling · B A in float32, rounded once to the dtype of W.
 
+With DoRA each row of that (of an embedding: each column) is brought to the norm that its magnitude says.
+
 The copy of an export, with a reader between that adds the adapter to the rows that pass by: memory depends on the chunk
 and on one adapter, and a tensor that is not adapted is copied byte by byte.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from bridge.mapping import Table, table_for
 _FLOATS = ("BF16", "F16", "F32")
 # Adapters kept at hand: the copy's threads may be at the end of one tensor and at the beginning of the next.
 _KEPT = 2
+# How much of an embedding is read at once to find its norms.
+_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,31 @@ def open_base(stack: ExitStack, path: Path) -> Base:
     )
 
 
+@dataclass(frozen=True)
+class _Factors:
+    """The tensors of one target in float32. `column_scale` [hidden]: of an embedding with DoRA.
+
+    Of a weight that was trained whole, `a` is that and there is no `b`.
+    """
+
+    target: Target
+    a: Tensor
+    b: Tensor | None = None
+    magnitude: Tensor | None = None
+    column_scale: Tensor | None = None
+
+    def added(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of the base and what the factors add to them, float32; as in PEFT the product is scaled, then added."""
+        a, b = self.a, self.b
+        if b is None:
+            return a[start:stop]
+        if self.target.kind == "embedding":
+            delta = (b @ a[:, start:stop]).T
+        else:
+            delta = b[start:stop] @ (a[start:stop] if self.target.kind == "experts" else a)
+        return weight.float() + delta * self.target.scaling
+
+
 class MergedReader:
     """The rows of a base with an adapter added. Thread-safe.
 
@@ -86,7 +115,7 @@ class MergedReader:
         self.tensors: Mapping[str, TensorLike] = base.tensors
         self._base, self._adapter = base, adapter
         self._lock = threading.Lock()
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[str, _Factors] = {}
         self._targets: dict[str, Target] = {target.name: target for target in adapter.targets}
         for copied, entry in table.copies.items():
             # A tied head that is written out is the embedding once more.
@@ -113,23 +142,37 @@ class MergedReader:
             return
         weight = torch.frombuffer(as_bytes(out), dtype=TORCH_DTYPES[self.tensors[name].dtype])
         weight = weight.view(stop - start, *target.shape[1:])
-        a, b = self._of(target)
-        if target.kind == "embedding":
-            delta = (b @ a[:, start:stop]).T
-        else:
-            delta = b[start:stop] @ (a[start:stop] if target.kind == "experts" else a)
-        # As PEFT does it: the product scaled, then added, both in float32.
-        weight.copy_(weight.float() + delta * target.scaling)
+        factors = self._of(target)
+        merged = factors.added(weight, start, stop)
+        if factors.column_scale is not None:
+            merged *= factors.column_scale
+        elif factors.magnitude is not None:
+            merged *= (factors.magnitude[start:stop] / torch.linalg.norm(merged, dim=1))[:, None]
+        weight.copy_(merged)
 
-    def _of(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A and B in float32."""
+    def _of(self, target: Target) -> _Factors:
         with self._lock:
             if target.name not in self._factors:
                 while len(self._factors) >= _KEPT:
                     del self._factors[next(iter(self._factors))]
-                a, b = self._adapter.value(target, "A"), self._adapter.value(target, "B")
-                self._factors[target.name] = a.float(), b.float()
+                values = (self._adapter.value(target, part).float() for part in target.parts)
+                factors = _Factors(target, *values)
+                if target.kind == "embedding" and factors.magnitude is not None:
+                    factors = replace(factors, column_scale=factors.magnitude / self._column_norms(factors))
+                self._factors[target.name] = factors
             return self._factors[target.name]
+
+    def _column_norms(self, factors: _Factors) -> Tensor:
+        """[hidden]: of the whole adapted embedding, which is read for it."""
+        target = factors.target
+        rows, columns = target.shape
+        dtype = TORCH_DTYPES[self.tensors[target.name].dtype]
+        squares = torch.zeros(columns, dtype=torch.float64)
+        for start in range(0, rows, _ROWS):
+            part = torch.empty(min(_ROWS, rows - start), columns, dtype=dtype)
+            self._base.read_rows(target.name, start, start + len(part), part.view(torch.uint8).numpy())
+            squares += factors.added(part, start, start + len(part)).square().sum(0)
+        return squares.sqrt().float()
 
 
 def merge_adapter(
@@ -147,6 +190,11 @@ def merge_adapter(
     reader = MergedReader(base.reader, base.table, adapter)
     check_apart(Path.cwd() / hf_dir, adapter.path)
     tensors = _same(base.reader)
+    tied = {entry.sources[0].name for entry in base.table.copies.values()}
+    for target in adapter.targets:
+        if notify is not None and target.name in tied:
+            # PEFT warns of it and does the same.
+            notify(f"{target.module} is tied to the head, which gets its adapter too: in training it had none")
     with ExitStack() as stack:
         stage = stack.enter_context(
             staged(

@@ -7,7 +7,7 @@ would be another adapter here. Tensors are read and written one at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,20 +22,20 @@ from bridge.convert.atomic import Notify, staged
 from bridge.convert.folders import Conversion
 from bridge.convert.stream import Progress, plan_digest
 from bridge.convert.torch_dtypes import TORCH_DTYPES
-from bridge.errors import BridgeError, CheckpointError, UsageError
+from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
-from bridge.lora.adapter import Adapter, shape_of
+from bridge.lora.adapter import Adapter
 from bridge.lora.dress import FORMATS, Piece, check_servable, engine_targets, pieces
-from bridge.lora.spec import ALL_LINEAR, LoraSpec, Target
-from bridge.lora.table import PARTS, Part
+from bridge.lora.spec import ALL_LINEAR, LoraSpec, Part, Target
 from bridge.lora.targets import named_parameters, resolve
 from bridge.mapping import Table
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Our own entry in the config of a dress that PEFT does not read: the format, and the spec as it was.
+# Our own entry in a config: the format, and the spec as it was in a dress that PEFT does not read; in PEFT's own only
+# what PEFT has no field for.
 _OURS = "gemma4_bridge"
 # Fields of a config that say nothing about what the tensors do to a weight.
 _HARMLESS = {
@@ -45,7 +45,8 @@ _HARMLESS = {
 }
 _SPEC_FIELDS = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules"),
-    *("rank_pattern", "alpha_pattern", "use_rslora"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"),
+    *("layers_to_transform", "layers_pattern"),
 }
 # Initialisations that leave the base as it is. The others (pissa, olora, ...) train beside a changed base.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -53,11 +54,15 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says: the dress of the tensors, what they adapt, and the model's folder or id."""
+    """What an `adapter_config.json` says: the dress of the tensors, what they adapt, and the model's folder or id.
+
+    `ties`: what was done to an embedding was done to the head that is tied to it.
+    """
 
     dress: str
     spec: LoraSpec
     base: str | None
+    ties: bool
 
     @classmethod
     def read(cls, folder: str | Path) -> PeftConfig:
@@ -90,12 +95,11 @@ class PeftConfig:
         base = config.get("base_model_name_or_path")
         base = base if isinstance(base, str) and base else None
         ours = config.get(_OURS)
-        if ours is not None:
-            if not isinstance(ours, dict) or ours.get("format") not in FORMATS:
-                raise CheckpointError(f"{_OURS} names no format that is known")
+        if ours is not None and (not isinstance(ours, dict) or ours.get("format") not in FORMATS):
+            raise CheckpointError(f"{_OURS} names no format that is known")
+        if ours is not None and ours["format"] != "peft":
             spec = LoraSpec.from_json(ours.get("spec"))
-            _check_supported(spec)
-            return cls(ours["format"], spec, base)
+            return cls(ours["format"], spec, base, False)
         for name in ("r", "lora_alpha"):
             if name not in config:
                 raise CheckpointError(f"{name} is missing")
@@ -109,14 +113,13 @@ class PeftConfig:
             rank_pattern=_pattern(config, "rank_pattern"),
             alpha_pattern=_pattern(config, "alpha_pattern"),
             rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+            modules_to_save=_list(config, "modules_to_save"),
+            dropout_pattern=_pattern(ours or {}, "dropout_pattern"),
+            layers_to_transform=_several(config.get("layers_to_transform")),
+            layers_pattern=_several(config.get("layers_pattern")),
         )
-        return cls("peft", spec, base)
-
-
-def _check_supported(spec: LoraSpec) -> None:
-    for name in ("dora", "modules_to_save"):
-        if getattr(spec, name):
-            raise UsageError(f"lora: {name} is not supported in an adapter folder")
+        return cls("peft", spec, base, bool(config.get("ensure_weight_tying")))
 
 
 def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -124,6 +127,13 @@ def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise CheckpointError(f"{name} is {shown(json.dumps(value))}, expected names")
     return tuple(value)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """One, several or none."""
+    if value is None or value == "":
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _names(config: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
@@ -149,11 +159,15 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
         "bias": "none",
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
-        "use_dora": False,
-        "modules_to_save": None,
+        "use_dora": spec.dora,
+        "modules_to_save": list(spec.modules_to_save) or None,
+        "ensure_weight_tying": any(t.kind == "saved" and _tied(t, adapter.table) for t in adapter.targets),
     }
     if dress == "peft":
         modules, parameters = _peft_targets(adapter)
+        # PEFT has one dropout for all: the rest goes into an entry of our own, which it leaves alone.
+        patterns = {"dropout_pattern": dict(spec.dropout_pattern)}
+        common |= {_OURS: {"format": dress, **patterns}} if spec.dropout_pattern else {}
         return common | {
             "r": spec.rank,
             "lora_alpha": _integral(spec.alpha),
@@ -161,6 +175,8 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
             "target_parameters": parameters or None,
             "exclude_modules": (spec.exclude if isinstance(spec.exclude, str) else list(spec.exclude)) or None,
             "rank_pattern": dict(spec.rank_pattern),
+            "layers_to_transform": list(spec.layers_to_transform) or None,
+            "layers_pattern": list(spec.layers_pattern) or None,
             "alpha_pattern": {pattern: _integral(alpha) for pattern, alpha in spec.alpha_pattern.items()},
         }
     # One rank and one scaling: of the largest rank, which the engine has to have room for. Not all engines know rsLoRA,
@@ -207,6 +223,7 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
     config = PeftConfig.read(folder)
     try:
         targets = resolve(config.spec, table)
+        _check_tied(config, targets, table)
     except BridgeError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     source = stack.enter_context(HfFolder(folder, single=WEIGHTS_FILE))
@@ -223,6 +240,24 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
 
     files = (folder / CONFIG_FILE, *source.files)
     return Adapter(folder, table, config.spec, targets, value, dtype, files, config.base)
+
+
+def _tied(target: Target, table: Table) -> bool:
+    """Whether a head is tied to that embedding."""
+    entry, _ = table.by_hf_name[target.name]
+    return any(other is entry for other in table.copies.values())
+
+
+def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table) -> None:
+    """Without `ensure_weight_tying` PEFT trains a copy of a saved embedding; with it, adapters are the head's too."""
+    for target in (t for t in targets if _tied(t, table)):
+        if target.kind == "saved" and not config.ties:
+            raise CheckpointError(
+                f"modules_to_save has {target.module}, which is tied to the head, without ensure_weight_tying: that "
+                "unties them, and here they are one"
+            )
+        if target.kind == "embedding" and config.ties:
+            raise CheckpointError(f"ensure_weight_tying with an adapter of {target.module} is not supported")
 
 
 def _check_tensors(source: HfFolder, expected: list[Piece]) -> None:
@@ -253,7 +288,7 @@ def _check_tensors(source: HfFolder, expected: list[Piece]) -> None:
 def _assembled(source: HfFolder, parts: list[Piece]) -> Tensor:
     """The canonical tensor whose pieces are stored."""
     target, part = parts[0].target, parts[0].part
-    whole = torch.empty(shape_of(target, part), dtype=TORCH_DTYPES[source.tensors[parts[0].key].dtype])
+    whole = torch.empty(target.shape_of(part), dtype=TORCH_DTYPES[source.tensors[parts[0].key].dtype])
     for piece in parts:
         info = source.tensors[piece.key]
         buffer = np.empty(info.nbytes, dtype=np.uint8)
@@ -287,10 +322,9 @@ def write_peft(
 
     Raises UsageError (what a folder or the dress cannot hold, an existing target) and CheckpointError.
     """
-    _check_supported(adapter.spec)
     check_servable(dress, adapter.targets)
     planned = list(pieces(dress, adapter.targets, adapter.table))
-    dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in PARTS}
+    dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}
     specs = [TensorSpec(p.key, dtypes[p.target.name, p.part], p.shape) for p in planned]
     total = sum(spec.nbytes for spec in specs)
     text = json.dumps(config_json(adapter, dress), indent=2, sort_keys=True) + "\n"

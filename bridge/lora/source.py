@@ -16,12 +16,12 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from bridge.hf.tensors import ITEM_SIZES
-from bridge.lora.adapter import Adapter, shape_of
+from bridge.lora.adapter import Adapter
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
 from bridge.lora.merge import Base, open_base
 from bridge.lora.peft_folder import CONFIG_FILE, PeftConfig, open_peft
-from bridge.lora.spec import Target
-from bridge.lora.table import PARTS, Part, part_name
+from bridge.lora.spec import Part, Target
+from bridge.lora.table import part_name
 from bridge.mapping import Table, table_for
 from bridge.torch_dist.reader import DistReader
 
@@ -95,11 +95,8 @@ def import_peft(
     """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
     with ExitStack() as stack:
         adapter = open_peft(stack, path, table_for(MegatronFolder.open(base).geometry))
-        for each in adapter.targets:
-            if each.kind == "embedding":
-                raise UsageError(f"{path}: adapts the embedding {each.module}, which is not built; merge it instead")
-        dtype = adapter.common_dtype()
-        total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in PARTS)
+        adapter.common_dtype()
+        total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in target.parts)
         done = 0
 
         def value(target: Target, part: Part) -> Tensor:
@@ -110,10 +107,16 @@ def import_peft(
             return adapter.value(target, part)
 
         table = write_adapter(
-            target, base, adapter.spec, value, TORCH_DTYPES[dtype], sources=list(adapter.files), overwrite=overwrite
+            target,
+            base,
+            adapter.spec,
+            value,
+            lambda target, part: TORCH_DTYPES[adapter.dtype(target, part)],
+            sources=list(adapter.files),
+            overwrite=overwrite,
         )
         return Conversion(target, len(table.entries), total, 0)
 
 
 def _nbytes(adapter: Adapter, target: Target, part: Part) -> int:
-    return ITEM_SIZES[adapter.dtype(target, part)] * math.prod(shape_of(target, part))
+    return ITEM_SIZES[adapter.dtype(target, part)] * math.prod(target.shape_of(part))

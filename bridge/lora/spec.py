@@ -12,7 +12,12 @@ from bridge.errors import UsageError
 from bridge.mapping.transforms import Shape
 
 ALL_LINEAR = "all-linear"
-Kind = Literal["linear", "experts", "embedding"]
+Kind = Literal["linear", "experts", "embedding", "saved"]
+# The tensors of an adapter: the two factors, and DoRA's magnitudes; or the weight itself, where it is trained whole.
+Part = Literal["A", "B", "magnitude", "weight"]
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,9 @@ class LoraSpec:
     parameter (`experts.gate_up_proj`). `parameters`: endings of the names of expert parameters, as PEFT's
     `target_parameters`. `exclude`: as `targets`, taken away from them. Names are those of transformers' modules.
     `rank_pattern` and `alpha_pattern`: regular expressions for the ends of names, the first that matches counts.
-    `modules_to_save` are trained whole.
+    `dropout_pattern`, which PEFT has not, is to `dropout` what they are to rank and alpha. `dora`: with magnitudes.
+    `modules_to_save` are trained whole. `layers_to_transform`: endings in `targets` mean only modules whose names have
+    one of these as their first number, behind one of `layers_pattern` where that is given.
     """
 
     rank: int
@@ -38,6 +45,9 @@ class LoraSpec:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    dropout_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UsageError that names the field."""
@@ -50,9 +60,13 @@ class LoraSpec:
         ):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
                 raise UsageError(f"lora: {name} is {alpha!r}, expected a number above 0")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UsageError(f"lora: dropout is {self.dropout!r}, expected 0 up to 1")
-        for name in ("targets", "parameters", "exclude", "modules_to_save"):
+        for name, dropout in (
+            ("dropout", self.dropout),
+            *((f"dropout_pattern {k!r}", d) for k, d in self.dropout_pattern.items()),
+        ):
+            if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+                raise UsageError(f"lora: {name} is {dropout!r}, expected 0 up to 1")
+        for name in ("targets", "parameters", "exclude", "modules_to_save", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str) and name in ("targets", "exclude"):
                 _compiled(value, name)
@@ -61,8 +75,18 @@ class LoraSpec:
         for name in ("rslora", "dora"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"lora: {name} is {getattr(self, name)!r}, expected true or false")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _compiled(pattern, "rank_pattern or alpha_pattern")
+        if not isinstance(self.layers_to_transform, tuple) or not all(type(n) is int for n in self.layers_to_transform):
+            raise UsageError(f"lora: layers_to_transform is {self.layers_to_transform!r}, expected numbers of layers")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise UsageError("lora: layers_pattern needs layers_to_transform (as in PEFT)")
+        endings_only = not isinstance(self.targets, str) and not any(t.lower() == ALL_LINEAR for t in self.targets)
+        if self.layers_to_transform and not endings_only:
+            raise UsageError("lora: layers_to_transform needs targets that are a list of endings (as in PEFT)")
+        for pattern in self.layers_pattern:
+            _compiled(pattern, "layers_pattern")
+        for name in _PATTERNS:
+            for pattern in getattr(self, name):
+                _compiled(pattern, name)
 
     def rank_of(self, module: str) -> int:
         """The rank that `rank_pattern` gives a module (or an expert parameter) of that name."""
@@ -71,6 +95,20 @@ class LoraSpec:
     def alpha_of(self, module: str) -> float:
         """The alpha that `alpha_pattern` gives a module (or an expert parameter) of that name."""
         return next((a for pattern, a in self.alpha_pattern.items() if _at_end(pattern, module)), self.alpha)
+
+    def dropout_of(self, module: str) -> float:
+        """The dropout that `dropout_pattern` gives a module of that name."""
+        return next((d for pattern, d in self.dropout_pattern.items() if _at_end(pattern, module)), self.dropout)
+
+    def in_layers(self, module: str) -> bool:
+        """Whether `layers_to_transform` leave a module in that an ending in `targets` matches."""
+        if not self.layers_to_transform:
+            return True
+        for pattern in self.layers_pattern or (r"[^.]+",):
+            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module)
+            if found is not None:
+                return int(found["layer"]) in self.layers_to_transform
+        return False
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest; `from_json` reads it."""
@@ -82,7 +120,7 @@ class LoraSpec:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, Mapping) or not {"rank", "alpha"} <= set(values) <= known:
             raise UsageError(f"lora: expected the fields {', '.join(sorted(known))}")
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in _PATTERNS:
             if not isinstance(values.get(name, {}), Mapping):
                 raise UsageError(f"lora: {name} is {values[name]!r}, expected patterns and numbers")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
@@ -93,7 +131,8 @@ class LoraSpec:
 class Target:
     """One adapted weight: `name` and `shape` are those of the tensor on disk, `module` is what PEFT calls it.
 
-    `module` is the name of the module in transformers' memory, or of the parameter where experts are targeted.
+    `module` is the name of the module in transformers' memory, or of the parameter where experts are targeted, or the
+    weight is one of `modules_to_save` (kind `saved`, of rank 0).
     """
 
     name: str
@@ -103,11 +142,28 @@ class Target:
     rslora: bool
     module: str
     kind: Kind = "linear"
+    dropout: float = 0.0
+    dora: bool = False
 
     @property
     def scaling(self) -> float:
         """What B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that it has."""
+        if self.kind == "saved":
+            return ("weight",)
+        return ("A", "B", "magnitude") if self.dora else ("A", "B")
+
+    def shape_of(self, part: Part) -> Shape:
+        """The canonical shape of one of them: magnitudes are [out], of an embedding [hidden]."""
+        if part == "weight":
+            return self.shape
+        if part == "magnitude":
+            return self.shape_b[:-1]
+        return self.shape_a if part == "A" else self.shape_b
 
     @property
     def shape_a(self) -> Shape:

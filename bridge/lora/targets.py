@@ -31,7 +31,7 @@ class _Candidate:
 
 
 def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
-    """The adapted weights, in the order of the table.
+    """The adapted weights, in the order of the table, and those of `modules_to_save`.
 
     Raises UsageError, naming it: a target or parameter that matches nothing, a module that cannot have an adapter (a
     norm, a convolution, the wrapper of a tower's linear), an option that experts do not allow.
@@ -46,20 +46,23 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
     linears = [name for name, c in modules.items() if c.kind == "linear" and not c.head]
     for name, wanted in _matches(spec.targets, "targets", linears, everything, parameters):
         # A parameter is not a module: exclude and modules_to_save keep adapters off modules only.
-        if name in parameters or not _kept_off(spec, name):
+        if name in parameters or (not _kept_off(spec, name) and (name == wanted or spec.in_layers(name))):
             chosen[name] = wanted
     for name, wanted in chosen.items():
         if name not in modules and name not in parameters:
             raise UsageError(f"lora: target {wanted!r} matches {name}, {_why_not(name, modules, table)}")
     hit = [c for c in candidates if c.module in chosen]
     if not hit and not spec.modules_to_save:
-        raise UsageError("lora: targets, less what is excluded, leave no weight of this model to adapt")
+        raise UsageError(
+            "lora: targets, less what is excluded or in other layers, leave no weight of this model to adapt"
+        )
     if any(c.kind == "experts" for c in hit):
-        if spec.dropout:
+        # PEFT knows one dropout for all, and refuses any beside experts.
+        if spec.dropout or any(spec.dropout_of(c.module) for c in hit if c.kind == "experts"):
             raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
         if spec.dora:
             raise UsageError("lora: dora does not work where experts are targeted (as in PEFT)")
-    return tuple(
+    adapted = (
         Target(
             name=c.tensor.name,
             shape=c.tensor.shape,
@@ -68,22 +71,45 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
             rslora=spec.rslora,
             module=c.module,
             kind=c.kind,
+            dropout=spec.dropout_of(c.module),
+            dora=spec.dora,
         )
         for c in hit
     )
+    saved = tuple(_saved(spec, table))
+    twice = {c.tensor.name for c in hit} & {target.name for target in saved}
+    if twice:
+        raise UsageError(f"lora: {min(twice)} is in modules_to_save and a target; exclude it from the targets")
+    return (*adapted, *saved)
 
 
-def resolve_saved(spec: LoraSpec, table: Table) -> tuple[HfTensor, ...]:
-    """The tensors of `modules_to_save`, in the order of the table. Raises UsageError for a name that matches none."""
-    tensors = [t for entry in table.entries.values() for t in entry.sources if entry.row.trainable]
-    modules = {t.name: in_memory(t.name, table.geometry).rpartition(".")[0] for t in tensors}
+def _saved(spec: LoraSpec, table: Table) -> Iterator[Target]:
+    """The tensors of `modules_to_save`, in the order of the table.
+
+    Raises UsageError, naming it: a module that is not there, that holds a buffer, or that has only a part of a weight
+    which Megatron keeps fused.
+    """
+    entries = [(tensor, entry) for entry in table.entries.values() for tensor in entry.sources]
+    modules = {t.name: in_memory(t.name, table.geometry).rpartition(".")[0] for t, _ in entries}
     names: set[str] = set()
     for wanted in spec.modules_to_save:
         found = {name for name, module in modules.items() if any(m.endswith(wanted) for m in _above(module))}
         if not found:
             raise UsageError(f"lora: modules_to_save: {wanted!r} matches nothing{_close(wanted, modules.values())}")
         names |= found
-    return tuple(t for t in tensors if t.name in names)
+    for tensor, entry in entries:
+        if tensor.name not in names:
+            continue
+        if not entry.row.trainable:
+            raise UsageError(f"lora: modules_to_save: {tensor.name} is a buffer, which is not trained; leave it out")
+        for other in entry.sources:
+            if other.name not in names:
+                raise UsageError(
+                    f"lora: modules_to_save: {tensor.name} is one weight with {other.name} here, and trained with it "
+                    "or not at all"
+                )
+        whole = in_memory(tensor.name, table.geometry)
+        yield Target(tensor.name, tensor.shape, 0, 0.0, False, whole, "saved")
 
 
 def named_parameters(spec: LoraSpec, table: Table) -> tuple[str, ...]:

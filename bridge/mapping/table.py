@@ -104,7 +104,7 @@ class Table:
 
     def covers(self, key: str) -> bool:
         """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""
-        return not key.endswith((".lora_A", ".lora_B"))
+        return not key.endswith((".lora_A", ".lora_B", ".lora_magnitude"))
 
     def is_carried(self, name: str) -> bool:
         """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""

@@ -1,15 +1,16 @@
 """The linears of the model: Megatron's own, and a replicated one, each with a place for an adapter of its weight.
 
 `adapters` is an empty ModuleDict until `bridge.lora.inject` puts something in, under the name of the parameter that is
-adapted. An adapter takes what the linear takes and returns what is added to its output.
+adapted. An adapter takes what the linear takes and gives, and returns what the adapted linear gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -65,16 +66,20 @@ class ReplicatedLinear(torch.nn.Linear):
 
 
 def adapted(linear: torch.nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """`output` of a linear for `x`, and what its adapter adds, where it has one."""
-    return output + linear.adapters["weight"](x) if "weight" in linear.adapters else output  # type: ignore
+    """`output` of a linear for `x`, as its adapter changes it, where it has one."""
+    if "weight" not in linear.adapters:  # type: ignore[operator]
+        return output
+    # Without a bias Transformer Engine keeps an empty tensor.
+    bias = linear.bias if linear.bias is not None and linear.bias.numel() else None  # type: ignore[operator]
+    return linear.adapters["weight"](x, output, linear.weight, bias)  # type: ignore
 
 
 def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The sharded tensors of all adapters of a model, out of those of the weights that they adapt.
 
-    `state` is the model's sharded state dict. A `lora_A` has its weight's axes with the rank in the place of the rows
-    (the last but one), a `lora_B` has it in the place of the columns (the last); along the others both are cut as the
-    weight is. Ranks that differ in the axis that fell away hold replicas.
+    `state` is the model's sharded state dict. Each parameter of an adapter has its weight's axes but one, which the
+    adapter names (`LOST`): a factor has the rank in its place, magnitudes have nothing there. Along the others it is
+    cut as the weight is. Ranks that differ in the axis that fell away hold replicas.
     """
     held = {id(item.data): (name, item) for name, item in state.items() if hasattr(item, "data")}
     found: dict[str, Any] = {}
@@ -83,8 +88,8 @@ def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, An
             name, item = held[id(getattr(module, weight))]
             place = name.removesuffix(weight) + f"adapters.{weight}."
             key = item.key.removesuffix(".weight")
-            for part, lost in (("lora_A", -2), ("lora_B", -1)):
-                found[place + part] = _derived(item, getattr(adapter, part), f"{key}.{part}", lost)
+            for part, parameter in adapter.named_parameters():
+                found[place + part] = _derived(item, parameter, f"{key}.{part}", adapter.LOST[part])
     return found
 
 
@@ -93,25 +98,44 @@ def _derived(
 ) -> ShardedTensor | ShardedTensorFactory:
     """`parameter`, cut as `item` is along all axes but `lost`."""
     boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
-    lost %= parameter.dim()
-    kept = [axis for axis in range(parameter.dim()) if axis != lost]
+    dims = len(boxes[0].global_shape)
+    lost %= dims
+    gone = parameter.dim() < dims
+    rank = 1 if gone else parameter.shape[lost]
+    kept = [axis for axis in range(dims) if axis != lost]
     main, *rest = item.replica_id
     # All zeros is the main replica: a place further down the axis that is not there makes another.
     replica_id = (main, rest[0] + boxes[0].global_offset[lost], *rest[1:])
-    if len({tuple(box.global_offset[axis] for axis in kept) for box in boxes}) > 1:
-        return ShardedTensorFactory(key, parameter, item.build_fn, item.merge_fn, replica_id)
 
-    def axes(whole: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        return tuple(rank if axis == lost else size for axis, size in enumerate(whole))
+    def axes(whole: tuple[int, ...], size: int) -> tuple[int, ...]:
+        full = tuple(size if axis == lost else value for axis, value in enumerate(whole))
+        return tuple(full[axis] for axis in kept) if gone else full
 
-    (box, *_) = boxes
-    return ShardedTensor(
-        key,
-        parameter,
-        parameter.dtype,
-        tuple(parameter.shape),
-        axes(box.global_shape, parameter.shape[lost]),
-        axes(box.global_offset, 0),
-        axes(box.axis_fragmentations, 1),
-        replica_id,
-    )
+    def sharded(key: str, part: Tensor, box: ShardedTensor, replica_id: ReplicaId) -> ShardedTensor:
+        return ShardedTensor(
+            key,
+            part,
+            part.dtype,
+            tuple(part.shape),
+            axes(box.global_shape, rank),
+            axes(box.global_offset, 0),
+            axes(box.axis_fragmentations, 1),
+            replica_id,
+        )
+
+    differ = [axis for axis in kept if len({box.global_offset[axis] for box in boxes}) > 1]
+    if not differ:
+        return sharded(key, parameter, boxes[0], replica_id)
+    dim = differ[0] - (gone and lost < differ[0])
+    sizes = [box.local_shape[differ[0]] for box in boxes]
+
+    @torch.no_grad()
+    def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        parts = zip(tensor.split(sizes, dim=dim), boxes, strict=True)
+        return [sharded(key, part, box, replica_id) for part, box in parts]
+
+    @torch.no_grad()
+    def merge(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=dim)
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica_id)

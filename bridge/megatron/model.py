@@ -48,6 +48,9 @@ class Gemma4Model(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if pre_process:
+            # As in `megatron.linear`.
+            self.embedding.word_embeddings.adapters = torch.nn.ModuleDict()
         self.decoder = Gemma4Block(config, layers, pre_process, post_process, pg_collection, vp_stage)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -55,7 +58,12 @@ class Gemma4Model(GPTModel):
         geometry = self.config.geometry
         rows = self.embedding(input_ids=input_ids, position_ids=None)
         return scale_embeddings(
-            rows, input_ids, geometry.pad_token_id, geometry.hidden_size, self.config, self.pg_collection.tp
+            rows,
+            input_ids,
+            geometry.pad_token_id,
+            geometry.hidden_size,
+            self.config,
+            self.embedding.word_embeddings,
         )
 
     def forward(

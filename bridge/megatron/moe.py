@@ -51,7 +51,7 @@ class Gemma4Router(TopKRouter):
         normed = rms_norm(input, None, self.config.layernorm_epsilon, kernels=self.config.kernels)
         normed = normed * self.scale * self.config.hidden_size**-0.5
         logits = torch.nn.functional.linear(normed, self.weight)
-        return logits + self.adapters["weight"](normed) if "weight" in self.adapters else logits
+        return self.adapters["weight"](normed, logits, self.weight) if "weight" in self.adapters else logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probabilities [s * b, E], zero where not routed, and the routing map."""

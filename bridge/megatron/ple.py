@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_for_checkpoint
 from torch import Tensor
+from torch.nn import ModuleDict
 
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
@@ -47,6 +48,7 @@ class PerLayerEmbedding(MegatronModule):
             config=config,
             tp_group=pg_collection.tp,
         )
+        self.embed_tokens.adapters = ModuleDict()  # as in `megatron.linear`
         self.model_projection = ReplicatedLinear(config, config.hidden_size, len(layers) * ple.dim)
         self.projection_norm = RMSNorm(config, ple.dim, config.layernorm_epsilon)
         share_over_stages(self.projection_norm.weight, first=layers.start == 0)
@@ -56,9 +58,7 @@ class PerLayerEmbedding(MegatronModule):
         tokens = self.embed_tokens(input_ids)
         if not self.config.sequence_parallel:
             tokens = tokens.transpose(0, 1)
-        tokens = scale_embeddings(
-            tokens, input_ids, self.pad_token_id, self.ple.dim, self.config, self.pg_collection.tp
-        )
+        tokens = scale_embeddings(tokens, input_ids, self.pad_token_id, self.ple.dim, self.config, self.embed_tokens)
         context = self.model_projection(embeds) * self.config.hidden_size**-0.5
         shape = (len(self.layers), self.ple.dim)
         context = self.projection_norm(context.unflatten(-1, shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bridge.mapping.table import DECODER, Entry, Table
@@ -29,10 +29,10 @@ RESERVE = 3 << 30
 class Plan:
     """What is trained, how, over how many ranks.
 
-    `lora_rank`: adapters of that rank, the model frozen; 0: none. `lora_targets`: the HF names of what they adapt, each
-    with its rank; by default the projections of attention and of the dense FFN. `optimizer_bytes` of a trained
-    parameter: 12 (a float32 copy and two moments), 8 where the model is float32 itself, 6 or 10 with the
-    precision-aware optimizer.
+    `lora_rank`: adapters of that rank, the model frozen; 0: none. `adapters`: their table; by default they are those of
+    the projections of attention and of the dense FFN. `whole`: Megatron keys of what is trained beside them.
+    `optimizer_bytes` of a trained parameter: 12 (a float32 copy and two moments), 8 where the model is float32 itself,
+    6 or 10 with the precision-aware optimizer.
     """
 
     parallel: Parallel
@@ -41,8 +41,13 @@ class Plan:
     microbatches: int = 1
     optimizer_bytes: int = 12
     lora_rank: int = 0
-    lora_targets: Mapping[str, int] | None = None
+    adapters: Table | None = None
+    whole: frozenset[str] = frozenset()
     trained: Trained = everything
+
+    def trains(self, entry: Entry) -> bool:
+        """Whether a weight of the model is trained."""
+        return entry.key in self.whole if self.lora_rank else self.trained(entry)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def of_rank(table: Table, plan: Plan, pp_rank: int) -> Estimate:
     """One pipeline rank's estimate."""
     parallel, load = plan.parallel, plan.load
     lora = plan.lora_rank > 0
-    counts = count(table, parallel, pp_rank, (lambda entry: False) if lora else plan.trained)
+    counts = count(table, parallel, pp_rank, plan.trains)
     adapters = adapter_counts(table, plan, pp_rank) if lora else Counts()
     dense, experts = counts.dense + adapters.dense, counts.experts + adapters.experts
     copies = plan.world_size // (parallel.tp * parallel.pp)
@@ -119,13 +124,15 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
     head = e * geometry.vocab_size // parallel.tp * geometry.hidden_size
     loss = making = loss_later = 0
     trains_head = counts.largest > 0 and any(
-        plan.trained(entry) for entry in table.entries.values() if entry.key.startswith(_head(table))
+        plan.trains(entry) for entry in table.entries.values() if entry.key.startswith(_head(table))
     )
+    # Beside adapters, only as far as they are asked for.
+    trains_tables = not plan.lora_rank or any(plan.trains(e) for e in table.entries.values() if e.row.embedding)
     if last:
-        loss, making = loss_bytes(sizes, trains_head and not plan.lora_rank)
+        loss, making = loss_bytes(sizes, trains_head)
         activations["loss"] = loss
         # All that stays of it is the gradient of a tied head, which waits for the embedding's.
-        loss_later = head if counts.largest and geometry.tied and not plan.lora_rank else 0
+        loss_later = head if counts.largest and geometry.tied and (not plan.lora_rank or trains_head) else 0
     # The backward pass goes from the last layer to the first, and lets go of each.
     worst = done = 0
     for layer in reversed(layers):
@@ -137,7 +144,7 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
         done += stage_bytes(sizes, [layer]).total()
     # Tables whose gradients come out whole at the end, when layers have let go of theirs.
     tables = 0
-    if counts.largest and not plan.lora_rank:
+    if counts.largest and trains_tables:
         if pp_rank == 0:
             tables = head * (3 if last and geometry.tied else 1)
         if geometry.ple is not None:
@@ -165,27 +172,24 @@ def passes_under_way(parallel: Parallel, pp_rank: int, microbatches: int) -> flo
 
 
 def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
-    """Elements of A [r, in] and B [out, r] of every adapted HF tensor of a rank's layers, split as its weight is."""
+    """Elements of a rank's adapters; without a table of them, A [r, in] and B [out, r] of what has one by default."""
+    if plan.adapters is not None:
+        return count(plan.adapters, plan.parallel, pp_rank)
     ways = {None: 1, "tp": plan.parallel.tp, "ep": plan.parallel.ep, "etp": plan.parallel.etp}
     layers = {index for _, indices in stages_of_rank(table.geometry, plan.parallel, pp_rank) for index in indices}
-    dense = experts = 0
+    dense = 0
     for entry in table.entries.values():
         if entry.layer is None or entry.layer.index not in layers or not _linear(entry):
             continue
-        *stack, out, into = entry.row.shard
+        out, into = entry.row.shard
         for source in entry.sources:
-            # Experts have adapters only where they are asked for.
-            default = 0 if stack else plan.lora_rank
-            rank = default if plan.lora_targets is None else plan.lora_targets.get(source.name, 0)
-            number = math.prod(source.shape[:-2]) // math.prod(ways[group] for group in stack)
-            size = rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out]) * number
-            dense, experts = (dense, experts + size) if stack else (dense + size, experts)
-    return Counts(dense=dense, experts=experts)
+            dense += plan.lora_rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out])
+    return Counts(dense=dense)
 
 
 def _linear(entry: Entry) -> bool:
-    """A weight that parallel ranks split: a projection or the experts, not a norm, and not the router."""
-    return entry.row.part is DECODER and len(entry.shape) > 1 and any(entry.row.shard)
+    """A weight that parallel ranks split: a projection, not a norm, not the router, and not the experts."""
+    return entry.row.part is DECODER and len(entry.shape) == 2 and any(entry.row.shard)
 
 
 def advice(table: Table, plan: Plan, budget: int) -> list[str]:

@@ -80,7 +80,7 @@ def _copies(entry: Entry, table: Table, number: int, layers: range, last: int) -
         return True
     if entry.key.startswith("embedding."):
         # A tied head on another stage than the embedding is a copy of it.
-        return number == 0 or (number == last and table.geometry.tied)
+        return number == 0 or (number == last and table.geometry.tied and entry.key.endswith(".weight"))
     return number == last
 
 

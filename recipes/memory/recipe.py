@@ -50,29 +50,34 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
     load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
-    targets = _adapted(recipe, table)
+    adapters, rank, whole = _adapted(recipe, table)
     return Plan(
         parallel.layout(),
         world_size,
         load,
         microbatches,
         optimizer_bytes=moments,
-        lora_rank=max(targets.values(), default=0),
-        lora_targets=targets or None,
+        lora_rank=rank,
+        adapters=adapters,
+        whole=whole,
         trained=_trained(recipe.model.freeze),
     )
 
 
-def _adapted(recipe: Recipe, table: Table) -> dict[str, int]:
-    """The HF names of what the recipe's adapters are of, with their ranks."""
+def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:
+    """The table of the recipe's adapters, their rank (0: there are none), and the keys of what is trained whole."""
     if not recipe.lora.rank and recipe.lora.adapter is None:
-        return {}
+        return None, 0, frozenset()
     # Torch is needed for that, and by none of the rest.
+    from bridge.lora.table import adapter_table
     from bridge.lora.targets import resolve
     from recipes.train.lora import spec_of
 
     spec = spec_of(recipe.lora)
-    return {} if spec is None else {target.name: target.rank for target in resolve(spec, table)}
+    if spec is None:
+        return None, 0, frozenset()
+    adapters = adapter_table(table, resolve(spec, table))
+    return adapters.factors(), spec.rank, frozenset(key for key in adapters.entries if key in table.entries)
 
 
 def _trained(freeze: list[str]) -> Callable[[Entry], bool]:

@@ -20,6 +20,7 @@ from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams, open_streams
 from recipes.train.expert_load import load_values, take_load
 from recipes.train.log import Log, Values
+from recipes.train.lora import export_merged
 from recipes.train.media import sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.setup import Run, build
@@ -78,14 +79,22 @@ def train(recipe: Recipe, data: DataFactory = open_streams, signalled: StopSigna
                 log.say(f"resuming after step {progress.step}")
             outcome = _Loop(run, streams, progress, log, signalled).run()
             if recipe.export.hf is not None and not outcome.stopped:
-                run.gather_weights()
-                run.bridge.save_hf(run.models, recipe.export.hf, overwrite=True)
+                _export(run, Path(recipe.export.hf))
         finally:
             if log is not None:
                 log.close()
         # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
         dist.barrier()
     return outcome
+
+
+def _export(run: Run, target: Path) -> None:
+    """Write the model as an HF folder. Collective."""
+    if run.lora is not None:
+        checkpoint.on_rank_0(lambda: export_merged(Path(run.recipe.output), target))
+        return
+    run.gather_weights()
+    run.bridge.save_hf(run.models, target, overwrite=True)
 
 
 class _Loop:

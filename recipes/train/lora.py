@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from bridge import Gemma4Bridge
 from bridge.errors import UsageError
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
 from bridge.lora.initial import initial_values
-from bridge.lora.inject import attach, fill
+from bridge.lora.inject import attach, fill, start_magnitudes
+from bridge.lora.merge import merge_adapter
+from bridge.lora.source import open_both
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import resolve
@@ -39,6 +42,9 @@ def spec_of(config: LoraConfig) -> LoraSpec | None:
         config.rslora,
         config.dora,
         tuple(config.modules_to_save),
+        dict(config.dropout_pattern),
+        tuple(config.layers_to_transform),
+        tuple(config.layers_pattern),
     )
 
 
@@ -47,10 +53,6 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
     Raises UsageError for what matches nothing, is not built, or is the adapter of another model.
     """
-    if spec.dora:
-        raise UsageError("lora.dora: magnitudes are not built; leave it at false")
-    if spec.modules_to_save:
-        raise UsageError(f"lora.modules_to_save={list(spec.modules_to_save)}: not built; leave it empty")
     table = adapter_table(bridge.table, resolve(spec, bridge.table))
     if config.adapter is not None:
         held = AdapterFolder.open(config.adapter).table.entries
@@ -61,11 +63,21 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
 def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Sequence[Gemma4Model]) -> None:
     """Freeze the model and give it adapters: PEFT's initial values, or those of `lora.adapter`."""
-    attach(models, table, spec.dropout)
-    values = initial_values(recipe.train.seed)
+    attach(models, table)
     if recipe.lora.adapter is not None:
-        values = AdapterFolder.open(recipe.lora.adapter).values()
-    fill(models, table, values)
+        fill(models, table, AdapterFolder.open(recipe.lora.adapter).values())
+        return
+    # What is trained whole begins as the base has it.
+    fill(models, table.factors(), initial_values(recipe.train.seed))
+    if spec.dora:
+        start_magnitudes(models)
+
+
+def export_merged(output: Path, target: Path) -> None:
+    """Write the base of a run with the adapters of its latest checkpoint as an HF folder. On one rank."""
+    with ExitStack() as stack:
+        base, adapter = open_both(stack, output, None)
+        merge_adapter(base, adapter, target, overwrite=True)
 
 
 def describe(recipe: Recipe, spec: LoraSpec, output: Path) -> None:

@@ -22,14 +22,16 @@ def load_model(folder: Path) -> Any:
 
 
 def make_adapter(folder: Path, target: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """Save an adapter of the model in `folder` with random A and B; returns the PEFT model."""
+    """Save an adapter of the model in `folder` with random A and B, and all else near what it was; PEFT's model."""
     options = {"r": 4, "lora_alpha": 6, **options}
     model = peft.get_peft_model(load_model(folder), peft.LoraConfig(**options), autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            if "lora_" in name or ".modules_to_save." in name:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.05
+                factor = "lora_" in name and "magnitude" not in name
+                parameter.copy_(noise if factor else parameter * (1 + noise))
     if dtype != torch.float32:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -49,8 +51,11 @@ def peft_logits(folder: Path, adapter: Path, sample: Sample, out: Path) -> Path:
     return out
 
 
-def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
-    """On every rank: the checkpoint of a LoRA run of everything, with values that do not depend on the layout."""
+def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[str, Any]) -> None:
+    """On every rank: the checkpoint of a LoRA run of everything, with values that do not depend on the layout.
+
+    `lora`: what it has instead.
+    """
     from bridge.lora.inject import fill
     from recipes.config import resolve
     from recipes.train.checkpoint import Progress, prepare_output, save
@@ -64,11 +69,11 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any]) -> None:
         "model": {"hf": str(folder), "dtype": "float32"},
         "parallel": parallel,
         "train": {"steps": 1, "global_batch_size": 2},
-        "lora": {"rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets, "parameters": list(spec.parameters)},
+        "lora": {"rank": spec.rank, "alpha": spec.alpha, "parameters": list(spec.parameters), **lora},
     }
     start_ranks()
     run = assemble(resolve(said), 1, load=True)
-    fill(run.models, run.table, moved_values(seed=3))  # type: ignore[arg-type]
+    fill(run.models, run.table, moved_values(3, folder))  # type: ignore[arg-type]
     run.optimizer.reload_model_params()
     make_states(run.optimizer)
     prepare_output(run)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bridge.geometry import Geometry
+from bridge.hf.folder import HfFolder
 from bridge.lora.initial import initial_values
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import Part, Values, adapter_table, part_name
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.table import Values, adapter_table, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.verify.sample import IGNORE, Sample
@@ -44,16 +46,28 @@ def whole_spec(geometry: Geometry, **options: Any) -> LoraSpec:
     return LoraSpec(**(said | options))
 
 
-def moved_values(seed: int) -> Values:
-    """PEFT's initial A, and a B that is not zero, so that the first step has a gradient for A as well."""
-    initial = initial_values(seed)
+def moved_values(seed: int, toy: Path) -> Values:
+    """PEFT's initial values, but what begins at zero does not, so that the first step has a gradient for all.
+
+    Magnitudes: the norms of the weights and a little.
+    """
+    initial, weights = initial_values(seed), HfFolder(toy)
 
     def value(target: Target, part: Part) -> Tensor:
-        if part == "A":
-            return initial(target, part)
-        digest = hashlib.sha256(f"B {seed} {target.name}".encode()).digest()
+        if part == "weight":
+            whole = np.empty(target.shape, dtype=np.float32)
+            weights.read_rows(target.name, 0, target.shape[0], whole)
+            return torch.from_numpy(whole)
+        if part == ("B" if target.kind == "embedding" else "A"):
+            return initial(target, part) * (0.1 if part == "B" else 1)
+        digest = hashlib.sha256(f"{part} {seed} {target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(target.shape_b, generator=generator) * 0.05
+        noise = torch.randn(target.shape_of(part), generator=generator) * 0.05
+        if part != "magnitude":
+            return noise
+        whole = np.empty(target.shape, dtype=np.float32)
+        weights.read_rows(target.name, 0, target.shape[0], whole)
+        return torch.from_numpy(whole).norm(dim=0 if target.kind == "embedding" else 1) * (1 + noise)
 
     return value
 
@@ -73,7 +87,7 @@ class Training:
         return self.samples[step % len(self.samples)]
 
     def values(self) -> Values:
-        return (moved_values if self.moved else initial_values)(self.seed)
+        return moved_values(self.seed, self.toy) if self.moved else initial_values(self.seed)
 
 
 @dataclass
@@ -107,19 +121,34 @@ def peft_training(training: Training) -> Result:
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
         use_rslora=spec.rslora,
+        use_dora=spec.dora,
+        modules_to_save=list(spec.modules_to_save) or None,
+        ensure_weight_tying=geometry.tied and "embed_tokens" in spec.modules_to_save,
         lora_dropout=spec.dropout,
     )
     model = peft.get_peft_model(load_hf(training.toy, geometry, torch.float32), config).train()
     targets = resolve(spec, table_for(geometry))
     places = dict(_places(model, targets))
+    for name, module in model.named_modules():
+        if spec.dropout_pattern and hasattr(module, "lora_dropout"):
+            # PEFT has one for all: so each is replaced by what it would have made of that number.
+            p = spec.dropout_of(name.removeprefix("base_model.model."))
+            module.lora_dropout["default"] = torch.nn.Dropout(p) if p else torch.nn.Identity()
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Everything that PEFT trains has a target here, and the other way round.
     assert {id(p) for p in parameters} == {id(p) for p in places.values()}
     values = training.values()
     with torch.no_grad():
         for (target, part), parameter in places.items():
+            if part == "magnitude" and not training.moved:
+                continue  # it has the norms of the weights
             parameter.copy_(_to_peft(values(target, part), target, part))
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    # No weight decay of vectors: see `OptimizerConfig`.
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
     result, margins = Result(), RouterMargins(model, geometry)
     for step in range(training.steps):
         sample = training.sample(step)
@@ -142,7 +171,7 @@ def peft_training(training: Training) -> Result:
 
 
 def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple[tuple[Target, Part], Tensor]]:
-    held = dict(model.named_parameters())
+    held = {name.replace(".modules_to_save.default", ""): p for name, p in model.named_parameters()}
     experts = [t.module for t in targets if t.kind == "experts"]
     for target in targets:
         module = target.module
@@ -151,8 +180,16 @@ def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple
             module, _, name = module.rpartition(".")
             inner = name == "gate_up_proj" and f"{module}.down_proj" in experts
             module += ".base_layer" if inner else ""
-        for part in ("A", "B"):
-            yield (target, part), held[f"base_model.model.{module}.lora_{part}.default.weight"]  # type: ignore[misc]
+        if target.kind == "saved":
+            yield (target, "weight"), held[f"base_model.model.{module}"]
+            continue
+        for part in target.parts:
+            place = f"lora_{part}.default.weight"
+            if part == "magnitude":
+                place = "lora_magnitude_vector.default.weight"
+            elif target.kind == "embedding":
+                place = f"lora_embedding_{part}.default"
+            yield (target, part), held[f"base_model.model.{module}.{place}"]
 
 
 def _to_peft(value: Tensor, target: Target, part: Part) -> Tensor:
@@ -162,7 +199,7 @@ def _to_peft(value: Tensor, target: Target, part: Part) -> Tensor:
 
 
 def _from_peft(value: Tensor | None, target: Target, part: Part) -> Tensor:
-    shape = target.shape_a if part == "A" else target.shape_b
+    shape = target.shape_of(part)
     if value is None:
         return torch.zeros(shape)
     if target.kind != "experts":
@@ -210,7 +247,10 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
             "parameters": list(spec.parameters),
             "rank_pattern": dict(spec.rank_pattern),
             "alpha_pattern": dict(spec.alpha_pattern),
+            "dropout_pattern": dict(spec.dropout_pattern),
             "rslora": spec.rslora,
+            "dora": spec.dora,
+            "modules_to_save": list(spec.modules_to_save),
             "dropout": spec.dropout,
         },
     }
@@ -224,13 +264,13 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
     config, groups = run.config, run.groups
     per_rank = rows // groups.dp.size()
     first = groups.dp.rank() * per_rank
-    names = {part_name(t.name, part): (t, part) for t in table.targets for part in ("A", "B")}
+    names = {part_name(t.name, part): (t, part) for t in table.targets for part in t.parts}
 
     def gathered(value: Any) -> dict[str, Tensor]:
         found = {}
         for name, tensor in iter_hf(Gatherer(run.models, table, value)):
             target, part = names[name]
-            kept = cut(tensor, target, part)  # type: ignore[arg-type]
+            kept = cut(tensor, target, part)
             assert tensor.count_nonzero() == kept.count_nonzero(), f"{name}: its filling is not zero"
             found[name] = kept.clone()
         return found

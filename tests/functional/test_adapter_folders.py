@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "target_modules": ["embed_tokens_per_layer", "o_proj.linear", "up_proj"],
         "exclude_modules": r".*tower.*up_proj",
     },
-    "12b": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 2}},
+    "12b": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"k_proj": 2},
+        "modules_to_save": ["embed_tokens", "embed_vision"],
+        "ensure_weight_tying": True,
+    },
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
-    "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
+    "31b": {"target_modules": r".*language_model\.(.*\.(q|k|v)_proj|embed_tokens)", "use_dora": True},
 }
-COMPARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters", "exclude_modules")
+COMPARED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "ensure_weight_tying",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +85,19 @@ def test_there_and_back_and_into_peft(variant: str, made: Any, tmp_path: Path) -
     with ExitStack() as stack:
         ours = open_peft(stack, adapter, table)
         write_peft(tmp_path / "again", ours)
-        deltas = {t.module: t.scaling * (ours.value(t, "B") @ ours.value(t, "A")) for t in ours.targets}
+        deltas = {
+            t.module: t.scaling * (ours.value(t, "B") @ ours.value(t, "A")) for t in ours.targets if t.kind != "saved"
+        }
     assert bits(tmp_path / "again") == base_layers_left_out(bits(adapter))
     configs = [peft.LoraConfig.from_pretrained(str(path)) for path in (adapter, tmp_path / "again")]
     for name in (*COMPARED, "rank_pattern", "alpha_pattern", "bias"):
         assert getattr(configs[0], name) == getattr(configs[1], name), name
 
     loaded = peft.PeftModel.from_pretrained(load_model(folder), tmp_path / "again")
-    theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    back = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    theirs, back = (
+        {n: p for n, p in each.named_parameters() if "lora_" in n or ".modules_to_save." in n}
+        for each in (model, loaded)
+    )
     assert theirs.keys() == back.keys()
     assert all(torch.equal(theirs[name], back[name]) for name in theirs)
     seen = 0
@@ -223,6 +245,41 @@ def test_copies_that_differ_are_refused(broken: str, served: tuple[Path, Table],
 
 
 @pytest.mark.parametrize("dress", ["vllm", "sglang"])
+def test_engines_know_factors_of_linears_alone(dress: str, made: Any, toy: Toy, tmp_path: Path) -> None:
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"q_proj: {dress} reads no DoRA magnitudes"):
+        make_adapter(toy("31b", text_only=True), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+        table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "dora", table), dress=dress)
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"embed_tokens.*: {dress} has no adapters of embedd"):
+        _, adapter, _, table = made("e4b")
+        write_peft(tmp_path / "no", open_peft(stack, adapter, table), dress=dress)
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"norm.weight: {dress} reads no modules_to_save"):
+        make_adapter(
+            toy("31b", text_only=True), tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["norm"]
+        )
+        table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "whole", table), dress=dress)
+    assert not (tmp_path / "no").exists()
+
+
+def test_peft_has_one_dropout(toy: Toy, tmp_path: Path) -> None:
+    """Ours of a pattern stands beside it, where PEFT leaves it alone."""
+    folder = toy("31b", text_only=True)
+    table = table_for(Geometry.from_folder(folder))
+    make_adapter(folder, tmp_path / "peft", target_modules=["q_proj", "o_proj"], lora_dropout=0.1)
+    with ExitStack() as stack:
+        ours = open_peft(stack, tmp_path / "peft", table)
+        spec = replace(ours.spec, dropout_pattern={"o_proj": 0.5})
+        write_peft(tmp_path / "ours", replace(ours, spec=spec))
+        assert open_peft(stack, tmp_path / "ours", table).spec == spec
+        again = {t.module.rpartition(".")[2]: t.dropout for t in open_peft(stack, tmp_path / "ours", table).targets}
+    assert again == {"q_proj": 0.1, "o_proj": 0.5}
+    assert peft.PeftModel.from_pretrained(load_model(folder), tmp_path / "ours").peft_config[
+        "default"
+    ].lora_dropout == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dress", ["vllm", "sglang"])
 def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
     """Ranks may differ as long as alpha does in proportion."""
     folder = toy("31b", text_only=True)
@@ -267,9 +324,21 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"r": 5}, r"lora_A.weight has the shape \[4, 64\], expected \[5, 64\] \(rank 5\)"),
         ({"r": -1}, "rank is -1"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"use_dora": True}, "use_dora is true"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is"),
+        ({"use_dora": True}, "dora does not work where experts are targeted"),
+        ({"use_dora": 1}, "dora is 1"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.* is tied to the head, without ensure_weight_tying"),
+        ({"modules_to_save": ["q_proj"]}, "q_proj.weight is one weight with .*k_proj.weight here"),
+        ({"modules_to_save": ["layers.3"]}, r"layers\.3\.layer_scalar is a buffer"),
+        ({"modules_to_save": ["norms"]}, "'norms' matches nothing"),
+        ({"modules_to_save": ["language_model.norm"]}, "matches nothing"),
+        (
+            {"target_modules": ["embed_tokens"], "target_parameters": None, "ensure_weight_tying": True},
+            "ensure_weight_tying with an adapter of .*embed_tokens",
+        ),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+        ({"layers_to_transform": [0]}, r"holds .*layers\.1\..*, which no target"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "layers_to_transform needs targets that are a list"),
         ({"something_new": {"a": 1}}, "something_new is"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"target_modules": ["q_proj", "w1"]}, "'w1' matches nothing"),
@@ -279,7 +348,7 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"gemma4_bridge": {"format": "gguf"}}, "gemma4_bridge names no format"),
         ({"gemma4_bridge": {"format": "vllm", "spec": {"rank": 4}}}, "expected the fields"),
-        ({"gemma4_bridge": {"format": "peft", "spec": {"rank": 4, "alpha": 1, "dora": True}}}, "dora is not supported"),
+        ({"gemma4_bridge": {"format": "peft", "dropout_pattern": {"q_proj": 2}}}, "dropout_pattern 'q_proj' is 2"),
     ],
 )
 def test_refused_by_name(changes: dict[str, Any], words: str, served: tuple[Path, Table], tmp_path: Path) -> None:

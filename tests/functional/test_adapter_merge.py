@@ -23,9 +23,15 @@ from tests.functional.conftest import Toy
 OPTIONS: dict[str, dict[str, Any]] = {
     "e2b": {"target_modules": "all-linear"},
     "e4b": {"target_modules": ["embed_tokens", "o_proj.linear", "up_proj"], "exclude_modules": r".*tower.*up_proj"},
-    "12b": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 2}},
+    "12b": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"k_proj": 2},
+        "modules_to_save": ["embed_tokens", "embed_vision"],
+        "ensure_weight_tying": True,
+    },
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
-    "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
+    "31b": {"target_modules": r".*language_model\.(.*\.(q|k|v|o|up)_proj|embed_tokens)", "use_dora": True},
 }
 
 
@@ -80,7 +86,10 @@ def test_equal_to_the_merge_of_peft(variant: str, dtype: str, toy: Toy, tmp_path
 
 
 def model_targets(adapter: Path) -> set[str]:
-    return {name.rpartition(".lora_")[0] for name in load_file(adapter / WEIGHTS_FILE) if ".lora_" in name}
+    """What it changes. A tied head goes with its embedding; PEFT stores an embedding beside its adapter."""
+    names = load_file(adapter / WEIGHTS_FILE)
+    kept = (name for name in names if "lm_head" not in name and not name.endswith(".base_layer.weight"))
+    return {name.rpartition(".lora_")[0] if ".lora_" in name else name for name in kept}
 
 
 def test_logits_of_the_merged_folder(toy: Toy, tmp_path: Path) -> None:
@@ -114,7 +123,9 @@ def test_an_embedding_and_its_head(untied: bool, toy: Toy, tmp_path: Path) -> No
     """A tied head goes with the embedding where that is targeted, and stays where it is not; an untied one stays."""
     base = toy("31b", text_only=True, untied=untied)
     make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
-    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    said: list[str] = []
+    merge(base, tmp_path / "adapter", tmp_path / "merged", notify=said.append)
+    assert ["model.embed_tokens is tied to the head, which gets" in line for line in said] == [True] * (not untied)
     before, after = tensors(base), tensors(tmp_path / "merged")
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["model.embed_tokens.weight"]
 

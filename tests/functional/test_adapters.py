@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from bridge.convert.folders import import_hf
-from bridge.errors import CheckpointError, UsageError
+from bridge.errors import CheckpointError
 from bridge.geometry import Geometry
 from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, write_peft
 from bridge.lora.source import import_peft, open_megatron
@@ -29,27 +29,45 @@ from tests.functional.conftest import Toy
 UNEVEN: dict[str, Any] = {"rank_pattern": {"q_proj": 3, "up_proj": 6}, "alpha_pattern": {"k_proj": 2}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "e2b": {"target_modules": "all-linear", **UNEVEN},
-    "e4b": {"target_modules": ["q_proj", "v_proj", "linear_end.linear"], "exclude_modules": r".*tower.*[qv]_proj"},
+    "e4b": {
+        "target_modules": ["q_proj", "v_proj", "linear_end.linear"],
+        "exclude_modules": r".*tower.*[qv]_proj",
+        "modules_to_save": ["embed_tokens", "embed_vision", "language_model.norm"],
+        "ensure_weight_tying": True,
+    },
     "12b": {"target_modules": "all-linear", **UNEVEN},
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True, **UNEVEN},
     "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
 }  # fmt: skip
+# Scaled tables, and magnitudes of fused, split and replicated linears.
+TABLES = r".*language_model\.(.*_proj|embed_tokens(_per_layer)?|per_layer_model_projection)"
 LAYOUTS = {"e2b": Parallel(tp=2, pp=2, sequence_parallel=True), "26b-a4b": Parallel(tp=2, ep=2, sequence_parallel=True)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_adapter_of_peft_here_and_back(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        *((variant, OPTIONS[variant]) for variant in VARIANTS),
+        ("e2b", {"target_modules": TABLES, "use_dora": True}),
+    ],
+    ids=[*VARIANTS, "e2b-tables-dora"],
+)
+def test_an_adapter_of_peft_here_and_back(
+    ranks: RankPool, toy: Toy, variant: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """PEFT's adapter is imported, gives PEFT's logits, and is exported with the same bits and config."""
     folder = toy(variant)
     geometry = Geometry.from_folder(folder)
-    make_adapter(folder, tmp_path / "peft", **OPTIONS[variant])
+    make_adapter(folder, tmp_path / "peft", **options)
     import_hf(folder, tmp_path / "base")
     import_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     kinds = ("image", "audio") if geometry.audio is not None else ("image", "text")
     sample = media_sample(folder, geometry, seed=0, kinds=kinds)
     with ExitStack() as stack:
         write_peft(tmp_path / "again", open_megatron(stack, tmp_path / "adapter"))
-    assert _bits(tmp_path / "again") == _bits(tmp_path / "peft")
+    # Beside the adapter of an embedding PEFT stores the embedding.
+    theirs = {n: bits for n, bits in _bits(tmp_path / "peft").items() if not n.endswith(".base_layer.weight")}
+    assert _bits(tmp_path / "again") == theirs
     reference = peft_logits(folder, tmp_path / "again", sample, tmp_path / "logits.safetensors")
     for parallel in (Parallel(), *([LAYOUTS[variant]] if variant in LAYOUTS else [])):
         task = ParityTask(variant, geometry, folder, False, parallel, torch.float32, sample, {"dtype": reference})
@@ -60,14 +78,32 @@ def test_an_adapter_of_peft_here_and_back(ranks: RankPool, toy: Toy, variant: st
         assert max(relative) <= 1e-5, relative
 
 
+def test_whole_modules_keep_a_dtype_of_their_own(toy: Toy, tmp_path: Path) -> None:
+    """PEFT trains factors in float32 beside modules of a bf16 model."""
+    folder = toy("31b", text_only=True)
+    make_adapter(folder, tmp_path / "peft", dtype=torch.bfloat16, target_modules=["q_proj"], modules_to_save=["norm"])
+    import_hf(folder, tmp_path / "base")
+    import_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
+    with ExitStack() as stack:
+        write_peft(tmp_path / "again", open_megatron(stack, tmp_path / "adapter"))
+    assert _bits(tmp_path / "again") == _bits(tmp_path / "peft")
+    assert {dtype for dtype, _ in _bits(tmp_path / "peft").values()} == {torch.float32, torch.bfloat16}
+
+
 def _bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
     tensors = load_file(folder / WEIGHTS_FILE)
     return {n: (t.dtype, t.contiguous().view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
-def test_every_layout_exports_the_same_bytes(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
-    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress."""
+@pytest.mark.parametrize(
+    ("variant", "lora"),
+    [("e2b", {}), ("26b-a4b", {}), ("e2b", {"targets": TABLES, "dora": True})],
+    ids=["e2b", "26b-a4b", "e2b-tables-dora"],
+)
+def test_every_layout_exports_the_same_bytes(
+    ranks: RankPool, toy: Toy, variant: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress that can have it."""
     folder = toy(variant)
     layouts: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}
     if variant == "26b-a4b":
@@ -76,8 +112,8 @@ def test_every_layout_exports_the_same_bytes(ranks: RankPool, toy: Toy, variant:
         layouts["tp2 pp2"] = {**layouts.pop("tp2"), **layouts.pop("pp2")}
     for name, parallel in layouts.items():
         world_size = math.prod(parallel.get(key, 1) for key in ("tp", "pp", "ep"))
-        ranks.run(save_run, folder, tmp_path / name, parallel, world_size=world_size)
-        for dress in ("peft", "vllm", "sglang"):
+        ranks.run(save_run, folder, tmp_path / name, parallel, lora, world_size=world_size)
+        for dress in ("peft",) if lora else ("peft", "vllm", "sglang"):
             with ExitStack() as stack:
                 adapter = open_megatron(stack, tmp_path / name)
                 assert adapter.base == str(folder)
@@ -92,11 +128,8 @@ def test_refusals_leave_nothing(toy: Toy, tmp_path: Path) -> None:
     folder, other = toy("31b", text_only=True), toy("12b", text_only=True)
     import_hf(folder, tmp_path / "base")
     import_hf(other, tmp_path / "other")
-    make_adapter(folder, tmp_path / "peft", target_modules=["embed_tokens"])
     make_adapter(folder, tmp_path / "mixed", target_modules=["q_proj"])
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UsageError, match=r"embedding model\.embed_tokens, which is not built"):
-        import_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     with pytest.raises(CheckpointError, match="another model"):
         import_peft(tmp_path / "mixed", tmp_path / "adapter", tmp_path / "other")
     with ExitStack() as stack, pytest.raises(CheckpointError, match=r"adapter\.json: not found"):

@@ -14,8 +14,8 @@ from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
-from bridge.lora.spec import LoraSpec, Target
-from bridge.lora.table import AdapterTable, Part, adapter_table, cut, part_name
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.table import AdapterTable, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.toy import write_toy
@@ -24,6 +24,10 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 LAYER = "model.language_model.layers.0."
 SPEC = LoraSpec(
     4, 8.0, "all-linear", parameters=EXPERTS, rank_pattern={"k_proj": 2, "experts.down_proj": 3}, rslora=True
+)
+
+DORA = LoraSpec(
+    4, 8.0, ("embed_tokens", "k_proj", "v_proj"), exclude=".*vision.*", rank_pattern={"k_proj": 2}, dora=True
 )
 
 
@@ -43,8 +47,8 @@ def table(base: Path, spec: LoraSpec = SPEC) -> AdapterTable:
 
 def values(target: Target, part: Part) -> Tensor:
     """Numbers that bf16 holds exactly, another for every place."""
-    shape = target.shape_a if part == "A" else target.shape_b
-    start = len(target.name) + (part == "B")
+    shape = target.shape_of(part)
+    start = len(target.name) + target.parts.index(part)
     return (torch.arange(torch.Size(shape).numel()) + start).remainder(251).view(shape).to(torch.bfloat16)
 
 
@@ -72,6 +76,18 @@ def test_one_adapter_for_each_projection_of_a_fused_linear(base: Path) -> None:
     assert found.by_hf_name[part_name(LAYER + "mlp.up_proj.weight", "B")][1] == 1
 
 
+def test_embeddings_lie_as_their_weights(base: Path) -> None:
+    found = table(base, DORA)
+    vocab, hidden = found.geometry.vocab_size, found.geometry.hidden_size
+    a, b, magnitude = (found.entries[f"embedding.word_embeddings.lora_{part}"] for part in ("A", "B", "magnitude"))
+    assert (a.shape, b.shape, magnitude.shape) == ((vocab, 4), (4, hidden), (hidden,))
+    assert (a.row.shard, b.row.shard, magnitude.row.shard) == (("tp", None), (None, None), (None,))
+    # Of q there is none: its rows are in neither.
+    layer, qkv = found.geometry.layers[0], "decoder.layers.0.self_attention.linear_qkv"
+    for part in ("B", "magnitude"):
+        assert sum(block.num_rows for block in found.entries[f"{qkv}.lora_{part}"].blocks) == 2 * layer.kv_size
+
+
 def test_a_projection_without_an_adapter_has_no_rows(base: Path) -> None:
     found = table(base, LoraSpec(4, 8.0, ("self_attn.q_proj",), exclude=r".*vision.*|.*\.[1-9]\d*\.self_attn.q_proj"))
     key = "decoder.layers.0.self_attention.linear_qkv"
@@ -97,26 +113,31 @@ def test_initial_values_are_of_a_name_and_a_seed(base: Path) -> None:
         assert not initial_values(1)(target, "B").any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_and_read_again(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    write_adapter(tmp_path / "adapter", base, SPEC, values, dtype)
+@pytest.mark.parametrize(("spec", "dtype"), [(SPEC, torch.float32), (SPEC, torch.bfloat16), (DORA, torch.float32)])
+def test_written_and_read_again(base: Path, tmp_path: Path, spec: LoraSpec, dtype: torch.dtype) -> None:
+    write_adapter(tmp_path / "adapter", base, spec, values, lambda target, part: dtype)
     opened = AdapterFolder.open(tmp_path / "adapter")
-    assert opened.manifest.spec == SPEC and opened.manifest.megatron == str(base)
+    assert opened.manifest.spec == spec and opened.manifest.megatron == str(base)
     targets = {target.name: target for target in opened.table.targets}
     read = {(name, part): tensor for name, part, tensor in opened.tensors()}
-    assert read.keys() == {(name, part) for name in targets for part in ("A", "B")}
+    assert read.keys() == {(name, part) for name, target in targets.items() for part in target.parts}
     again = opened.values()
     for (name, part), tensor in read.items():
         target = targets[name]
-        assert tensor.dtype is dtype and tuple(tensor.shape) == (target.shape_a if part == "A" else target.shape_b)
+        assert tensor.dtype is dtype and tuple(tensor.shape) == target.shape_of(part)
         assert torch.equal(tensor, values(target, part).to(dtype)), (name, part)
         assert torch.equal(again(target, part), tensor)
-    assert {target.rank for target in targets.values()} == {2, 3, 4}
+    assert {target.rank for target in targets.values()} == ({2, 4} if spec.dora else {2, 3, 4})
 
 
 def test_the_filling_is_cut_off() -> None:
     target = Target("t", (6, 5), 2, 4.0, False, "t")
     assert cut(torch.ones(4, 5), target, "A").shape == (2, 5) and cut(torch.ones(6, 4), target, "B").shape == (6, 2)
+    table = Target("t", (6, 5), 2, 4.0, False, "t", "embedding")
+    assert cut(torch.ones(6, 2), table, "A").shape == table.shape_a and cut(torch.ones(2, 5), table, "B").shape == (
+        5,
+        2,
+    )
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) -> None:
@@ -125,13 +146,11 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     model = table_for(Geometry.from_folder(base / "hf"))
     with pytest.raises(UsageError, match="no weight of this model"):
         adapter_table(model, [Target("model.nowhere.weight", (2, 2), 2, 4.0, False, "nowhere")])
-    with pytest.raises(UsageError, match="embeddings are not built"):
-        adapter_table(model, resolve(LoraSpec(2, 4.0, ("embed_tokens",)), model))
     with pytest.raises(CheckpointError, match=r"lora_A is \[3, 2\]"):
-        write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), torch.float32)
+        write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), lambda *_: torch.float32)
     assert not list(tmp_path.iterdir())
 
-    write_adapter(tmp_path / "good", base, LoraSpec(2, 4.0, "all-linear"), values, torch.float32)
+    write_adapter(tmp_path / "good", base, LoraSpec(2, 4.0, "all-linear"), values, lambda *_: torch.float32)
     path = tmp_path / "good" / ADAPTER_FILE
     said = json.loads(path.read_text())
     for change, message in (
@@ -151,7 +170,7 @@ def test_scalings_are_not_rounded_to_bf16() -> None:
 
     weight, scalings = torch.zeros(64, 8, dtype=torch.bfloat16), torch.tensor([16 / 6**0.5, 0.1])
     rows = torch.arange(64) % 3 - 1
-    adapter = LinearAdapter(weight, 1, rows, scalings.tolist(), Placement(None, None, False), 0.0)
+    adapter = LinearAdapter(weight, 1, rows, scalings.tolist(), Placement(None, None, False), [0.0, 0.0], False)
     b = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     with torch.no_grad():
         adapter.lora_A[:, 0] = 1.0
@@ -159,6 +178,6 @@ def test_scalings_are_not_rounded_to_bf16() -> None:
     x = torch.zeros(1, 8, dtype=torch.bfloat16)
     x[0, 0] = 1.0
     expected = torch.where(rows < 0, 0.0, scalings[rows.clamp(min=0)]) * b[:, 0].float()
-    assert torch.equal(adapter(x)[0], expected.to(torch.bfloat16))
+    assert torch.equal(adapter(x, weight.new_zeros(1, 64), weight)[0], expected.to(torch.bfloat16))
     twice = torch.where(rows < 0, 0.0, scalings.to(torch.bfloat16)[rows.clamp(min=0)]) * b[:, 0].float()
     assert not torch.equal(twice.to(torch.bfloat16), expected.to(torch.bfloat16))

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.lora.spec import LoraSpec
-from bridge.lora.targets import module_name, resolve, resolve_saved
+from bridge.lora.targets import module_name, resolve
 from bridge.mapping import Table, table_for
 from bridge.toy import VARIANTS
 from bridge.toy.config import toy_config
@@ -59,7 +59,7 @@ def peft_layers(model: Any, **options: Any) -> dict[str, tuple[int, float, tuple
 def ours(spec: LoraSpec, table: Table) -> dict[str, tuple[int, float, tuple[int, ...], tuple[int, ...]]]:
     """The same of `resolve`; experts as PEFT lays them out, [E·r, in] and [out, E·r]."""
     found = {}
-    for target in resolve(spec, table):
+    for target in (t for t in resolve(spec, table) if t.kind != "saved"):
         a, b = target.shape_a, target.shape_b
         if target.kind == "experts":
             a, b = (a[0] * a[1], a[2]), (b[1], b[0] * b[2])
@@ -156,11 +156,40 @@ def test_all_linear_with_experts_and_a_module_to_save() -> None:
     table = toy_table("26b-a4b")
     assert ours(spec, table) == expected
     assert not any("patch_embedder" in name for name in expected)
-    assert [tensor.name for tensor in resolve_saved(spec, table)] == [
+    assert [target.name for target in resolve(spec, table) if target.kind == "saved"] == [
         "model.language_model.embed_tokens.weight",
         "model.vision_tower.patch_embedder.input_proj.weight",
         "model.vision_tower.patch_embedder.position_embedding_table",
     ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"), [([1, 3], None), (2, None), ([0], "encoder.layers"), ([4, 1], ["tower", "layers"])]
+)
+def test_layers(layers: Any, pattern: Any) -> None:
+    """Of the language model and of the towers; a whole name, and experts, in whatever layer."""
+    whole = "model.language_model.layers.5.mlp.up_proj"
+    experts = ["experts.down_proj"]
+    expected = peft_layers(
+        toy_model("26b-a4b"),
+        r=4,
+        lora_alpha=8,
+        target_modules=["o_proj.linear", whole, "mlp.gate_proj", "router.proj"],
+        target_parameters=experts,
+        exclude_modules=r".*tower.*gate_proj",
+        layers_to_transform=layers,
+        layers_pattern=pattern,
+    )
+    spec = LoraSpec(
+        4,
+        8,
+        ("o_proj.linear", whole, "mlp.gate_proj", "router.proj"),
+        parameters=tuple(experts),
+        exclude=r".*tower.*gate_proj",
+        layers_to_transform=tuple(layers) if isinstance(layers, list) else (layers,),
+        layers_pattern=tuple([pattern] if isinstance(pattern, str) else pattern or ()),
+    )
+    assert ours(spec, toy_table("26b-a4b")) == expected
 
 
 def test_an_ending_that_modules_have_does_not_mean_experts() -> None:
@@ -202,6 +231,11 @@ def test_an_untied_head_is_hit_only_by_name() -> None:
         ({"targets": ("o_proj",), "alpha": float("nan")}, "alpha is nan"),
         ({"targets": ("o_proj",), "rank_pattern": {"o_proj": 1.5}}, "rank_pattern 'o_proj' is 1.5"),
         ({"targets": ["o_proj"]}, "targets is"),
+        ({"targets": ("o_proj",), "dropout_pattern": {"o_proj": 1.0}}, "dropout_pattern 'o_proj' is 1.0"),
+        ({"targets": ("o_proj", "experts.down_proj"), "dropout_pattern": {"experts.down_proj": 0.5}}, "dropout"),
+        ({"targets": "all-linear", "layers_to_transform": (1,)}, "a list of endings"),
+        ({"targets": ("o_proj",), "layers_to_transform": (99,)}, "no weight"),
+        ({"targets": ("o_proj",), "modules_to_save": ("attn.o_proj",)}, "in modules_to_save and a target"),
     ],
 )
 def test_refused_by_name(spec: dict[str, Any], words: str) -> None:
@@ -211,7 +245,7 @@ def test_refused_by_name(spec: dict[str, Any], words: str) -> None:
 
 def test_a_module_to_save_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="'embed_token' matches nothing"):
-        resolve_saved(LoraSpec(4, 8, (), modules_to_save=("embed_token",)), toy_table("31b"))
+        resolve(LoraSpec(4, 8, (), modules_to_save=("embed_token",)), toy_table("31b"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

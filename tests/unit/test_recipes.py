@@ -119,7 +119,6 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["optimizer.min_lr=1"], 1, "exceeds optimizer.lr"),
         (["train.steps=0"], 1, "train.steps=0: must be at least 1"),
         (["lora.rank=8", "model.freeze=[router]"], 1, "with adapters all of the model is frozen"),
-        (["lora.rank=8", "export.hf=there"], 1, "use `adapter merge` or `adapter export`"),
         (["lora.rank=8", "lora.targets=3"], 1, "lora.targets=3: is a name"),
         (["parallel.cp=2", "train.seq_length=62"], 2, "no multiple of 4, as parallel.cp=2"),
         (["parallel.cp=2", "train.seq_length=62"], 2, "64 would work"),
