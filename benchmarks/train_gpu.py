@@ -199,7 +199,8 @@ def run_all(chosen: Sequence[Case], out: Path, memory: float | None, budget: flo
     done = read(out)
     start = time.monotonic()
     for case in chosen:
-        if case.name in done:
+        # What was missing may have come since.
+        if case.name in done and not str(done[case.name]["status"]).startswith("not run"):
             continue
         missing = available(case)
         rungs, _ = ladder(case, memory)

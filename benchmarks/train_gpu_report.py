@@ -10,7 +10,7 @@ Row = dict[str, Any]
 MEMORY = "out of memory"
 BEGIN, END = "<!-- train_gpu: begin -->", "<!-- train_gpu: end -->"
 
-# What issue 9 asks of one GPU of the class of an H200: least MFU, by case.
+# What it has to show on one GPU of the class of an H200 (docs/gpu.md): least MFU, by case.
 LEAST_MFU = {
     "sft/e4b/4096/ours": 0.45,
     "lora/12b/8192/ours": 0.45,

@@ -86,7 +86,9 @@ def recipe_of(case: Case) -> Any:
     recipe.train.seq_length = case.length
     recipe.train.global_batch_size, recipe.train.micro_batch_size = case.microbatches, 1
     recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup = LR, 0.0, 0
-    recipe.optimizer.precision_aware, recipe.optimizer.moments_dtype = False, "float32"
+    # Full E4B has 143 GB of weights, gradients and optimizer otherwise; that optimizer is Transformer Engine's.
+    aware = case.mode == "sft" and importlib.util.find_spec("transformer_engine") is not None
+    recipe.optimizer.precision_aware, recipe.optimizer.moments_dtype = aware, "bfloat16" if aware else "float32"
     recipe.optimizer.schedule, recipe.optimizer.clip, recipe.optimizer.weight_decay = "constant", CLIP, 0.0
     if case.lora:
         recipe.lora.targets = TARGETS

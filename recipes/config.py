@@ -93,7 +93,7 @@ class TrainConfig:
 
     `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
     a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp. `aux_loss`: factor of the
-    loss that spreads tokens over experts (Switch Transformers; of each layer and microbatch).
+    loss that spreads tokens, padding included, over experts (Switch Transformers; of each layer and microbatch).
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.

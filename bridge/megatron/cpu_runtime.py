@@ -1,7 +1,8 @@
 """Megatron-Core without a GPU: its hardcoded CUDA calls sent to the CPU, and what gloo lacks made up for.
 
 `enable()` is called explicitly, once per process, best before Megatron is imported, and does nothing where a GPU is
-visible. Every change is one row of `_patches`, with its reason; `disable()` takes them all back. The semantics: there
+visible. Every change is one row of `_patches`, with its reason, and `disable()` takes them all back; but
+what was imported without torch's compiler stays so (`_import_megatron`). The semantics: there
 is one device, the CPU; streams and events are inert since everything runs at once; "the CUDA generator" is the CPU's.
 """
 
@@ -66,7 +67,8 @@ def _import_megatron() -> None:
     """Import Megatron-Core, as far as no one has yet, without torch's compiler.
 
     It has little fusions compiled as it is imported, for which torch loads its compiler: a third of the seconds that a
-    process takes to start. Uncompiled they are what is written, and the model uses none of them.
+    process takes to start. Uncompiled they are what is written; of them the model calls
+    one, the router's count of tokens for a bias, which does nothing here.
     """
     original = torch.compile
     torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore

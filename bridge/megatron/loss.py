@@ -183,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # One number for all, as behind a sum: nothing has to be read to know that.
             for gradient in (grad_hidden, grad_weight):
                 if gradient is not None:
-                    gradient *= grad_losses[0]
+                    _scale(gradient, grad_losses[0])
             return grad_hidden, grad_weight, None, None, None
         factors = grad_losses[kept]
         low, high = (float(bound) for bound in factors.aminmax())
@@ -207,6 +207,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del squashed
             grad_weight = total.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor [], float32: on a GPU that product would round the factor to the dtype of `gradient`."""
+    for part in gradient.split(max(1, _BLOCK_BYTES // (4 * gradient.shape[1]))):
+        part.copy_(part.float().mul_(factor))
 
 
 def linear_cross_entropy(

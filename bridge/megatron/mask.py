@@ -109,7 +109,7 @@ class Mask:
 
     @property
     def dense(self) -> Tensor:
-        """[b, sq, sk] bool. Quadratic: for the reference backend only."""
+        """[b, sq, sk] bool. Quadratic: for the reference backend and for short rows."""
         if "dense" not in self.cache:
             whole = self.visibility.dense(self.rule)
             self.cache["dense"] = whole[:, self.row_places][:, :, self.column_places]

@@ -285,8 +285,14 @@ class Gemma4MultimodalModel(Gemma4Model):
 
     @cached_property
     def _media_parameters(self) -> dict[str, list[Tensor]]:
-        """As of the first training step, when all that is frozen is frozen and adapters are in their place."""
+        """As of the first forward pass with gradients since the model was last put into its mode."""
         return {sense: list(self.media_parameters(sense)) for sense in SENSES}
+
+    def train(self, mode: bool = True) -> Gemma4MultimodalModel:
+        """As of every module. What is trained may have changed: it is looked up again."""
+        self.__dict__.pop("_media_parameters", None)
+        super().train(mode)
+        return self
 
 
 class UseInNothing(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 A `Visibility` says of every token of a batch which document it belongs to, where in its row it stands, and which vision
 block it is part of. A `MaskRule` says what a layer makes of that. Together they give every query one interval of keys
-(`Visibility.reach`): that is all the fast backends need, and only the reference backend ever builds [s, s].
+(`Visibility.reach`): that is all the fast backends need; only the reference backend, and the one for short rows, build
+[s, s].
 """
 
 from __future__ import annotations

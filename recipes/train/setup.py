@@ -150,7 +150,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
 
 def only_deterministic() -> None:
     """Let torch refuse, in this process from now on, what does not give the same bits every time."""
-    # cuBLAS reads this when it is first used, and torch asks for it.
+    # Torch looks for this at the first product of the process: what comes later is not seen.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
@@ -239,10 +239,12 @@ def make_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
     for part in optimizer.chained_optimizers:
-        # On a CPU Megatron falls back to torch's Adam, by default one parameter and one operation after another.
+        # Without Transformer Engine or Apex Megatron takes torch's Adam, which on a CPU takes one parameter and one
+        # operation at a time. On a GPU torch has a batched way that it picks itself.
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
-                group["fused"] = all(parameter.is_cpu for parameter in group["params"])
+                if all(parameter.is_cpu for parameter in group["params"]):
+                    group["fused"] = True
     return optimizer
 
 

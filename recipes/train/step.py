@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
     step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0, cp=run.groups.cp)
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, prepared)
-    iterators = [iter(prepared) for _ in run.chunks]
+    iterators = [map(_with_masks_of_its_own, prepared) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports = get_forward_backward_func()(
             forward_step_func=step,
@@ -115,6 +116,13 @@ def prepare(batch: Batch, run: Run, length: int) -> Prepared:
         send(positions_with_labels(take(batch["labels"], run.groups.cp)), run.device),
         count_placeholders(run.bridge.geometry, batch["input_ids"]),
     )
+
+
+def _with_masks_of_its_own(microbatch: Prepared) -> Prepared:
+    """Masks are made as layers ask for them, and go with the microbatch: the step's list must not hold on to them."""
+    visibility = microbatch.visibility
+    host = visibility.host and replace(visibility.host, cache={})
+    return microbatch._replace(visibility=replace(visibility, cache={}, host=host))
 
 
 def _weigh_auxiliary_loss(run: Run, microbatches: Sequence[Prepared]) -> None:

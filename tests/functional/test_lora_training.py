@@ -30,7 +30,7 @@ from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
 
 from .conftest import Toy
-from .lora_kit import Result, Training, compare, our_training, peft_training, whole_spec
+from .lora_kit import EPS, Result, Training, compare, our_training, peft_training, whole_spec
 from .training_kit import Trouble, losses, recipe, train_toy
 
 STEPS, FEW = 30, 3
@@ -240,7 +240,9 @@ def test_some_projections_of_a_fused_linear(trainings: Trainings, record_propert
 
 
 def lora_recipe(toy: Path, output: Path, steps: int, **lora: Any) -> dict[str, Any]:
-    return recipe(toy, output, steps) | {"lora": {"rank": 4, "alpha": 8, "targets": TEXT, **lora}}
+    said = recipe(toy, output, steps) | {"lora": {"rank": 4, "alpha": 8, "targets": TEXT, **lora}}
+    said["optimizer"]["eps"] = EPS
+    return said
 
 
 def adapters(run: Path) -> dict[tuple[str, str], torch.Tensor]:

@@ -45,7 +45,8 @@ def test_a_case_is_a_process_and_a_line(ranks: RankPool, tmp_path: Path) -> None
     (loss,) = (case for case in train_gpu.toy_cases() if case.mode == "loss")
     ranks.run(as_child, loss, tmp_path / "row.json", world_size=1)
     row = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
-    assert row["status"] == "ok" and 0 < row["peak_gb"] < 0.5 and row["torch"]
+    # On a CPU it is what the process grew by, which is nothing where it has been larger before.
+    assert row["status"] == "ok" and row["peak_gb"] < 0.5 and row["torch"]
     # A process of its own, which fails before it has imported much.
     out, wrong = tmp_path / "rows.jsonl", Case("e2b", "lora", 48, "nobody", size="toy")
     for _ in range(2):  # a failure is tried again

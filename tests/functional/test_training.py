@@ -26,7 +26,10 @@ AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5
 # in step 1 all choices agree, and router logits to 1e-6 of the largest. After the first update logits of layer 0 differ
 # by 3e-5 (Adam's first step has the size of the learning rate whatever the gradient's: that may be why). In step 2,
 # layer 4, one token's last expert leads by 1.6e-5 and another one is chosen: the loss is 1.3e-4 away.
-SEEDS = {"26b-a4b": 4}
+SEEDS = {"26b-a4b": 77}
+# Of the router's largest logit. With a lead of 1.1e-5 (seed 4) runs with torch's attention and with the plain one part
+# in step 15; until then 1e-6 is between their losses.
+MARGIN = 2e-5
 VARIANTS = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
@@ -99,7 +102,7 @@ def test_trains_as_transformers_does(
     ranks: RankPool, toys: Toys, tmp_path: Path, record_property: Any, variant: str
 ) -> None:
     plain = toys.plain(variant)
-    assert plain.margin > 1e-5, "a tie in the router: take another seed"
+    assert plain.margin > MARGIN, "a tie in the router: take another seed"
     ranks.run(train_toy, toys.recipe(variant, tmp_path), [f"log.peak_tflops={PEAK_TFLOPS}"], world_size=1)
     ours = losses(tmp_path)
     assert len(ours) == STEPS and ours[-1] < 0.9 * ours[0]
@@ -120,7 +123,7 @@ def balanced(ranks: RankPool, toys: Toys) -> Plain:
     toy = str(toys["26b-a4b"])
     (plain,) = ranks.run(plain_loop, toy, BALANCE_STEPS, BALANCE_SEED, BALANCE, world_size=1)
     (without,) = ranks.run(plain_loop, toy, BALANCE_STEPS, BALANCE_SEED, 1e-9, world_size=1)
-    assert plain.margin > 1e-5, "a tie in the router: take another seed"
+    assert plain.margin > MARGIN, "a tie in the router: take another seed"
     assert worst(without.losses, plain.losses) > 50 * AGAINST_TRANSFORMERS
     return plain
 

@@ -43,6 +43,7 @@ def test_models_of_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 def test_kernels_and_models_of_them_on_a_gpu() -> None:
     run_cases(TRITON_INTERPRET="0")
 

@@ -47,9 +47,7 @@ def test_values_and_gradients_are_those_of_transformers(
         assert (mine - other).abs().max() <= bound * other.abs().max()
 
 
-def test_a_frozen_weight_costs_nothing_and_one_row_of_zeros_is_finite() -> None:
-    weight = torch.ones(8)
+def test_a_row_of_zeros_has_a_finite_gradient() -> None:
     x = torch.zeros(2, 8, requires_grad=True)
-    output = rms_norm(x, weight, EPS, kernels="torch")
-    output.sum().backward()
-    assert x.grad is not None and x.grad.isfinite().all() and weight.grad is None
+    rms_norm(x, torch.ones(8), EPS, kernels="torch").sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
