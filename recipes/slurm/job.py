@@ -23,10 +23,11 @@ RUNTIMES = ("pyxis", "apptainer")
 
 @dataclass(frozen=True)
 class Point:
-    """One task of a sweep: its overrides and the folder of its run."""
+    """One task of a sweep: its overrides, the folder of its run, and the one that it exports to."""
 
     overrides: tuple[str, ...]
     output: str
+    exported: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ class Job:
             )
         if self.runtime not in RUNTIMES:
             raise UsageError(f"container runtime {self.runtime!r}: known are {', '.join(RUNTIMES)}")
-        outputs = [point.output for point in self.sweep]
-        for output in outputs:
-            if outputs.count(output) > 1:
-                raise UsageError(f"the sweep has two runs in {output}; give every line an output=... of its own")
+        folders = {
+            "output": [p.output for p in self.sweep],
+            "export.hf": [p.exported for p in self.sweep if p.exported],
+        }
+        for key, names in folders.items():
+            for name in names:
+                if names.count(name) > 1:
+                    raise UsageError(f"the sweep has two runs in {name}; give every line an {key}=... of its own")
 
     @property
     def world_size(self) -> int:

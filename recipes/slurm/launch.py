@@ -44,9 +44,11 @@ def make_job(wanted: Wanted) -> Job:
     points = []
     if wanted.sweep is not None:
         for number, line in enumerate(_sweep_lines(wanted.sweep)):
-            if not any(word.startswith("output=") for word in line):
-                line = (*line, f"output={recipe.output}-{number}")
-            points.append(Point(line, _check(wanted.recipe, (*wanted.overrides, *line), world_size).output))
+            for key, folder in (("output", recipe.output), ("export.hf", recipe.export.hf)):
+                if folder is not None and not any(word.startswith(f"{key}=") for word in line):
+                    line = (*line, f"{key}={folder}-{number}")
+            one = _check(wanted.recipe, (*wanted.overrides, *line), world_size)
+            points.append(Point(line, one.output, one.export.hf))
     if wanted.setup and not Path(wanted.setup).is_file():
         raise UsageError(f"--setup {wanted.setup}: no such file")
     return Job(

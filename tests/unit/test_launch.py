@@ -118,15 +118,18 @@ def test_a_sweep(tmp_path: Path) -> None:
     arguments = ["launch", "sft/smoke", "--nodes", "1", "--gpus-per-node", "0", "--venv", str(tmp_path)]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gemma4-bridge").touch()
-    common = ["--sweep", str(sweep), "model.hf=toy", "data.path=d.jsonl", "output=runs/rate"]
+    common = ["--sweep", str(sweep), "model.hf=toy", "data.path=d.jsonl", "output=runs/rate", "export.hf=out"]
     done = CliRunner().invoke(app, [*arguments, *common])
     assert "#SBATCH --array=0-1\n" in done.stdout and "%x-%A_%a.log" in done.stdout
     for task, words in (("0", "optimizer.lr=1e-3\noutput=runs/rate-0"), ("1", "optimizer.lr=4e-3\noutput=runs/high")):
         said = bash(done.stdout, tmp_path, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_JOB_ID="6")
-        assert f"output=runs/rate\n{words}\n" in said
-    sweep.write_text("output=same\noutput=same\n")
-    refused = CliRunner().invoke(app, [*arguments, *common])
-    assert isinstance(refused.exception, UsageError) and "two runs in same" in str(refused.exception)
+        assert f"export.hf=out\n{words}\nexport.hf=out-{task}\n" in said
+    for key in ("output", "export.hf"):
+        sweep.write_text(f"{key}=same\n{key}=same\n")
+        refused = CliRunner().invoke(app, [*arguments, *common])
+        assert isinstance(refused.exception, UsageError) and f"two runs in same; give every line an {key}=" in str(
+            refused.exception
+        )
     with pytest.raises(UsageError, match="line 2"):
         read_sweep(["a=1", "b='"])
 
