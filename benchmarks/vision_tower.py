@@ -109,13 +109,14 @@ def build(config: dict, attention: str) -> tuple[torch.nn.Module, torch.nn.Modul
     """transformers' tower and this project's, with the same random weights, in float32 on one rank."""
     cpu_runtime.enable()
     import transformers
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from bridge.megatron.parallel import Parallel, initialize
     from bridge.megatron.provider import Gemma4Provider
     from bridge.megatron.towers.linear import TowerContext
     from bridge.megatron.towers.vision import VisionTower
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     groups = initialize(Parallel())
     geometry = Geometry.from_dict(config)
     assert isinstance(geometry.vision, VisionGeometry)
