@@ -61,7 +61,10 @@ def test_equal_to_the_merge_of_peft(variant: str, dtype: str, toy: Toy, tmp_path
     base = toy(variant, dtype=dtype)
     model = make_adapter(base, tmp_path / "adapter", **OPTIONS[variant])
     expected = peft_merge(model, tmp_path / "peft")
-    merge(base, tmp_path / "adapter", tmp_path / "merged", max_shard_size=2_000_000)
+    said: list[str] = []
+    merge(base, tmp_path / "adapter", tmp_path / "merged", max_shard_size=2_000_000, notify=said.append)
+    # What was trained whole was trained with its head.
+    assert any("tied to the head" in line for line in said) == (variant in ("e4b", "31b"))
     before, after = tensors(base), tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
     changed, rounded, total = 0, 0, 0

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError, CheckpointError, UsageError
@@ -199,8 +200,8 @@ def dora(weight: Tensor, projections: Tensor, dropout: float) -> Any:
 
 @pytest.mark.parametrize("projections", [1, 2])
 def test_dropout_beside_magnitudes_keeps_no_copy_of_the_weight(projections: int) -> None:
-    weight = torch.nn.Parameter(torch.randn(1024, 512), requires_grad=False)
-    adapter = dora(weight, torch.arange(1024) // 4 % projections, 0.5)
+    weight = torch.nn.Parameter(torch.randn(1536, 512), requires_grad=False)
+    adapter = dora(weight, torch.arange(1536) // 4 % projections, 0.5)
     x = torch.randn(3, 512, requires_grad=True)
     kept: dict[int, int] = {}
 
@@ -216,6 +217,29 @@ def test_dropout_beside_magnitudes_keeps_no_copy_of_the_weight(projections: int)
     assert 0 < sum(kept.values()) < weight.nbytes / 8
     adapted.sum().backward()
     assert x.grad is not None and x.grad.any()
+
+
+def test_norms_are_taken_of_a_few_rows_at_a_time() -> None:
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.dtype is torch.float32:
+                largest = max(largest, made.numel())
+            return made
+
+    weight = torch.randn(5000, 64, dtype=torch.bfloat16)
+    adapter = dora(weight, torch.zeros(5000, dtype=torch.int64), 0.0)
+    torch.nn.init.normal_(adapter.lora_B)
+    with Sizes():
+        adapter.start_magnitude(weight)
+    assert 0 < largest < weight.numel() / 2
+    expected = (weight.double() + 2 * adapter.lora_B.double() @ adapter.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(
+        adapter.lora_magnitude, expected.bfloat16(), rtol=torch.finfo(torch.bfloat16).eps, atol=0
+    )
 
 
 def test_some_rows_of_a_weight() -> None:
