@@ -354,8 +354,8 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
             "steps after the warm-up"
         )
-    if recipe.lora.rank or recipe.lora.adapter:
-        _check_lora(recipe)
+    _check_lora(recipe)
+    _check_export(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
     layout, multiple = parallel.layout(), row_multiple(recipe)
     if train.seq_length % multiple:
@@ -389,12 +389,34 @@ def row_multiple(recipe: Recipe) -> int:
 
 
 def _check_lora(recipe: Recipe) -> None:
+    if not recipe.lora.rank and recipe.lora.adapter is None:
+        # What shipped recipes set stays, so that lora.rank=0 makes one of them train the model itself.
+        kept = ("rank", "alpha", "targets", "parameters", "exclude", "adapter")
+        for key in (f.name for f in fields(LoraConfig) if f.name not in kept):
+            if getattr(recipe.lora, key) != getattr(LoraConfig(), key):
+                raise UsageError(f"lora.{key} needs lora.rank, or lora.adapter")
+        return
     for key in ("targets", "exclude"):
         value = getattr(recipe.lora, key)
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
     if recipe.model.freeze:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
+
+
+def _check_export(recipe: Recipe) -> None:
+    """The export replaces the folder that it names, when all is done."""
+    if recipe.export.hf is None:
+        return
+    target = Path(recipe.export.hf).resolve()
+    for key, name in (
+        ("output", recipe.output),
+        ("model.hf", recipe.model.hf),
+        ("model.megatron", recipe.model.megatron),
+    ):
+        folder = None if name is None else Path(name).resolve()
+        if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
+            raise UsageError(f"export.hf={recipe.export.hf}: is {key}={name}, or one lies inside the other")
 
 
 def check_startable(recipe: Recipe, world_size: int) -> None:

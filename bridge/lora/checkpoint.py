@@ -205,7 +205,7 @@ def _fused(
         value = values(target, part)
         shape = target.shape_of(part)
         if tuple(value.shape) != shape:
-            raise CheckpointError(f"{target.name}: its lora_{part} is {list(value.shape)}, expected {list(shape)}")
+            raise CheckpointError(f"{part_name(target.name, part)} is {list(value.shape)}, expected {list(shape)}")
         for block in entry.blocks:
             if block.source == index:
                 rows = cut(whole[block.row : block.row + block.num_rows], target, part)

@@ -1,8 +1,8 @@
 """How the tensors of an adapter are named and laid out for those who read them: PEFT, vLLM, SGLang.
 
-A *dress* lists, for every target, the stored pieces of its A and B. A piece is a view of the canonical tensor: writing
-takes the view, reading fills it, so that the two cannot disagree. Where two pieces are views of the same elements (one
-A that serves gate and up, K that serves as V), reading holds the second against the first.
+A *dress* lists, for every target, the stored pieces of each of its parts. A piece is a view of the canonical tensor:
+writing takes the view, reading fills it, so that the two cannot disagree. Where two pieces are views of the same
+elements (one A that serves gate and up, K that serves as V), reading holds the second against the first.
 
 - `peft`: what PEFT 0.21 stores and loads. Expert parameters: A [E·r, in], expert by expert; B [out, E·r], rank by rank
   with the expert running fastest; `experts.base_layer` where another parameter of the module is wrapped around it
@@ -58,8 +58,7 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
         for part in target.parts:
             if target.kind == "saved":
                 yield Piece(f"{PREFIX}{target.module}", target.shape, target, part, lambda whole: whole)
-                entry, _ = table.by_hf_name[target.name]
-                for copied in (name for name, other in table.copies.items() if other is entry):
+                for copied in table.copies_of(target.name):
                     # A tied head is stored once more (`ensure_weight_tying`).
                     yield Piece(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
                 continue

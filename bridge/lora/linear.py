@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from bridge.megatron.linear import Split
+
+# How many rows of a weight are float32 at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class LinearAdapter(torch.nn.Module):
         selection = (selection * torch.tensor(list(scalings), device="cpu")).to(weight.device)
         self.selection: Tensor
         self.register_buffer("selection", selection, persistent=False)
+        # Those of the first projection, then of the second, ...: found here, because the host of a GPU waits for that.
+        owned = [(projections == number).nonzero().flatten() for number in range(len(scalings))]
+        self.counts = [len(rows) for rows in owned]
+        self.rows: Tensor
+        self.register_buffer("rows", torch.cat(owned).to(weight.device), persistent=False)
         split, sequence_parallel = placement.split, placement.sequence_parallel
         for name, parameter in self.named_parameters():
             of: Split = "row" if name == "lora_A" else "column"
@@ -96,10 +104,9 @@ class LinearAdapter(torch.nn.Module):
             return output + delta
         scale = self._scale(weight)
         base = output if bias is None else output - bias
-        for number, part in enumerate(dropped):
+        for part, rows in zip(dropped, self.rows.split(self.counts), strict=True):
             if part is not x:
-                rows = self.selection[:, number].nonzero().flatten()
-                base = base.index_copy(-1, rows, self._product(part, weight[rows]))
+                base = base.index_copy(-1, rows, self._product(part, weight, rows))
         # Float32 up to here: near 1, where it is, bf16 is coarse.
         return output + (scale - 1).to(base.dtype) * base + scale.to(delta.dtype) * delta
 
@@ -125,11 +132,11 @@ class LinearAdapter(torch.nn.Module):
             return reduce_from_tensor_model_parallel_region(z, group=place.group)
         return z
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., in] by rows of the weight, as the linear itself multiplies."""
+    def _product(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """x [..., in] by `rows` of the weight, in its dtype (where the linear itself may multiply in fp8)."""
         if self.placement.split == "row":
-            return self._over_ranks(torch.nn.functional.linear(x, weight))
-        return torch.nn.functional.linear(self._over_ranks(x), weight)
+            return self._over_ranks(_rows_product(x, weight, rows))
+        return _rows_product(self._over_ranks(x), weight, rows)
 
     def _scale(self, weight: Tensor) -> Tensor:
         """[out], float32: by what DoRA multiplies a row of the adapted weight; 1 where it has no adapter."""
@@ -141,11 +148,12 @@ class LinearAdapter(torch.nn.Module):
         """[out]: the norms of the rows of W + scaling · B A, a constant to the gradient as in PEFT.
 
         |w + b A|² = |w|² + 2 (w Aᵀ) · b + b (A Aᵀ) · b: never is there a second matrix of the weight's size. Float32,
-        rounded to the dtype of the weight.
+        rounded to the dtype of the weight, which is PEFT's with `autocast_adapter_dtype=False`.
         """
         a, spread = self.lora_A.float(), self._spread()
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) ** 2
-        crossed = torch.nn.functional.linear(weight.float(), a)
+        pieces = (rows.float() for rows in weight.split(_ROWS))
+        sums = [(rows.square().sum(1), torch.nn.functional.linear(rows, a)) for rows in pieces]
+        squares, crossed = (torch.cat(each) for each in zip(*sums, strict=True))
         squares += ((2 * crossed + spread @ (a @ a.T)) * spread).sum(1)
         place = self.placement
         if place.split == "row" and place.group is not None and place.group.size() > 1:
@@ -165,6 +173,28 @@ class LinearAdapter(torch.nn.Module):
 
     def _draw(self, x: Tensor) -> list[Tensor]:
         return [torch.nn.functional.dropout(x, dropout) if dropout else x for dropout in self.dropouts]
+
+
+def _rows_product(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """x [..., in] by `rows` of a frozen weight [out, in] -> [..., rows]."""
+    if len(rows) == len(weight):
+        return torch.nn.functional.linear(x, weight)
+    product: Tensor = _RowsProduct.apply(x, weight, rows)
+    return product
+
+
+class _RowsProduct(torch.autograd.Function):
+    """Takes the rows out of the weight once more in the backward pass: until then it would keep a copy of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, rows)
+        return torch.nn.functional.linear(x, weight[rows])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, rows = ctx.saved_tensors
+        return grads[0] @ weight[rows], None, None
 
 
 class ExpertAdapter(torch.nn.Module):

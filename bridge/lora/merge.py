@@ -1,6 +1,7 @@
 """Base and adapter as one Hugging Face folder: W + scaling · B A in float32, rounded once to the dtype of W.
 
-With DoRA each row of that (of an embedding: each column) is brought to the norm that its magnitude says.
+With DoRA each row of that (of an embedding: each column) is brought to the norm that its magnitude says, by a factor
+magnitude / norm that is 1 where training began: the norm is rounded as it was there, and as PEFT's merge rounds it.
 
 The copy of an export, with a reader between that adds the adapter to the rows that pass by: memory depends on the chunk
 and on one adapter, and a tensor that is not adapted is copied byte by byte.
@@ -84,17 +85,27 @@ def open_base(stack: ExitStack, path: Path) -> Base:
 class _Factors:
     """The tensors of one target in float32. `column_scale` [hidden]: of an embedding with DoRA.
 
-    Of a weight that was trained whole, `a` is that and there is no `b`.
+    `norm_dtype`: that of the weight promoted by that of its factors. Of a weight that was trained whole, `a` is that,
+    as it is stored, and there is no `b`.
     """
 
     target: Target
+    norm_dtype: torch.dtype
     a: Tensor
     b: Tensor | None = None
     magnitude: Tensor | None = None
     column_scale: Tensor | None = None
 
+    def scale(self, norms: Tensor, start: int = 0) -> Tensor:
+        """What DoRA multiplies rows (of an embedding: columns) by that begin at `start` and have those norms [n]."""
+        assert self.magnitude is not None
+        return self.magnitude[start : start + len(norms)] / norms.to(self.norm_dtype).float()
+
     def added(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Rows of the base and what the factors add to them, float32; as in PEFT the product is scaled, then added."""
+        """Rows of the base and what the factors add to them, float32; as in PEFT the product is scaled, then added.
+
+        Or what was trained in their place.
+        """
         a, b = self.a, self.b
         if b is None:
             return a[start:stop]
@@ -117,10 +128,9 @@ class MergedReader:
         self._lock = threading.Lock()
         self._factors: dict[str, _Factors] = {}
         self._targets: dict[str, Target] = {target.name: target for target in adapter.targets}
-        for copied, entry in table.copies.items():
+        for target in adapter.targets:
             # A tied head that is written out is the embedding once more.
-            if copied in base.tensors and entry.sources[0].name in self._targets:
-                self._targets[copied] = self._targets[entry.sources[0].name]
+            self._targets |= {copied: target for copied in table.copies_of(target.name) if copied in base.tensors}
         for name, target in self._targets.items():
             found = base.tensors.get(name)
             if found is None or tuple(found.shape) != target.shape:
@@ -128,11 +138,6 @@ class MergedReader:
                 raise MappingError(f"{adapter.path}: adapts {name} {list(target.shape)}; the base {have}")
             if found.dtype not in _FLOATS:
                 raise MappingError(f"{name}: {found.dtype}, to which no adapter can be added")
-
-    @property
-    def merged(self) -> int:
-        """How many tensors get an adapter."""
-        return len(self._targets)
 
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
         """See `RowReader`."""
@@ -147,7 +152,7 @@ class MergedReader:
         if factors.column_scale is not None:
             merged *= factors.column_scale
         elif factors.magnitude is not None:
-            merged *= (factors.magnitude[start:stop] / torch.linalg.norm(merged, dim=1))[:, None]
+            merged *= factors.scale(torch.linalg.norm(merged, dim=1), start)[:, None]
         weight.copy_(merged)
 
     def _of(self, target: Target) -> _Factors:
@@ -155,10 +160,12 @@ class MergedReader:
             if target.name not in self._factors:
                 while len(self._factors) >= _KEPT:
                     del self._factors[next(iter(self._factors))]
-                values = (self._adapter.value(target, part).float() for part in target.parts)
-                factors = _Factors(target, *values)
+                first, *rest = (self._adapter.value(target, part) for part in target.parts)
+                dtype = torch.promote_types(TORCH_DTYPES[self.tensors[target.name].dtype], first.dtype)
+                whole = first if target.kind == "saved" else first.float()
+                factors = _Factors(target, dtype, whole, *(value.float() for value in rest))
                 if target.kind == "embedding" and factors.magnitude is not None:
-                    factors = replace(factors, column_scale=factors.magnitude / self._column_norms(factors))
+                    factors = replace(factors, column_scale=factors.scale(self._column_norms(factors)))
                 self._factors[target.name] = factors
             return self._factors[target.name]
 
@@ -190,9 +197,8 @@ def merge_adapter(
     reader = MergedReader(base.reader, base.table, adapter)
     check_apart(Path.cwd() / hf_dir, adapter.path)
     tensors = _same(base.reader)
-    tied = {entry.sources[0].name for entry in base.table.copies.values()}
     for target in adapter.targets:
-        if notify is not None and target.name in tied:
+        if notify is not None and target.kind == "embedding" and base.table.copies_of(target.name):
             # PEFT warns of it and does the same.
             notify(f"{target.module} is tied to the head, which gets its adapter too: in training it had none")
     with ExitStack() as stack:

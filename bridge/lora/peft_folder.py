@@ -1,7 +1,7 @@
 """Adapters as folders that PEFT, vLLM or SGLang read: `adapter_config.json` and `adapter_model.safetensors`.
 
-Only LoRA, and only its options that change nothing but A and B: an adapter that would need more is refused, because it
-would be another adapter here. Tensors are read and written one at a time.
+Only LoRA, and only the options that a `LoraSpec` has: an adapter that would need more is refused, because it would be
+another adapter here. Tensors are read and written one at a time.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "modules_to_save": list(spec.modules_to_save) or None,
-        "ensure_weight_tying": any(t.kind == "saved" and _tied(t, adapter.table) for t in adapter.targets),
+        "ensure_weight_tying": any(
+            t.kind == "saved" and bool(adapter.table.copies_of(t.name)) for t in adapter.targets
+        ),
     }
     if dress == "peft":
         modules, parameters = _peft_targets(adapter)
@@ -242,15 +244,9 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
     return Adapter(folder, table, config.spec, targets, value, dtype, files, config.base)
 
 
-def _tied(target: Target, table: Table) -> bool:
-    """Whether a head is tied to that embedding."""
-    entry, _ = table.by_hf_name[target.name]
-    return any(other is entry for other in table.copies.values())
-
-
 def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table) -> None:
     """Without `ensure_weight_tying` PEFT trains a copy of a saved embedding; with it, adapters are the head's too."""
-    for target in (t for t in targets if _tied(t, table)):
+    for target in (t for t in targets if table.copies_of(t.name)):
         if target.kind == "saved" and not config.ties:
             raise CheckpointError(
                 f"modules_to_save has {target.module}, which is tied to the head, without ensure_weight_tying: that "

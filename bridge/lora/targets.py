@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bridge.errors import UsageError
 from bridge.lora.spec import ALL_LINEAR, Kind, LoraSpec, Target, endings
@@ -18,6 +18,7 @@ from bridge.mapping import HfTensor, Table
 from bridge.mapping.unified import in_memory
 
 _WEIGHT = ".weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
         if name not in modules and name not in parameters:
             raise UsageError(f"lora: target {wanted!r} matches {name}, {_why_not(name, modules, table)}")
     hit = [c for c in candidates if c.module in chosen]
-    if not hit and not spec.modules_to_save:
+    if not hit:
         raise UsageError(
             "lora: targets, less what is excluded or in other layers, leave no weight of this model to adapt"
+            f"{', and modules_to_save alone are no adapter (as in PEFT)' if spec.modules_to_save else ''}"
         )
     if any(c.kind == "experts" for c in hit):
         # PEFT knows one dropout for all, and refuses any beside experts.
@@ -62,6 +64,10 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
             raise UsageError("lora: dropout must be 0 where experts are targeted (as in PEFT)")
         if spec.dora:
             raise UsageError("lora: dora does not work where experts are targeted (as in PEFT)")
+    patterns_alone = replace(spec, dropout=0.0)
+    for c in hit:
+        if c.kind == "embedding" and patterns_alone.dropout_of(c.module):
+            raise UsageError(f"lora: dropout_pattern gives one to {c.module}, and embeddings have none")
     adapted = (
         Target(
             name=c.tensor.name,
@@ -94,6 +100,12 @@ def _saved(spec: LoraSpec, table: Table) -> Iterator[Target]:
     names: set[str] = set()
     for wanted in spec.modules_to_save:
         found = {name for name, module in modules.items() if any(m.endswith(wanted) for m in _above(module))}
+        for copied, entry in table.copies.items():
+            if not found and any(m.endswith(wanted) for m in _above(module_name(table, copied))):
+                tied = entry.sources[0].name
+                raise UsageError(
+                    f"lora: modules_to_save: {wanted!r} is tied to {tied}: name that, and both are trained"
+                )
         if not found:
             raise UsageError(f"lora: modules_to_save: {wanted!r} matches nothing{_close(wanted, modules.values())}")
         names |= found
@@ -137,7 +149,7 @@ def _candidates(table: Table) -> list[_Candidate]:
             elif len(tensor.shape) == 3 and dimensions[0] == "experts":
                 kind = "experts"
             if kind is not None:
-                head = tensor.name == "lm_head.weight"
+                head = tensor.name == HEAD
                 found.append(_Candidate(tensor, module_name(table, tensor.name), kind, head))
     return found
 

@@ -102,6 +102,11 @@ class Table:
             source.name: (entry, index) for entry in self.entries.values() for index, source in enumerate(entry.sources)
         }
 
+    def copies_of(self, name: str) -> tuple[str, ...]:
+        """What is the HF tensor `name` once more, whether or not a folder has it: a head that is tied to it."""
+        found = self.by_hf_name.get(name)
+        return tuple(copied for copied, entry in self.copies.items() if found is not None and entry is found[0])
+
     def covers(self, key: str) -> bool:
         """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""
         return not key.endswith((".lora_A", ".lora_B", ".lora_magnitude"))

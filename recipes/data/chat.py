@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,8 @@ class ChatModel:
         from transformers import AutoTokenizer
 
         self.folder = folder
+        # Forks have the processor of the first one.
+        self._root, self._lock = self, threading.RLock()
         self._supervise: Supervise = options.supervise
         self._kwargs = dict(options.template_kwargs)
         try:
@@ -93,13 +96,19 @@ class ChatModel:
 
     @cached_property
     def processor(self) -> Any:
-        """Made when the first media come: what it imports takes seconds, which text alone need not wait for."""
-        from transformers import AutoProcessor
+        """Made when the first media come: what it imports takes seconds, which text alone need not wait for.
 
-        try:
-            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:
-            raise UsageError(f"{self.folder}: its processor cannot be loaded ({_line(error)})") from error
+        Loaded once, whichever thread asks first; every fork has a copy. Raises UsageError.
+        """
+        with self._lock:
+            if self._root is not self:
+                return copy.deepcopy(self._root.processor)
+            from transformers import AutoProcessor
+
+            try:
+                return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+            except Exception as error:
+                raise UsageError(f"{self.folder}: its processor cannot be loaded ({_line(error)})") from error
 
     @property
     def pad_id(self) -> int:
@@ -109,8 +118,7 @@ class ChatModel:
         """One for another thread: tokenizers and processors change inside while they work."""
         other = copy.copy(self)
         other.tokenizer = copy.deepcopy(self.tokenizer)
-        if "processor" in vars(self):
-            other.processor = copy.deepcopy(self.processor)
+        vars(other).pop("processor", None)
         return other
 
     def fingerprint(self) -> str:

@@ -152,7 +152,10 @@ def open_corpus(
     with _locked(folder.with_suffix(".lock")):
         if not (folder / "meta.json").is_file():
             _build(folder, chat, options, sources, progress, notify)
-    return Corpus(folder, chat, options, sources)
+    corpus = Corpus(folder, chat, options, sources)
+    if corpus.has_media:
+        chat.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
+    return corpus
 
 
 def _build(

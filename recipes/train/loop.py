@@ -79,7 +79,7 @@ def train(recipe: Recipe, data: DataFactory = open_streams, signalled: StopSigna
                 log.say(f"resuming after step {progress.step}")
             outcome = _Loop(run, streams, progress, log, signalled).run()
             if recipe.export.hf is not None and not outcome.stopped:
-                _export(run, Path(recipe.export.hf))
+                _export(run, Path(recipe.export.hf), log)
         finally:
             if log is not None:
                 log.close()
@@ -88,10 +88,10 @@ def train(recipe: Recipe, data: DataFactory = open_streams, signalled: StopSigna
     return outcome
 
 
-def _export(run: Run, target: Path) -> None:
+def _export(run: Run, target: Path, log: Log | None) -> None:
     """Write the model as an HF folder. Collective."""
     if run.lora is not None:
-        checkpoint.on_rank_0(lambda: export_merged(Path(run.recipe.output), target))
+        checkpoint.on_rank_0(lambda: export_merged(run.recipe, target, None if log is None else log.say))
         return
     run.gather_weights()
     run.bridge.save_hf(run.models, target, overwrite=True)

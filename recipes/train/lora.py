@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from bridge import Gemma4Bridge
+from bridge.convert.atomic import Notify
 from bridge.errors import UsageError
 from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
 from bridge.lora.initial import initial_values
@@ -15,7 +18,7 @@ from bridge.lora.merge import merge_adapter
 from bridge.lora.source import open_both
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
-from bridge.lora.targets import resolve
+from bridge.lora.targets import HEAD, resolve
 from bridge.megatron.model import Gemma4Model
 from recipes.config import LoraConfig, Recipe
 
@@ -25,27 +28,21 @@ def spec_of(config: LoraConfig) -> LoraSpec | None:
     if config.adapter is not None:
         if config.rank:
             raise UsageError("lora.adapter says what is adapted, and how: leave lora.rank at 0")
-        return AdapterFolder.open(config.adapter).manifest.spec
-    if not config.rank:
-        return None
-    targets = config.targets if isinstance(config.targets, str) else tuple(config.targets)
-    exclude = config.exclude if isinstance(config.exclude, str) else tuple(config.exclude)
-    return LoraSpec(
-        config.rank,
-        config.alpha,
-        targets,
-        config.dropout,
-        tuple(config.parameters),
-        exclude,
-        dict(config.rank_pattern),
-        dict(config.alpha_pattern),
-        config.rslora,
-        config.dora,
-        tuple(config.modules_to_save),
-        dict(config.dropout_pattern),
-        tuple(config.layers_to_transform),
-        tuple(config.layers_pattern),
-    )
+        spec, usual = AdapterFolder.open(config.adapter).manifest.spec, _options(LoraConfig())
+        for name, value in _options(config).items():
+            has = getattr(spec, name)
+            if value not in (usual[name], has):
+                raise UsageError(
+                    f"lora.{name} is {value!r}, {config.adapter} has {has!r}: leave it out, or say the same"
+                )
+        return spec
+    return LoraSpec(**_options(config)) if config.rank else None
+
+
+def _options(config: LoraConfig) -> dict[str, Any]:
+    """The fields of a `LoraSpec`, as a recipe says them."""
+    said = {f.name: getattr(config, f.name) for f in fields(LoraSpec)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> AdapterTable:
@@ -53,7 +50,12 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 
     Raises UsageError for what matches nothing, is not built, or is the adapter of another model.
     """
-    table = adapter_table(bridge.table, resolve(spec, bridge.table))
+    targets = resolve(spec, bridge.table)
+    if any(target.name == HEAD and target.kind != "saved" for target in targets):
+        raise UsageError(
+            "lora: lm_head can have no adapter here; leave it out, or train it whole: lora.modules_to_save"
+        )
+    table = adapter_table(bridge.table, targets)
     if config.adapter is not None:
         held = AdapterFolder.open(config.adapter).table.entries
         if {key: entry.shape for key, entry in held.items()} != {k: entry.shape for k, entry in table.entries.items()}:
@@ -73,22 +75,24 @@ def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Se
         start_magnitudes(models)
 
 
-def export_merged(output: Path, target: Path) -> None:
+def export_merged(recipe: Recipe, target: Path, notify: Notify | None) -> None:
     """Write the base of a run with the adapters of its latest checkpoint as an HF folder. On one rank."""
     with ExitStack() as stack:
-        base, adapter = open_both(stack, output, None)
-        merge_adapter(base, adapter, target, overwrite=True)
+        base, adapter = open_both(stack, Path(recipe.output), recipe.model.hf or recipe.model.megatron)
+        merge_adapter(base, adapter, target, overwrite=True, notify=notify)
 
 
 def describe(recipe: Recipe, spec: LoraSpec, output: Path) -> None:
-    """Write `adapter.json` of a run. Raises UsageError where the folder holds a run with other adapters."""
+    """Write `adapter.json` of a run: of one that goes on, where its base is now.
+
+    Raises UsageError where the folder holds a run with other adapters.
+    """
     manifest = AdapterManifest(spec, recipe.model.hf, recipe.model.megatron)
-    if not (output / ADAPTER_FILE).is_file():
+    before = AdapterManifest.read(output) if (output / ADAPTER_FILE).is_file() else None
+    if before is not None and before.spec != spec:
+        raise UsageError(f"{output}: holds a run with other adapters ({_difference(before.spec, spec)})")
+    if before != manifest:
         manifest.write(output)
-        return
-    before = AdapterManifest.read(output).spec
-    if before != spec:
-        raise UsageError(f"{output}: holds a run with other adapters ({_difference(before, spec)})")
 
 
 def _difference(before: LoraSpec, now: LoraSpec) -> str:

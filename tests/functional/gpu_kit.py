@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -83,13 +83,14 @@ def release() -> None:
         torch.cuda.synchronize()
 
 
-def build(case: Case, **changes: Any) -> Any:
-    """A run of the case; `changes` to the `train` group of its recipe."""
+def build(case: Case, lora: Mapping[str, Any] | None = None, **changes: Any) -> Any:
+    """A run of the case; `lora`, `changes`: to the groups `lora` and `train` of its recipe."""
     from recipes.config import check_recipe
     from recipes.train.setup import assemble, start_ranks
 
     recipe = recipe_of(case)
     recipe.train = replace(recipe.train, **changes)
+    recipe.lora = replace(recipe.lora, **(lora or {}))
     start_ranks()
     return assemble(recipe, check_recipe(recipe, 1), load=True, bridge=case.model.bridge())
 

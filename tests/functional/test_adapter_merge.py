@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from bridge.convert.folders import Conversion, import_hf
 from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
+from bridge.lora.adapter import Adapter
 from bridge.lora.merge import MergedReader, merge_adapter, open_base
 from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft
+from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.targets import resolve
 from bridge.toy import VARIANTS
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy
@@ -58,7 +61,10 @@ def test_equal_to_the_merge_of_peft(variant: str, dtype: str, toy: Toy, tmp_path
     base = toy(variant, dtype=dtype)
     model = make_adapter(base, tmp_path / "adapter", **OPTIONS[variant])
     expected = peft_merge(model, tmp_path / "peft")
-    merge(base, tmp_path / "adapter", tmp_path / "merged", max_shard_size=2_000_000)
+    said: list[str] = []
+    merge(base, tmp_path / "adapter", tmp_path / "merged", max_shard_size=2_000_000, notify=said.append)
+    # What was trained whole was trained with its head.
+    assert any("tied to the head" in line for line in said) == (variant in ("e4b", "31b"))
     before, after = tensors(base), tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
     changed, rounded, total = 0, 0, 0
@@ -83,6 +89,28 @@ def test_equal_to_the_merge_of_peft(variant: str, dtype: str, toy: Toy, tmp_path
     assert rounded <= 1e-4 * total
     for asset in ("config.json", "tokenizer.json"):
         assert (tmp_path / "merged" / asset).read_bytes() == (base / asset).read_bytes()
+
+
+def test_where_dora_begins_the_base_stays_as_it_is(toy: Toy, tmp_path: Path) -> None:
+    """In bf16 too: norms are rounded as those were that the magnitudes began as."""
+    base = toy("31b", text_only=True, dtype="bfloat16")
+    before, spec = tensors(base), LoraSpec(4, 8.0, ("q_proj", "down_proj", "embed_tokens"), dora=True)
+
+    def value(target: Target, part: Part) -> torch.Tensor:
+        if part == "magnitude":
+            dim = 0 if target.kind == "embedding" else 1
+            return torch.linalg.norm(before[target.name].double(), dim=dim).bfloat16()
+        begins_at_zero = part == ("A" if target.kind == "embedding" else "B")
+        return (torch.zeros if begins_at_zero else torch.ones)(target.shape_of(part), dtype=torch.bfloat16)
+
+    with ExitStack() as stack:
+        opened = open_base(stack, base)
+        targets = resolve(spec, opened.table)
+        adapter = Adapter(tmp_path / "adapter", opened.table, spec, targets, value, lambda *_: "BF16", (), None)
+        merge_adapter(opened, adapter, tmp_path / "merged")
+    assert {target.kind for target in targets} == {"linear", "embedding"}
+    after = tensors(tmp_path / "merged")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def model_targets(adapter: Path) -> set[str]:

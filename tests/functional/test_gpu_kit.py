@@ -40,7 +40,7 @@ def test_memory_is_flat(ranks: RankPool) -> None:
 
 def reads(case: Case) -> Counter[str]:
     """Where a step would make the host wait, if all tensors were on a GPU. Runs on a rank."""
-    run = gpu_kit.build(case)
+    run = gpu_kit.build(case, {"dora": True, "dropout": 0.1} if case.lora else None)
     batches = case.batches()
     gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
     with gpu_kit.HostReads() as found:
@@ -67,10 +67,13 @@ ON_THE_HOST = {
 }
 
 
-@pytest.mark.parametrize(("variant", "media"), [("e2b", True), ("26b-a4b", False), ("12b", True)])
-def test_where_a_step_reads_tensors(ranks: RankPool, variant: str, media: bool) -> None:
+@pytest.mark.parametrize(
+    ("variant", "mode", "media"),
+    [("e2b", "sft", True), ("26b-a4b", "sft", False), ("12b", "sft", True), ("31b", "lora", False)],
+)
+def test_where_a_step_reads_tensors(ranks: RankPool, variant: str, mode: str, media: bool) -> None:
     """A new place is a wait for the device, unless its tensor is on the host there: then it belongs to the list."""
-    case = Case(variant, "sft", 192, media=media, recompute="none", size="toy", dtype="float32")
+    case = Case(variant, mode, 192, media=media, recompute="none", size="toy", dtype="float32")
     (found,) = ranks.run(reads, case, world_size=1)
     assert set(found) <= ON_THE_HOST
     assert "bridge/megatron/visibility.py:_hull: _local_scalar_dense" in found  # the counting works

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from bridge import Gemma4Bridge
 from bridge.errors import BridgeError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.checkpoint import AdapterFolder
@@ -25,9 +28,11 @@ from bridge.mapping import table_for
 from bridge.ranks import RankPool
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.media import media_sample
+from recipes.config import LoraConfig
 from recipes.config import resolve as resolve_recipe
 from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
+from recipes.train.lora import spec_of, table_of
 
 from .conftest import Toy
 from .lora_kit import EPS, Result, Training, compare, our_training, peft_training, whole_spec
@@ -310,12 +315,19 @@ def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path
     first, second = adapters(tmp_path / "first"), adapters(tmp_path / "second")
     assert first.keys() == second.keys() and any(part == "B" and tensor.any() for (_, part), tensor in first.items())
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+    with pytest.raises(UsageError, match=r"lora.rslora is True, .*first has False"):
+        spec_of(LoraConfig(adapter=str(tmp_path / "first"), rslora=True))
+    same = LoraConfig(adapter=str(tmp_path / "first"), dora=True, alpha=8, modules_to_save=["language_model.norm"])
+    assert spec_of(same) == AdapterFolder.open(tmp_path / "first").manifest.spec
     with pytest.raises(BridgeError, match="first: the adapter of another model"):
         ranks.run(train_toy, said | {"model": {"hf": str(toy("31b"))}, "output": str(tmp_path / "x")}, [], world_size=1)
 
 
 def test_a_run_ends_with_a_merged_model(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
-    """And towers that had nothing to read come out as they were, whatever the weight decay."""
+    """And towers that had nothing to read come out as they were, whatever the weight decay.
+
+    A run that goes on beside another base is merged into that.
+    """
     said = lora_recipe(toy("e2b"), tmp_path / "run", 3, targets="all-linear") | {
         "export": {"hf": str(tmp_path / "out")}
     }
@@ -334,9 +346,31 @@ def test_a_run_ends_with_a_merged_model(ranks: RankPool, toy: Toy, tmp_path: Pat
         base, adapter = open_both(stack, tmp_path / "run", None)
         assert base.path == toy("e2b")
         merge_adapter(base, adapter, tmp_path / "again")
-    out, again = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "again"))
-    assert out == again
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != (toy("e2b") / "model.safetensors").read_bytes()
+
+    other = tmp_path / "other"
+    shutil.copytree(toy("e2b"), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors")
+    ranks.run(train_toy, said | {"model": said["model"] | {"hf": str(other)}}, [], world_size=1)
+    with ExitStack() as stack:
+        base, adapter = open_both(stack, tmp_path / "run", None)
+        assert base.path == other
+        merge_adapter(base, adapter, tmp_path / "of-other")
+    assert contents(tmp_path / "out") == contents(tmp_path / "of-other") != contents(tmp_path / "again")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_adapter_of_the_head_is_refused(toy: Toy) -> None:
+    bridge, spec = Gemma4Bridge.from_hf(toy("31b", text_only=True, untied=True)), LoraSpec(4, 8.0, ("lm_head",))
+    with pytest.raises(UsageError, match=r"lm_head can have no adapter here.*modules_to_save"):
+        table_of(LoraConfig(), spec, bridge)
+    whole = LoraSpec(4, 8.0, ("q_proj",), modules_to_save=("lm_head",))
+    assert "output_layer.weight" in table_of(LoraConfig(), whole, bridge).entries
 
 
 def memory_of(said: dict[str, Any]) -> dict[str, int]:

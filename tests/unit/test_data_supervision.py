@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bridge.errors import DataError, UsageError
-from recipes.data import CorpusOptions, Supervise
+from recipes.data import CorpusOptions, Supervise, open_corpus
 from recipes.data.chat import ChatModel
 from recipes.data.sample import Where, parse_record
 
@@ -296,6 +298,36 @@ def test_the_tokens_are_those_of_transformers(data: Path, model: Path) -> None:
     assert set(tensors) == {"pixel_values", "image_position_ids"}
     for name, tensor in tensors.items():
         assert tensor.equal(expected[name]), name
+
+
+def test_threads_share_one_loading_of_the_processor(data: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that cannot be loaded is said when a corpus with media is opened, out of its cache too."""
+    from transformers import AutoProcessor
+
+    picture = {"messages": [say("user", [{"type": "image", "path": "wide.png"}]), say("assistant", "a field")]}
+    options = corpus_of(data, model, [picture]).options
+    loaded = []
+
+    def load(folder: Path, **kwargs: Any) -> Any:
+        loaded.append(folder)
+        time.sleep(0.1)
+        return real(folder, **kwargs)
+
+    def fail(folder: Path, **kwargs: Any) -> Any:
+        raise OSError("no such thing")
+
+    real = AutoProcessor.from_pretrained
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+    root = ChatModel(model, options)
+    with ThreadPoolExecutor(4) as pool:
+        own = list(pool.map(lambda fork: fork.processor, [root.fork() for _ in range(4)]))
+    assert len(loaded) == 1 and len({id(processor) for processor in (*own, root.processor)}) == 5
+    assert root.fork().fork().processor is not root.processor and len(loaded) == 1
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(UsageError, match="its processor cannot be loaded"):
+        open_corpus(options, model)
+    corpus_of(data, model, [chat("a", "b")])
 
 
 def test_a_token_never_straddles_prompt_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

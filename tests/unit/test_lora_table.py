@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError, CheckpointError, UsageError
@@ -146,7 +149,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     model = table_for(Geometry.from_folder(base / "hf"))
     with pytest.raises(UsageError, match="no weight of this model"):
         adapter_table(model, [Target("model.nowhere.weight", (2, 2), 2, 4.0, False, "nowhere")])
-    with pytest.raises(CheckpointError, match=r"lora_A is \[3, 2\]"):
+    with pytest.raises(CheckpointError, match=r"\.lora_A is \[3, 2\]"):
         write_adapter(tmp_path / "bad", base, SPEC, lambda target, part: torch.ones(3, 2), lambda *_: torch.float32)
     assert not list(tmp_path.iterdir())
 
@@ -181,3 +184,101 @@ def test_scalings_are_not_rounded_to_bf16() -> None:
     assert torch.equal(adapter(x, weight.new_zeros(1, 64), weight)[0], expected.to(torch.bfloat16))
     twice = torch.where(rows < 0, 0.0, scalings.to(torch.bfloat16)[rows.clamp(min=0)]) * b[:, 0].float()
     assert not torch.equal(twice.to(torch.bfloat16), expected.to(torch.bfloat16))
+
+
+def dora(weight: Tensor, projections: Tensor, dropout: float) -> Any:
+    """DoRA of rank 4 of a weight [out, in], with magnitudes that are its norms."""
+    from bridge.lora.linear import LinearAdapter, Placement
+
+    count = int(projections.max()) + 1
+    place = Placement(None, None, False)
+    adapter = LinearAdapter(weight, 4, projections, [2.0] * count, place, [dropout] * count, True)
+    torch.nn.init.normal_(adapter.lora_A)
+    adapter.start_magnitude(weight)
+    return adapter
+
+
+@pytest.mark.parametrize("projections", [1, 2])
+def test_dropout_beside_magnitudes_keeps_no_copy_of_the_weight(projections: int) -> None:
+    weight = torch.nn.Parameter(torch.randn(1536, 512), requires_grad=False)
+    adapter = dora(weight, torch.arange(1536) // 4 % projections, 0.5)
+    x = torch.randn(3, 512, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    output = torch.nn.functional.linear(x, weight)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        adapted = adapter(x, output, weight)
+    kept.pop(weight.untyped_storage().data_ptr(), None)
+    assert 0 < sum(kept.values()) < weight.nbytes / 8
+    adapted.sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_norms_are_taken_of_a_few_rows_at_a_time() -> None:
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.dtype is torch.float32:
+                largest = max(largest, made.numel())
+            return made
+
+    weight = torch.randn(5000, 64, dtype=torch.bfloat16)
+    adapter = dora(weight, torch.zeros(5000, dtype=torch.int64), 0.0)
+    torch.nn.init.normal_(adapter.lora_B)
+    with Sizes():
+        adapter.start_magnitude(weight)
+    assert 0 < largest < weight.numel() / 2
+    expected = (weight.double() + 2 * adapter.lora_B.double() @ adapter.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(
+        adapter.lora_magnitude, expected.bfloat16(), rtol=torch.finfo(torch.bfloat16).eps, atol=0
+    )
+
+
+def test_some_rows_of_a_weight() -> None:
+    from bridge.lora.linear import _rows_product
+
+    weight, x = torch.randn(7, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    for rows in (torch.tensor([1, 2, 6]), torch.arange(7), torch.arange(0)):
+        ours, expected = _rows_product(x, weight, rows), torch.nn.functional.linear(x, weight[rows])
+        grad = torch.randn_like(expected)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(torch.autograd.grad(ours, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_magnitudes_in_bf16_are_those_of_peft() -> None:
+    """With `autocast_adapter_dtype=False`: norms are rounded to bf16, so that a run begins at the base exactly."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False)).to(torch.bfloat16)
+    weight = base[0].weight
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer = theirs.base_model.model[0]
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    adapter = dora(weight, torch.zeros(64, dtype=torch.int64), 0.0)
+    assert {p.dtype for p in (*factors, magnitude, *adapter.parameters())} == {torch.bfloat16}
+    x = torch.randn(8, 96, dtype=torch.bfloat16)
+    output = torch.nn.functional.linear(x, weight)
+    adapter.lora_A.data.copy_(factors[0])
+    assert torch.equal(adapter.lora_magnitude, magnitude)
+    assert torch.equal(adapter(x, output, weight), output) and torch.equal(theirs(x), output)
+
+    torch.nn.init.normal_(factors[1], std=0.3)
+    adapter.lora_B.data.copy_(factors[1])
+    found, expected = adapter(x, output, weight), theirs(x)
+    found.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert [p.shape for p in adapter.parameters()] == [p.shape for p in (*factors, magnitude)]
+    grads = [(ours.grad, others.grad) for ours, others in zip(adapter.parameters(), (*factors, magnitude), strict=True)]
+    for ours, others in [(found, expected), *grads]:
+        # What roundings in another order come to.
+        assert (ours - others).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * others.abs().max()
+    assert (found - output).abs().max() > 0.5 * output.abs().max()

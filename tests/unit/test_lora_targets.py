@@ -227,6 +227,9 @@ def test_an_untied_head_is_hit_only_by_name() -> None:
         ({"targets": ("o_proj", "experts.down_proj"), "dora": True}, "dora"),
         ({"targets": ("o_proj",), "exclude": ("self_attn.o_proj",)}, "no weight"),
         ({"targets": ()}, "no weight"),
+        ({"targets": (), "modules_to_save": ("norm",)}, "no weight.*modules_to_save alone are no adapter"),
+        ({"targets": ("o_proj",), "modules_to_save": ("embed_tokens", "lm_head")}, "'lm_head' is tied to .*embed_tok"),
+        ({"targets": ("embed_tokens",), "dropout_pattern": {"embed_tokens": 0.5}}, "embeddings have none"),
         ({"targets": ("o_proj",), "rank": 0}, "rank is 0"),
         ({"targets": ("o_proj",), "alpha": float("nan")}, "alpha is nan"),
         ({"targets": ("o_proj",), "rank_pattern": {"o_proj": 1.5}}, "rank_pattern 'o_proj' is 1.5"),
@@ -245,7 +248,14 @@ def test_refused_by_name(spec: dict[str, Any], words: str) -> None:
 
 def test_a_module_to_save_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="'embed_token' matches nothing"):
-        resolve(LoraSpec(4, 8, (), modules_to_save=("embed_token",)), toy_table("31b"))
+        resolve(LoraSpec(4, 8, ("o_proj",), modules_to_save=("embed_token",)), toy_table("31b", True))
+
+
+def test_the_common_dropout_passes_embeddings_by() -> None:
+    """As in PEFT."""
+    spec = LoraSpec(4, 8, ("embed_tokens", "o_proj"), 0.1, dropout_pattern={"embed_tokens": 0.0})
+    assert {t.kind: t.dropout for t in resolve(spec, toy_table("31b", True))} == {"embedding": 0.0, "linear": 0.1}
+    assert resolve(LoraSpec(4, 8, ("embed_tokens",), 0.1), toy_table("31b", True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
