@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from bridge.geometry import Geometry
-from bridge.megatron import cpu_runtime
 from bridge.megatron.towers.packing import Images
 from bridge.towers_geometry import VisionGeometry
 from bridge.toy.config import published
+from recipes.train.setup import start_ranks
 
 BOUND = 0.6
 BUDGET = 280
@@ -107,16 +107,14 @@ def main() -> int:
 
 def build(config: dict, attention: str) -> tuple[torch.nn.Module, torch.nn.Module, VisionGeometry]:
     """transformers' tower and this project's, with the same random weights, in float32 on one rank."""
-    cpu_runtime.enable()
+    start_ranks()
     import transformers
-    from torch.distributed import HashStore  # type: ignore[attr-defined]
 
     from bridge.megatron.parallel import Parallel, initialize
     from bridge.megatron.provider import Gemma4Provider
     from bridge.megatron.towers.linear import TowerContext
     from bridge.megatron.towers.vision import VisionTower
 
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     groups = initialize(Parallel())
     geometry = Geometry.from_dict(config)
     assert isinstance(geometry.vision, VisionGeometry)

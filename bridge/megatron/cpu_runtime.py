@@ -67,11 +67,15 @@ def _import_megatron() -> None:
     """Import Megatron-Core, as far as no one has yet, without torch's compiler.
 
     It has little fusions compiled as it is imported, for which torch loads its compiler: a third of the seconds that a
-    process takes to start. Uncompiled they are what is written; of them the model calls
-    one, the router's count of tokens for a bias, which does nothing here.
+    process takes to start. Uncompiled they are what is written; of them the model calls one, the router's count of
+    tokens for a bias, which does nothing here.
     """
+
+    def uncompiled(function: Any = None, **_: Any) -> Any:
+        return uncompiled if function is None else function
+
     original = torch.compile
-    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore
+    torch.compile = uncompiled  # type: ignore[assignment]
     try:
         importlib.import_module("megatron.core.models.gpt")
     finally:

@@ -65,13 +65,14 @@ class ReplicatedLinear(torch.nn.Linear):
         return adapted(self, input, super().forward(input))
 
 
-def adapted(linear: torch.nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """`output` of a linear for `x`, as its adapter changes it, where it has one."""
-    if "weight" not in linear.adapters:  # type: ignore[operator]
+def adapted(linear: Any, x: Tensor, output: Tensor) -> Tensor:
+    """`output` of a linear with a place for adapters for `x`, as its adapter changes it, where it has one."""
+    if "weight" not in linear.adapters:
         return output
     # Without a bias Transformer Engine keeps an empty tensor.
-    bias = linear.bias if linear.bias is not None and linear.bias.numel() else None  # type: ignore[operator]
-    return linear.adapters["weight"](x, output, linear.weight, bias)  # type: ignore
+    bias = linear.bias if linear.bias is not None and linear.bias.numel() else None
+    changed: Tensor = linear.adapters["weight"](x, output, linear.weight, bias)
+    return changed
 
 
 def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def fused_loss(
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
-    context: LossContext = LossContext(),  # noqa: B008 - immutable
+    context: LossContext,
     **unused: Any,
 ) -> Tensor:
     """`linear_cross_entropy` as Megatron's GPTModel calls an `output_processor`.

@@ -14,6 +14,17 @@ from bridge.verify.reference import LOGITS, load_hf
 from bridge.verify.sample import Sample
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+# PEFT's options by variant, where tests need no others.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "12b": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"k_proj": 2},
+        "modules_to_save": ["embed_tokens", "embed_vision"],
+        "ensure_weight_tying": True,
+    },
+    "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
+}
 
 
 def load_model(folder: Path) -> Any:
@@ -57,6 +68,7 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[st
     `lora`: what it has instead.
     """
     from bridge.lora.inject import fill
+    from bridge.lora.table import AdapterTable
     from recipes.config import resolve
     from recipes.train.checkpoint import Progress, prepare_output, save
     from recipes.train.optimizer_state import make_states
@@ -73,7 +85,8 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[st
     }
     start_ranks()
     run = assemble(resolve(said), 1, load=True)
-    fill(run.models, run.table, moved_values(3, folder))  # type: ignore[arg-type]
+    assert isinstance(run.table, AdapterTable)
+    fill(run.models, run.table, moved_values(3, folder))
     run.optimizer.reload_model_params()
     make_states(run.optimizer)
     prepare_output(run)

@@ -22,23 +22,16 @@ from bridge.lora.adapter import Adapter
 from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, open_peft, write_peft
 from bridge.mapping import Table, table_for
 from bridge.toy import VARIANTS
+from tests.functional import adapter_kit
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = adapter_kit.OPTIONS | {
     "e2b": {"target_modules": "all-linear", "lora_dropout": 0.1},
     "e4b": {
         "target_modules": ["embed_tokens_per_layer", "o_proj.linear", "up_proj"],
         "exclude_modules": r".*tower.*up_proj",
     },
-    "12b": {
-        "target_modules": "all-linear",
-        "rank_pattern": {"q_proj": 3},
-        "alpha_pattern": {"k_proj": 2},
-        "modules_to_save": ["embed_tokens", "embed_vision"],
-        "ensure_weight_tying": True,
-    },
-    "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True},
     "31b": {"target_modules": r".*language_model\.(.*\.(q|k|v)_proj|embed_tokens)", "use_dora": True},
 }
 COMPARED = (

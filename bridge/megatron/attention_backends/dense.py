@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bridge.megatron.mask import Mask
 
-# Keys up to which one product is faster than tiles of it; at 256 they are about even at the published head dims
-# (benchmarks/attention.py), and a mask is [s, s].
+# Keys up to which one product is faster than tiles of it (benchmarks/attention.py --lengths 128); a mask is [s, s].
 _SHORT = 128
 
 
