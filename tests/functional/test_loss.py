@@ -163,6 +163,13 @@ def test_against_whole_logits(ranks: RankPool, name: str) -> None:
             assert relative(mine, exact) <= 1.05 * relative(other, exact), what
 
 
+def test_sums_of_bf16_are_rounded_once(ranks: RankPool) -> None:
+    """As many pieces as there are tokens, or one: a sum kept in bf16 would be rounded at each of them."""
+    found = [ranks.run(fused, Case(dtype=torch.bfloat16, chunk=chunk), world_size=1)[0] for chunk in (1, 10_000)]
+    for pieces, whole in zip(*found, strict=True):
+        assert relative(pieces, whole) <= 2**-9
+
+
 def gradients_twice_or_not_at_all() -> None:
     """What a caller may do with the graph, besides one backward pass."""
     from bridge.megatron.loss import linear_cross_entropy
