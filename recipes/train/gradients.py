@@ -42,7 +42,7 @@ def clip_gradients(optimizer: MegatronOptimizer, largest: float, norm: float) ->
     for part in optimizer.chained_optimizers:
         decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
         name = "decoupled_grad" if decoupled else "grad"
-        gradients = [getattr(parameter, name, None) for parameter in part.get_parameters()]
-        gradients = [gradient for gradient in gradients if gradient is not None]
+        held = (getattr(parameter, name, None) for parameter in part.get_parameters())
+        gradients = [gradient for gradient in held if gradient is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
