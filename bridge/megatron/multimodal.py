@@ -247,7 +247,7 @@ class Gemma4MultimodalModel(Gemma4Model):
                 rows = rows.chunk(get_pg_size(tp))[get_pg_rank(tp)]
             merged = tokens[rows.clamp(min=0)].to(embeddings.dtype)
             embeddings = torch.where((rows >= 0)[..., None], merged, embeddings)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self.config.every_gradient):
             return embeddings
         return UseInNothing.apply(embeddings, *self._unused(soft))
 

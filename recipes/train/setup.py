@@ -203,6 +203,7 @@ def wrap(
         DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0, pg_collection=groups)
         for i, model in enumerate(models)
     ]
+    config.every_gradient = overlap
     config.finalize_model_grads_func = finalize_model_grads
     hooks = {"no_sync_func": [chunk.no_sync for chunk in chunks]}
     if overlap:
