@@ -31,7 +31,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
-        return adapted(self, input_, output), bias
+        return adapted(self, input_, output, self.bias), bias
 
 
 class RowLinear(RowParallelLinear):
@@ -45,7 +45,7 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
-        return adapted(self, input_, output), bias
+        return adapted(self, input_, output, self.bias), bias
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -62,15 +62,13 @@ class ReplicatedLinear(torch.nn.Linear):
         self.adapters = torch.nn.ModuleDict()
 
     def forward(self, input: Tensor) -> Tensor:
-        return adapted(self, input, super().forward(input))
+        return adapted(self, input, super().forward(input), self.bias)
 
 
-def adapted(linear: Any, x: Tensor, output: Tensor) -> Tensor:
+def adapted(linear: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
     """`output` of a linear with a place for adapters for `x`, as its adapter changes it, where it has one."""
     if "weight" not in linear.adapters:
         return output
-    # Without a bias Transformer Engine keeps an empty tensor.
-    bias = linear.bias if linear.bias is not None and linear.bias.numel() else None
     changed: Tensor = linear.adapters["weight"](x, output, linear.weight, bias)
     return changed
 

@@ -25,6 +25,7 @@ class QuantizableLinear(torch.nn.Module):
     """
 
     config: Any
+    bias: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,7 +36,9 @@ class QuantizableLinear(torch.nn.Module):
         """[s, b, in] -> [s, b, out] and no bias, as Megatron's linears."""
         with get_fp8_context(self.config):
             output, bias = super().forward(x)
-        return adapted(self, x, output), bias
+        # Without a bias Transformer Engine keeps an empty tensor.
+        own = self.bias if self.bias is not None and self.bias.numel() else None
+        return adapted(self, x, output, own), bias
 
     def get_extra_state(self) -> None:
         return None
