@@ -49,7 +49,15 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
-    load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
+    load = Load(
+        recipe.train.micro_batch_size,
+        length,
+        e,
+        parallel.recompute,
+        tuple(parallel.recompute_modules),
+        fp8=recipe.model.fp8 != "none",
+        fp8_experts=recipe.model.fp8_experts,
+    )
     adapters, rank, whole = _adapted(recipe, table)
     return Plan(
         parallel.layout(),
