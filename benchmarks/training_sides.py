@@ -40,6 +40,7 @@ class Case:
     media: bool = False
     layer_spec: str = "local"
     fp8: str = "none"
+    fp8_experts: bool = False
     recompute: str = "auto"
     size: str = "published"
     dtype: str = "bfloat16"
@@ -48,7 +49,8 @@ class Case:
     def name(self) -> str:
         """`lora/12b/8192/ours`."""
         usual = ("local", "none", "auto")
-        side = "+".join([self.side, *(x for x in (self.layer_spec, self.fp8, self.recompute) if x not in usual)])
+        parts = (self.layer_spec, self.fp8, "fp8 experts" if self.fp8_experts else "none", self.recompute)
+        side = "+".join([self.side, *(part for part in parts if part not in usual)])
         return "/".join([self.mode, self.variant + ("+media" if self.media else ""), str(self.length), side])
 
     @property
@@ -81,6 +83,7 @@ def recipe_of(case: Case) -> Any:
 
     recipe = load_recipe(f"{case.mode}/{case.variant}", ["output=unused"])
     recipe.model.dtype, recipe.model.layer_spec, recipe.model.fp8 = case.dtype, case.layer_spec, case.fp8
+    recipe.model.fp8_experts = case.fp8_experts
     # Attention keeps little; what an FFN and experts keep is worth their products.
     recipe.parallel = ParallelConfig(recompute=case.recompute, recompute_modules=["mlp", "moe"])
     recipe.train.seq_length = case.length

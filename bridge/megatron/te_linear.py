@@ -1,7 +1,8 @@
 """Transformer Engine's linears in the places of Megatron's, with the same parameters, keys and adapters.
 
 FP8 is switched on here, around each product: what is between linears never sees it, and a recomputed layer enters it
-again by itself. Current and block scaling read their scales off the tensors at hand, so that no state outlives a step.
+again by itself. Current and block scaling read their scales off the tensors at hand, and weights are rounded for each
+product (see `parts.py`), so that no state outlives it.
 
 Written against Megatron-Core 0.19.2 and the interface of Transformer Engine 2.20, with which it has not been run.
 """

@@ -24,5 +24,6 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         # Below 2^-6 the numbers lie 2^-9 apart: so do float32's from 2^14 on.
         small = (x + 24576.0) - 24576.0
         rounded = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
-        x = tl.where(x == x, rounded, x)
+        # The NaN of E4M3 has all bits set.
+        x = tl.where(x == x, rounded, (bits | 0x7FF00000).to(tl.float32, bitcast=True))
     return x.to(dtype)
