@@ -83,18 +83,22 @@ def check_layer_spec(name: str, fp8: str, dtype: torch.dtype) -> None:
         raise UsageError(f"fp8={fp8} needs a model in bfloat16, this one is {str(dtype).removeprefix('torch.')}")
 
 
-def check_fp8_experts(geometry: Geometry, parallel: Parallel, dtype: torch.dtype) -> None:
-    """Whether the experts of a model can multiply in FP8 here. Raises UsageError."""
-    import torch
-
+def check_fp8_experts(geometry: Geometry, parallel: Parallel, dtype: str) -> None:
+    """Whether the experts of a model can multiply in FP8, as far as can be said anywhere. Raises UsageError."""
     if geometry.moe is None:
         raise UsageError("fp8_experts=true is for models with experts, and this one has none")
-    if dtype is not torch.bfloat16:
-        raise UsageError(f"fp8_experts=true needs a model in bfloat16, this one is {str(dtype).removeprefix('torch.')}")
+    if dtype != "bfloat16":
+        raise UsageError(f"fp8_experts=true needs a model in bfloat16, this one is {dtype}")
     width = geometry.moe.ffn_hidden_size // parallel.etp
     for name, size in (("hidden_size", geometry.hidden_size), (f"experts' width at etp={parallel.etp}", width)):
         if size % FP8_MULTIPLE:
             raise UsageError(f"fp8_experts=true: {name} is {size}, no multiple of {FP8_MULTIPLE}")
+
+
+def check_fp8_gpu() -> None:
+    """Whether there is a GPU here that multiplies experts in FP8. Raises UsageError."""
+    import torch
+
     if not torch.cuda.is_available():
         raise UsageError("fp8_experts=true: FP8 products of experts run on a GPU, and none is visible")
     capability = torch.cuda.get_device_capability()

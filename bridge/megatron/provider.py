@@ -50,7 +50,8 @@ class Gemma4Provider:
         check_layout(self.geometry, self.parallel)
         parts.check_layer_spec(self.layer_spec, self.fp8, self.dtype)
         if self.fp8_experts:
-            parts.check_fp8_experts(self.geometry, self.parallel, self.dtype)
+            parts.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
+            parts.check_fp8_gpu()
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
                 known = ", ".join(attention_backends.NAMES)

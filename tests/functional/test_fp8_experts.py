@@ -121,3 +121,22 @@ def test_adapters_and_checkpoints_know_nothing_of_it(ranks: RankPool, toy: Toy) 
     for key, gradient in fp8["gradients"].items():
         expected = plain["gradients"][key]
         assert expected.any() and (gradient - expected).norm() <= 1e-5 * expected.norm(), key
+
+
+def said_of_a_recipe(folder: str) -> str:
+    """On a rank."""
+    from bridge.errors import UsageError
+    from recipes.config import resolve
+    from recipes.train.setup import build
+
+    recipe = {"output": "x", "model": {"hf": folder, "fp8_experts": True}, "train": {"steps": 1}}
+    try:
+        build(resolve(recipe), load=False)
+    except UsageError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_recipes_ask_for_it(ranks: RankPool, toy: Toy) -> None:
+    (said,) = ranks.run(said_of_a_recipe, str(toy("26b-a4b", text_only=True)), world_size=1)
+    assert said == "fp8_experts=true: experts' width at etp=1 is 24, no multiple of 16"

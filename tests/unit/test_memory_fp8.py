@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.megatron.parallel import Parallel
@@ -87,3 +88,9 @@ def test_experts_are_rounded_for_one_product_at_a_time() -> None:
     recipe = load_recipe("lora/26b-a4b", ["data.path=x", "model.fp8_experts=true"])
     world = recipe.parallel.layout().world_size
     assert plan_of(recipe, world, made).load.fp8_experts and not plan_of(recipe, world, made).load.fp8
+    # Said where nothing is built.
+    with pytest.raises(UsageError, match="for models with experts, and this one has none"):
+        plan_of(recipe, world, table("31b"))
+    recipe.model.dtype = "float32"
+    with pytest.raises(UsageError, match="needs a model in bfloat16, this one is float32"):
+        plan_of(recipe, world, made)
