@@ -67,6 +67,8 @@ def cases() -> list[Case]:
         if case.mode != "loss"
         for fp8 in ("none", "current", "block")
     ]
+    # A product of experts gains with its tokens, and pays for its weights.
+    specs += [Case("26b-a4b", "lora", n, fp8_experts=True) for n in (8192, 65_536)]
     media = [Case(v, "lora", n, side, media=True) for v in ("e4b", "26b-a4b") for n in LENGTHS for side in sides]
     kinds = [("sft", "e2b"), ("sft", "e4b"), *(("lora", v) for v in ("e2b", "e4b", "12b", "26b-a4b", "31b"))]
     rest = [Case(variant, mode, n, side) for n in LENGTHS for mode, variant in kinds for side in sides]

@@ -40,6 +40,7 @@ class Case:
     media: bool = False
     layer_spec: str = "local"
     fp8: str = "none"
+    fp8_experts: bool = False
     recompute: str = "auto"
     kernels: str = "auto"
     size: str = "published"
@@ -49,7 +50,8 @@ class Case:
     def name(self) -> str:
         """`lora/12b/8192/ours`."""
         usual = ("local", "none", "auto")
-        options = (self.layer_spec, self.fp8, self.recompute, self.kernels)
+        fp8_experts = "fp8 experts" if self.fp8_experts else "none"
+        options = (self.layer_spec, self.fp8, fp8_experts, self.recompute, self.kernels)
         side = "+".join([self.side, *(x for x in options if x not in usual)])
         return "/".join([self.mode, self.variant + ("+media" if self.media else ""), str(self.length), side])
 
@@ -84,6 +86,7 @@ def recipe_of(case: Case) -> Any:
     recipe = load_recipe(f"{case.mode}/{case.variant}", ["output=unused"])
     recipe.model.dtype, recipe.model.layer_spec, recipe.model.fp8 = case.dtype, case.layer_spec, case.fp8
     recipe.model.kernels = case.kernels
+    recipe.model.fp8_experts = case.fp8_experts
     # Attention keeps little; what an FFN and experts keep is worth their products.
     recipe.parallel = ParallelConfig(recompute=case.recompute, recompute_modules=["mlp", "moe"])
     recipe.train.seq_length = case.length

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel
-from bridge.megatron.parts import FP8_ROWS, check_names
+from bridge.megatron.parts import FP8_MULTIPLE, check_names
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -31,6 +31,7 @@ class ModelConfig:
     `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     `kernels`: who computes norms, activations, rotation and the loss: auto (this project's own on a GPU) or torch.
+    `fp8_experts`: experts multiply in FP8, with a scale for each row, whatever the linears do.
     """
 
     hf: str | None = None
@@ -40,6 +41,7 @@ class ModelConfig:
     layer_spec: str = "local"
     fp8: str = "none"
     kernels: str = "auto"
+    fp8_experts: bool = False
 
 
 @dataclass
@@ -387,7 +389,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
 
 def row_multiple(recipe: Recipe) -> int:
     """What the length of a row must be a multiple of, for the layout and for what linears multiply in."""
-    return recipe.parallel.layout().row_multiple * (1 if recipe.model.fp8 == "none" else FP8_ROWS)
+    return recipe.parallel.layout().row_multiple * (1 if recipe.model.fp8 == "none" else FP8_MULTIPLE)
 
 
 def _check_lora(recipe: Recipe) -> None:

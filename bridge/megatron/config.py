@@ -25,10 +25,11 @@ class Gemma4TransformerConfig(TransformerConfig):
     """Megatron's config for one Gemma 4 model.
 
     `pipeline_payload` is how many hidden-size slots travel between pipeline stages (see `pipeline.py`): callers of
-    Megatron's schedules pass `seq_length * pipeline_payload`. `layer_spec`: see `parts.py`. `kernels` says who computes
-    what `bridge.megatron.kernels` has kernels for. Raises UsageError where it names nobody. `every_gradient`: a
-    backward pass gives every trained parameter a gradient, zeros where the batch had no use for it; what Megatron's
-    overlapped gradient reduction waits for, and a copy in vain for any other.
+    Megatron's schedules pass `seq_length * pipeline_payload`. `layer_spec`: see `parts.py`; `fp8_experts`: whether
+    experts multiply in FP8 (`fp8_experts.py`). `kernels` says who computes what `bridge.megatron.kernels` has kernels
+    for. Raises UsageError where it names nobody. `every_gradient`: a backward pass gives every trained parameter a
+    gradient, zeros where the batch had no use for it; what Megatron's overlapped gradient reduction waits for, and a
+    copy in vain for any other.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
@@ -37,6 +38,7 @@ class Gemma4TransformerConfig(TransformerConfig):
     kernels: str = "auto"
     layer_spec: str = "local"
     every_gradient: bool = True
+    fp8_experts: bool = False
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
     heterogeneous_block_specs: bool = True
     # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.

@@ -33,9 +33,9 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.alone and not args and not kwargs:
-            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight)), None
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
         output, bias = super().forward(input_, *args, **kwargs)
-        return adapted(self, input_, output), bias
+        return adapted(self, input_, output, self.bias), bias
 
 
 class RowLinear(RowParallelLinear):
@@ -50,9 +50,9 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.alone:
-            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight)), None
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
         output, bias = super().forward(input_)
-        return adapted(self, input_, output), bias
+        return adapted(self, input_, output, self.bias), bias
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -69,7 +69,7 @@ class ReplicatedLinear(torch.nn.Linear):
         self.adapters = torch.nn.ModuleDict()
 
     def forward(self, input: Tensor) -> Tensor:
-        return adapted(self, input, super().forward(input))
+        return adapted(self, input, super().forward(input), self.bias)
 
 
 def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
@@ -83,12 +83,10 @@ def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
     return get_pg_size(linear.tp_group) == 1 and linear.bias is None and not special
 
 
-def adapted(linear: Any, x: Tensor, output: Tensor) -> Tensor:
+def adapted(linear: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
     """`output` of a linear with a place for adapters for `x`, as its adapter changes it, where it has one."""
     if "weight" not in linear.adapters:
         return output
-    # Without a bias Transformer Engine keeps an empty tensor.
-    bias = linear.bias if linear.bias is not None and linear.bias.numel() else None
     changed: Tensor = linear.adapters["weight"](x, output, linear.weight, bias)
     return changed
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
+from bridge.megatron import fp8_experts
 from bridge.megatron.activation import geglu
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.local_dispatch import LocalDispatcher
@@ -106,7 +107,11 @@ class GroupedExperts(MegatronModule):
 
     def _product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """[t, in] @ each expert's weight, transposed: rows up to `offsets[e]` are of expert e or one before."""
-        output = torch.nn.functional.grouped_mm(x, getattr(self, name).transpose(1, 2), offs=offsets)
+        weight = getattr(self, name)
+        if self.config.fp8_experts:
+            output = fp8_experts.grouped_mm(x, weight, offsets, self.config.kernels)
+        else:
+            output = torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
         return output + self.adapters[name](x, offsets) if name in self.adapters else output
 
     def sharded_state_dict(

@@ -32,7 +32,7 @@ class Gemma4Provider:
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
     names towers and projectors that are not trained (`multimodal.FREEZABLE`). `layer_spec` and `fp8`: what the
-    decoder's linears are, and what they multiply in (see `parts.py`).
+    decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
 
@@ -44,10 +44,14 @@ class Gemma4Provider:
     frozen: tuple[str, ...] = ()
     layer_spec: str = parts.LOCAL
     fp8: str = "none"
+    fp8_experts: bool = False
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
         parts.check_layer_spec(self.layer_spec, self.fp8, self.dtype)
+        if self.fp8_experts:
+            parts.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
+            parts.check_fp8_gpu()
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
                 known = ", ".join(attention_backends.NAMES)
@@ -76,6 +80,7 @@ class Gemma4Provider:
             "pipeline_payload": max((boundary.slots for boundary in boundaries), default=1),
             "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
             "layer_spec": self.layer_spec,
+            "fp8_experts": self.fp8_experts,
             **parts.FP8[self.fp8],
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,

@@ -1,7 +1,8 @@
 """Transformer Engine's linears in the places of Megatron's, with the same parameters, keys and adapters.
 
 FP8 is switched on here, around each product: what is between linears never sees it, and a recomputed layer enters it
-again by itself. Current and block scaling read their scales off the tensors at hand, so that no state outlives a step.
+again by itself. Current and block scaling read their scales off the tensors at hand, and weights are rounded for each
+product (see `parts.py`), so that no state outlives it.
 
 Written against Megatron-Core 0.19.2 and the interface of Transformer Engine 2.20, with which it has not been run.
 """
@@ -25,6 +26,7 @@ class QuantizableLinear(torch.nn.Module):
     """
 
     config: Any
+    bias: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,7 +37,9 @@ class QuantizableLinear(torch.nn.Module):
         """[s, b, in] -> [s, b, out] and no bias, as Megatron's linears."""
         with get_fp8_context(self.config):
             output, bias = super().forward(x)
-        return adapted(self, x, output), bias
+        # Without a bias Transformer Engine keeps an empty tensor.
+        own = self.bias if self.bias is not None and self.bias.numel() else None
+        return adapted(self, x, output, own), bias
 
     def get_extra_state(self) -> None:
         return None

@@ -26,7 +26,8 @@ Bytes = Counter[str]
 class Load:
     """What one microbatch is: `rows` [b] of `length` [s] tokens; bytes `e` of an element; what is recomputed.
 
-    `on_cpu`: attention in tiles, whose scores count; the kernels of a GPU keep theirs on the chip.
+    `on_cpu`: attention in tiles, whose scores count; the kernels of a GPU keep theirs on the chip. `fp8`: of the
+    linears, `fp8_experts`: of the experts. What FP8 keeps of a linear's input is counted as in the dtype of the model.
     """
 
     rows: int
@@ -35,6 +36,8 @@ class Load:
     recompute: str = "none"
     recompute_modules: tuple[str, ...] = ()
     on_cpu: bool = False
+    fp8: bool = False
+    fp8_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,15 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
     # The norms around attention and FFN.
     found["norms"] = 4 * _norm(e, hidden, sizes.tokens)
     # The projection's input; its output, which the norms of q, k and v keep; what they make of it, rotated.
-    kinds = 0 if layer.shares_kv else 1 if layer.k_eq_v else 2
+    kinds = _kinds(layer)
     found["attention"] = e * hidden + _norm(e, full * (q + kinds * kv), full * (q // layer.head_dim + 2 * groups))
     found["attention"] += e * full * (q + (2 * kv if kinds else 0))
     if sizes.parallel.cp > 1:
         found["context parallelism"] = 2 * e * kv * (sizes.columns(layer) - (0 if layer.shares_kv else full))
     found["attention"] += core_attention_bytes(sizes, layer)
     found["mlp"] = e * hidden + mlp_bytes(sizes, layer)
+    if sizes.load.fp8:
+        found["fp8 weights"] = sum(fp8_weight_bytes(sizes, layer))
     if geometry.moe is not None:
         found["norms"] += 2 * _norm(e, hidden, sizes.tokens)
         found["experts"] = moe_bytes(sizes)
@@ -105,6 +110,16 @@ def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
 def mlp_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     """Inside the dense FFN: gate and up, and the product that fc2 is given; without kernels the gate activated."""
     return (3 + sizes.load.on_cpu) * sizes.e * sizes.full * layer.ffn_hidden_size // sizes.parallel.tp
+
+
+def fp8_weight_bytes(sizes: Sizes, layer: LayerGeometry) -> tuple[int, int]:
+    """E4M3 copies of the weights of attention's linears and of the dense FFN's, made for each forward pass: as they
+    are, and transposed for the gradient of the input (transformer_engine/pytorch/module/linear.py, 2.20.2: both are
+    saved for the backward pass). Without their scales: 4 bytes for 128 × 128 of them, or for a tensor.
+    """
+    hidden_size, tp = sizes.geometry.hidden_size, sizes.parallel.tp
+    rows = 2 * layer.q_size + _kinds(layer) * layer.kv_size
+    return 2 * hidden_size * rows // tp, 2 * 3 * hidden_size * layer.ffn_hidden_size // tp
 
 
 def moe_bytes(sizes: Sizes) -> int:
@@ -171,6 +186,11 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     kept = layer_bytes(sizes, layer)
     attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(e, sizes.hidden, sizes.tokens)
     mlp = 3 * e * full * layer.ffn_hidden_size // tp
+    if sizes.load.fp8:
+        # Gradients of gate and up once more, as they are and transposed.
+        mlp += 2 * 2 * full * layer.ffn_hidden_size // tp
+        if sizes.load.recompute == "selective" and "mlp" in sizes.load.recompute_modules:
+            mlp += fp8_weight_bytes(sizes, layer)[1]
     norms = 3 * 4 * sizes.hidden
     experts = 0
     if sizes.geometry.moe is not None:
@@ -178,6 +198,10 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
         routed = sizes.tokens * sizes.geometry.moe.topk * sizes.parallel.etp
         width = sizes.geometry.moe.ffn_hidden_size // sizes.parallel.etp
         experts = routed * (3 * 4 * sizes.geometry.hidden_size + 3 * e * width)
+        if sizes.load.fp8_experts:
+            # Gradients of gate and up once more, and the weights that they are multiplied by.
+            local = sizes.geometry.moe.num_experts // sizes.parallel.ep
+            experts += 2 * width * (routed + local * sizes.geometry.hidden_size)
     return max(attention, mlp, norms, experts) + e * sizes.hidden
 
 
@@ -201,12 +225,19 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
                 found["context parallelism"] = 0
             if "mlp" in load.recompute_modules:
                 found["mlp"] -= mlp_bytes(sizes, layer)
+                if load.fp8:
+                    found["fp8 weights"] -= fp8_weight_bytes(sizes, layer)[1]
             if "moe" in load.recompute_modules and sizes.geometry.moe is not None:
                 found["experts"] -= moe_bytes(sizes) - sizes.e * sizes.hidden
     share = len(layers) / sizes.geometry.num_layers
     for kind, size in front_bytes(sizes).items():
         found[kind] += round(size * share)
     return found
+
+
+def _kinds(layer: LayerGeometry) -> int:
+    """How many of keys and values a layer projects for itself."""
+    return 0 if layer.shares_kv else 1 if layer.k_eq_v else 2
 
 
 def _norm(e: int, elements: int, rows: int) -> int:

@@ -13,6 +13,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
+from bridge.megatron.parts import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.config import Recipe, check_recipe
 from recipes.memory.activations import Load
@@ -43,13 +44,23 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     """What the recipe asks of `world_size` ranks, for the model of `table`. Raises a BridgeError."""
     microbatches = check_recipe(recipe, world_size)
     parallel, optimizer = recipe.parallel, recipe.optimizer
+    if recipe.model.fp8_experts:
+        check_fp8_experts(table.geometry, parallel.layout(), recipe.model.dtype)
     e = 2 if recipe.model.dtype == "bfloat16" else 4
     # A float32 model is its own float32 copy.
     moments = 12 if e == 2 else 8
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
-    load = Load(recipe.train.micro_batch_size, length, e, parallel.recompute, tuple(parallel.recompute_modules))
+    load = Load(
+        recipe.train.micro_batch_size,
+        length,
+        e,
+        parallel.recompute,
+        tuple(parallel.recompute_modules),
+        fp8=recipe.model.fp8 != "none",
+        fp8_experts=recipe.model.fp8_experts,
+    )
     adapters, rank, whole = _adapted(recipe, table)
     return Plan(
         parallel.layout(),

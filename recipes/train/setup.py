@@ -142,7 +142,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
         raise UsageError(f"train.aux_loss={recipe.train.aux_loss:g} is for models with experts, and this one has none")
     layout = parallel.layout()
     model = recipe.model
-    provider = bridge.provider(layout, dtype, overrides=overrides, layer_spec=model.layer_spec, fp8=model.fp8)
+    parts = {"layer_spec": model.layer_spec, "fp8": model.fp8, "fp8_experts": model.fp8_experts}
+    provider = bridge.provider(layout, dtype, overrides=overrides, **parts)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load or adapters is not None:

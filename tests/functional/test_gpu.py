@@ -13,14 +13,17 @@ from itertools import islice
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import train_gpu
 from benchmarks.loss import measure as measure_loss
 from benchmarks.random_model import RandomModel
 from benchmarks.training_sides import Case
+from bridge.megatron import fp8_experts
 from bridge.toy.config import VARIANTS
 from bridge.verify.parity import BF16_KL
 
+from ..unit.fp8_products import products
 from . import gpu_kit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")]
@@ -77,6 +80,44 @@ def test_the_host_waits_for_nothing_within_a_step(variant: str, media: bool, rec
     for _ in range(2):  # kernels are compiled, buffers made
         gpu_kit.train(run, list(islice(batches, run.microbatches)))
     gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
+
+
+def test_experts_in_fp8() -> None:
+    """torch's product and our rounding on the device against both by their definitions on a CPU, forward and backward.
+
+    Both round the same numbers; the forward product sums in 14 bits. Nothing of it waits for the device.
+    """
+    torch.manual_seed(0)
+    ends = torch.tensor([700, 700, 1500, 1503], dtype=torch.int32)
+    x, weight, gradient = torch.randn(1503, 2816), torch.randn(4, 1408, 2816) * 0.02, torch.randn(1503, 1408)
+
+    def run(x: Tensor, weight: Tensor, gradient: Tensor, ends: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        output = fp8_experts.grouped_mm(*leaves, ends, "auto")
+        return [output, *torch.autograd.grad(output, leaves, gradient)]
+
+    given = [x.bfloat16(), weight.bfloat16(), gradient.bfloat16(), ends]
+    on_gpu = [tensor.cuda() for tensor in given]
+    run(*on_gpu)  # kernels are compiled
+    with gpu_kit.no_waiting():
+        found = run(*on_gpu)
+    with products():
+        expected = run(*given)
+    for a, b, bound in zip(found, expected, (2e-2, 5e-3, 5e-3), strict=True):
+        assert (a.cpu().float() - b.float()).norm() <= bound * b.float().norm()
+
+
+def test_a_step_with_experts_in_fp8() -> None:
+    """No waits, and a loss that differs from bf16's by the rounding of experts only."""
+    losses = []
+    for fp8 in (False, True):
+        case = replace(SMALL, variant="26b-a4b", fp8_experts=fp8)
+        run, batches = gpu_kit.build(case), case.batches()
+        losses.append(gpu_kit.train(run, list(islice(batches, run.microbatches))))
+        gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
+        del run
+        gpu_kit.release()
+    assert losses[0] != losses[1] and abs(losses[1] - losses[0]) < 0.02 * losses[0]
 
 
 def test_memory_is_flat_over_50_steps() -> None:

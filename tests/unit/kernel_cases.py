@@ -27,6 +27,7 @@ from bridge.geometry import Geometry
 from bridge.megatron import kernels, loss
 from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
+from bridge.megatron.fp8_experts import quantize_columns, quantize_rows
 from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.parallel import Parallel
@@ -442,3 +443,37 @@ def test_tokens_go_to_their_experts_and_back(shape: tuple[int, int], dtype: torc
             run("triton")(*inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# FP8
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 5, 48), (2, 70, 130), (1, 3, 2816)], ids=str)
+def test_rounding_to_fp8(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """To the bit, rows of zeros and rows 10^10 apart included."""
+    torch.manual_seed(0)
+    x = random(*shape, dtype=dtype) * torch.logspace(-6, 4, shape[1])[:, None].to(DEVICE, dtype)
+    x[0, 1:2] = 0
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for quantize, given in ((quantize_rows, x), (quantize_columns, x), (quantize_rows, turned)):
+        values, scales = quantize(given, "triton")
+        expected, sizes = quantize(given, "torch")
+        assert values.is_contiguous() and values.dtype is expected.dtype
+        assert torch.equal(values.float(), expected.float()) and torch.equal(scales, sizes)
+    assert quantize_rows(x[:, :0], "triton")[0].shape == (shape[0], 0, shape[2])
+    x[:, -1:] = float("nan")
+    assert torch.equal(quantize_rows(x, "triton")[0].float().isnan().any(-1), x.isnan().any(-1))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's own rounding")
+def test_every_number_of_fp8_and_what_lies_between() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (-1e9, 1e9)]
+    # Rows that reach to 448 are rounded as they are.
+    x = torch.cat([numbers, middles, *beside])[:, None].expand(-1, 2).clone()
+    x[:, 1] = 448
+    values, scales = quantize_rows(x, "triton")
+    assert (scales == 1).all() and torch.equal(values.float(), x.to(values.dtype).float())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.megatron import parts
+from bridge.megatron import parts, te_linear
 from bridge.megatron.linear import ColumnLinear, RowLinear
 from bridge.megatron.provider import Gemma4Provider
 from bridge.toy.config import toy_config
@@ -73,6 +75,7 @@ def test_what_fp8_is_called_in_megatron(fp8: str, fields: tuple[Any, Any], monke
     config = replace(provider(layer_spec="te", fp8=fp8), geometry=Geometry.from_dict(toy_config("31b").written)).config
     assert (config.fp8, config.fp8_recipe) == fields
     assert not config.fp8_param and not config.fp8_output_proj and not config.fp8_dot_product_attention
+    assert config.disable_parameter_transpose_cache == (fp8 != "none")
 
 
 def test_recipes_say_it_too() -> None:
@@ -89,21 +92,31 @@ def test_recipes_say_it_too() -> None:
         check_recipe(load_recipe("lora/12b", ["model.layer_spec=t"]), 1)
 
 
-def signature(name: str) -> inspect.Signature:
-    """Of a TE class's `__init__` in the installed Megatron, from its source: without TE the class is a shell."""
+def method(class_name: str, name: str) -> ast.FunctionDef:
+    """Of a TE class in the installed Megatron, from its source: without TE the class is a shell."""
     spec = importlib.util.find_spec("megatron.core")
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).parent / "extensions" / "transformer_engine.py"
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            (init,) = (f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__")
-            space: dict[str, Any] = {}
-            init.returns, init.body = None, [ast.Pass()]
-            for argument in (*init.args.args, *init.args.kwonlyargs):
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            (found,) = (f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == name)
+            found.returns = None
+            for argument in (*found.args.args, *found.args.kwonlyargs):
                 argument.annotation = None
-            exec(compile(ast.fix_missing_locations(ast.Module([init], [])), str(source), "exec"), space)
-            return inspect.signature(space["__init__"])
-    raise AssertionError(f"{source} has no {name}")
+            return found
+    raise AssertionError(f"{source} has no {class_name}")
+
+
+def defined(node: ast.stmt, space: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(ast.fix_missing_locations(ast.Module([node], [])), "transformer_engine.py", "exec"), space)
+    return space
+
+
+def signature(name: str) -> inspect.Signature:
+    """Of a TE class's `__init__`."""
+    init = method(name, "__init__")
+    init.body = [ast.Pass()]
+    return inspect.signature(defined(init, {})["__init__"])
 
 
 # What Megatron's attention and MLP pass (`test_layer_spec_parts.py` sees them do it).
@@ -117,3 +130,53 @@ def test_megatron_calls_its_te_classes_the_same_way() -> None:
         signature(name).bind(None, 64, 128, **dict.fromkeys(arguments))
     with pytest.raises(TypeError):
         signature("TERowParallelLinear").bind(None, 64, 128, **dict.fromkeys(COLUMN))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_weights_are_rounded_for_each_product(cached: bool) -> None:
+    """Megatron's own forward, of which Transformer Engine takes None as: round the weight now, and keep no copy."""
+
+    class Linear:
+        """As far as Megatron's asks for it."""
+
+        te_quant_params, training, te_return_bias, is_first_microbatch = None, True, False, True
+        disable_parameter_transpose_cache = not cached
+
+        def forward(self, x: Any, is_first_microbatch: bool | None) -> Any:
+            return is_first_microbatch
+
+    node = ast.parse("class TELinear(Linear): ...").body[0]
+    assert isinstance(node, ast.ClassDef)
+    node.body = [method("TELinear", "forward")]
+    context = {"Linear": Linear, "_get_fp8_autocast_for_quant_params": lambda *_: nullcontext()}
+    linear = defined(node, context)["TELinear"]()
+    found = [linear.forward(None)[0] for _ in range(2)]
+    # Cached, the second product would be with the weights of the first, whatever has become of them.
+    assert found == ([True, False] if cached else [None, None])
+
+
+def test_an_adapter_is_given_no_empty_bias() -> None:
+    class Linear(torch.nn.Module):
+        """Without a bias Transformer Engine's has a tensor of nothing."""
+
+        config = SimpleNamespace(fp8=None)
+
+        def __init__(self, bias: torch.Tensor) -> None:
+            super().__init__()
+            self.weight, self.bias = torch.eye(2), bias
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x, None
+
+    class Adapter(torch.nn.Module):
+        def forward(self, x: Any, output: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+            given.append(bias)
+            return output + 1
+
+    given: list[torch.Tensor | None] = []
+    made, _ = te_linear.quantizable(Linear, Linear)
+    for bias in (torch.empty(0), torch.ones(2)):
+        linear = made(bias)
+        linear.adapters["weight"] = Adapter()
+        assert torch.equal(linear(torch.zeros(2))[0], torch.ones(2))
+    assert given[0] is None and given[1] is not None and torch.equal(given[1], torch.ones(2))
