@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bridge import cli_launch
+from bridge import __version__, cli_launch
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
 from bridge.errors import BridgeError, UsageError
@@ -30,8 +30,19 @@ app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"gemma4-bridge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
     """--debug is taken off the arguments by `main`, wherever it stands; this declares it for --help."""
 
 
@@ -208,6 +219,7 @@ def verify(
             seed=seed,
             workdir=workdir,
             progress=progress,
+            notify=err.print,
         )
     result = to_json(checks)
     if not wrote_json(json_file, result) or json_file != "-":
@@ -313,11 +325,14 @@ def main() -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        if "" in arguments:
+            # A path of "" would be the folder that one stands in.
+            raise UsageError(f"argument {arguments.index('') + 1} is empty: a shell variable that is not set?")
         app(arguments, prog_name="gemma4-bridge", standalone_mode=True)
     except KeyboardInterrupt:
         if debug:
             raise
-        err.print("interrupted: the target is as it was before")
+        err.print("interrupted: nothing is left half-written")
         sys.exit(130)
     except BridgeError as error:
         if debug:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bridge.megatron.quiet import quiet
 from recipes.config import check_startable, load_recipe, world_size_from_environment
@@ -22,10 +24,19 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # Before the loop imports Megatron, which this does faster where there is no GPU.
         cpu_runtime.enable()
+        from recipes.data.training import corpora
+        from recipes.train.checkpoint import checkpoints
         from recipes.train.loop import train
 
+        # What is wrong with the data is said before a model is built; the loop opens it again, from the cache.
+        corpora(recipe)
+
+        before = max(checkpoints(Path(recipe.output)), default=0)
         try:
-            return train(recipe, signalled=signalled).exit_code
+            outcome = train(recipe, signalled=signalled)
+            if before >= recipe.train.steps and dist.get_rank() == 0:
+                print(f"{recipe.output}: was at step {before} of {recipe.train.steps} already", file=sys.stderr)
+            return outcome.exit_code
         finally:
             signalled.ignore_from_now_on()
             if dist.is_initialized():

@@ -64,6 +64,8 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     if is_megatron_folder(path):
         raise UsageError(f"{path}: is a Megatron checkpoint already; `export` turns it into a Hugging Face folder")
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        raise UsageError(f"{path}: is an adapter, not a model; `adapter import` reads it")
     geometry = Geometry.from_folder(path)
     folder = stack.enter_context(HfFolder(path))
     prefix, config = geometry.prefix, None
@@ -128,7 +130,12 @@ def import_hf(
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, text_only, dtype)
         plan = plan_import(
-            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+            source.table,
+            source.folder.tensors,
+            source.prefix,
+            _DTYPES[dtype],
+            source.folder.file_metadata,
+            source.folder.path,
         )
         assets = _assets(source)
         stage = stack.enter_context(
@@ -182,7 +189,12 @@ def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, dtype=dtype)
         plan = plan_import(
-            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+            source.table,
+            source.folder.tensors,
+            source.prefix,
+            _DTYPES[dtype],
+            source.folder.file_metadata,
+            source.folder.path,
         )
         stage = stack.enter_context(
             staged(

@@ -92,11 +92,17 @@ class MegatronFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> MegatronFolder:
-        """Find the parts of a checkpoint; of a training run the latest complete one. Raises CheckpointError."""
+        """Find the parts of a checkpoint; of a training run the latest complete one. Raises CheckpointError.
+
+        `path` is the whole folder, or one of the checkpoints in it (`RUN/iter_0000020`).
+        """
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder")
-        weights = _find_weights(path)
+        if is_dist_checkpoint(path) and (path.absolute().parent / HF_FOLDER / MANIFEST_FILE).is_file():
+            path, weights = path.absolute().parent, path
+        else:
+            weights = _find_weights(path)
         hf = path / HF_FOLDER
         manifest = Manifest.read(hf)
         geometry = replace(Geometry.from_folder(hf), tied=manifest.tied)

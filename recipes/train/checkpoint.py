@@ -31,7 +31,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
 from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
-from bridge.errors import BridgeError, CheckpointError
+from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
+from bridge.lora.checkpoint import ADAPTER_FILE
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import sense_of
@@ -143,9 +144,18 @@ def load(run: Run, folder: Path) -> Progress:
         progress = Progress(**said)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / _PROGRESS_FILE}: not a record of a run ({error})") from None
+    adapters = (folder.parent / ADAPTER_FILE).is_file()
+    if adapters != (run.lora is not None):
+        raise UsageError(
+            f"{folder.parent}: holds a run that trains {'adapters' if adapters else 'the model itself'}, which this "
+            "recipe does not; choose another output"
+        )
     make_states(run.optimizer)
     with DistReader(folder) as reader:
-        run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        try:
+            run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        except MappingError as error:
+            raise CheckpointError(f"{error}; is {folder.parent} the run of another model or other adapters?") from None
         load_from_megatron(run.models, run.table, reader)
     state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
     if world_size == dist.get_world_size():

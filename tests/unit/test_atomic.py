@@ -225,6 +225,12 @@ def test_existing_targets(tmp_path: Path) -> None:
         convert(source, tmp_path, "hf", overwrite=True)
 
 
+def test_a_target_where_no_folder_can_be_made() -> None:
+    """The system says there that the parent does not exist, though it does."""
+    with pytest.raises(CheckpointError, match=r"/proc/"), staged("/proc/out", plan="p", sources=[]):
+        pass
+
+
 def test_without_an_exchange_an_interrupted_swap_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = make_source(tmp_path / "source"), tmp_path / "out"
     monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
