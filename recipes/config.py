@@ -431,3 +431,11 @@ def world_size_from_environment() -> int:
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 1
+
+
+def rank_from_environment() -> int:
+    """Which of them this process is; 0 without a launcher."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
