@@ -313,6 +313,9 @@ def data_show(
         show(corpus, count, out)
 
 
+_INTERRUPTED = 130
+
+
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     # Unwinds like Ctrl-C does, so that what is half-written goes away.
     raise KeyboardInterrupt("terminated")
@@ -329,24 +332,24 @@ def main() -> None:
             # A path of "" would be the folder that one stands in.
             raise UsageError(f"argument {arguments.index('') + 1} is empty: a shell variable that is not set?")
         app(arguments, prog_name="gemma4-bridge", standalone_mode=True)
-    except KeyboardInterrupt:
-        if debug:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Typer makes the one into the other.
+        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
             raise
         err.print("interrupted: nothing is left half-written")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except BridgeError as error:
         if debug:
             raise
-        err.print(f"error: {_one_line(error)}", markup=False, style="red")
+        err.print(f"error: {_one_line(error)}", style="red")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
-    except Exception as error:
+    except BaseException as error:  # torch has errors that are no Exception
         if debug:
             raise
         err.print(
-            f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)",
-            markup=False,
+            f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)"
         )
         sys.exit(70)
 

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from bridge.errors import BridgeError
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: a path or an override may hold brackets, which rich would take for a style and leave out.
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 # Where nobody sees a terminal's edge, tables keep their width.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _writable(target: str | None) -> str | None:
