@@ -272,6 +272,8 @@ def find_recipe(name: str) -> Path:
     path = CONFIGS / f"{name}.yaml"
     if path.is_file():
         return path
+    if given.is_file():
+        raise UsageError(f"{name}: no recipe, which is a .yaml file; data is named with data.path=...")
     known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
     raise UsageError(f"recipe {name!r}: not found{meant(name, known)}; known are {', '.join(known)}")
 

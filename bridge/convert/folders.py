@@ -19,8 +19,9 @@ from bridge.convert.manifest import (
     MegatronFolder,
     is_megatron_folder,
 )
+from bridge.convert.pieces import CopyTensor, Piece, plan_digest
 from bridge.convert.plan import ImportPlan, JoinedReader, plan_export, plan_import
-from bridge.convert.stream import CHUNK_BYTES, CopyResult, CopyTensor, Piece, Progress, compare, copy, plan_digest
+from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder

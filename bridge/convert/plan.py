@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.convert.manifest import Manifest, ManifestTensor
-from bridge.convert.stream import CopyTensor, Piece
+from bridge.convert.pieces import CopyTensor, Piece
 from bridge.errors import MappingError
 from bridge.hf.tensors import RowReader, TensorLike, num_rows
 from bridge.mapping import Table

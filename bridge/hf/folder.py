@@ -11,9 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from bridge.closing import Closing
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -54,7 +54,7 @@ class TensorInfo:
     nbytes: int
 
 
-class HfFolder:
+class HfFolder(Closing):
     """An open HF model folder. Thread-safe; a context manager.
 
     `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
@@ -164,14 +164,6 @@ class HfFolder:
         """Close the files. Safe to call twice."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

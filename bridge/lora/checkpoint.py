@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bridge.convert.atomic import staged
 from bridge.convert.manifest import HF_FOLDER, RELEASE_FOLDER, TRACKER_FILE, MegatronFolder
-from bridge.convert.stream import plan_digest
+from bridge.convert.pieces import plan_digest
 from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec

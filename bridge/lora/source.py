@@ -36,6 +36,8 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
 
     Raises CheckpointError that names what is missing or damaged.
     """
+    if is_peft_folder(path):
+        raise UsageError(f"{path}: is a PEFT folder already; `adapter convert` writes it in another dress")
     folder = AdapterFolder.open(path)
     reader = stack.enter_context(DistReader(folder.checkpoint.weights))
 

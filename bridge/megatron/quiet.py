@@ -9,7 +9,9 @@ import warnings
 def quiet() -> None:
     """Call it before the first import of Megatron in a program of a user: nothing of it is of use to them."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    # Megatron's optimizer steps on views of its own buffers.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in (
         "megatron.core.dist_checkpointing",

@@ -71,6 +71,7 @@ def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[object], str]] = [
         (["export", folders / "megatron", tmp_path / "out"], "adapter.json: not found"),
         (["export", folders / "hf", tmp_path / "out"], "holds no complete distributed checkpoint"),
+        (["export", folders / "peft", tmp_path / "out"], "is a PEFT folder already"),
         (
             ["import", folders / "hf", tmp_path / "out", "--base", folders / "megatron"],
             "adapter_config.json: not found",

@@ -17,7 +17,8 @@ import pytest
 
 from bridge.convert import atomic
 from bridge.convert.atomic import staged
-from bridge.convert.stream import CopyResult, CopyTensor, Piece, copy, plan_digest
+from bridge.convert.pieces import CopyTensor, Piece, plan_digest
+from bridge.convert.stream import CopyResult, copy
 from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec

@@ -111,6 +111,9 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         load_recipe("sft/e5b")
     with pytest.raises(UsageError, match="no such file"):
         load_recipe(str(tmp_path / "absent.yaml"))
+    (tmp_path / "chats.jsonl").touch()
+    with pytest.raises(UsageError, match="data is named with"):
+        load_recipe(str(tmp_path / "chats.jsonl"))
     (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
     with pytest.raises(UsageError, match="mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
