@@ -11,6 +11,7 @@ from typing import Any
 
 from bridge.convert.atomic import Journal, Notify, staged
 from bridge.convert.manifest import (
+    ADAPTER_FILE,
     CARRIED_FOLDER,
     HF_FOLDER,
     MANIFEST_FILE,
@@ -259,6 +260,10 @@ def open_checkpoint(
     stack: ExitStack, checkpoint: MegatronFolder, check_files: bool = False, notify: Notify | None = None
 ) -> tuple[JoinedReader, tuple[CopyTensor, ...], list[Path]]:
     """What export reads and writes: a reader, the plan, and the files that are read. Raises a BridgeError."""
+    if (checkpoint.path / ADAPTER_FILE).is_file():
+        raise UsageError(
+            f"{checkpoint.path}: holds adapters: `adapter merge` makes a model of them, `adapter export` a PEFT folder"
+        )
     dist = stack.enter_context(DistReader(checkpoint.weights))
     table = table_for(checkpoint.geometry)
     table.check_keys({key: tensor.shape for key, tensor in dist.tensors.items()}, checkpoint.weights)

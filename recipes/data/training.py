@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import ListConfig
 from torch import Tensor
 
+from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
@@ -23,7 +24,9 @@ def model_folder(recipe: Recipe) -> str:
     """Where a recipe's tokenizer, processor and chat template are. Raises UsageError where it names no model."""
     if recipe.model.hf is None and recipe.model.megatron is None:
         raise UsageError("set model.hf or model.megatron")
-    return str(resolve(recipe.model.hf)) if recipe.model.hf else f"{recipe.model.megatron}/hf"
+    if recipe.model.hf is not None:
+        return str(resolve(recipe.model.hf))
+    return str(MegatronFolder.open(str(recipe.model.megatron)).hf)
 
 
 def corpus_options(recipe: Recipe) -> CorpusOptions:

@@ -31,9 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
-from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
+from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
 from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
-from bridge.lora.checkpoint import ADAPTER_FILE
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import sense_of
