@@ -285,9 +285,20 @@ def to_yaml(recipe: Recipe) -> str:
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
     """What can be said before the model is known; the number of microbatches per step. Raises a BridgeError."""
-    train, parallel, optimizer = recipe.train, recipe.parallel, recipe.optimizer
     if (recipe.model.hf is None) == (recipe.model.megatron is None):
         raise UsageError("set exactly one of model.hf and model.megatron")
+    _check_choices(recipe)
+    _check_finite(recipe)
+    _check_numbers(recipe)
+    _check_schedule(recipe)
+    _check_lora(recipe)
+    _check_export(recipe)
+    check_names(recipe.model.layer_spec, recipe.model.fp8)
+    return _check_batch(recipe, world_size)
+
+
+def _check_choices(recipe: Recipe) -> None:
+    parallel, optimizer = recipe.parallel, recipe.optimizer
     for key, value, allowed in (
         ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
         ("parallel.recompute", parallel.recompute, ("none", "selective", "full")),
@@ -298,7 +309,10 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
-    _check_finite(recipe)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    train, optimizer = recipe.train, recipe.optimizer
     for key, number, least in (
         ("train.steps", train.steps, 1),
         ("train.global_batch_size", train.global_batch_size, 1),
@@ -327,6 +341,10 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             raise UsageError(f"optimizer.{key}={number}: must be below 1")
     if optimizer.eps <= 0:
         raise UsageError(f"optimizer.eps={optimizer.eps}: must be above 0")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    train, optimizer = recipe.train, recipe.optimizer
     if train.patience and not train.eval_every:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
     if optimizer.min_lr > optimizer.lr:
@@ -338,10 +356,11 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
             "steps after the warm-up"
         )
-    _check_lora(recipe)
-    _check_export(recipe)
-    check_names(recipe.model.layer_spec, recipe.model.fp8)
-    layout, multiple = parallel.layout(), row_multiple(recipe)
+
+
+def _check_batch(recipe: Recipe, world_size: int) -> int:
+    """Length of a row, and rows of a step, against the layout; the number of microbatches."""
+    train, layout, multiple = recipe.train, recipe.parallel.layout(), row_multiple(recipe)
     if train.seq_length % multiple:
         longer = train.seq_length + -train.seq_length % multiple
         raise UsageError(

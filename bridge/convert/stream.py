@@ -93,18 +93,12 @@ def copy(
     kept: set[str] = set()
     known = {} if journal is None else journal.finished
     old = [unit for unit in units if len(known.get(unit.file, ())) == len(unit.chunks)]
-
-    def make_checker() -> Callable[[Unit], tuple[Unit, bool]]:
-        scratch = memoryview(np.empty(largest, dtype=np.uint8))
-        return lambda unit: (unit, writer.check_unit(unit, known[unit.file], scratch))
-
-    for unit, intact in parallel(old, make_checker, workers):
-        if intact:
-            kept.add(unit.file)
-            crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
-            done += sum(chunk.nbytes for chunk in unit.chunks)
-            if progress is not None:
-                progress(done, total, unit.file)
+    for unit in _intact(old, known, writer, largest, workers):
+        kept.add(unit.file)
+        crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
+        done += sum(chunk.nbytes for chunk in unit.chunks)
+        if progress is not None:
+            progress(done, total, unit.file)
     resumed = done
 
     def make_mover() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
@@ -141,6 +135,20 @@ def copy(
             if journal is not None:
                 journal.record(unit.file, [crcs[c.name, c.start] for c in unit.chunks])
     return CopyResult(total, resumed, len(kept), _join_checksums(units, crcs))
+
+
+def _intact(
+    units: Sequence[Unit], known: Mapping[str, tuple[int, ...]], writer: RowWriter, largest: int, workers: int
+) -> Iterator[Unit]:
+    """Those of the files of an earlier run that still hold what their checksums say."""
+
+    def make_checker() -> Callable[[Unit], tuple[Unit, bool]]:
+        scratch = memoryview(np.empty(largest, dtype=np.uint8))
+        return lambda unit: (unit, writer.check_unit(unit, known[unit.file], scratch))
+
+    for unit, intact in parallel(units, make_checker, workers):
+        if intact:
+            yield unit
 
 
 def compare(
