@@ -286,7 +286,7 @@ def test_interrupted_import_leaves_all_or_nothing(made: Make, tmp_path: Path, se
         _, stderr = process.communicate(timeout=60)
         codes.add(process.returncode)
         assert "Traceback" not in stderr or process.returncode == -sent, stderr  # before the program had begun
-        assert ("interrupted" in stderr) == (process.returncode == 130)
+        assert ("interrupted: nothing is left" in stderr) == (process.returncode == 130)
         if target.exists():
             export_hf(target, tmp_path / "back", overwrite=True)
             assert_same_folder(tmp_path / "back", source)
