@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from bridge.api import Gemma4Bridge
     from bridge.megatron.parallel import Parallel
 
-__all__ = ["Gemma4Bridge", "Parallel"]
+__all__ = ["Gemma4Bridge", "Parallel", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

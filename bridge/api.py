@@ -67,15 +67,17 @@ class Gemma4Bridge:
         """This rank's model chunks. torch.distributed must be initialised.
 
         Megatron's groups are made when there are none yet. Without a visible GPU the CPU runtime is switched on.
+        Raises ParallelError where the ranks, or groups that there are, do not fit the provider's layout.
         """
         from megatron.core import parallel_state
 
         from bridge.megatron import cpu_runtime
-        from bridge.megatron.parallel import initialize
+        from bridge.megatron.parallel import check_groups, initialize
 
         cpu_runtime.enable()
         if not parallel_state.model_parallel_is_initialized():
             initialize(provider.parallel)
+        check_groups(provider.parallel, self.geometry.moe is not None)
         return provider.build()
 
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:

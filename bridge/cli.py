@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bridge import cli_launch
+from bridge import __version__, cli_launch
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
 from bridge.errors import BridgeError, UsageError
@@ -30,8 +30,19 @@ app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"gemma4-bridge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
     """--debug is taken off the arguments by `main`, wherever it stands; this declares it for --help."""
 
 
@@ -208,6 +219,7 @@ def verify(
             seed=seed,
             workdir=workdir,
             progress=progress,
+            notify=err.print,
         )
     result = to_json(checks)
     if not wrote_json(json_file, result) or json_file != "-":
@@ -301,6 +313,9 @@ def data_show(
         show(corpus, count, out)
 
 
+_INTERRUPTED = 130
+
+
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     # Unwinds like Ctrl-C does, so that what is half-written goes away.
     raise KeyboardInterrupt("terminated")
@@ -313,25 +328,28 @@ def main() -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        if "" in arguments:
+            # A path of "" would be the folder that one stands in.
+            raise UsageError(f"argument {arguments.index('') + 1} is empty: a shell variable that is not set?")
         app(arguments, prog_name="gemma4-bridge", standalone_mode=True)
-    except KeyboardInterrupt:
-        if debug:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Typer makes the one into the other.
+        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
             raise
-        err.print("interrupted: the target is as it was before")
-        sys.exit(130)
+        err.print("interrupted: nothing is left half-written")
+        sys.exit(_INTERRUPTED)
     except BridgeError as error:
         if debug:
             raise
-        err.print(f"error: {_one_line(error)}", markup=False, style="red")
+        err.print(f"error: {_one_line(error)}", style="red")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
-    except Exception as error:
+    except BaseException as error:  # torch has errors that are no Exception
         if debug:
             raise
         err.print(
-            f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)",
-            markup=False,
+            f"internal error: {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)"
         )
         sys.exit(70)
 

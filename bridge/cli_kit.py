@@ -12,12 +12,22 @@ from rich.console import Console
 
 from bridge.errors import BridgeError
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: a path or an override may hold brackets, which rich would take for a style and leave out.
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 # Where nobody sees a terminal's edge, tables keep their width.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _writable(target: str | None) -> str | None:
+    """Say before the work what would fail after it."""
+    if target is not None and target != "-" and (Path(target).is_dir() or not Path(target).parent.is_dir()):
+        raise BridgeError(f"--json {target}: {'is a folder' if Path(target).is_dir() else 'its folder does not exist'}")
+    return target
+
 
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.", callback=_writable),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target, once all is written.")]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]

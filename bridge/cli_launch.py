@@ -166,14 +166,16 @@ def plan(
         figures = (of.total + RESERVE, of.weights, of.gradients, of.optimizer, of.peak)
         shown.add_row(*(f"{size / 1e9:.1f}" for size in figures), f"{one.cost:.2f}", shlex.join(one.overrides()))
     # Wider than other tables: overrides are there to be copied.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(shown)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(shown)
 
 
 def dry_run(recipe: str, overrides: list[str], ranks: int | None, gpu_memory: float | None) -> None:
     """`train --dry-run`: check the recipe and print its memory estimate; exit code 1 where it does not fit."""
+    from bridge.megatron.quiet import quiet
     from recipes.config import load_recipe
     from recipes.memory.recipe import report
 
+    quiet()
     loaded = load_recipe(recipe, overrides)
     lines, fits = report(loaded, ranks or loaded.parallel.layout().world_size, gpu_memory)
     for line in lines:

@@ -201,6 +201,10 @@ class Geometry:
     def from_dict(cls, config: Mapping[str, Any]) -> Geometry:
         """Read a config as a dictionary. Raises GeometryError that names the field."""
         model_type = config.get("model_type")
+        quantization = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise GeometryError(f"quantization_config is {method!r}; take the checkpoint that is not quantized")
         if model_type in _MULTIMODAL:
             architecture, text_type, _ = _MULTIMODAL[model_type]
             text = config.get("text_config") or {}

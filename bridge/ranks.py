@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+from bridge.closing import Closing
 from bridge.errors import BridgeError, ParallelError, UsageError
 from bridge.rank_process import TIDY
 
@@ -47,7 +48,7 @@ _GRACE_S = 1.0  # how long, after one rank failed, the others get to report that
 _LOG_TAIL = 4000
 
 
-class RankPool:
+class RankPool(Closing):
     """`size` ranks on this machine, started once and used for many calls.
 
     What ranks print goes to a file, whose end is shown where a rank dies or hangs. `preload` names the modules that the
@@ -122,12 +123,6 @@ class RankPool:
                 rank.connection.close()
             self._launcher.close()
         self._launcher, self._ranks = None, []
-
-    def __enter__(self) -> RankPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def pids(self) -> list[int]:

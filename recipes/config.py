@@ -5,12 +5,12 @@ A key that does not exist, or a value of the wrong type, is a UsageError that na
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.parts import FP8_MULTIPLE, check_names
+from recipes.keys import check_keys, meant
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -58,6 +59,7 @@ class DataConfig:
     supervise_turns: str = "all"
     supervise_thinking: bool = True
     supervise_tool_calls: bool = True
+    generation_prefix: bool = False
     on_error: str = "fail"
     overlong: str = "drop"
     allow_urls: bool = False
@@ -246,13 +248,18 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except Exception as error:  # as above
             raise UsageError(f"{override!r}: cannot be read ({' '.join(str(error).split())})") from None
         check_keys(OmegaConf.to_container(given[-1]), Recipe, override)
+    merged: Any = OmegaConf.structured(Recipe)
+    for source, more in [(where, said), *zip(overrides, given, strict=True)]:
+        try:
+            merged = OmegaConf.merge(merged, more)
+            missing = sorted(OmegaConf.missing_keys(merged))
+        except OmegaConfBaseException as error:
+            key = f"{error.full_key}: " if error.full_key else ""
+            raise UsageError(f"{source}: {key}{str(error.msg or error).splitlines()[0]}") from None
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), said, *given)
-        missing = sorted(OmegaConf.missing_keys(merged))
         recipe = OmegaConf.to_object(merged) if not missing else None
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise UsageError(f"{where}: {key}{str(error.msg or error).splitlines()[0]}") from None
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UsageError(f"{where}: {str(error.msg or error).splitlines()[0]}") from None
     if missing:
         raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
     assert isinstance(recipe, Recipe)
@@ -269,47 +276,10 @@ def find_recipe(name: str) -> Path:
     path = CONFIGS / f"{name}.yaml"
     if path.is_file():
         return path
+    if given.is_file():
+        raise UsageError(f"{name}: no recipe, which is a .yaml file; data is named with data.path=...")
     known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
-    raise UsageError(f"recipe {name!r}: not found{_meant(name, known)}; known are {', '.join(known)}")
-
-
-def check_keys(said: Any, schema: Any, where: str, prefix: str = "") -> None:
-    """Every key of the nested dictionary `said` is one of the dataclass `schema`. Raises UsageError."""
-    if not isinstance(said, dict):
-        raise UsageError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is a group of keys, not a value")
-    types = get_type_hints(schema)
-    names = [f.name for f in fields(schema)]
-    for key, value in said.items():
-        if key not in names:
-            raise UsageError(f"{where}: unknown key {prefix}{key}{_meant_key(prefix, str(key), names)}")
-        if is_dataclass(types[key]):
-            check_keys(value, types[key], where, f"{prefix}{key}.")
-
-
-def _all_keys(schema: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, kind in get_type_hints(schema).items():
-        keys += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
-    return keys
-
-
-def _meant_key(prefix: str, key: str, siblings: Sequence[str]) -> str:
-    """The key of the same group that looks like `key`, else the one of any group."""
-    leaves = {whole.rpartition(".")[2]: whole for whole in _all_keys(Recipe)}
-    if key.lower() in siblings:
-        return f"; did you mean {prefix}{key.lower()}?"
-    if key.lower() in leaves:
-        return f"; did you mean {leaves[key.lower()]}?"
-    close = difflib.get_close_matches(key.lower(), siblings, 1, 0.6)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    close = difflib.get_close_matches(key.lower(), list(leaves), 1, 0.6)
-    return f"; did you mean {leaves[close[0]]}?" if close else ""
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    raise UsageError(f"recipe {name!r}: not found{meant(name, known)}; known are {', '.join(known)}")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -319,9 +289,20 @@ def to_yaml(recipe: Recipe) -> str:
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
     """What can be said before the model is known; the number of microbatches per step. Raises a BridgeError."""
-    train, parallel, optimizer = recipe.train, recipe.parallel, recipe.optimizer
     if (recipe.model.hf is None) == (recipe.model.megatron is None):
         raise UsageError("set exactly one of model.hf and model.megatron")
+    _check_choices(recipe)
+    _check_finite(recipe)
+    _check_numbers(recipe)
+    _check_schedule(recipe)
+    _check_lora(recipe)
+    _check_export(recipe)
+    check_names(recipe.model.layer_spec, recipe.model.fp8)
+    return _check_batch(recipe, world_size)
+
+
+def _check_choices(recipe: Recipe) -> None:
+    parallel, optimizer = recipe.parallel, recipe.optimizer
     for key, value, allowed in (
         ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
         ("parallel.recompute", parallel.recompute, ("none", "selective", "full")),
@@ -332,23 +313,44 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    train, optimizer = recipe.train, recipe.optimizer
     for key, number, least in (
         ("train.steps", train.steps, 1),
         ("train.global_batch_size", train.global_batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.seq_length", train.seq_length, 2),
         ("train.nan_limit", train.nan_limit, 1),
+        ("train.eval_batches", train.eval_batches, 1),
+        ("data.workers", recipe.data.workers, 1),
+        ("lora.rank", recipe.lora.rank, 0),
         ("log.every", recipe.log.every, 1),
         *(
             (f"train.{key}", getattr(train, key), 0)
-            for key in ("eval_every", "patience", "z_loss", "aux_loss", "spike_factor")
+            for key in ("seed", "eval_every", "patience", "z_loss", "aux_loss", "spike_factor")
         ),
-        *((f"optimizer.{key}", getattr(optimizer, key), 0) for key in ("lr", "min_lr", "warmup", "wsd_steps", "clip")),
+        *(
+            (f"optimizer.{key}", getattr(optimizer, key), 0)
+            for key in ("lr", "min_lr", "warmup", "wsd_steps", "weight_decay", "beta1", "beta2", "clip")
+        ),
         ("log.peak_tflops", recipe.log.peak_tflops, 0),
         *((f"checkpoint.{key}", getattr(recipe.checkpoint, key), 0) for key in ("every", "keep")),
     ):
         if number < least:
             raise UsageError(f"{key}={number}: must be at least {least}")
+    for key, number in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if number >= 1:
+            raise UsageError(f"optimizer.{key}={number}: must be below 1")
+    if optimizer.eps <= 0:
+        raise UsageError(f"optimizer.eps={optimizer.eps}: must be above 0")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    train, optimizer = recipe.train, recipe.optimizer
+    if train.patience and not train.eval_every:
+        raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
     if optimizer.warmup >= train.steps:
@@ -358,10 +360,11 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
             "steps after the warm-up"
         )
-    _check_lora(recipe)
-    _check_export(recipe)
-    check_names(recipe.model.layer_spec, recipe.model.fp8)
-    layout, multiple = parallel.layout(), row_multiple(recipe)
+
+
+def _check_batch(recipe: Recipe, world_size: int) -> int:
+    """Length of a row, and rows of a step, against the layout; the number of microbatches."""
+    train, layout, multiple = recipe.train, recipe.parallel.layout(), row_multiple(recipe)
     if train.seq_length % multiple:
         longer = train.seq_length + -train.seq_length % multiple
         raise UsageError(
@@ -385,6 +388,16 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
             "would work"
         )
     return microbatches
+
+
+def _check_finite(recipe: Recipe) -> None:
+    """No comparison refuses a NaN."""
+    for group in fields(recipe):
+        of = getattr(recipe, group.name)
+        for key in fields(of) if is_dataclass(of) else ():
+            value = getattr(of, key.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{group.name}.{key.name}={value}: is no finite number")
 
 
 def row_multiple(recipe: Recipe) -> int:
@@ -430,9 +443,11 @@ def check_startable(recipe: Recipe, world_size: int) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise UsageError where a recipe names no data."""
+    """Raise UsageError where a recipe names no data, or none to evaluate on though it wants to."""
     if recipe.data.path is None:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    if recipe.train.eval_every and recipe.data.eval_path is None:
+        raise UsageError(f"train.eval_every={recipe.train.eval_every} needs data: set data.eval_path")
 
 
 def world_size_from_environment() -> int:
@@ -441,3 +456,11 @@ def world_size_from_environment() -> int:
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 1
+
+
+def rank_from_environment() -> int:
+    """Which of them this process is; 0 without a launcher."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from bridge.megatron.quiet import quiet
-from recipes.config import check_startable, load_recipe, world_size_from_environment
+from recipes.config import check_startable, load_recipe, rank_from_environment, world_size_from_environment
 from recipes.train.signals import StopSignal
+from recipes.train.sole import sole_run
 
 
 def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     """Train a recipe on this rank; the exit code (0, or 75 where a signal ended it). Raises a BridgeError."""
     # Listening begins before anything slow: a signal that comes while packages load ends the run after its first step.
-    with StopSignal() as signalled:
+    with StopSignal() as signalled, ExitStack() as stack:
         recipe = load_recipe(name, overrides)
         check_startable(recipe, world_size_from_environment())
         quiet()
@@ -22,10 +26,19 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # Before the loop imports Megatron, which this does faster where there is no GPU.
         cpu_runtime.enable()
+        from recipes.data.training import corpora
+        from recipes.train.checkpoint import checkpoints
         from recipes.train.loop import train
 
+        # What is wrong with the data is said before a model is built; the loop opens it again, from the cache.
+        corpora(recipe)
+        stack.enter_context(sole_run(recipe.output, rank_from_environment()))
+        before = max(checkpoints(Path(recipe.output)), default=0)
         try:
-            return train(recipe, signalled=signalled).exit_code
+            outcome = train(recipe, signalled=signalled)
+            if before >= recipe.train.steps and dist.get_rank() == 0:
+                print(f"{recipe.output}: was at step {before} of {recipe.train.steps} already", file=sys.stderr)
+            return outcome.exit_code
         finally:
             signalled.ignore_from_now_on()
             if dist.is_initialized():

@@ -214,8 +214,12 @@ def _lock(partial: Path, target: Path) -> int:
     while True:
         try:
             partial.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(partial, error) from None
+        try:
             fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
+            # The one who held it removed it since.
             continue
         except OSError as error:
             raise write_error(partial, error) from None

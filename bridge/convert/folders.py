@@ -11,6 +11,7 @@ from typing import Any
 
 from bridge.convert.atomic import Journal, Notify, staged
 from bridge.convert.manifest import (
+    ADAPTER_FILE,
     CARRIED_FOLDER,
     HF_FOLDER,
     MANIFEST_FILE,
@@ -19,8 +20,9 @@ from bridge.convert.manifest import (
     MegatronFolder,
     is_megatron_folder,
 )
+from bridge.convert.pieces import CopyTensor, Piece, plan_digest
 from bridge.convert.plan import ImportPlan, JoinedReader, plan_export, plan_import
-from bridge.convert.stream import CHUNK_BYTES, CopyResult, CopyTensor, Piece, Progress, compare, copy, plan_digest
+from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
@@ -64,6 +66,8 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     if is_megatron_folder(path):
         raise UsageError(f"{path}: is a Megatron checkpoint already; `export` turns it into a Hugging Face folder")
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        raise UsageError(f"{path}: is an adapter, not a model; `adapter import` reads it")
     geometry = Geometry.from_folder(path)
     folder = stack.enter_context(HfFolder(path))
     prefix, config = geometry.prefix, None
@@ -128,7 +132,12 @@ def import_hf(
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, text_only, dtype)
         plan = plan_import(
-            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+            source.table,
+            source.folder.tensors,
+            source.prefix,
+            _DTYPES[dtype],
+            source.folder.file_metadata,
+            source.folder.path,
         )
         assets = _assets(source)
         stage = stack.enter_context(
@@ -182,7 +191,12 @@ def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, dtype=dtype)
         plan = plan_import(
-            source.table, source.folder.tensors, source.prefix, _DTYPES[dtype], source.folder.file_metadata
+            source.table,
+            source.folder.tensors,
+            source.prefix,
+            _DTYPES[dtype],
+            source.folder.file_metadata,
+            source.folder.path,
         )
         stage = stack.enter_context(
             staged(
@@ -246,6 +260,10 @@ def open_checkpoint(
     stack: ExitStack, checkpoint: MegatronFolder, check_files: bool = False, notify: Notify | None = None
 ) -> tuple[JoinedReader, tuple[CopyTensor, ...], list[Path]]:
     """What export reads and writes: a reader, the plan, and the files that are read. Raises a BridgeError."""
+    if (checkpoint.path / ADAPTER_FILE).is_file():
+        raise UsageError(
+            f"{checkpoint.path}: holds adapters: `adapter merge` makes a model of them, `adapter export` a PEFT folder"
+        )
     dist = stack.enter_context(DistReader(checkpoint.weights))
     table = table_for(checkpoint.geometry)
     table.check_keys({key: tensor.shape for key, tensor in dist.tensors.items()}, checkpoint.weights)

@@ -22,6 +22,8 @@ from bridge.torch_dist.reader import is_dist_checkpoint
 HF_FOLDER = "hf"
 CARRIED_FOLDER = "carried"
 MANIFEST_FILE = "bridge.json"
+# Beside the checkpoints of adapters: what they adapt (bridge/lora/checkpoint.py).
+ADAPTER_FILE = "adapter.json"
 RELEASE_FOLDER = "release"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _VERSION = 1
@@ -92,11 +94,17 @@ class MegatronFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> MegatronFolder:
-        """Find the parts of a checkpoint; of a training run the latest complete one. Raises CheckpointError."""
+        """Find the parts of a checkpoint; of a training run the latest complete one. Raises CheckpointError.
+
+        `path` is the whole folder, or one of the checkpoints in it (`RUN/iter_0000020`).
+        """
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path}: not a folder")
-        weights = _find_weights(path)
+        if is_dist_checkpoint(path) and (path.absolute().parent / HF_FOLDER / MANIFEST_FILE).is_file():
+            path, weights = path.absolute().parent, path
+        else:
+            weights = _find_weights(path)
         hf = path / HF_FOLDER
         manifest = Manifest.read(hf)
         geometry = replace(Geometry.from_folder(hf), tied=manifest.tied)
@@ -119,7 +127,11 @@ def _find_weights(path: Path) -> Path:
     for name in _candidates(path):
         if is_dist_checkpoint(path / name):
             return path / name
-    raise CheckpointError(f"{path}: holds no complete distributed checkpoint ({RELEASE_FOLDER}/ or iter_*/)")
+    hint = ""
+    for file, command in (("config.json", "import"), ("adapter_config.json", "adapter import")):
+        if (path / file).is_file():
+            hint = f"; `{command}` makes one of this Hugging Face folder"
+    raise CheckpointError(f"{path}: holds no complete distributed checkpoint ({RELEASE_FOLDER}/ or iter_*/){hint}")
 
 
 def _candidates(path: Path) -> Sequence[str]:

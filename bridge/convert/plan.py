@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.convert.manifest import Manifest, ManifestTensor
-from bridge.convert.stream import CopyTensor, Piece
+from bridge.convert.pieces import CopyTensor, Piece
 from bridge.errors import MappingError
 from bridge.hf.tensors import RowReader, TensorLike, num_rows
 from bridge.mapping import Table
@@ -26,9 +26,16 @@ class ImportPlan:
 
 
 def plan_import(
-    table: Table, stored: Mapping[str, TensorLike], prefix: str, dtype: str | None, file_metadata: Mapping[str, str]
+    table: Table,
+    stored: Mapping[str, TensorLike],
+    prefix: str,
+    dtype: str | None,
+    file_metadata: Mapping[str, str],
+    where: object,
 ) -> ImportPlan:
     """Plan the import of a folder's tensors. `dtype` (a safetensors name) converts floats, None keeps them.
+
+    `where` is what errors call the folder.
 
     `prefix` is how language-model names begin in the folder, where that is not as in `table` (a text-only import of a
     multimodal folder); tensors outside of the table's names are then left behind.
@@ -40,7 +47,7 @@ def plan_import(
 
     names = {source(name): name for name in [*table.by_hf_name, *table.copies, *table.carried]}
     kept = {names.get(name, name): name for name in stored if not narrowed or name in names}
-    table.check_folder({name: tuple(stored[original].shape) for name, original in kept.items()}, "the folder")
+    table.check_folder({name: tuple(stored[original].shape) for name, original in kept.items()}, where)
 
     def written(name: str) -> str:
         have = stored[kept[name]].dtype
@@ -48,12 +55,12 @@ def plan_import(
 
     tensors = []
     for entry in table.entries.values():
-        kinds = {written(s.name) for s in entry.sources}
+        kinds = {s.name: written(s.name) for s in entry.sources}
         pieces = tuple(
             Piece(block.row, kept[entry.sources[block.source].name], block.source_row, block.num_rows)
             for block in entry.blocks
         )
-        tensors.append(CopyTensor(entry.key, _widest(kinds, entry.key), entry.shape, pieces))
+        tensors.append(CopyTensor(entry.key, _widest(kinds, where), entry.shape, pieces))
     carried = tuple(
         CopyTensor(name, written(name), tuple(stored[original].shape), (_whole(original, stored[original].shape),))
         for name, original in kept.items()
@@ -113,7 +120,9 @@ def _whole(name: str, shape: Sequence[int], source: str | None = None) -> Piece:
     return Piece(0, source or name, 0, num_rows(tuple(shape)))
 
 
-def _widest(dtypes: set[str], key: str) -> str:
+def _widest(kinds: Mapping[str, str], where: object) -> str:
+    """The dtype that holds the values of all `kinds` (tensor -> dtype). Raises MappingError."""
+    dtypes = set(kinds.values())
     if len(dtypes) == 1:
         return next(iter(dtypes))
     if {"BF16", "F16"} <= dtypes and not dtypes & {"F32", "F64"}:
@@ -121,4 +130,7 @@ def _widest(dtypes: set[str], key: str) -> str:
     for dtype in _WIDTH:
         if dtype in dtypes and dtypes <= set(_WIDTH):
             return dtype
-    raise MappingError(f"{key}: its parts have the dtypes {', '.join(sorted(dtypes))}, which do not fuse")
+    odd = next(name for name, dtype in kinds.items() if dtype not in _WIDTH)
+    raise MappingError(
+        f"{where}: {odd} is {kinds[odd]}, which does not fuse with {', '.join(sorted(dtypes - {kinds[odd]}))}"
+    )

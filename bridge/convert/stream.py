@@ -1,73 +1,29 @@
 """The one streaming copy: import, export and the comparison of a round trip are plans of row blocks, carried out here.
 
-A plan says for every destination tensor which rows of which source tensors it consists of. Chunks are moved by a few
-threads with one reused buffer each, so memory depends on the chunk and on nothing else.
+Chunks of a plan (`bridge.convert.pieces`) are moved by a few threads with one reused buffer each, so memory depends on
+the chunk and on nothing else.
 """
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
-from bridge.convert.dtypes import can_convert, convert
+from bridge.convert.crc import combine_crc32
+from bridge.convert.pieces import CopyTensor, Scratch, Source
+from bridge.convert.threads import parallel
 from bridge.errors import MappingError
-from bridge.hf.tensors import (
-    ITEM_SIZES,
-    Chunk,
-    RowReader,
-    TensorSpec,
-    Unit,
-    as_bytes,
-    check_rows,
-    num_rows,
-    row_elements,
-    shown,
-    split_rows,
-)
+from bridge.hf.tensors import Chunk, RowReader, TensorSpec, Unit, shown, split_rows
 
 CHUNK_BYTES = 8 << 20
-_SCRATCH_BYTES = 4 << 20
 # A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
 # and the pages of all of it would have to be found in memory.
 _FLUSH_BYTES = 512 << 20
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """`num_rows` rows of the source tensor `src_name` from `src_row` on become rows from `dst_row` on."""
-
-    dst_row: int
-    src_name: str
-    src_row: int
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class CopyTensor:
-    """A destination tensor and the pieces that it consists of.
-
-    Source and destination need not have the same shape, only the same number of elements a row.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The tensor as a writer wants it."""
-        return TensorSpec(self.name, self.dtype, self.shape)
 
 
 class RowWriter(Protocol):
@@ -103,14 +59,6 @@ class CopyResult:
     checksums: dict[str, int]
 
 
-def plan_digest(tensors: Iterable[CopyTensor], *options: object) -> str:
-    """A digest of a plan and of whatever else decides the result, to recognise an interrupted copy by."""
-    digest = hashlib.blake2b(digest_size=20)
-    for item in (*options, *tensors):
-        digest.update(repr(item).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def copy(
     tensors: Sequence[CopyTensor],
     reader: RowReader,
@@ -129,7 +77,7 @@ def copy(
     or an interrupt stops all threads before it propagates. Raises MappingError (the plan does not fit the tensors) and
     CheckpointError.
     """
-    plan = {tensor.name: _Source(tensor, reader) for tensor in tensors}
+    plan = {tensor.name: Source(tensor, reader) for tensor in tensors}
     units = list(writer.units(chunk_bytes))
     planned = {chunk.name for unit in units for chunk in unit.chunks}
     for name in sorted(planned ^ plan.keys()):
@@ -145,23 +93,17 @@ def copy(
     kept: set[str] = set()
     known = {} if journal is None else journal.finished
     old = [unit for unit in units if len(known.get(unit.file, ())) == len(unit.chunks)]
-
-    def make_checker() -> Callable[[Unit], tuple[Unit, bool]]:
-        scratch = memoryview(np.empty(largest, dtype=np.uint8))
-        return lambda unit: (unit, writer.check_unit(unit, known[unit.file], scratch))
-
-    for unit, intact in parallel(old, make_checker, workers):
-        if intact:
-            kept.add(unit.file)
-            crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
-            done += sum(chunk.nbytes for chunk in unit.chunks)
-            if progress is not None:
-                progress(done, total, unit.file)
+    for unit in _intact(old, known, writer, largest, workers):
+        kept.add(unit.file)
+        crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
+        done += sum(chunk.nbytes for chunk in unit.chunks)
+        if progress is not None:
+            progress(done, total, unit.file)
     resumed = done
 
     def make_mover() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
         buffer = memoryview(np.empty(largest, dtype=np.uint8))
-        scratch = _Scratch()
+        scratch = Scratch()
 
         def move(task: tuple[Unit, Chunk]) -> tuple[Unit, Chunk, int]:
             unit, chunk = task
@@ -195,6 +137,20 @@ def copy(
     return CopyResult(total, resumed, len(kept), _join_checksums(units, crcs))
 
 
+def _intact(
+    units: Sequence[Unit], known: Mapping[str, tuple[int, ...]], writer: RowWriter, largest: int, workers: int
+) -> Iterator[Unit]:
+    """Those of the files of an earlier run that still hold what their checksums say."""
+
+    def make_checker() -> Callable[[Unit], tuple[Unit, bool]]:
+        scratch = memoryview(np.empty(largest, dtype=np.uint8))
+        return lambda unit: (unit, writer.check_unit(unit, known[unit.file], scratch))
+
+    for unit, intact in parallel(units, make_checker, workers):
+        if intact:
+            yield unit
+
+
 def compare(
     tensors: Sequence[CopyTensor],
     source: RowReader,
@@ -208,7 +164,7 @@ def compare(
 
     Bytes are compared, so NaNs and zeros of either sign count. Raises MappingError and CheckpointError.
     """
-    plan = {tensor.name: _Source(tensor, source) for tensor in tensors}
+    plan = {tensor.name: Source(tensor, source) for tensor in tensors}
     details: dict[str, str] = {}
     tasks: list[Chunk] = []
     waiting: dict[str, int] = {}
@@ -225,7 +181,7 @@ def compare(
 
     def make_comparer() -> Callable[[Chunk], tuple[Chunk, str]]:
         ours, theirs = np.empty(largest, dtype=np.uint8), np.empty(largest, dtype=np.uint8)
-        scratch = _Scratch()
+        scratch = Scratch()
 
         def work(chunk: Chunk) -> tuple[Chunk, str]:
             left, right = ours[: chunk.nbytes], theirs[: chunk.nbytes]
@@ -286,155 +242,6 @@ def checksums(
     return _join_checksums(units, crcs)
 
 
-def parallel[T, R](tasks: Sequence[T], make_worker: Callable[[], Callable[[T], R]], workers: int) -> Iterator[R]:
-    """Run the tasks in `workers` threads, started in order; yields results as they come, in the calling thread.
-
-    Each thread makes its own worker, and with it its buffers. The first error, an interrupt in the calling thread, or
-    closing the iterator stops all threads, each after the task that it is at.
-    """
-    results: queue.SimpleQueue[tuple[R | None, BaseException | None, bool]] = queue.SimpleQueue()
-    lock, stop, pending = threading.Lock(), threading.Event(), iter(tasks)
-
-    def run() -> None:
-        try:
-            work = make_worker()
-            while not stop.is_set():
-                with lock:
-                    task = next(pending, None)
-                if task is None:
-                    break
-                results.put((work(task), None, False))
-        except BaseException as error:
-            stop.set()
-            results.put((None, error, False))
-        finally:
-            results.put((None, None, True))
-
-    count = max(1, min(workers, len(tasks))) if tasks else 0
-    threads = [threading.Thread(target=run, name=f"copy-{number}", daemon=True) for number in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-        running = count
-        while running:
-            result, error, ended = results.get()
-            if error is not None:
-                raise error
-            if ended:
-                running -= 1
-            else:
-                yield result  # type: ignore[misc]
-    finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-
-
-class _Scratch:
-    """A thread's buffer for source rows that change their dtype on the way."""
-
-    def __init__(self) -> None:
-        self._buffer = np.empty(0, dtype=np.uint8)
-
-    def view(self, nbytes: int) -> memoryview:
-        if len(self._buffer) < nbytes:
-            self._buffer = np.empty(nbytes, dtype=np.uint8)
-        return memoryview(self._buffer)[:nbytes]
-
-
-class _Source:
-    """The rows of one destination tensor, read from its pieces."""
-
-    def __init__(self, tensor: CopyTensor, reader: RowReader) -> None:
-        self.tensor, self.reader = tensor, reader
-        self.item_size = ITEM_SIZES.get(tensor.dtype, 0)
-        if not self.item_size:
-            raise MappingError(f"tensor {shown(tensor.name)}: dtype {shown(tensor.dtype)} is not supported")
-        self.elements = row_elements(tensor.shape)
-        self.pieces = self._checked_pieces()
-        self._starts = [piece.dst_row for piece in self.pieces]
-
-    def _checked_pieces(self) -> list[Piece]:
-        """The pieces in order, neighbours joined. Raises MappingError unless they cover the tensor exactly once."""
-        where = f"tensor {shown(self.tensor.name)}"
-        merged: list[Piece] = []
-        end = 0
-        for piece in sorted(self.tensor.pieces, key=lambda piece: piece.dst_row):
-            source = self.reader.tensors.get(piece.src_name)
-            if source is None:
-                raise MappingError(f"{where} is made of {shown(piece.src_name)}, which the source does not have")
-            if piece.num_rows <= 0 or piece.src_row < 0 or piece.src_row + piece.num_rows > num_rows(source.shape):
-                raise MappingError(
-                    f"{where} takes rows {piece.src_row} to {piece.src_row + piece.num_rows} of "
-                    f"{shown(piece.src_name)}, which has {num_rows(source.shape)}"
-                )
-            if row_elements(source.shape) != self.elements:
-                raise MappingError(
-                    f"{where} {self.tensor.shape} takes rows of {shown(piece.src_name)} {tuple(source.shape)}: "
-                    f"{self.elements} and {row_elements(source.shape)} elements a row"
-                )
-            if not can_convert(source.dtype, self.tensor.dtype):
-                raise MappingError(f"{where}: {source.dtype} cannot be converted to {self.tensor.dtype}")
-            if piece.dst_row != end:
-                low, high = sorted((piece.dst_row, end))
-                what = "come from nowhere" if piece.dst_row > end else "come from two places"
-                raise MappingError(f"{where}: rows {low} to {high} {what}")
-            end += piece.num_rows
-            last = merged[-1] if merged else None
-            if last and last.src_name == piece.src_name and last.src_row + last.num_rows == piece.src_row:
-                merged[-1] = Piece(last.dst_row, last.src_name, last.src_row, last.num_rows + piece.num_rows)
-            else:
-                merged.append(piece)
-        if end != num_rows(self.tensor.shape):
-            raise MappingError(f"{where}: its pieces have {end} rows, its shape {num_rows(self.tensor.shape)}")
-        return merged
-
-    def fill(self, start: int, stop: int, out: memoryview, scratch: _Scratch) -> None:
-        """Fill `out` with rows [start, stop)."""
-        step = self.elements * self.item_size
-        if not step:
-            return
-        index = bisect_right(self._starts, start) - 1
-        row = start
-        while row < stop:
-            piece = self.pieces[index]
-            end = min(stop, piece.dst_row + piece.num_rows)
-            first = piece.src_row + row - piece.dst_row
-            self._read(piece.src_name, first, end - row, out[(row - start) * step : (end - start) * step], scratch)
-            row, index = end, index + 1
-
-    def _read(self, name: str, first: int, count: int, out: memoryview, scratch: _Scratch) -> None:
-        source = self.reader.tensors[name]
-        if source.dtype == self.tensor.dtype:
-            self.reader.read_rows(name, first, first + count, out)
-            return
-        source_step, step = self.elements * ITEM_SIZES[source.dtype], self.elements * self.item_size
-        rows = max(1, _SCRATCH_BYTES // source_step)
-        for low in range(0, count, rows):
-            high = min(low + rows, count)
-            view = scratch.view((high - low) * source_step)
-            self.reader.read_rows(name, first + low, first + high, view)
-            convert(view, source.dtype, out[low * step : high * step], self.tensor.dtype)
-
-
-class PlannedReader:
-    """The tensors of a plan, read by rows as `copy` would write them. As thread-safe as the reader it reads from.
-
-    Raises MappingError where the plan does not fit the tensors.
-    """
-
-    def __init__(self, tensors: Iterable[CopyTensor], reader: RowReader) -> None:
-        self._sources = {tensor.name: _Source(tensor, reader) for tensor in tensors}
-        self.tensors = {name: source.tensor.spec for name, source in self._sources.items()}
-
-    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
-        """See `RowReader`."""
-        view = as_bytes(out)
-        check_rows(name, self.tensors[name], start, stop, len(view))
-        self._sources[name].fill(start, stop, view, _Scratch())
-
-
 def _difference(
     ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: Chunk, item: int
 ) -> str:
@@ -448,37 +255,6 @@ def _difference(
     per_row = len(different) // max(chunk.stop - chunk.start, 1)
     row, column = divmod(int(different.argmax()), max(per_row, 1))
     return f"row {chunk.start + row}, element {column} is the first of {int(different.sum())} that differ near there"
-
-
-_POLY = 0xEDB88320
-
-
-def _multiply(a: int, b: int) -> int:
-    """a * b modulo the CRC32 polynomial, bits reflected."""
-    product, bit = 0, 1 << 31
-    while True:
-        if a & bit:
-            product ^= b
-            if not a & (bit - 1):
-                return product
-        bit >>= 1
-        b = (b >> 1) ^ (_POLY if b & 1 else 0)
-
-
-@lru_cache(maxsize=4096)
-def _power(nbytes: int) -> int:
-    """x^(8 * nbytes) modulo the polynomial."""
-    result, square, bits = 1 << 31, 1 << 30, 8 * nbytes
-    while bits:
-        if bits & 1:
-            result = _multiply(square, result)
-        square, bits = _multiply(square, square), bits >> 1
-    return result
-
-
-def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """The CRC32 of two runs of bytes behind each other, from theirs and the length of the second."""
-    return (_multiply(_power(second_bytes), first) if first else 0) ^ second
 
 
 def _join_checksums(units: Iterable[Unit], crcs: Mapping[tuple[str, int], int]) -> dict[str, int]:

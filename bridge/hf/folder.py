@@ -11,9 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from bridge.closing import Closing
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -34,6 +34,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # The bound of the safetensors format itself.
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 16
+# What stands in a clone whose large files were not fetched.
+_POINTER = b"version https://git-lfs"
 _MAX_BYTES = 2**62
 # Other formats of the same weights: neither read nor copied along.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
@@ -52,7 +54,7 @@ class TensorInfo:
     nbytes: int
 
 
-class HfFolder:
+class HfFolder(Closing):
     """An open HF model folder. Thread-safe; a context manager.
 
     `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
@@ -163,14 +165,6 @@ class HfFolder:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     fd, size = open_regular(path)
@@ -217,6 +211,8 @@ def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo],
     if size < 8:
         raise CheckpointError(f"{shown(path)}: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(pread_bytes(fd, 8, 0, path), "little")
+    if length.to_bytes(8, "little") == _POINTER[:8]:
+        raise CheckpointError(f"{shown(path)}: a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
     if length > _MAX_HEADER:
         raise CheckpointError(f"{shown(path)}: header of {length} bytes, more than the format allows")
     if 8 + length > size:

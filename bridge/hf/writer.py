@@ -9,9 +9,9 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from bridge.closing import Closing
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf.folder import INDEX_FILE, SINGLE_FILE
 from bridge.hf.tensors import (
@@ -77,7 +77,7 @@ class RowLedger:
                 raise CheckpointError(f"{shown(self._folder)}: rows {end} to {rows} of {shown(name)} were not written")
 
 
-class UnitFiles:
+class UnitFiles(Closing):
     """Files of a known size that are written in any order, opened at their first write. Thread-safe."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -131,14 +131,6 @@ class UnitFiles:
         with self._lock:
             while self._fds:
                 os.close(self._fds.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _release(fd: int) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import staged
-from bridge.convert.manifest import HF_FOLDER, RELEASE_FOLDER, TRACKER_FILE, MegatronFolder
-from bridge.convert.stream import plan_digest
+from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, RELEASE_FOLDER, TRACKER_FILE, MegatronFolder
+from bridge.convert.pieces import plan_digest
 from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
@@ -35,7 +35,6 @@ from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
 from bridge.torch_dist.writer import DistWriter
 
-ADAPTER_FILE = "adapter.json"
 _VERSION = 1
 
 

@@ -29,7 +29,8 @@ from bridge.convert.folders import (
     open_source,
 )
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
-from bridge.convert.stream import CHUNK_BYTES, CopyTensor, Piece, PlannedReader, Progress, copy, plan_digest
+from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest
+from bridge.convert.stream import CHUNK_BYTES, Progress, copy
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import MappingError
 from bridge.hf.folder import HfFolder

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bridge.convert.atomic import Notify, staged
 from bridge.convert.folders import Conversion
-from bridge.convert.stream import Progress, plan_digest
+from bridge.convert.pieces import plan_digest
+from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder

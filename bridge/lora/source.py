@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bridge.convert.folders import Conversion
-from bridge.convert.manifest import MegatronFolder, is_megatron_folder
+from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
 from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import UsageError
@@ -17,7 +17,7 @@ from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from bridge.hf.tensors import ITEM_SIZES
 from bridge.lora.adapter import Adapter
-from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
+from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.merge import Base, open_base
 from bridge.lora.peft_folder import CONFIG_FILE, PeftConfig, open_peft
 from bridge.lora.spec import Part, Target
@@ -36,6 +36,8 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
 
     Raises CheckpointError that names what is missing or damaged.
     """
+    if is_peft_folder(path):
+        raise UsageError(f"{path}: is a PEFT folder already; `adapter convert` writes it in another dress")
     folder = AdapterFolder.open(path)
     reader = stack.enter_context(DistReader(folder.checkpoint.weights))
 

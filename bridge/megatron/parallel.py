@@ -73,6 +73,26 @@ class Parallel:
         return " ".join(parts) or "1 rank"
 
 
+def check_groups(parallel: Parallel, experts: bool) -> None:
+    """Raise ParallelError where Megatron's groups, made before, are of another layout; `experts`: theirs count too."""
+    from megatron.core import parallel_state as made
+
+    have = {
+        "tp": made.get_tensor_model_parallel_world_size(),
+        "pp": made.get_pipeline_model_parallel_world_size(),
+        "cp": made.get_context_parallel_world_size(),
+    }
+    if experts:
+        have["ep"] = made.get_expert_model_parallel_world_size()
+        have["etp"] = made.get_expert_tensor_parallel_world_size()
+    for name, size in have.items():
+        if size != getattr(parallel, name):
+            raise ParallelError(
+                f"{name}={getattr(parallel, name)}: Megatron's groups were made with {name}={size}; "
+                "`bridge.megatron.parallel.initialize` makes others"
+            )
+
+
 def initialize(parallel: Parallel, *, seed: int = 1234) -> ProcessGroupCollection:
     """Make Megatron's process groups for `parallel` over all ranks, and seed its random states.
 
@@ -83,6 +103,8 @@ def initialize(parallel: Parallel, *, seed: int = 1234) -> ProcessGroupCollectio
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if not dist.is_initialized():
+        raise ParallelError("torch.distributed is not initialised: call torch.distributed.init_process_group() first")
     parallel.dp(dist.get_world_size())
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

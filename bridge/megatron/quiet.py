@@ -1,4 +1,4 @@
-"""What torch and Megatron say of missing optional packages while they are imported, kept from the terminal."""
+"""What torch and Megatron say of themselves (missing optional packages, coming changes), kept from the terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import warnings
 def quiet() -> None:
     """Call it before the first import of Megatron in a program of a user: nothing of it is of use to them."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    # Megatron's optimizer steps on views of its own buffers.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
-    for name in ("megatron.core.dist_checkpointing", "torch.utils.cpp_extension"):
+    for name in (
+        "megatron.core.dist_checkpointing",
+        "megatron.core.distributed.distributed_data_parallel",
+        "megatron.core.models.gpt.gpt_model",
+        "torch.utils.cpp_extension",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
+from bridge.closing import Closing
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -108,7 +108,7 @@ def is_weight(key: str) -> bool:
     return not key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state")) and "_extra_state" not in key
 
 
-class DistReader:
+class DistReader(Closing):
     """An open `torch_dist` folder. Thread-safe; a context manager.
 
     `tensors`: those keys that `select` keeps (by default the weights), each checked to be covered by its chunks.
@@ -292,14 +292,6 @@ class DistReader:
         with self._lock:
             while self._fds:
                 os.close(self._fds.popitem()[1][0])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def is_dist_checkpoint(folder: str | Path) -> bool:

@@ -128,7 +128,7 @@ def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     folder = folder.resolve()
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not overwrite:
-        raise UsageError(f"{folder}: already exists")
+        raise UsageError(f"{folder}: exists; remove it, choose another, or pass --overwrite")
     if occupied and not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: is not a model folder, so it is not overwritten")
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")

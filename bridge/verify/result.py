@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bridge.megatron.parallel import Parallel
 
@@ -68,7 +69,7 @@ def print_checks(checks: Sequence[Check], console: Console, title: str | None = 
             check.metric,
             f"{check.value:.3g}",
             "" if check.bound is None else f"{sign} {check.bound:.0e}" if check.bound else f"{sign} 0",
-            "" if check.bound is None else "[green]ok[/]" if check.passed else "[red]FAILED[/]",
+            "" if check.bound is None else Text("ok", "green") if check.passed else Text("FAILED", "red"),
             check.detail,
             style="dim" if check.bound is None else None,
         )

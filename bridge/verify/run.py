@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.convert.atomic import Notify
 from bridge.convert.manifest import MegatronFolder
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
@@ -35,10 +36,13 @@ def verify(
     seed: int = 0,
     workdir: Path | None = None,
     progress: Progress | None = None,
+    notify: Notify | None = None,
     pool: RankPool | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> list[Check]:
     """Run the checks and return their rows. Starts its own ranks unless `pool` is given.
+
+    `progress` is of the round trip; `notify` gets a line before each batch whose logits or gradients are compared.
 
     Raises a BridgeError when a check could not be carried out (which is not the same as failing).
     """
@@ -54,7 +58,7 @@ def verify(
         rows += check_round_trip(hf_dir, megatron_dir, variant, workdir=workdir, progress=progress)
     if "logits" in checks or "gradients" in checks:
         rows += _parity(
-            hf_dir, megatron_dir, geometry, variant, checks, parallel, dtype, seed, workdir, pool, overrides
+            hf_dir, megatron_dir, geometry, variant, checks, parallel, dtype, seed, workdir, notify, pool, overrides
         )
     return rows
 
@@ -69,6 +73,7 @@ def _parity(
     dtype: str,
     seed: int,
     workdir: Path | None,
+    notify: Notify | None,
     pool: RankPool | None,
     overrides: dict[str, Any] | None,
 ) -> list[Check]:
@@ -109,7 +114,9 @@ def _parity(
             if run_dtype is not torch.float32:
                 references["float32"] = Path(folder) / "float32.safetensors"
             gradients = "gradients" in checks
-            for note, sample in samples:
+            for number, (note, sample) in enumerate(samples, 1):
+                if notify is not None:
+                    notify(f"comparing batch {number} of {len(samples)}{f' ({note})' if note else ''}")
                 ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
                 if "float32" in references:
                     truth = references["float32"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
 
+from bridge.closing import Closing
 from bridge.errors import DataError, UsageError
 from recipes.data.collate import batch_tensors, join_media
 from recipes.data.corpus import Corpus
@@ -70,7 +70,7 @@ class Position:
     row: int
 
 
-class Batches(Iterator[dict[str, Tensor]]):
+class Batches(Closing, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
@@ -156,14 +156,6 @@ class Batches(Iterator[dict[str, Tensor]]):
         ahead, self._ahead = self._ahead, None
         if ahead is not None and hasattr(ahead, "close"):
             ahead.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _stream(self) -> dict[str, Any]:
         options = self.options

@@ -141,8 +141,8 @@ def open_corpus(
         DataError: a bad record (with `on_error="fail"`), data that cannot be read, or none that can be kept.
         UsageError: options that make no sense, a model without a tokenizer or a chat template.
     """
-    chat = ChatModel(resolve(str(model)), options)
     sources = find_sources(options.paths, split=options.split, subset=options.subset)
+    chat = ChatModel(resolve(str(model)), options)
     caches = Path(options.cache) if options.cache else _default_cache()
     try:
         caches.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ class Supervise:
     tool_calls: bool = True
 
     def __post_init__(self) -> None:
-        one_of("supervise.turns", self.turns, ("all", "last"))
+        one_of("data.supervise_turns", self.turns, ("all", "last"))
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,9 @@ def _json_record(line: bytes, where: Where) -> Record:
     except RecursionError:
         return Record(where, error=DataError(f"{where}: nested too deeply"))
     except ValueError as error:
-        return Record(where, error=DataError(f"{where}: not JSON ({error})"))
+        array = where.line == 1 and line.lstrip().startswith(b"[")
+        hint = "; an array over many lines, where every line is to be an object" if array else ""
+        return Record(where, error=DataError(f"{where}: not JSON ({error}){hint}"))
     return Record(where, value)
 
 

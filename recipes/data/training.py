@@ -9,12 +9,13 @@ from typing import Any
 from omegaconf import ListConfig
 from torch import Tensor
 
+from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.config import Recipe, check_data
 from recipes.data.batches import Batches, BatchOptions
-from recipes.data.corpus import open_corpus
+from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.train.data import Streams
 
@@ -23,7 +24,9 @@ def model_folder(recipe: Recipe) -> str:
     """Where a recipe's tokenizer, processor and chat template are. Raises UsageError where it names no model."""
     if recipe.model.hf is None and recipe.model.megatron is None:
         raise UsageError("set model.hf or model.megatron")
-    return str(resolve(recipe.model.hf)) if recipe.model.hf else f"{recipe.model.megatron}/hf"
+    if recipe.model.hf is not None:
+        return str(resolve(recipe.model.hf))
+    return str(MegatronFolder.open(str(recipe.model.megatron)).hf)
 
 
 def corpus_options(recipe: Recipe) -> CorpusOptions:
@@ -42,15 +45,26 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         media_root=data.media_root,
         chat_template=data.chat_template,
         template_kwargs=dict(data.template_kwargs),
+        generation_prefix=data.generation_prefix,
         cache=data.cache,
         workers=data.workers,
     )
 
 
+def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
+    """Open, and tokenise where that was not done before, what `data.path` and `data.eval_path` name.
+
+    Raises DataError and UsageError.
+    """
+    folder, options, held_out = model_folder(recipe), corpus_options(recipe), recipe.data.eval_path
+    train = open_corpus(options, folder)
+    return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
+
+
 def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
     """Open, tokenise and batch what `data.path` names. Raises DataError and UsageError."""
     data, train = recipe.data, recipe.train
-    folder, options = model_folder(recipe), corpus_options(recipe)
+    corpus, held_out = corpora(recipe)
     batch = BatchOptions(
         train.seq_length,
         train.micro_batch_size,
@@ -60,15 +74,14 @@ def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> S
         packing=data.packing,
         workers=data.workers,
     )
-    if data.eval_path is None:
-        return Streams(Batches(open_corpus(options, folder), batch))
-    held_out = open_corpus(replace(options, path=_paths(data.eval_path)), folder)
+    if held_out is None:
+        return Streams(Batches(corpus, batch))
 
     def evaluation() -> Iterator[dict[str, Tensor]]:
         with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
             yield from batches
 
-    return Streams(Batches(open_corpus(options, folder), batch), evaluation)
+    return Streams(Batches(corpus, batch), evaluation)
 
 
 def _paths(value: Any) -> str | tuple[str, ...]:

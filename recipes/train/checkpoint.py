@@ -27,11 +27,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
-from bridge.convert.manifest import HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
-from bridge.errors import BridgeError, CheckpointError
+from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
+from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import sense_of
@@ -113,7 +114,12 @@ def save(run: Run, progress: Progress) -> Path:
     # What the writer reports goes from this thread to this thread. Megatron would start a process to carry it, which a
     # signal to the job ends, and which outlives a rank that is killed.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(partial))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (CheckpointException, OSError) as error:
+        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        free = shutil.disk_usage(output).free / 1e9
+        raise CheckpointError(f"{target}: cannot be written ({_why(error)}); {free:.1f} GB are free there") from None
 
     def finish() -> None:
         text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
@@ -143,20 +149,28 @@ def load(run: Run, folder: Path) -> Progress:
         progress = Progress(**said)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / _PROGRESS_FILE}: not a record of a run ({error})") from None
+    adapters = (folder.parent / ADAPTER_FILE).is_file()
+    if adapters != (run.lora is not None):
+        raise UsageError(
+            f"{folder.parent}: holds a run that trains {'adapters' if adapters else 'the model itself'}, which this "
+            "recipe does not; choose another output"
+        )
     make_states(run.optimizer)
     with DistReader(folder) as reader:
-        run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        try:
+            run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        except MappingError as error:
+            raise CheckpointError(f"{error}; is {folder.parent} the run of another model or other adapters?") from None
         load_from_megatron(run.models, run.table, reader)
     state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder}: its optimizer state cannot be read ({_why(error)})") from None
     except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{folder}: its optimizer state does not fit this model ({type(error).__name__}: {first_line})"
-        ) from error
+        raise CheckpointError(f"{folder}: its optimizer state does not fit this model ({_why(error)})") from error
     senses = sense_of(run.models)
 
     def updates(parameter: torch.Tensor | None) -> int:
@@ -184,6 +198,14 @@ def on_rank_0(function: Callable[[], None]) -> None:
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise failure[0]
+
+
+def _why(error: BaseException) -> str:
+    """One line; where torch gathered what went wrong on every rank, the first of it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, failure = next(iter(error.failures.items()))
+        return f"rank {rank}: {_why(failure[0])}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _prune(output: Path, keep: int) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from bridge import Gemma4Bridge
 from bridge.convert.atomic import Notify
+from bridge.convert.manifest import ADAPTER_FILE
 from bridge.errors import UsageError
-from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, AdapterManifest
+from bridge.lora.checkpoint import AdapterFolder, AdapterManifest
 from bridge.lora.initial import initial_values
 from bridge.lora.inject import attach, fill, start_magnitudes
 from bridge.lora.merge import merge_adapter

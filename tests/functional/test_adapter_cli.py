@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from bridge.cli import app
-from bridge.convert.folders import import_hf
-from bridge.errors import BridgeError
+from bridge.convert.folders import export_hf, import_hf
+from bridge.errors import BridgeError, UsageError
 from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy
@@ -71,6 +71,7 @@ def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[object], str]] = [
         (["export", folders / "megatron", tmp_path / "out"], "adapter.json: not found"),
         (["export", folders / "hf", tmp_path / "out"], "holds no complete distributed checkpoint"),
+        (["export", folders / "peft", tmp_path / "out"], "is a PEFT folder already"),
         (
             ["import", folders / "hf", tmp_path / "out", "--base", folders / "megatron"],
             "adapter_config.json: not found",
@@ -85,6 +86,9 @@ def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
         with pytest.raises(BridgeError, match=words):
             CliRunner().invoke(app, ["adapter", *map(str, arguments)], catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
+    cli("import", folders / "peft", tmp_path / "adapter", "--base", folders / "megatron")
+    with pytest.raises(UsageError, match="`adapter merge` makes a model of them"):
+        export_hf(tmp_path / "adapter", tmp_path / "out")
 
 
 def test_one_line_and_exit_code_without_megatron(folders: Path, tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bridge.errors import ParallelError
+from bridge.ranks import RankPool
 from bridge.toy import write_toy
+from tests.functional.conftest import Toy
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
@@ -48,6 +52,39 @@ def test_no_block_escapes() -> None:
             assert fence[0] in ("bash", "python", "json", "text", "yaml"), f"{shown(path)}: a block without a language"
             assert fence[0] == "bash" or "gemma4-bridge " not in fence[1], f"{shown(path)}: {fence[1]}"
     assert any(block.why_not is None for path in FILES for block in blocks(path))
+
+
+def python_of_the_readme(model: Path, target: Path) -> tuple[int, str]:
+    """Run the first Python block; how many tensors came by, and what is said of a layout that the groups are not of."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from bridge.megatron import cpu_runtime
+    from bridge.megatron.parallel import Parallel
+
+    cpu_runtime.enable()
+    parallel_state.destroy_model_parallel()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    block = block.replace("google/gemma-4-26B-A4B-it", str(model)).replace('"out/"', repr(str(target)))
+    if dist.is_initialized():  # the pool's ranks are
+        block = block.replace("torch.distributed.init_process_group()", "")
+    names: dict[str, Any] = {}
+    exec(block.replace("    ...", "    count = globals().get('count', 0) + 1"), names)
+    bridge = names["bridge"]
+    try:
+        bridge.build(bridge.provider(Parallel(tp=4, sequence_parallel=True)))
+    except ParallelError as error:
+        return names["count"], str(error)
+    return names["count"], ""
+
+
+def test_the_python_of_the_readme(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    model = toy("26b-a4b", dtype="bfloat16")
+    for count, refused in ranks.run(python_of_the_readme, model, tmp_path / "out", world_size=4):
+        assert count > 100 and "tp=4: Megatron's groups were made with tp=2" in refused
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (model / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)

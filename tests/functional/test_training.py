@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import BridgeError, ParallelError, TrainingError, UsageError
+from bridge.errors import BridgeError, CheckpointError, ParallelError, TrainingError, UsageError
 from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
@@ -270,6 +270,24 @@ def test_killed_while_saving(ranks: RankPool, toys: Toys, tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "killed").iterdir() if path.name != "log.jsonl") == [
         "hf", "iter_0000004", "latest_checkpointed_iteration.txt", "recipe.yaml",
     ]  # fmt: skip
+
+
+def full_disk(said: dict[str, Any]) -> None:
+    """Train where no file may be larger than a megabyte."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        train_toy(said, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"iter_0000001: cannot be written \(rank 0: .*GB are free"):
+        ranks.run(full_disk, toys.recipe("31b", tmp_path / "full", 1), world_size=1)
+    assert not list((tmp_path / "full").glob("*iter_*"))
 
 
 def test_exports_what_it_trained(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:

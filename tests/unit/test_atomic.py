@@ -17,7 +17,8 @@ import pytest
 
 from bridge.convert import atomic
 from bridge.convert.atomic import staged
-from bridge.convert.stream import CopyResult, CopyTensor, Piece, copy, plan_digest
+from bridge.convert.pieces import CopyTensor, Piece, plan_digest
+from bridge.convert.stream import CopyResult, copy
 from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec
@@ -223,6 +224,12 @@ def test_existing_targets(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lies inside"):
         (tmp_path / "config.json").write_text("{}")
         convert(source, tmp_path, "hf", overwrite=True)
+
+
+def test_a_target_where_no_folder_can_be_made() -> None:
+    """The system says there that the parent does not exist, though it does."""
+    with pytest.raises(CheckpointError, match=r"/proc/"), staged("/proc/out", plan="p", sources=[]):
+        pass
 
 
 def test_without_an_exchange_an_interrupted_swap_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

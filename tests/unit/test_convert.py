@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bridge
 from bridge.convert.folders import export_hf, import_hf
 from bridge.convert.manifest import MegatronFolder
-from bridge.errors import CheckpointError
+from bridge.errors import BridgeError, CheckpointError
 from bridge.toy import VARIANTS, write_toy
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -184,7 +185,7 @@ def test_tensors_that_do_not_fit_are_named(
     tensors = load_file(toy / "model.safetensors")
     damage(tensors, name)
     save_file(tensors, toy / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(cli("import", toy, tmp_path / "m"), name)
+    assert_refused(cli("import", toy, tmp_path / "m"), f"{toy}: ", name)
     assert_refused(cli("inspect", toy), name)
     assert not (tmp_path / "m").exists()
 
@@ -217,6 +218,35 @@ def test_wrong_folders_and_damaged_files(toy: Path, tmp_path: Path) -> None:
     assert_refused(cli("import", tmp_path / "sharded", tmp_path / "m2"), shard.name)
     assert_refused(cli("import", toy, target), "m", "--overwrite")
     assert_refused(cli("import", target, tmp_path / "m3"), "Megatron checkpoint already")
+
+
+def test_quantized_models_and_adapters_are_no_models(toy: Path, tmp_path: Path) -> None:
+    tensors = load_file(toy / "model.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, toy / "model.safetensors")
+    with pytest.raises(BridgeError, match=rf"{toy}: {name} is F8_E4M3, which does not fuse with BF16"):
+        import_hf(toy, tmp_path / "m")
+    config = json.loads((toy / "config.json").read_text())
+    (toy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(BridgeError, match=r"config.json: quantization_config is 'fp8'"):
+        import_hf(toy, tmp_path / "m")
+    (toy / "config.json").rename(toy / "adapter_config.json")
+    with pytest.raises(BridgeError, match="`adapter import` reads it"):
+        import_hf(toy, tmp_path / "m")
+
+
+def test_one_checkpoint_of_a_run(made: Make, tmp_path: Path) -> None:
+    """Not the latest, but the one that is named."""
+    source, run = made("e2b"), tmp_path / "run"
+    import_hf(source, run)
+    (run / "release").rename(run / "iter_0000010")
+    shutil.copytree(run / "iter_0000010", run / "iter_0000020")
+    (run / "latest_checkpointed_iteration.txt").write_text("20")
+    assert MegatronFolder.open(run).weights == run / "iter_0000020"
+    shutil.rmtree(run / "iter_0000020" / "hf", ignore_errors=True)
+    max((run / "iter_0000020").glob("*.distcp"), key=lambda path: path.stat().st_size).unlink()
+    export_hf(run / "iter_0000010", tmp_path / "back")
+    assert_same_folder(tmp_path / "back", source)
 
 
 def test_a_damaged_megatron_checkpoint(toy: Path, tmp_path: Path) -> None:
@@ -256,6 +286,7 @@ def test_interrupted_import_leaves_all_or_nothing(made: Make, tmp_path: Path, se
         _, stderr = process.communicate(timeout=60)
         codes.add(process.returncode)
         assert "Traceback" not in stderr or process.returncode == -sent, stderr  # before the program had begun
+        assert ("interrupted: nothing is left" in stderr) == (process.returncode == 130)
         if target.exists():
             export_hf(target, tmp_path / "back", overwrite=True)
             assert_same_folder(tmp_path / "back", source)
@@ -276,6 +307,14 @@ def test_a_full_disk(made: Make, tmp_path: Path) -> None:
 
     assert_refused(cli("import", made("31b"), tmp_path / "m", preexec_fn=limit), ".distcp")
     assert not (tmp_path / "m").exists()
+
+
+def test_options_that_are_wrong_before_any_work(made: Make, tmp_path: Path) -> None:
+    """A variable of the shell that is not set, and a result that could not be written in the end."""
+    assert_refused(cli("import", made("e2b"), ""), "argument 3 is empty")
+    assert_refused(cli("import", made("e2b"), tmp_path / "m", "--json", tmp_path / "no" / "x"), "folder does not exist")
+    assert not (tmp_path / "m").exists()
+    assert cli("--version").stdout == f"gemma4-bridge {bridge.__version__}\n"
 
 
 def test_json_results(made: Make, tmp_path: Path) -> None:

@@ -269,6 +269,13 @@ def test_blank_lines_and_byte_order_marks(folder: Path, model: Path) -> None:
         corpus_of(folder, model, ["", " "])
 
 
+def test_an_array_over_many_lines_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"text": "a"}\n]', encoding="utf-8")
+    first = next(JsonlFile(path).records())
+    assert "an array over many lines" in str(first.error)
+
+
 def test_a_line_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.data.sources._MAX_LINE", 100)
     path = write_jsonl(folder / "data.jsonl", [GOOD, {"text": "x" * 1000}, GOOD])

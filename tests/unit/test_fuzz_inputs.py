@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from bridge.convert.atomic import staged
-from bridge.convert.stream import CopyTensor, Piece, copy
+from bridge.convert.pieces import CopyTensor, Piece
+from bridge.convert.stream import copy
 from bridge.errors import BridgeError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import num_rows

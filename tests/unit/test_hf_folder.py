@@ -174,6 +174,13 @@ def test_header_length_is_bounded(tmp_path: Path) -> None:
             HfFolder(tmp_path)
 
 
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        HfFolder(tmp_path)
+
+
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     def index(weight_map: Any) -> None:
         text = weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from recipes.memory.search import search
 from recipes.slurm.job import Job, read_sweep, seconds
 from recipes.slurm.published import PUBLISHED
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts" / "slurm"
 NASTY = "a b'c\"$(touch pwned)`touch pwned`\\;\nd"
 
 JOB = Job(recipe="sft/e4b", output="runs/e4b", nodes=2, ranks=8, gpus=8)
@@ -188,6 +191,24 @@ def test_launch_refuses_what_does_not_fit() -> None:
     arguments = ["launch", "sft/31b", "--nodes", "1", "--gpus-per-node", "8", "--gpu-memory", "40", "data.path=x"]
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, BridgeError) and "does not fit into 40 GB" in str(done.exception)
+
+
+def test_what_plan_prints_can_be_copied() -> None:
+    """The brackets of lists are in it, and each line of overrides is one that a recipe takes."""
+    done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "2", "--gpu-memory", "80"])
+    rows = [line.split("│")[-2].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    assert any("parallel.recompute_modules=[" in row for row in rows), done.stdout
+    for row in rows:
+        load_recipe("sft/e2b", shlex.split(row))
+
+
+def test_a_wheel_has_all_that_is_not_python() -> None:
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for package, patterns in said["tool"]["setuptools"]["package-data"].items():
+        packed = {path for pattern in patterns for path in (ROOT / package).glob(pattern)}
+        there = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {path for path in there if path.suffix != ".py"} == packed
+        assert ROOT / package / "py.typed" in packed
 
 
 def test_plan_as_json() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.convert.folders import import_hf
+from bridge.convert.manifest import ADAPTER_FILE
 from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.geometry import Geometry
-from bridge.lora.checkpoint import ADAPTER_FILE, AdapterFolder, write_adapter
+from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
 from bridge.lora.spec import LoraSpec, Part, Target
 from bridge.lora.table import AdapterTable, adapter_table, cut, part_name

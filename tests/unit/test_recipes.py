@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
-from recipes.config import CONFIGS, Recipe, check_recipe, load_recipe, resolve, to_yaml
+from recipes.config import CONFIGS, DataConfig, Recipe, check_recipe, check_startable, load_recipe, resolve, to_yaml
+from recipes.data import CorpusOptions
+from recipes.data.training import corpus_options
+
+ROOT = Path(__file__).parents[2]
 
 MINIMAL = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 10, "global_batch_size": 8, "seq_length": 64}}
 
@@ -21,7 +27,12 @@ MINIMAL = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 10, "glob
         (["train.lr=3"], "unknown key train.lr; did you mean optimizer.lr?"),
         (["optimizer.LR=3"], "unknown key optimizer.LR; did you mean optimizer.lr?"),
         (["parallel.sequence-parallel=true"], "did you mean parallel.sequence_parallel?"),
-        (["train.steps=many"], "train.steps: Value 'many'"),
+        (["lora.r=8"], "did you mean lora.rank?"),
+        (["optimizer.learning_rate=1"], "did you mean optimizer.lr?"),
+        (["lora_alpha=1"], "did you mean lora.alpha?"),
+        (["export.zip=1"], "there are hf"),
+        (["train.seed=3", "train.steps=many"], "train.steps=many: train.steps: Value 'many'"),
+        (["train.steps="], "train.steps=: train.steps: Incompatible value 'None'"),
         (["parallel.tp=2.5"], "parallel.tp: Value '2.5'"),
         (["data.packing=perhaps"], "data.packing"),
         (["train=3"], "train is a group of keys"),
@@ -100,6 +111,9 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         load_recipe("sft/e5b")
     with pytest.raises(UsageError, match="no such file"):
         load_recipe(str(tmp_path / "absent.yaml"))
+    (tmp_path / "chats.jsonl").touch()
+    with pytest.raises(UsageError, match="data is named with"):
+        load_recipe(str(tmp_path / "chats.jsonl"))
     (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
     with pytest.raises(UsageError, match="mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
@@ -118,6 +132,17 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["optimizer.warmup=10"], 1, "leaves nothing of train.steps=10"),
         (["optimizer.min_lr=1"], 1, "exceeds optimizer.lr"),
         (["train.steps=0"], 1, "train.steps=0: must be at least 1"),
+        (["train.seed=-1"], 1, "train.seed=-1: must be at least 0"),
+        (["train.eval_batches=0"], 1, "train.eval_batches=0: must be at least 1"),
+        (["train.patience=2"], 1, "set train.eval_every"),
+        (["train.spike_factor=nan"], 1, "train.spike_factor=nan: is no finite number"),
+        (["optimizer.lr=nan"], 1, "optimizer.lr=nan: is no finite number"),
+        (["optimizer.lr=inf"], 1, "optimizer.lr=inf: is no finite number"),
+        (["optimizer.weight_decay=-1"], 1, "optimizer.weight_decay=-1.0: must be at least 0"),
+        (["optimizer.beta2=1"], 1, "optimizer.beta2=1.0: must be below 1"),
+        (["optimizer.eps=0"], 1, "optimizer.eps=0.0: must be above 0"),
+        (["data.workers=0"], 1, "data.workers=0: must be at least 1"),
+        (["lora.rank=-4"], 1, "lora.rank=-4: must be at least 0"),
         (["lora.rank=8", "model.freeze=[router]"], 1, "with adapters all of the model is frozen"),
         (["lora.rank=8", "lora.targets=3"], 1, "lora.targets=3: is a name"),
         (["lora.dora=true"], 1, "lora.dora needs lora.rank"),
@@ -141,6 +166,39 @@ def test_refused_before_anything_is_built(overrides: list[str], world: int, mess
     with pytest.raises((UsageError, ParallelError)) as caught:
         check_recipe(resolve(MINIMAL, overrides), world)
     assert isinstance(caught.value, BridgeError) and message in str(caught.value)
+
+
+def test_evaluation_needs_data() -> None:
+    """Said before the first step, not at the first evaluation."""
+    recipe = resolve(MINIMAL, ["data.path=chats.jsonl", "train.eval_every=5"])
+    with pytest.raises(UsageError, match=r"train.eval_every=5 needs data: set data.eval_path"):
+        check_startable(recipe, 1)
+
+
+def test_keys_in_the_documentation_exist() -> None:
+    groups = "|".join(key for key, value in resolve(MINIMAL).__dict__.items() if not isinstance(value, str))
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+    pages.remove(ROOT / "docs" / "mapping.md")  # names of tensors
+    named = {
+        (path.name, key)
+        for path in pages
+        for key in re.findall(rf"(?<![\w./-])(?:{groups})\.[a-z_]+(?![\w(/-])", path.read_text(encoding="utf-8"))
+    }
+    files = {"model.safetensors", "log.jsonl", "lora.sbatch", "data.md"}
+    assert len(named) > 40
+    for page, key in sorted(named):
+        if key not in files:
+            group, _, name = key.partition(".")
+            assert hasattr(getattr(resolve(MINIMAL), group), name), f"{page}: {key}"
+
+
+def test_every_option_of_the_data_is_a_key() -> None:
+    overrides = ["data.path=x", "data.generation_prefix=true", "data.supervise_turns=last", "data.overlong=split"]
+    options = corpus_options(resolve(MINIMAL, overrides))
+    assert options.generation_prefix and options.supervise.turns == "last" and options.overlong == "split"
+    ours = {field.name for field in fields(DataConfig)}
+    theirs = {field.name for field in fields(CorpusOptions)} - {"seq_length", "supervise"}
+    assert theirs <= ours, "an option that no recipe can set"
 
 
 def test_microbatches() -> None:

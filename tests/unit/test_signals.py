@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from bridge.errors import CheckpointError, UsageError
 from recipes.train.signals import STOP_SIGNALS, StopSignal, held_back
+from recipes.train.sole import sole_run
 
 SLEEP = [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"]
 
@@ -23,6 +26,19 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(number: int) -> None:
         os.kill(os.getpid(), number)
         assert signalled
     assert signal.getsignal(number) == before
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "one"
+    with sole_run(output, 0), sole_run(output, 1):
+        (output / "log.jsonl").write_text("")
+        with pytest.raises(UsageError, match=r"output=.*/one: another run is writing it"), sole_run(output, 0):
+            pass
+    with sole_run(output, 0), sole_run(tmp_path / "unused", 0):
+        pass
+    assert [path.name for path in output.iterdir()] == ["log.jsonl"] and not (tmp_path / "unused").exists()
+    with pytest.raises(CheckpointError, match=r"log\.jsonl"), sole_run(output / "log.jsonl", 0):
+        pass
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

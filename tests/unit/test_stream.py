@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from bridge.convert.crc import combine_crc32
 from bridge.convert.dtypes import FLOATS, convert
-from bridge.convert.stream import CopyTensor, Piece, checksums, combine_crc32, compare, copy, parallel
+from bridge.convert.pieces import CopyTensor, Piece
+from bridge.convert.stream import checksums, compare, copy
+from bridge.convert.threads import parallel
 from bridge.errors import CheckpointError, MappingError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import ITEM_SIZES, TensorSpec, as_bytes, num_rows, row_bytes

@@ -265,7 +265,7 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "toy"
     folder.mkdir()
     write_toy("e2b", folder, text_only=True)  # an empty folder is as good as none
-    with pytest.raises(UsageError, match="already exists"):
+    with pytest.raises(UsageError, match="pass --overwrite"):
         write_toy("e2b", folder)
     write_toy("e4b", folder, text_only=True, overwrite=True)
     assert Geometry.from_folder(folder).num_layers == 12
@@ -273,7 +273,7 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UsageError, match="not a model folder"):
         write_toy("e2b", tmp_path / "mine", overwrite=True)
-    with pytest.raises(UsageError, match="already exists"):
+    with pytest.raises(UsageError, match="pass --overwrite"):
         write_toy("e2b", tmp_path / "mine" / "letter.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "toy"]
 

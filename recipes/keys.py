@@ -1,0 +1,86 @@
+"""The keys of a recipe: whether a nested dictionary has only such, and which one a wrong key was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from bridge.errors import UsageError
+
+# What transformers, PEFT and TRL call the same thing.
+_ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "min_learning_rate": "optimizer.min_lr",
+    "warmup_steps": "optimizer.warmup",
+    "lr_scheduler_type": "optimizer.schedule",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "optimizer.clip",
+    "max_steps": "train.steps",
+    "max_length": "train.seq_length",
+    "max_seq_length": "train.seq_length",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "eval_steps": "train.eval_every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "logging_steps": "log.every",
+    "output_dir": "output",
+    "model_name_or_path": "model.hf",
+    "train_file": "data.path",
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "target_parameters": "lora.parameters",
+    "exclude_modules": "lora.exclude",
+    "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+}
+
+
+def check_keys(said: Any, schema: Any, where: str) -> None:
+    """Every key of the nested dictionary `said` is one of the dataclass `schema`. Raises UsageError."""
+    _check_group(said, schema, where, "", _all_keys(schema))
+
+
+def meant(name: str, known: Sequence[str]) -> str:
+    """«; did you mean …?» of the name that comes closest; nothing where none does."""
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_group(said: Any, schema: Any, where: str, prefix: str, every: Sequence[str]) -> None:
+    if not isinstance(said, dict):
+        raise UsageError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is a group of keys, not a value")
+    types = get_type_hints(schema)
+    names = [f.name for f in fields(schema)]
+    for key, value in said.items():
+        if key not in names:
+            raise UsageError(f"{where}: unknown key {prefix}{key}{_meant_key(prefix, str(key).lower(), names, every)}")
+        if is_dataclass(types[key]):
+            _check_group(value, types[key], where, f"{prefix}{key}.", every)
+
+
+def _all_keys(schema: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, kind in get_type_hints(schema).items():
+        keys += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+    return keys
+
+
+def _meant_key(prefix: str, key: str, siblings: Sequence[str], every: Sequence[str]) -> str:
+    """The key of the same group that looks like `key`, else the one of any group, else what the group has."""
+    leaves = {whole.rpartition(".")[2]: whole for whole in every}
+    whole = f"{prefix}{key}" if key in siblings else leaves.get(key) or _ELSEWHERE.get(key)
+    if whole is not None:
+        return f"; did you mean {whole}?"
+    close = difflib.get_close_matches(key, siblings, 1, 0.6)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    close = difflib.get_close_matches(key, list(leaves), 1, 0.6)
+    return f"; did you mean {leaves[close[0]]}?" if close else f"; there are {', '.join(siblings)}"
