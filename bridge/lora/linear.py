@@ -99,9 +99,12 @@ class LinearAdapter(torch.nn.Module):
             products = zip(dropped, self.lora_A.chunk(len(dropped)), strict=True)
             z = torch.cat([torch.nn.functional.linear(part, a) for part, a in products], dim=-1)
         # The small z travels, not x.
-        delta = torch.nn.functional.linear(self._over_ranks(z), self._spread().to(z.dtype))
+        z, spread = self._over_ranks(z), self._spread().to(z.dtype)
         if self.lora_magnitude is None:
-            return output + delta
+            # In one operation: the difference by itself would be another tensor of the size of the output, the largest
+            # of a layer.
+            return torch.addmm(output.flatten(0, -2), z.flatten(0, -2), spread.t()).view_as(output)
+        delta = torch.nn.functional.linear(z, spread)
         scale = self._scale(weight)
         base = output if bias is None else output - bias
         for part, rows in zip(dropped, self.rows.split(self.counts), strict=True):

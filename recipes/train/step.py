@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -21,6 +20,7 @@ from bridge.megatron.loss import IGNORE, positions_with_labels
 from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
 from recipes.config import row_multiple
+from recipes.train.clip import clip, gradient_norm
 from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run
 
@@ -198,18 +198,11 @@ def update(run: Run, largest_norm: float, idle: Collection[Tensor] = ()) -> tupl
     """
     optimizer = run.optimizer
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer)
     if not math.isfinite(norm) or norm > largest_norm:
         return norm, False
-    clip = run.recipe.optimizer.clip
-    for part in optimizer.chained_optimizers:
-        if clip and not part.is_stub_optimizer:
-            clip_grad_by_total_norm_fp32(
-                part.get_parameters(),
-                max_norm=clip,
-                total_norm=norm,
-                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
+    if run.recipe.optimizer.clip:
+        clip(optimizer, norm, run.recipe.optimizer.clip)
     leave_out(optimizer, idle)
     optimizer.step_with_ready_grads()
     return norm, True
