@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
@@ -191,6 +192,8 @@ def _as_a_gpu() -> Iterator[None]:
                 (JITFunction, "run", lambda *_, **__: None),
                 # Made on the host and moved into its parameter, which no real tensor of a fake one can do.
                 (TopKRouter, "__init__", _made_there(TopKRouter.__init__)),
+                # A step leaves its loss scale there.
+                (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
                 (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
                 (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
             ):

@@ -1,0 +1,63 @@
+"""A step on a device without values (`benchmarks.fake_device`): nothing is mixed, nothing waits, memory is as estimated.
+
+It stands for a GPU where there is none: what the step makes on the host and uses on the device raises, what it reads
+back is noted, and the bytes that it holds are counted operation by operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.training_sides import Case
+from bridge.ranks import RankPool
+
+# What a step reads, behind its passes: its sums and the norm of its gradients.
+READS = {"recipes/train/step.py:reduce_sums: item", "recipes/train/clip.py:gradient_norm: item"}
+# Blocks of masks and what a loss holds for a moment are more of a toy than of a model.
+MARGIN = 0.1
+LENGTH = 16_384
+
+
+def counted(case: Case) -> tuple[Any, int]:
+    """What a step holds and reads, and what the estimate says that it holds at most. Runs on a rank."""
+    from benchmarks.full_size import count_ours, estimated
+
+    return count_ours(case), estimated(case)
+
+
+def toy(variant: str, mode: str, recompute: str = "none", **changes: Any) -> Case:
+    return replace(Case(variant, mode, LENGTH, recompute=recompute, size="toy"), **changes)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        toy("e2b", "sft"),
+        toy("e4b", "lora", "full"),
+        toy("12b", "lora"),
+        toy("26b-a4b", "sft", "full"),
+        toy("31b", "lora", "selective"),
+    ],
+    ids=lambda case: f"{case.name}+{case.recompute}",
+)
+def test_a_step_of_text(ranks: RankPool, case: Case) -> None:
+    ((found, guess),) = ranks.run(counted, case, world_size=1)
+    assert not found.reads["passes"]
+    assert set(found.reads["update"]) == READS
+    # From the host come the batch and what is said of its masks.
+    assert set(found.copies) <= {"bridge/megatron/visibility.py:send"}
+    assert guess == pytest.approx(found.peak, rel=MARGIN)
+    # After the passes nothing is made that is as large as what they hold.
+    assert found.peaks["update"] < found.peaks["passes"]
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b"])
+def test_a_step_with_media(ranks: RankPool, variant: str) -> None:
+    """Images, and clips where the model hears. The estimate leaves towers out."""
+    case = toy(variant, "lora", media=True)
+    ((found, _),) = ranks.run(counted, case, world_size=1)
+    assert not found.reads["passes"]
+    assert set(found.copies) <= {"bridge/megatron/visibility.py:send"}
