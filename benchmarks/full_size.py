@@ -17,7 +17,8 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks.train_gpu import ladder
 from benchmarks.training_sides import Case, recipe_of, transformers_step
 from bridge.flops import decoder_flops, head_flops
 from bridge.mapping import table_for
+from bridge.megatron.loss import linear_cross_entropy
 from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
 
@@ -39,11 +41,15 @@ _ATTENTION = "counted"
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one step: bytes between steps, and at most by moment; FLOPs of products; who read from the device, or sent."""
+    """Of one step: bytes between steps, and at most by moment; FLOPs of products; who read from the device, or sent.
+
+    `left`: bytes that are still held behind it, as long as Python does not look for rings of objects.
+    """
 
     persistent: int
     peaks: dict[str, int]
     flops: int
+    left: int = 0
     reads: dict[str, dict[str, int]] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
     at_peak: dict[str, int] = field(default_factory=dict)
@@ -70,7 +76,7 @@ def count_ours(case: Case, watch: int = 0) -> Counted:
     recipe.train.global_batch_size = 1
     start_ranks()
     bridge = case.model.bridge()
-    with FakeDevice() as device:
+    with FakeDevice() as device, _without_collector():
         run = assemble(
             recipe,
             check_recipe(recipe, 1),
@@ -92,10 +98,13 @@ def count_ours(case: Case, watch: int = 0) -> Counted:
         run.scheduler.step(1)
         update(run, float("inf"))
         after = device.snapshot()
+        del sums
+        left = device.held - persistent
     return Counted(
         persistent,
         {"passes": passes.peak, "update": after.peak},
         passes.flops,
+        left,
         {"passes": passes.reads, "update": after.reads},
         passes.copies,
         passes.at_peak,
@@ -119,6 +128,37 @@ def count_theirs(case: Case, loss: bool) -> Counted:
     return Counted(persistent, {"step": found.peak}, found.flops)
 
 
+def count_loss(case: Case) -> int:
+    """Bytes that the loss of a row takes beside its arguments and their gradients, forward and backward pass."""
+    geometry, trained = case.model.geometry, case.side == "head trained"
+    with FakeDevice() as device:
+        hidden, weight = (
+            torch.empty(n, geometry.hidden_size, dtype=case.model.dtype, device=DEVICE)
+            for n in (case.length, geometry.vocab_size)
+        )
+        labels = torch.zeros(1, case.length, dtype=torch.int64, device=DEVICE)
+        kept = torch.arange(case.length, device=DEVICE)
+        device.restart()
+        given = device.held
+        losses = linear_cross_entropy(
+            hidden[:, None].requires_grad_(), weight.requires_grad_(trained), labels, softcap=30.0, kept=kept
+        )
+        losses.sum().backward()
+        gradients = hidden.nbytes + weight.nbytes * trained
+        return device.peak - given - gradients
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """What lives on in rings of objects is held in training too, and counts."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+
+
 def linear_flops(case: Case) -> int:
     """Of one microbatch, by the formula of `training_flops`, without the products of attention."""
     geometry = case.model.geometry
@@ -132,13 +172,15 @@ def estimated(case: Case) -> int:
 
 
 def cases() -> list[Case]:
-    """Those of text that `train_gpu` runs on one GPU."""
-    chosen = [case for case in gpu_cases() if case.side == "ours" and case.mode != "loss" and not case.media]
-    return [case for case in chosen if case.layer_spec == "local"]
+    """Those of text that `train_gpu` runs on one GPU, and of the loss."""
+    ours = [case for case in gpu_cases() if case.mode == "loss" or (case.side == "ours" and not case.media)]
+    return [case for case in ours if case.layer_spec == "local"]
 
 
 def measure(case: Case, memory: float, theirs: bool) -> dict[str, Any]:
     """A row of the table."""
+    if case.mode == "loss":
+        return {"case": case.name, "recompute": "", "ours_gb": count_loss(case) / 1e9}
     rungs, _ = ladder(case, memory)
     case = replace(case, recompute=(rungs[0] if rungs else replace(case, recompute="full")).recompute)
     ours, guess = count_ours(case), estimated(case)
