@@ -194,6 +194,7 @@ def _as_a_gpu() -> Iterator[None]:
                 (TopKRouter, "__init__", _made_there(TopKRouter.__init__)),
                 # A step leaves its loss scale there.
                 (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+                (torch, "autocast", _Autocast),
                 (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
                 (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
             ):
@@ -210,6 +211,13 @@ def _as_a_gpu() -> Iterator[None]:
         cpu_runtime.disable()
         if was_enabled:
             cpu_runtime.enable()
+
+
+class _Autocast(torch.autocast):
+    """Which does not know the device; PEFT turns it off, for the device of a weight."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == DEVICE.type else device_type, *args, **kwargs)
 
 
 def _made_there(init: Callable[..., None]) -> Callable[..., None]:
