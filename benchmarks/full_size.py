@@ -66,14 +66,16 @@ class _EmptyBridge(RandomBridge):
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None: ...
 
 
-def count_ours(case: Case, watch: int = 0) -> Counted:
-    """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them."""
+def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
+    """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them; `lora`: changes to
+    the recipe's group of that name."""
     from recipes.config import check_recipe
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 
     recipe = recipe_of(case)
     recipe.train.global_batch_size = 1
+    recipe.lora = replace(recipe.lora, **lora)
     start_ranks()
     bridge = case.model.bridge()
     with FakeDevice() as device, _without_collector():

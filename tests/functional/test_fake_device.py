@@ -21,11 +21,11 @@ MARGIN = 0.1
 LENGTH = 16_384
 
 
-def counted(case: Case) -> tuple[Any, int]:
+def counted(case: Case, **lora: Any) -> tuple[Any, int]:
     """What a step holds and reads, and what the estimate says that it holds at most. Runs on a rank."""
     from benchmarks.full_size import count_ours, estimated
 
-    return count_ours(case), estimated(case)
+    return count_ours(case, **lora), estimated(case)
 
 
 def toy(variant: str, mode: str, recompute: str = "none", **changes: Any) -> Case:
@@ -55,10 +55,14 @@ def test_a_step_of_text(ranks: RankPool, case: Case) -> None:
     assert not found.left
 
 
-@pytest.mark.parametrize("variant", ["e2b", "12b"])
-def test_a_step_with_media(ranks: RankPool, variant: str) -> None:
-    """Images, and clips where the model hears. The estimate leaves towers out."""
-    case = toy(variant, "lora", media=True)
-    ((found, _),) = ranks.run(counted, case, world_size=1)
+@pytest.mark.parametrize(
+    ("case", "lora"),
+    [(toy("e2b", "sft", media=True), {}), (toy("12b", "lora", media=True), {"dora": True, "dropout": 0.1})],
+    ids=["e2b", "12b"],
+)
+def test_a_step_with_media(ranks: RankPool, case: Case, lora: dict[str, Any]) -> None:
+    """Images, and clips where the model has a tower that hears. The estimate leaves towers out."""
+    ((found, _),) = ranks.run(counted, case, **lora, world_size=1)
     assert not found.reads["passes"]
     assert set(found.copies) <= {"bridge/megatron/visibility.py:send"}
+    assert not found.left
