@@ -19,6 +19,8 @@ import argparse
 import json
 import os
 import platform
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +59,8 @@ def cases() -> list[Case]:
         # Quick and small pull apart: once with as little recompute as fits, once with as much as the others do.
         compared += [Case(variant, "lora", 16_384, recompute=recompute) for recompute in ("auto", "full")]
         compared += [Case(variant, "lora", 16_384, side) for side in sides[1:]]
+    # What this project's own kernels are worth, side by side.
+    plain = [replace(case, kernels="torch") for case in bounds if case.mode != "loss"]
     specs = [
         replace(case, layer_spec="te", fp8=fp8)
         for case in bounds
@@ -66,7 +70,7 @@ def cases() -> list[Case]:
     media = [Case(v, "lora", n, side, media=True) for v in ("e4b", "26b-a4b") for n in LENGTHS for side in sides]
     kinds = [("sft", "e2b"), ("sft", "e4b"), *(("lora", v) for v in ("e2b", "e4b", "12b", "26b-a4b", "31b"))]
     rest = [Case(variant, mode, n, side) for n in LENGTHS for mode, variant in kinds for side in sides]
-    return list(dict.fromkeys([*bounds, *compared, *specs, *media, *rest]))
+    return list(dict.fromkeys([*bounds, *compared, *plain, *specs, *media, *rest]))
 
 
 def toy_cases() -> list[Case]:
@@ -116,16 +120,21 @@ def measure(case: Case) -> Row:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     warm, measured = (WARM, MEASURED) if case.size == "published" else (1, 1)
-    losses = [step() for _ in range(warm)]
-    sync()
-    start = time.perf_counter()
-    losses += [step() for _ in range(measured)]
-    sync()
-    seconds, peak = (time.perf_counter() - start) / measured, peak_memory()
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as profile:
+    losses: list[float] = []
+    times = []
+
+    def run() -> None:
         losses.append(step())
         sync()
+
+    for _ in range(warm):
+        run()
+    for _ in range(measured):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    # A pause of the host, or a kernel compiled late, is not the rate.
+    seconds, peak = statistics.median(times), peak_memory()
     rate, best = case.flops() / seconds, peak_flops(0.0)
     return {
         "status": "ok",
@@ -135,9 +144,21 @@ def measure(case: Case) -> Row:
         "mfu": rate / best if best else None,
         "peak_gb": peak / 1e9,
         "losses": losses,
-        "breakdown": breakdown(profile),
-        "waits": transfers_to_host(profile),
+        **profiled(run),
     }
+
+
+def profiled(run: Callable[[], None]) -> Row:
+    """Where the time of one more step goes. What was measured before stands, whatever becomes of this."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            run()
+        return {"breakdown": breakdown(profile), "waits": transfers_to_host(profile)}
+    except Exception as error:
+        return {"not_profiled": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def environment() -> dict[str, str]:
@@ -164,7 +185,9 @@ def child(case: Case, out: Path) -> None:
     except Exception as error:
         # Libraries of kernels raise their own.
         text = " ".join(str(error).split())
-        row = {"status": MEMORY if "out of memory" in text.lower() else f"failed: {type(error).__name__}: {text[:300]}"}
+        # cuBLAS asks for its workspace itself.
+        full = any(said in text.lower() for said in ("out of memory", "alloc_failed"))
+        row = {"status": MEMORY if full else f"failed: {type(error).__name__}: {text[:300]}"}
     row |= environment()
     out.write_text(json.dumps(row), encoding="utf-8")
 
@@ -176,22 +199,27 @@ def run_child(case: Case, seconds: float) -> Row:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_gpu", "--child", json.dumps(asdict(case))]
         # Both sides: without it long rows fail of fragments.
         environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        process = subprocess.Popen(
+            [*command, "--out", str(out)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [*command, "--out", str(out)],
-                cwd=ROOT,
-                env=environment,
-                timeout=seconds,
-                capture_output=True,
-                text=True,
-            )
+            _, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            # With the compilers that it started: they hold its output open, and memory.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             return {"status": f"failed: not done after {seconds:.0f} s"}
         if out.is_file():
             row: Row = json.loads(out.read_text(encoding="utf-8"))
             return row
-        lines = done.stderr.strip().splitlines()
-        return {"status": f"failed: exit code {done.returncode}: {lines[-1] if lines else ''}"}
+        lines = errors.strip().splitlines()
+        return {"status": f"failed: exit code {process.returncode}: {lines[-1] if lines else ''}"}
 
 
 def run_all(chosen: Sequence[Case], out: Path, memory: float | None, budget: float) -> Iterator[tuple[str, Row]]:

@@ -30,7 +30,7 @@ class Case:
     """One measurement. `side`: ours, transformers or liger; `size` as of `RandomModel`.
 
     `mode`: sft, lora, or loss: there the side says whether the head takes a gradient. `recompute`: of ours; auto: as
-    little as fits.
+    little as fits. `kernels`: of ours; torch: without this project's own.
     """
 
     variant: str
@@ -41,6 +41,7 @@ class Case:
     layer_spec: str = "local"
     fp8: str = "none"
     recompute: str = "auto"
+    kernels: str = "auto"
     size: str = "published"
     dtype: str = "bfloat16"
 
@@ -48,7 +49,8 @@ class Case:
     def name(self) -> str:
         """`lora/12b/8192/ours`."""
         usual = ("local", "none", "auto")
-        side = "+".join([self.side, *(x for x in (self.layer_spec, self.fp8, self.recompute) if x not in usual)])
+        options = (self.layer_spec, self.fp8, self.recompute, self.kernels)
+        side = "+".join([self.side, *(x for x in options if x not in usual)])
         return "/".join([self.mode, self.variant + ("+media" if self.media else ""), str(self.length), side])
 
     @property
@@ -81,6 +83,7 @@ def recipe_of(case: Case) -> Any:
 
     recipe = load_recipe(f"{case.mode}/{case.variant}", ["output=unused"])
     recipe.model.dtype, recipe.model.layer_spec, recipe.model.fp8 = case.dtype, case.layer_spec, case.fp8
+    recipe.model.kernels = case.kernels
     # Attention keeps little; what an FFN and experts keep is worth their products.
     recipe.parallel = ParallelConfig(recompute=case.recompute, recompute_modules=["mlp", "moe"])
     recipe.train.seq_length = case.length

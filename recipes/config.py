@@ -30,6 +30,7 @@ class ModelConfig:
     regular expressions on Megatron's parameter names.
     `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
+    `kernels`: who computes norms, activations, rotation and the loss: auto (this project's own on a GPU) or torch.
     """
 
     hf: str | None = None
@@ -38,6 +39,7 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     layer_spec: str = "local"
     fp8: str = "none"
+    kernels: str = "auto"
 
 
 @dataclass

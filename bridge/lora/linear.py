@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bridge.megatron.linear import Split
 
@@ -101,9 +102,7 @@ class LinearAdapter(torch.nn.Module):
         # The small z travels, not x.
         z, spread = self._over_ranks(z), self._spread().to(z.dtype)
         if self.lora_magnitude is None:
-            # In one operation: the difference by itself would be another tensor of the size of the output, the largest
-            # of a layer.
-            return torch.addmm(output.flatten(0, -2), z.flatten(0, -2), spread.t()).view_as(output)
+            return _add_product(output, z, spread)
         delta = torch.nn.functional.linear(z, spread)
         scale = self._scale(weight)
         base = output if bias is None else output - bias
@@ -178,6 +177,40 @@ class LinearAdapter(torch.nn.Module):
         return [torch.nn.functional.dropout(x, dropout) if dropout else x for dropout in self.dropouts]
 
 
+def _add_product(output: Tensor, z: Tensor, spread: Tensor) -> Tensor:
+    """`output` [..., out] + z [..., k] @ spread [out, k]ᵀ, in the place of `output`, which is the caller's no more."""
+    if not output.is_contiguous() or not output.dtype == z.dtype == spread.dtype:
+        return output + torch.nn.functional.linear(z, spread)
+    total: Tensor = _AddProduct.apply(output, z, spread)
+    return total
+
+
+class _AddProduct(torch.autograd.Function):
+    """One product that adds to what is there: to write, read and add a delta of its size is twice the bytes.
+
+    Linears keep what they take, not what they give, and torch raises where that is not so: a detached tensor counts its
+    versions with the one it was made of. (As an operation in place it would be refused behind collectives of one rank,
+    which hand on their input.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, z: Tensor, spread: Tensor) -> Tensor:
+        ctx.save_for_backward(z, spread)
+        total = output.detach()
+        total.view(-1, total.shape[-1]).addmm_(z.flatten(0, -2), spread.t())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (gradient,), (z, spread) = grads, ctx.saved_tensors
+        d_z = gradient @ spread if ctx.needs_input_grad[1] else None
+        d_spread = None
+        if ctx.needs_input_grad[2]:
+            d_spread = gradient.flatten(0, -2).t() @ z.flatten(0, -2)
+        return gradient, d_z, d_spread
+
+
 def _rows_product(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """x [..., in] by `rows` of a frozen weight [out, in] -> [..., rows]."""
     if len(rows) == len(weight):
@@ -234,5 +267,6 @@ class ExpertAdapter(torch.nn.Module):
         spare = -a.shape[1] % (16 // a.element_size())
         if spare:
             a, b = torch.nn.functional.pad(a, (0, 0, 0, spare)), torch.nn.functional.pad(b, (0, spare))
-        z = torch.nn.functional.grouped_mm(x, a.transpose(1, 2), offs=offsets)
-        return torch.nn.functional.grouped_mm(z, b.transpose(1, 2), offs=offsets) * self.scaling
+        # What is scaled is as wide as the rank, not as the weight.
+        z = torch.nn.functional.grouped_mm(x, a.transpose(1, 2), offs=offsets) * self.scaling
+        return torch.nn.functional.grouped_mm(z, b.transpose(1, 2), offs=offsets)

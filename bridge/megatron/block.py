@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,15 +75,17 @@ class Gemma4Block(TransformerBlock):
         embeds: Tensor | None
         if self.pre_process:
             assert hidden_states is not None
-            if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            state = embeds = hidden_states
+            if torch.is_grad_enabled() and not state.requires_grad:
                 # Frozen embeddings. What is recomputed hands out gradients only where an argument asks for one, and a
-                # pipeline stage sends back what its input gets: both are cut off by an input that asks for none.
-                hidden_states = hidden_states.detach().requires_grad_()
-            state, embeds = hidden_states, hidden_states
+                # pipeline stage sends back what its input gets: both are cut off by an input that asks for none. The
+                # per-layer inputs are made of the embeddings as they are: frozen too, they need no backward pass.
+                state = state.detach().requires_grad_()
         else:
             payload = make_viewless_tensor(self.input_tensor, requires_grad=True, keep_graph=True)
             state, embeds, kv = self.entry.unpack(payload, slots)
-        ple = self.ple(input_ids, embeds) if self.ple is not None else None
+        # All at once: every slice by itself would give a gradient of the size of all layers.
+        ple = self.ple(input_ids, embeds).unbind(2) if self.ple is not None else None
 
         step = len(self.layers)
         recompute = self.config.recompute_granularity == "full" and self.training
@@ -105,7 +108,7 @@ class Gemma4Block(TransformerBlock):
         start: int,
         stop: int,
         hidden_states: Tensor,
-        ple: Tensor | None,
+        ple: Sequence[Tensor] | None,
         kv: dict[int, KeyValue],
         rotary: dict[LayerKind, Rotary],
         visibility: Visibility,
@@ -114,8 +117,10 @@ class Gemma4Block(TransformerBlock):
         """Layers [start, stop) of the stage, recomputed in the backward pass or not; returns what later layers read."""
         incoming = sorted(kv)
         outgoing = self._still_read(stop, kv)
+        inputs: Sequence[Tensor] = () if ple is None else ple[start:stop]
 
-        def run(hidden_states: Tensor, ple: Tensor | None, *flat: Tensor) -> tuple[Tensor, ...]:
+        def run(hidden_states: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            per_layer, flat = flat[: len(inputs)], flat[len(inputs) :]
             shared = {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(incoming)}
             for i in range(start, stop):
                 layer = self.layers[i]
@@ -124,7 +129,7 @@ class Gemma4Block(TransformerBlock):
                     hidden_states,
                     rotary[layer.layer.kind],
                     visibility,
-                    None if ple is None else ple[:, :, i],
+                    per_layer[i - start] if per_layer else None,
                     shared.get(source) if layer.layer.shares_kv else None,
                 )
                 if not layer.layer.shares_kv:
@@ -134,9 +139,9 @@ class Gemma4Block(TransformerBlock):
         # Every tensor that needs a gradient is an argument: what a checkpointed function closes over gets none.
         flat = [tensor for source in incoming for tensor in kv[source]]
         if recompute:
-            outputs = tensor_parallel.checkpoint(run, False, hidden_states, ple, *flat)
+            outputs = tensor_parallel.checkpoint(run, False, hidden_states, *inputs, *flat)
         else:
-            outputs = run(hidden_states, ple, *flat)
+            outputs = run(hidden_states, *inputs, *flat)
         hidden_states, *flat = outputs
         return hidden_states, {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(outgoing)}
 

@@ -26,7 +26,9 @@ class Gemma4TransformerConfig(TransformerConfig):
 
     `pipeline_payload` is how many hidden-size slots travel between pipeline stages (see `pipeline.py`): callers of
     Megatron's schedules pass `seq_length * pipeline_payload`. `layer_spec`: see `parts.py`. `kernels` says who computes
-    what `bridge.megatron.kernels` has kernels for. Raises UsageError where it names nobody.
+    what `bridge.megatron.kernels` has kernels for. Raises UsageError where it names nobody. `every_gradient`: a
+    backward pass gives every trained parameter a gradient, zeros where the batch had no use for it; what Megatron's
+    overlapped gradient reduction waits for, and a copy in vain for any other.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
@@ -34,6 +36,7 @@ class Gemma4TransformerConfig(TransformerConfig):
     attention_backends: tuple[tuple[str, str], ...] = (("sliding", "auto"), ("global", "auto"))
     kernels: str = "auto"
     layer_spec: str = "local"
+    every_gradient: bool = True
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
     heterogeneous_block_specs: bool = True
     # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.

@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from bridge.megatron.norm import init_device
@@ -28,8 +29,11 @@ class ColumnLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapters = torch.nn.ModuleDict()
+        self.alone = _alone(self)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.alone and not args and not kwargs:
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight)), None
         output, bias = super().forward(input_, *args, **kwargs)
         return adapted(self, input_, output), bias
 
@@ -42,8 +46,11 @@ class RowLinear(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapters = torch.nn.ModuleDict()
+        self.alone = _alone(self)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.alone:
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight)), None
         output, bias = super().forward(input_)
         return adapted(self, input_, output), bias
 
@@ -63,6 +70,17 @@ class ReplicatedLinear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return adapted(self, input, super().forward(input))
+
+
+def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Whether Megatron's linear is torch's: one rank holds all of it, and there is nothing to fuse or to send.
+
+    Megatron's own way through it is a layer of Python and two autograd functions in it, forward and backward, for every
+    product of a step: more than a small product takes.
+    """
+    config = linear.config
+    special = config.gradient_accumulation_fusion or config.cpu_offloading or linear.gtp_remat_size > 1
+    return get_pg_size(linear.tp_group) == 1 and linear.bias is None and not special
 
 
 def adapted(linear: Any, x: Tensor, output: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
 """Token losses straight from hidden states: head, softcap and vocabulary-parallel cross entropy in one function.
 
 The logits of a long sequence are the largest tensor of a training step (8,192 tokens × 262,144 words are 8.6 GB in
-float32, and as much again for their gradient). Here they exist for a chunk of tokens at a time: a chunk's logits turn
-into its losses and, in the same buffer, into its gradients, which are multiplied out at once. The backward pass only
-scales what the forward pass left.
+float32, and as much again for their gradient). Here they exist for a part at a time. The forward pass takes some tokens
+and all words: their logits turn into their losses and, in the same buffer, into gradients, of which those of the hidden
+states follow at once; the backward pass weighs them, token by token.
 
-That is exact for the sum of the token losses, whatever it is multiplied by. The gradient of the hidden states follows
-any other weighting of the tokens too; that of the weight, a sum over tokens, is then computed again, chunk by chunk.
+The gradient of the weight is a sum over tokens. In float32 the forward pass sums it where it will be returned. In any
+other dtype that sum would be a second tensor of twice the size of the weight, read and written for every chunk: there
+the backward pass goes through it by words, computes the logits of all tokens and some words again, and has the gradient
+of those words from one product. It may add them straight to Megatron's `main_grad`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +29,9 @@ from bridge.megatron.kernels import fused
 
 IGNORE = -100  # the label of a position that has no loss, as in transformers
 
-# Logits of so many bytes exist at a time, in the dtype of the model.
-_CHUNK_BYTES = 128 << 20
+# Logits of so many bytes exist at a time, in the dtype of the model: in bf16 512 tokens of 262,144 words, which
+# is four tiles of 128 rows for every column of a product on a GPU.
+_CHUNK_BYTES = 256 << 20
 # Intermediate float32 values are made for so many bytes of logits at a time.
 _BLOCK_BYTES = 8 << 20
 # Gradients of token losses that differ by less (relative, float32 rounding) are one number.
@@ -126,23 +129,46 @@ class _Head:
             block.copy_(gradient)
 
 
-def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [V, h] float32 += gradientᵀ [V, n] @ hidden [n, h], without a second tensor of the size of `total`."""
-    if gradient.dtype is torch.float32:
-        total.addmm_(gradient.t(), hidden)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] @ right [k, n], summed in float32; on a GPU also returned so: bf16 results may be summed in bf16."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def _add_gradient(total: Tensor, head: _Head, hidden: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> None:
+    """total [V / tp, h] += the gradient of the losses [n], multiplied by `weights` [n], to the weight of `head`.
+
+    `hidden` [n, h], `labels` [n]; `lse` [n] float32 is what `measure` gave over the whole vocabulary.
+    """
+    n, h = hidden.shape
+    if hidden.dtype is torch.float32:
+        # By tokens, as in the forward pass: the logits have to be those that `lse` was measured of, to the last bit.
+        for rows, targets, z, factors in zip(*map(head.chunks, (hidden, labels, lse, weights)), strict=True):
+            squashed = head.logits(rows)
+            head.differentiate(squashed, targets, z, factors)
+            total.addmm_(squashed.t(), rows)
+            del squashed  # before the next chunk's are made
         return
-    rows = max(1, _BLOCK_BYTES // (4 * total.shape[1]))
-    for part, block in zip(total.split(rows), gradient.split(rows, dim=1), strict=True):
-        if gradient.is_cuda:
-            part += torch.mm(block.t(), hidden, out_dtype=torch.float32)
-        else:
-            part.addmm_(block.float().t(), hidden.float())
+    words = max(1, _CHUNK_BYTES // (n * hidden.dtype.itemsize + h * 4))
+    for first, (rows, part) in enumerate(zip(head.weight.split(words), total.split(words), strict=True)):
+        some = replace(head, weight=rows, first_word=head.first_word + first * words)
+        squashed = some.logits(hidden)
+        some.differentiate(squashed, labels, lse, weights)
+        part += _product(squashed.t(), hidden)
+        del squashed  # before the next words' are made
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None, options: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        main_grad: Tensor | None,
+        options: tuple[Any, ...],
     ) -> Tensor:
         head = _Head(weight.detach(), *options)
         if kept is None:
@@ -151,68 +177,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lses = torch.empty(len(kept), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if to_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
+        grad_weight = torch.zeros_like(weight) if to_weight and weight.dtype is torch.float32 else None
         for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
             rows, targets = hidden.detach()[chunk], labels[chunk]
             squashed = head.logits(rows)
             z, target = head.measure(squashed, targets)
             lse.copy_(z)
             losses[chunk] = z - target + head.z_loss * z * z if head.z_loss else z - target
-            if to_hidden or to_weight:
+            if grad_hidden is not None or grad_weight is not None:
                 head.differentiate(squashed, targets, z)
             if grad_hidden is not None:
-                grad_hidden[chunk] = squashed @ head.weight
+                grad_hidden[chunk] = _product(squashed, head.weight).to(hidden.dtype)
             if grad_weight is not None:
-                _add_outer(grad_weight, squashed, rows)
+                grad_weight.addmm_(squashed.t(), rows)
             del squashed  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, labels, kept, lses)
-        ctx.options = options
-        ctx.gradients = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.options, ctx.main_grad = options, main_grad
+        ctx.gradients = (grad_hidden, grad_weight)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, labels, kept, lses = ctx.saved_tensors
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice: its gradients are used in place")
         grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None
-        if not len(kept):
-            return grad_hidden, grad_weight, None, None, None
-        if grad_losses.stride() == (0,):
-            # One number for all, as behind a sum: nothing has to be read to know that.
-            for gradient in (grad_hidden, grad_weight):
-                if gradient is not None:
-                    _scale(gradient, grad_losses[0])
-            return grad_hidden, grad_weight, None, None, None
-        factors = grad_losses[kept]
-        low, high = (float(bound) for bound in factors.aminmax())
-        if high - low <= _SAME * max(abs(high), abs(low)):
-            if high != 1.0:
-                for gradient in (grad_hidden, grad_weight):
-                    if gradient is not None:
-                        gradient *= high
-            return grad_hidden, grad_weight, None, None, None
+        main_grad, ctx.gradients, ctx.main_grad = ctx.main_grad, None, None
         if grad_hidden is not None:
-            grad_hidden *= grad_losses[:, None].to(grad_hidden.dtype)
-        if grad_weight is not None:
-            head = _Head(weight.detach(), *ctx.options)
-            total = torch.zeros_like(weight, dtype=torch.float32)
-            pieces = zip(head.chunks(kept), head.chunks(lses), head.chunks(factors), strict=True)
-            for chunk, lse, factor in pieces:
-                rows = hidden.detach()[chunk]
-                squashed = head.logits(rows)
-                head.differentiate(squashed, labels[chunk], lse, factor)
-                _add_outer(total, squashed, rows)
-                del squashed
-            grad_weight = total.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+            grad_hidden *= grad_losses[:, None]
+        if not ctx.needs_input_grad[1]:
+            return grad_hidden, None, None, None, None, None
+        if grad_weight is not None and (factor := _one_factor(grad_losses, kept)) is not None:
+            grad_weight *= factor
+            if main_grad is not None:
+                main_grad += grad_weight
+        else:
+            grad_weight = None  # before another is made
+            total = torch.zeros_like(weight) if main_grad is None else main_grad
+            if len(kept):
+                head = _Head(weight.detach(), *ctx.options)
+                _add_gradient(total, head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
+            grad_weight = total
+        return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor [], float32: on a GPU that product would round the factor to the dtype of `gradient`."""
-    for part in gradient.split(max(1, _BLOCK_BYTES // (4 * gradient.shape[1]))):
-        part.copy_(part.float().mul_(factor))
+def _one_factor(grad_losses: Tensor, kept: Tensor) -> Tensor | None:
+    """What the gradients [n] of all `kept` losses are, if they are one number."""
+    if grad_losses.stride() == (0,) or not len(kept):
+        return grad_losses[0]  # as behind a sum: nothing has to be read to know that
+    low, high = grad_losses[kept].aminmax()
+    return high if float(high - low) <= _SAME * float(high.abs().maximum(low.abs())) else None
 
 
 def linear_cross_entropy(
@@ -226,6 +240,7 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     kernels: str = "auto",
     kept: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
 
@@ -233,10 +248,11 @@ def linear_cross_entropy(
     in the order of the ranks of `tp_group`; `labels` [b, s] int64, shifted already, `IGNORE` where a position has no
     loss. `softcap` c means c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss`
     times the squared log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known.
-    `kernels` as in `Gemma4TransformerConfig`.
+    `kernels` as in `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the
+    weight to it, and autograd gets none; of a weight that takes none it is not read.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
-    asked for once (no double use of a graph). Cheapest where every token weighs the same, as in a sum or mean.
+    asked for once (no double use of a graph). In float32 cheapest where every token weighs the same, as in a sum.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     if group is not None:
@@ -247,7 +263,7 @@ def linear_cross_entropy(
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
     first_word = weight.shape[0] * (group.rank() if group is not None else 0)
     options = (first_word, softcap, z_loss, group, kernels)
-    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), kept, options)
+    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, options)
     return losses.view(hidden.shape[:2]).t()
 
 
@@ -275,11 +291,16 @@ def fused_loss(
 ) -> Tensor:
     """`linear_cross_entropy` as Megatron's GPTModel calls an `output_processor`.
 
+    A head without a weight of its own is the embedding of the same stage. There the gradient goes straight to DDP's
+    `main_grad`: as autograd's it would lie there, as large as the weight, until the embedding's own is made at the end
+    of the backward pass, which is also when DDP hears of the weight. Elsewhere DDP has to see a gradient to go on.
+
     `unused` are the arguments of other output processors: ids, masks, and the parts of the unfused path.
     """
+    weight: Tensor = output_layer.weight if output_weight is None else output_weight  # type: ignore[assignment]
     return linear_cross_entropy(
         hidden_states,
-        output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
+        weight,
         labels,
         softcap=config.geometry.logit_softcap,
         z_loss=context.z_loss,
@@ -287,4 +308,5 @@ def fused_loss(
         sequence_parallel=config.sequence_parallel,
         kernels=config.kernels,
         kept=context.kept,
+        main_grad=getattr(weight, "main_grad", None) if output_layer.weight is None else None,
     )

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
@@ -245,9 +246,8 @@ class Gemma4MultimodalModel(Gemma4Model):
                 tp = self.pg_collection.tp
                 tokens = copy_to_tensor_model_parallel_region(tokens, group=tp)
                 rows = rows.chunk(get_pg_size(tp))[get_pg_rank(tp)]
-            merged = tokens[rows.clamp(min=0)].to(embeddings.dtype)
-            embeddings = torch.where((rows >= 0)[..., None], merged, embeddings)
-        if not torch.is_grad_enabled():
+            embeddings = PutIn.apply(embeddings, tokens.to(embeddings.dtype), rows)
+        if not (torch.is_grad_enabled() and self.config.every_gradient):
             return embeddings
         return UseInNothing.apply(embeddings, *self._unused(soft))
 
@@ -293,6 +293,38 @@ class Gemma4MultimodalModel(Gemma4Model):
         self.__dict__.pop("_media_parameters", None)
         super().train(mode)
         return self
+
+
+class PutIn(torch.autograd.Function):
+    """Row `rows` [s, b] of `tokens` [n, h] over `embeddings` [s, b, h], where it is not -1; a token comes once at most.
+
+    So the gradient of the tokens is a gather. That of an indexed tensor is a sum over all places, text among them,
+    which a GPU would add to one row, one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(tokens)
+        merged = tokens.index_select(0, rows.flatten().clamp(min=0)).view_as(embeddings)
+        return torch.where((rows >= 0)[..., None], merged, embeddings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,), (rows,) = grads, ctx.saved_tensors
+        d_embeddings = d_tokens = None
+        if ctx.needs_input_grad[0]:
+            d_embeddings = gradient.masked_fill((rows >= 0)[..., None], 0.0)
+        if ctx.needs_input_grad[1]:
+            # Where each token went; behind the last is room for those that are none.
+            places = torch.full((ctx.count + 1,), -1, device=rows.device)
+            flat = rows.flatten()
+            places.scatter_(0, flat.where(flat >= 0, ctx.count), torch.arange(len(flat), device=rows.device))
+            places = places[:-1]
+            d_tokens = gradient.flatten(0, 1).index_select(0, places.clamp(min=0))
+            d_tokens.masked_fill_((places < 0)[:, None], 0.0)  # on another rank
+        return d_embeddings, d_tokens, None
 
 
 class UseInNothing(torch.autograd.Function):

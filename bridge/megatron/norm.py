@@ -22,36 +22,41 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
         from bridge.megatron.kernels import rms_norm as triton
 
         return triton.rms_norm(x, weight, eps, residual)
-    normed: Tensor = _RMSNorm.apply(x, weight, eps)
-    return normed if residual is None else residual + normed
+    normed: Tensor = _RMSNorm.apply(x, weight, eps, residual)
+    return normed
 
 
 class _RMSNorm(torch.autograd.Function):
     """For the backward pass `x` is kept as it is, and one float32 number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
         wide = x.float()
         scale = torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
         ctx.save_for_backward(x, weight, scale)
         output = wide * scale
         if weight is not None:
             output *= weight.float()
-        return output.type_as(x)
+        output = output.type_as(x)
+        return output if residual is None else output.add_(residual)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
         x, weight, scale = ctx.saved_tensors
-        normed, grad = x.float() * scale, grad.float()
+        normed, wide = x.float() * scale, grad.float()
+        parts = (wide * normed).flatten(0, -2)
         d_weight = None
-        if weight is not None:
+        if weight is None:
+            along = parts.sum(-1)
+        else:
             if ctx.needs_input_grad[1]:
-                d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            grad = grad * weight.float()
+                d_weight = parts.sum(0).to(weight.dtype)
+            wide, along = wide * weight.float(), parts @ weight.float()
         # The mean of squares turns with x: its part lies along the normed row.
-        along = (grad * normed).mean(-1, keepdim=True)
-        return torch.addcmul(grad, normed, along, value=-1).mul_(scale).type_as(x), d_weight, None
+        along = along.div_(-x.shape[-1]).view_as(scale)
+        d_x = torch.addcmul(wide, normed, along).mul_(scale).type_as(x)
+        return d_x, d_weight, None, grad if ctx.needs_input_grad[3] else None
 
 
 class RMSNorm(torch.nn.Module):

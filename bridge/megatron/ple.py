@@ -61,8 +61,7 @@ class PerLayerEmbedding(MegatronModule):
         tokens = scale_embeddings(tokens, input_ids, self.pad_token_id, self.ple.dim, self.config, self.embed_tokens)
         context = self.model_projection(embeds) * self.config.hidden_size**-0.5
         shape = (len(self.layers), self.ple.dim)
-        context = self.projection_norm(context.unflatten(-1, shape))
-        return (context + tokens.unflatten(-1, shape)) * 2.0**-0.5
+        return self.projection_norm(context.unflatten(-1, shape), residual=tokens.unflatten(-1, shape)) * 2.0**-0.5
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

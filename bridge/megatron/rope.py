@@ -7,6 +7,7 @@ rest are zero, and rotate_half pairs run across the whole head.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,19 @@ from torch import Tensor
 from bridge.geometry import Geometry, LayerGeometry, LayerKind
 
 
-class Rotary(NamedTuple):
-    """cos and sin [s, b, 1, head_dim] in the dtype of the activations."""
-
+class _Tables(NamedTuple):
     cos: Tensor
     sin: Tensor
+
+
+class Rotary(_Tables):
+    """cos and sin [s, b, 1, head_dim] in the dtype of the activations."""
+
+    @cached_property
+    def signed_sin(self) -> Tensor:
+        """sin, its first half negated: what halves that have changed places are multiplied by. Made once a batch."""
+        first, second = self.sin.chunk(2, dim=-1)
+        return torch.cat((-first, second), dim=-1)
 
 
 def inverse_frequencies(layer: LayerGeometry, device: torch.device) -> Tensor:
@@ -47,5 +56,4 @@ def rotary_tables(geometry: Geometry, position_ids: Tensor, dtype: torch.dtype) 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the heads of `x` [s, b, heads, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rotary.cos + torch.cat((-second, first), dim=-1) * rotary.sin
+    return x * rotary.cos + x.roll(x.shape[-1] // 2, -1) * rotary.signed_sin

@@ -16,7 +16,7 @@ from bridge.megatron.parallel import Parallel
 
 # As in bridge/megatron/attention_backends/blockwise.py (a CPU's) and bridge/megatron/loss.py.
 _TILE = 512
-_LOSS_CHUNK, _LOSS_BLOCK = 128 << 20, 8 << 20
+_LOSS_CHUNK, _LOSS_BLOCK = 256 << 20, 8 << 20
 
 # Bytes by kind, such as "norms".
 Bytes = Counter[str]
@@ -131,16 +131,26 @@ def front_bytes(sizes: Sizes) -> Bytes:
     return found
 
 
-def loss_bytes(sizes: Sizes, train_head: bool) -> tuple[int, int]:
-    """(kept until the backward pass, on top of it while the loss is made), of the last stage."""
+def loss_bytes(sizes: Sizes, train_head: bool, added: bool) -> tuple[int, int]:
+    """(kept until the backward pass, the most on top of it while the loss is made or differentiated), last stage.
+
+    `added`: the gradient of the head goes straight to DDP's buffer, as that of a tied one on the same stage does.
+    """
     e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
     vocab = sizes.geometry.vocab_size // tp
     head = vocab * hidden_size if train_head else 0
-    kept = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size + e * head
+    kept = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size
     chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))
-    rows = min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
-    # The head's gradient is summed in float32 and then rounded.
-    making = (4 * head if e < 4 else 0) + e * chunk * (vocab + 2 * hidden_size) + 2 * 4 * rows * vocab
+    blocks = 2 * 4 * vocab * min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
+    making = e * chunk * (vocab + 2 * hidden_size) + blocks
+    if e == 4:
+        # The forward pass sums the head's gradient.
+        return kept + e * head, making
+    if head:
+        # The backward pass makes it of some words at a time, of copies of the states that have a label.
+        words = min(vocab, max(1, _LOSS_CHUNK // (sizes.full * e + hidden_size * 4)))
+        again = words * (sizes.full * e + hidden_size * 4) + e * sizes.full * hidden_size + blocks
+        making = max(making, again + (0 if added else e * head))
     return kept, making
 
 

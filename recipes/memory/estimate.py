@@ -122,17 +122,15 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
     last = stages[-1][0] == parallel.pp * parallel.vpp - 1
     total = activations.total()
     head = e * geometry.vocab_size // parallel.tp * geometry.hidden_size
-    loss = making = loss_later = 0
+    loss = making = 0
     trains_head = counts.largest > 0 and any(
         plan.trains(entry) for entry in table.entries.values() if entry.key.startswith(_head(table))
     )
     # Beside adapters, only as far as they are asked for.
     trains_tables = not plan.lora_rank or any(plan.trains(e) for e in table.entries.values() if e.row.embedding)
     if last:
-        loss, making = loss_bytes(sizes, trains_head)
+        loss, making = loss_bytes(sizes, trains_head, added=geometry.tied and parallel.pp == 1)
         activations["loss"] = loss
-        # All that stays of it is the gradient of a tied head, which waits for the embedding's.
-        loss_later = head if counts.largest and geometry.tied and (not plan.lora_rank or trains_head) else 0
     # The backward pass goes from the last layer to the first, and lets go of each.
     worst = done = 0
     for layer in reversed(layers):
@@ -146,14 +144,14 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
     tables = 0
     if counts.largest and trains_tables:
         if pp_rank == 0:
-            tables = head * (3 if last and geometry.tied else 1)
+            tables = head
         if geometry.ple is not None:
             share = len(layers) / geometry.num_layers
             own = round(e * geometry.ple.vocab_size // parallel.tp * geometry.num_layers * geometry.ple.dim * share)
-            tables = max(tables, own + (head if last and geometry.tied else 0))
+            tables = max(tables, own)
     peaks = {
         "loss": total + loss + making if last else 0,
-        "backward pass of a layer": total + loss_later + worst,
+        "backward pass of a layer": total + worst,
         "gradients of the embeddings": round(total * (1 - 1 / under_way)) + tables,
     }
     return activations, peaks

@@ -1,4 +1,4 @@
-"""How evenly the router fills the experts."""
+"""How evenly the router fills the experts, and what the auxiliary loss says of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from torch import Tensor
 
 from bridge.geometry import Geometry
@@ -35,3 +36,23 @@ def load_values(load: Tensor) -> dict[str, float]:
     share = load / load.sum(1, keepdim=True) * load.shape[1]
     values = {"expert_load_min": float(share.min()), "expert_load_max": float(share.max())}
     return values | {f"expert_load/{expert}": value for expert, value in enumerate(share.mean(0).tolist())}
+
+
+def forget_auxiliary_loss() -> None:
+    """Before a run: Megatron notes these losses for the process, whichever run they are of."""
+    destroy_moe_metrics_tracker()
+
+
+def take_auxiliary_loss(geometry: Geometry, microbatches: int, dp_size: int, device: torch.device) -> float:
+    """Mean over layers and `microbatches`, those of each data-parallel rank since this was last asked. Collective.
+
+    Without the factor `train.aux_loss`: experts x sum of (share of the choices) x (mean probability), 1 where even.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    noted = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+    if noted is not None:
+        # A layer's losses are where the layer is, under tensor and context parallelism in parts.
+        total += noted.values.sum()
+        noted.values.zero_()
+    dist.all_reduce(total)
+    return float(total) / (geometry.num_layers * microbatches * dp_size)

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Log:
         self._file.writelines(line + "\n" for line in kept)
         self._file.flush()
         self._steps = recipe.train.steps
+        self._first, self._start = resumed_at, time.perf_counter()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._status = self._console.status("starting") if self._console.is_terminal else None
         if self._status is not None:
@@ -101,6 +104,8 @@ class Log:
             sink(step, values)
         # What has a slash in its name is a table, and would fill the screen.
         shown = [f"{name} {value:.6g}" for name, value in values.items() if "/" not in name]
+        if "loss" in values and step > self._first:
+            shown.append(f"eta {remaining(time.perf_counter() - self._start, step - self._first, self._steps - step)}")
         text = f"step {step}/{self._steps}  " + "  ".join(shown)
         if self._status is not None and "loss" in values:
             self._status.update(text)
@@ -118,6 +123,11 @@ class Log:
         self._file.close()
         for close in self._closers:
             close()
+
+
+def remaining(seconds: float, done: int, left: int) -> str:
+    """How long `left` steps take if each takes as long as one of `done` in `seconds`, as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds / done * left)))
 
 
 def _step(line: str) -> float:

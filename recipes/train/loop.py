@@ -18,7 +18,7 @@ from recipes.config import Recipe
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams, open_streams
-from recipes.train.expert_load import load_values, take_load
+from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.log import Log, Values
 from recipes.train.lora import export_merged
 from recipes.train.media import sense_of, senses_in
@@ -108,6 +108,8 @@ class _Loop:
         self.log = log
         self.signalled = signalled
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
+        self._logged = progress.step
+        forget_auxiliary_loss()
         # Only the first stage knows, which is also the one that counts.
         self._senses = sense_of(run.models)
         self._frozen = set(SENSES) - set(self._senses.values())
@@ -195,7 +197,12 @@ class _Loop:
 
     def _log(self, loss: float, norm: float, changed: bool, supervised: int) -> None:
         run = self.run_
-        load = take_load(run.bridge.geometry, run.models, run.device)
+        geometry, steps = run.bridge.geometry, self.progress.step - self._logged
+        self._logged = self.progress.step
+        load = take_load(geometry, run.models, run.device)
+        balance = math.nan
+        if self.recipe.train.aux_loss:
+            balance = take_auxiliary_loss(geometry, steps * run.microbatches, run.groups.dp.size(), run.device)
         if self.log is None:
             return
         values: Values = {
@@ -207,6 +214,8 @@ class _Loop:
             "supervised": supervised,
             "memory_gb": peak_memory() / 1e9,
         }
+        if self.recipe.train.aux_loss:
+            values["aux_loss"] = balance
         if load is not None:
             values |= load_values(load)
         if not changed:

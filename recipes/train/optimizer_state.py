@@ -143,27 +143,33 @@ def _like(item: ShardedTensor | ShardedTensorFactory, key: str, data: Tensor) ->
 
 
 def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | None:
-    """The whole state of a parameter on its owner, float32, flat, on the CPU; None elsewhere."""
+    """The whole state of a parameter on its owner, float32, flat, on the CPU; None elsewhere.
+
+    One tensor of it after the other: all of them, once more, may be more than a GPU has left.
+    """
     group = part.data_parallel_group
-    rank, own = group.rank(), None
+    rank = group.rank()
     start, stop = held.ranges[rank]
-    if start < stop:
-        own = torch.stack([value.detach().float() for value in _state(part, held)])
     if rank != held.owner:
-        if own is not None:
-            dist.send(own, group=group, group_dst=held.owner)
+        for value in _state(part, held) if start < stop else ():
+            dist.send(value.detach().float(), group=group, group_dst=held.owner)
         return None
     whole = torch.empty(len(held.keys), held.parameter.numel())
     for source, (low, high) in enumerate(held.ranges):
         if low == high:
             continue
-        piece = own
-        if source != rank:
-            piece = torch.empty(len(held.keys), high - low, device=torch.cuda.current_device())
-            dist.recv(piece, group=group, group_src=source)
-        assert piece is not None
-        whole[:, low:high] = piece.cpu()
+        values = _state(part, held) if source == rank else _received(part, high - low, source, len(held.keys))
+        for row, value in zip(whole, values, strict=True):
+            row[low:high].copy_(value.detach())
     return dict(zip(held.keys, whole, strict=True))
+
+
+def _received(part: DistributedOptimizer, length: int, source: int, count: int) -> Iterator[Tensor]:
+    """`count` float32 tensors [length] of another rank, in the order in which it sends them."""
+    for _ in range(count):
+        piece = torch.empty(length, device=torch.cuda.current_device())
+        dist.recv(piece, group=part.data_parallel_group, group_src=source)
+        yield piece
 
 
 def _state(part: DistributedOptimizer, held: _Held) -> Iterator[Tensor]:
@@ -186,12 +192,15 @@ def _hand_out(part: DistributedOptimizer, held: _Held, whole: dict[str, Tensor] 
         for target, (low, high) in enumerate(held.ranges):
             if low == high:
                 continue
-            piece = torch.stack([whole[key][low:high] for key in held.keys]).to(device)
-            if target == rank:
-                own = piece
+            pieces = {key: whole[key][low:high] for key in held.keys}
+            if target != rank:
+                for piece in pieces.values():
+                    dist.send(piece.to(device), group=group, group_dst=target)
+            # Transformer Engine's Adam takes them apart on the GPU; elsewhere they are copied to where they belong.
+            elif part.config.use_precision_aware_optimizer:
+                own = {key: piece.to(device) for key, piece in pieces.items()}
             else:
-                dist.send(piece, group=group, group_dst=target)
+                own = pieces
     elif start < stop:
-        own = torch.empty(len(held.keys), stop - start, device=device)
-        dist.recv(own, group=group, group_src=held.owner)
-    return None if own is None else dict(zip(held.keys, own, strict=True))
+        own = dict(zip(held.keys, _received(part, stop - start, held.owner, len(held.keys)), strict=True))
+    return own

@@ -61,11 +61,20 @@ def start_ranks() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_device(int(env.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     if "RANK" in env:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+
+
+def local_device(rank: int, visible: int) -> int:
+    """The GPU of the `rank`-th process of a node that sees so many. Raises UsageError."""
+    if visible == 1:
+        return 0  # a launcher may show each process its own alone (srun --gpus-per-task=1)
+    if rank >= visible:
+        raise UsageError(f"rank {rank} of this node has no GPU: {visible} are visible; start one process for each")
+    return rank
 
 
 @dataclass
@@ -100,7 +109,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(torch.cuda.current_device())
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def build(recipe: Recipe, load: bool) -> Run:
@@ -120,7 +129,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     spec = lora.spec_of(recipe.lora)
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
-    overrides: dict[str, Any] = {"perform_initialization": False}
+    overrides: dict[str, Any] = {"perform_initialization": False, "kernels": recipe.model.kernels}
     if parallel.recompute == "full":
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":
@@ -203,6 +212,7 @@ def wrap(
         DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0, pg_collection=groups)
         for i, model in enumerate(models)
     ]
+    config.every_gradient = overlap
     config.finalize_model_grads_func = finalize_model_grads
     hooks = {"no_sync_func": [chunk.no_sync for chunk in chunks]}
     if overlap:
@@ -239,8 +249,9 @@ def make_optimizer(
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
     for part in optimizer.chained_optimizers:
-        # Without Transformer Engine or Apex Megatron takes torch's Adam, which on a CPU takes one parameter and one
-        # operation at a time, and on a GPU all at once: for a moment with four bytes more for each trained parameter.
+        # Without Transformer Engine or Apex Megatron takes torch's Adam. Of its own accord that takes one parameter and
+        # one operation at a time on a CPU; on a GPU it batches parameters, but makes a temporary copy of all second
+        # moments (4 bytes a parameter) and moves 72 bytes a parameter, where 28 are needed.
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 group["fused"] = True

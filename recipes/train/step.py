@@ -20,7 +20,7 @@ from bridge.megatron.loss import IGNORE, positions_with_labels
 from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
 from recipes.config import row_multiple
-from recipes.train.clip import clip, gradient_norm
+from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run
 
@@ -198,11 +198,11 @@ def update(run: Run, largest_norm: float, idle: Collection[Tensor] = ()) -> tupl
     """
     optimizer = run.optimizer
     optimizer.prepare_grads()
-    norm = gradient_norm(optimizer)
+    norm = gradient_norm(optimizer, run.device)
     if not math.isfinite(norm) or norm > largest_norm:
         return norm, False
     if run.recipe.optimizer.clip:
-        clip(optimizer, norm, run.recipe.optimizer.clip)
+        clip_gradients(optimizer, run.recipe.optimizer.clip, norm)
     leave_out(optimizer, idle)
     optimizer.step_with_ready_grads()
     return norm, True

@@ -45,3 +45,24 @@ def test_shallow_models_keep_widths_and_sharing(variant: str) -> None:
     assert (cut.hidden_size, cut.vocab_size) == (whole["text_config"]["hidden_size"], 262_144)
     shared = {layer.kind for layer in cut.layers if layer.shares_kv}
     assert shared == (kinds if variant in ("e2b", "e4b") else set())
+
+
+def per_layer_gradients(case: Case) -> tuple[int, bool]:
+    """Operations of a step that spread a slice's gradient over a tensor, and whether the slices take one."""
+    run = gpu_kit.build(case)
+    taken: list[bool] = []
+    for layer in run.models[0].decoder.layers:
+        layer.register_forward_pre_hook(lambda _, args: taken.append(args[3].requires_grad))
+    with gpu_kit.Operations() as found:
+        gpu_kit.forward_and_backward(run, list(islice(case.batches(), run.microbatches)))
+    assert len(taken) >= len(run.models[0].decoder.layers)
+    return sum(found.names[name] for name in ("select_backward", "slice_backward")), any(taken)
+
+
+@pytest.mark.parametrize("mode", ["sft", "lora"])
+def test_per_layer_inputs_cost_one_gradient_or_none(ranks: RankPool, mode: str) -> None:
+    """A layer's slice by itself would have a gradient of the size of all layers; frozen, none is needed at all."""
+    case = Case("e2b", mode, 96, recompute="full" if mode == "sft" else "none", size="toy", dtype="float32")
+    ((spread, taken),) = ranks.run(per_layer_gradients, case, world_size=1)
+    assert spread == 0
+    assert taken == (mode == "sft")

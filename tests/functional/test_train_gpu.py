@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,25 @@ def test_a_case_is_a_process_and_a_line(ranks: RankPool, tmp_path: Path) -> None
     assert list(train_gpu.run_all([wrong], out, None, 60)) == []  # what was measured is not
 
 
+def test_a_case_that_hangs_ends_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    program = f"import subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\nopen({str(started)!r}, 'w')."
+    program += "write(str(child.pid))\nchild.wait()"
+    (tmp_path / "hangs").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n', encoding="utf-8")
+    (tmp_path / "hangs").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "hangs"))
+    assert train_gpu.run_child(Case("e2b", "lora", 48), 5)["status"] == "failed: not done after 5 s"
+    status = Path(f"/proc/{started.read_text(encoding='utf-8')}/stat")
+    assert not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z"
+
+
+def test_a_profile_that_fails_costs_no_measurement() -> None:
+    def run() -> None:
+        raise RuntimeError("no profiler\nhere")
+
+    assert train_gpu.profiled(run) == {"not_profiled": "RuntimeError: no profiler here"}
+
+
 def test_out_of_memory_tries_more_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
@@ -86,6 +106,7 @@ def test_cases_are_what_is_asked_for() -> None:
             assert {f"sft/{variant}/{length}/{side}" for variant in ("e2b", "e4b")} <= set(names)
             assert {f"lora/{v}/{length}/{side}" for v in ("e2b", "e4b", "12b", "26b-a4b", "31b")} <= set(names)
             assert {f"lora/{variant}+media/{length}/{side}" for variant in ("e4b", "26b-a4b")} <= set(names)
+    assert {f"{name}+torch" for name in LEAST_MFU} <= set(names)
     estimates = {case.name: train_gpu.ladder(case, 141e9) for case in cases[:4]}
     assert all(need is not None and need > 20e9 for _, need in estimates.values())
 

@@ -145,8 +145,9 @@ def test_the_auxiliary_loss_is_the_one_of_the_paper(
     """Labels are on a part of the tokens: what they are divided by is none of the auxiliary loss's business."""
     said = recipe(toys["26b-a4b"], tmp_path, BALANCE_STEPS, BALANCE_SEED)
     ranks.run(train_toy, said, [f"train.aux_loss={BALANCE}", *overrides], world_size=world)
-    ours = losses(tmp_path)
-    assert len(ours) == BALANCE_STEPS and worst(ours, balanced.losses) <= AGAINST_TRANSFORMERS
+    ours, logged = losses(tmp_path), losses(tmp_path, "aux_loss")
+    assert len(ours) == len(logged) == BALANCE_STEPS and worst(ours, balanced.losses) <= AGAINST_TRANSFORMERS
+    assert worst(logged, balanced.balances) <= AGAINST_TRANSFORMERS
 
 
 def test_a_model_without_experts_has_no_auxiliary_loss(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:

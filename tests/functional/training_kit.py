@@ -159,12 +159,12 @@ def recipe(toy: Path, output: Path, steps: int, seed: int = 1) -> dict[str, Any]
     }
 
 
-def losses(output: Path) -> list[float]:
-    """What a run logged, a value per step."""
+def losses(output: Path, name: str = "loss") -> list[float]:
+    """What a run logged under `name`, a value per step."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in steps]
+    return [line[name] for line in steps]
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,13 @@ class Plain:
 
     `margin`: by how much, of the largest router logit, the last expert that was chosen ever led the first that was
     not. Where float32 noise (1e-6) reaches it, another expert is chosen, and no two programs train alike from there.
+    `balances`: the auxiliary loss without its factor, mean over layers and microbatches, where it is asked for.
     """
 
     losses: list[float]
     norms: list[float]
     margin: float
+    balances: list[float]
 
 
 class RouterMargins:
@@ -236,7 +238,7 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    plain, margins = Plain([], [], math.inf), RouterMargins(model, geometry)
+    plain, margins = Plain([], [], math.inf, []), RouterMargins(model, geometry)
     balance = Balance(model, geometry) if aux_loss else None
     for step in range(1, steps + 1):
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
@@ -255,8 +257,13 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
             use_cache=False,
         ).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
-        (loss if balance is None else loss + aux_loss * balance.take(GLOBAL_BATCH // 2)).backward()
+        objective = loss
+        if balance is not None:
+            spread = balance.take(GLOBAL_BATCH // 2)
+            plain.balances.append(float(spread) / geometry.num_layers)
+            objective = loss + aux_loss * spread
+        objective.backward()
         plain.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP)))
         optimizer.step()
         plain.losses.append(loss.item())
-    return Plain(plain.losses, plain.norms, margins.smallest)
+    return Plain(plain.losses, plain.norms, margins.smallest, plain.balances)

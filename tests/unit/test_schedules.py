@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from bridge.errors import UsageError
 from recipes.config import resolve
-from recipes.train.setup import make_scheduler
+from recipes.train.setup import local_device, make_scheduler
 
 STEPS, WARMUP, LR, MIN_LR, WSD = 40, 5, 1e-2, 1e-3, 10
 
@@ -66,3 +67,10 @@ def test_constant_then_down(style: str) -> None:
     down = [WSD_DECAYS[style](1 - step / WSD) for step in range(1, WSD + 1)]
     assert ours == pytest.approx(warm + flat + down)
     assert ours[-1] == pytest.approx(MIN_LR)
+
+
+def test_a_process_takes_the_gpu_that_it_is_shown() -> None:
+    assert [local_device(rank, 8) for rank in (0, 7)] == [0, 7]
+    assert local_device(3, 1) == 0  # each process sees its own alone
+    with pytest.raises(UsageError, match="rank 4 of this node has no GPU: 4 are visible"):
+        local_device(4, 4)

@@ -15,17 +15,42 @@ from bridge.megatron.mask import Mask
 
 _MOST_KERNELS = 64
 _LARGE_HEAD = 256
-# For heads above 256 the default tiles do not fit the shared memory of an H100; these do.
-_LARGE_HEAD_OPTIONS: dict[str, int] = {
-    **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32),
-    "num_stages": 1,
-    "num_warps": 4,
+# Blocks of the mask for heads up to `_LARGE_HEAD` and above: multiples of every tile below.
+_BLOCK, _LARGE_BLOCK = 128, 64
+# Bytes of shared memory that a program for large heads takes on other GPUs than Hopper's, with 1 kB of the driver's.
+_LARGE_HEAD_SHARED = 132_096
+
+
+def _tiles(forward: tuple[int, int, int, int], backward: tuple[int, int, int, int, int, int]) -> dict[str, int]:
+    """Kernel options: tiles of queries and keys, stages, warps; backward tiles of both for dk and dv, then for dq."""
+    of_forward = ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps")
+    of_backward = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps")
+    options = {f"fwd_{name}": value for name, value in zip(of_forward, forward, strict=True)}
+    return options | {f"bwd_{name}": value for name, value in zip(of_backward, backward, strict=True)}
+
+
+# torch's own tiles for 256 have half the queries of this in flight and spill 1.6 kB a thread backward; those for 512 do
+# not fit in the 232,448 bytes of an H100 (test_flex_on_hopper.py). 64 queries are the fewest of its matrix instruction.
+_HOPPER = {
+    256: _tiles((128, 64, 2, 8), (32, 64, 64, 32, 2, 8)),
+    512: _tiles((64, 32, 2, 8), (32, 32, 32, 32, 2, 8)),
 }
+_OTHER_LARGE_HEAD = _tiles((32, 32, 1, 4), (32, 32, 32, 32, 1, 4))
+
+
+def kernel_options(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int] | None:
+    """Tiles for a GPU of that compute capability; None: torch's own."""
+    if capability == (9, 0) and dtype is not torch.float32 and head_dim in _HOPPER:
+        return _HOPPER[head_dim]
+    return _OTHER_LARGE_HEAD if head_dim > _LARGE_HEAD else None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]."""
-    large = query.shape[-1] > _LARGE_HEAD
+    head_dim = query.shape[-1]
+    options = None
+    if query.is_cuda:
+        options = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
     if not torch.is_grad_enabled():
         # On a CPU torch looks at requires_grad even where nothing is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
@@ -33,16 +58,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
         output = _kernel(query.is_cuda)(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            block_mask=block_mask(mask, 32 if large else 128),
+            block_mask=block_mask(mask, _LARGE_BLOCK if head_dim > _LARGE_HEAD else _BLOCK),
             scale=1.0,
             enable_gqa=query.shape[2] != key.shape[2],
-            kernel_options=_LARGE_HEAD_OPTIONS if large and query.is_cuda else None,
+            kernel_options=options,
         )
     return output.permute(2, 0, 1, 3)
 
 
 def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
-    """torch has no backward pass of it on a CPU."""
+    """torch has no backward pass of it on a CPU. Large heads take much of a GPU's shared memory and registers."""
+    if query.is_cuda and query.shape[-1] > _LARGE_HEAD:
+        if query.dtype is torch.float32:
+            return f"in float32 heads above {_LARGE_HEAD} do not fit in registers"
+        has = torch.cuda.get_device_properties(query.device).shared_memory_per_multiprocessor
+        if has < _LARGE_HEAD_SHARED:
+            return f"heads above {_LARGE_HEAD} need {_LARGE_HEAD_SHARED} bytes of shared memory, this GPU has {has}"
     if not query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return "it has no backward pass on a CPU"
     return None
