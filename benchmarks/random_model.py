@@ -70,7 +70,7 @@ class RandomModel:
         return RandomBridge(self.geometry, table_for(self.geometry), model=self)
 
     def transformers_model(self, device: torch.device, **options: Any) -> Any:
-        """The model of transformers, on `device`. `options`: the implementations of attention and experts."""
+        """The model of transformers, on `device`; on "meta" without values. `options`: of attention and experts."""
         import transformers
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.initialization import no_init_weights
@@ -79,6 +79,8 @@ class RandomModel:
         with torch.device(device), no_init_weights():
             model = getattr(transformers, self.geometry.architecture)._from_config(config, dtype=self.dtype, **options)
         model.tie_weights()
+        if device.type == "meta":
+            return model
         state = model.state_dict()
         held = {tensor.data_ptr() for tensor in state.values()}
         for name, tensor in revert_weight_conversion(model, state).items():

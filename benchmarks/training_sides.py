@@ -138,10 +138,14 @@ def transformers_side(case: Case) -> Step:
     With PEFT for LoRA, as it comes: adapters are float32. `side` liger: with the kernels that liger-kernel has for the
     model, its loss among them. Raises UsageError where it has none.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    geometry = case.model.geometry
+    return transformers_step(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def transformers_step(case: Case, device: torch.device, attention: str = "sdpa", loss: bool = True) -> Step:
+    """`transformers_side` on `device`. `attention`: an implementation that transformers knows. `loss`: or, to count
+    without it, the sum of the last hidden states in its place."""
     model = case.model.transformers_model(
-        device, attn_implementation={"text_config": "sdpa"} if geometry.audio is not None else "sdpa"
+        device, attn_implementation={"text_config": attention} if case.model.geometry.audio is not None else attention
     )
     if case.side == "liger":
         _apply_liger(model)
@@ -152,7 +156,7 @@ def transformers_side(case: Case) -> Step:
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type != "cpu")
     batches = case.batches()
 
     def step() -> float:
@@ -160,9 +164,14 @@ def transformers_side(case: Case) -> Step:
         for _ in range(case.microbatches):
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
             labels = batch.pop("labels")
-            loss = model(**batch, labels=labels, shift_labels=labels, use_cache=False).loss / case.microbatches
-            loss.backward()
-            total += loss.detach()
+            if loss:
+                mean = model(**batch, labels=labels, shift_labels=labels, use_cache=False).loss / case.microbatches
+            else:
+                whole = model.get_base_model() if case.lora else model
+                mean = whole.model(**batch, use_cache=False).last_hidden_state.sum()
+            mean.backward()
+            total += mean.detach()
+            del mean
         with torch.profiler.record_function("optimizer"):
             torch.nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()

@@ -25,6 +25,7 @@ from torch.utils._device import _device_constructors
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_device = _CPU
 _ABSENT = object()
 _saved: list[tuple[Any, str, Any]] = []
 _RNG_LOGGER = "megatron.core.tensor_parallel.random"
@@ -39,12 +40,17 @@ class Patch(NamedTuple):
     why: str
 
 
-def enable() -> bool:
-    """Let this process run Megatron-Core on the CPU. Idempotent; False, and no change, where a GPU is visible."""
+def enable(device: torch.device = _CPU) -> bool:
+    """Let this process run Megatron-Core on the CPU. Idempotent; False, and no change, where a GPU is visible.
+
+    `device` takes the GPU's place: another than the CPU is for tensors without values ("meta"), on which to count.
+    """
+    global _device
     if torch.cuda.is_available():
         return False
     if _saved:
         return True
+    _device = device
     _import_megatron()
     # The set of factory functions that `with torch.device(...)` knows is made once, on first use, from torch's
     # attributes: made after the rows below it would hold the wrappers, and `with torch.device("meta")` do nothing.
@@ -102,7 +108,9 @@ def _patches() -> Iterator[Patch]:
     cuda, tensor = "torch.cuda", "torch.Tensor"
 
     # The device
-    yield Patch(cuda, "current_device", _constant(_CPU), "what Megatron allocates on; it passes it on as device=")
+    yield Patch(
+        cuda, "current_device", lambda _: lambda: _device, "what Megatron allocates on; it passes it on as device="
+    )
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect"):
         yield Patch(cuda, name, _constant(None), "called unconditionally, nothing to do")
     for name in ("range_push", "range_pop", "mark"):
@@ -120,7 +128,7 @@ def _patches() -> Iterator[Patch]:
 
     # Tensors that ask for CUDA. Wrapping the functions that make tensors costs nothing in all others; a
     # TorchFunctionMode would cost microseconds in every operation, and hold in one thread only.
-    yield Patch(tensor, "cuda", _replace(lambda self, *_, **__: self), "Module.cuda() comes here too")
+    yield Patch(tensor, "cuda", _replace(lambda self, *_, **__: self.to(_device)), "Module.cuda() comes here too")
     yield Patch(tensor, "pin_memory", _replace(lambda self, *_, **__: self), "raises where there is no accelerator")
     yield Patch(tensor, "to", _to_on_cpu, ".to('cuda'), .to(0); Module.to() comes here too")
     for name in _FACTORIES:
@@ -242,7 +250,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
+                kwargs["device"] = _device
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
         return function(*args, **kwargs)
@@ -259,9 +267,9 @@ def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
     def to_on_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # a bool is an int, but no device
         if args and not isinstance(args[0], torch.dtype | bool) and _is_cuda(args[0]):
-            args = (_CPU, *args[1:])
+            args = (_device, *args[1:])
         if kwargs and _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _device
         return to(self, *args, **kwargs)
 
     return to_on_cpu

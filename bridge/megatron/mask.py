@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -181,6 +181,9 @@ def mask_of(visibility: Visibility, rule: MaskRule) -> Mask:
         else:
             rows = visibility.zigzag.spans(visibility.zigzag.rank)
             columns = exchange_of(visibility, rule).columns
-        mask = visibility.cache[("mask", rule)] = Mask(visibility, rule, rows, columns)
+        # Of a description that does not hold the mask in turn: a ring would stay, on the device, until Python looks for
+        # such rings, which it seldom does.
+        own = replace(visibility, cache={})
+        mask = visibility.cache[("mask", rule)] = Mask(own, rule, rows, columns)
     assert isinstance(mask, Mask)
     return mask

@@ -101,9 +101,9 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
 
 
 def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
-    """What the kernel adds: output and log-sum-exp for itself, and the output in the order of heads."""
+    """What the kernel adds: output and log-sum-exp; a CPU's keeps the output in the order of its groups, and a copy."""
     q, groups = layer.q_size // sizes.parallel.tp, max(1, layer.num_query_groups // sizes.parallel.tp)
-    copies = 2 if groups > 1 else 1
+    copies = 2 if groups > 1 and sizes.load.on_cpu else 1
     return copies * sizes.e * sizes.full * q + 4 * sizes.full * q // layer.head_dim
 
 
@@ -174,8 +174,11 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     e, full, tp = sizes.e, sizes.full, sizes.parallel.tp
     q, groups = layer.q_size // tp, max(1, layer.num_query_groups // tp)
     kv = groups * layer.head_dim * sizes.columns(layer)
-    # Gradients of q, k and v; keys' and values' are summed in float32.
-    attention = e * (2 * full * q + 2 * kv) + 4 * 2 * kv
+    # Gradients of the output and of q, k and v.
+    attention = e * (2 * full * q + 2 * kv)
+    if sizes.load.on_cpu or sizes.parallel.cp > 1:
+        # Keys' and values' are summed in float32.
+        attention += 4 * 2 * kv
     if sizes.load.on_cpu:
         # Operands side by side in float32, and two tiles of scores.
         queries = _TILE * layer.num_query_groups // layer.num_attention_heads

@@ -1,9 +1,6 @@
-"""The helpers of the GPU tests, on a CPU with toys, so that they are known to run; and where a step reads tensors."""
+"""The helpers of the GPU tests, on a CPU with toys, so that they are known to run."""
 
 from __future__ import annotations
-
-from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
@@ -36,47 +33,6 @@ def test_deterministic_runs_are_alike(ranks: RankPool) -> None:
 def test_memory_is_flat(ranks: RankPool) -> None:
     (found,) = ranks.run(gpu_kit.memory_after_steps, TOY, 4, world_size=1)
     assert len(found) == 4 and found[1] == found[3] > 0
-
-
-def reads(case: Case) -> Counter[str]:
-    """Where a step would make the host wait, if all tensors were on a GPU. Runs on a rank."""
-    run = gpu_kit.build(case, {"dora": True, "dropout": 0.1} if case.lora else None)
-    batches = case.batches()
-    gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
-    with gpu_kit.HostReads() as found:
-        gpu_kit.forward_and_backward(run, list(islice(batches, run.microbatches)))
-    return found.places
-
-
-# What is read on the host of a GPU run too, and so is no wait: made of the batch before it is sent.
-ON_THE_HOST = {
-    "bridge/megatron/embedding.py:scale_embeddings: _local_scalar_dense",
-    "bridge/megatron/loss.py:positions_with_labels: nonzero",
-    "bridge/megatron/mask.py:_tiles: repeat_interleave",
-    "bridge/megatron/multimodal.py:count_placeholders: _local_scalar_dense",
-    "bridge/megatron/multimodal.py:_hear: nonzero",
-    "bridge/megatron/towers/audio.py:check_clips: nonzero",
-    "bridge/megatron/towers/audio.py:forward: nonzero",
-    "bridge/megatron/towers/packing.py:<genexpr>: _local_scalar_dense",
-    "bridge/megatron/towers/packing.py:_soft_token_of: _local_scalar_dense",
-    "bridge/megatron/towers/packing.py:_soft_token_of: _unique2",
-    "bridge/megatron/towers/packing.py:num_patches: _local_scalar_dense",
-    "bridge/megatron/towers/packing.py:pack_patches: nonzero",
-    "bridge/megatron/towers/unified.py:forward: nonzero",
-    "bridge/megatron/visibility.py:_hull: _local_scalar_dense",
-}
-
-
-@pytest.mark.parametrize(
-    ("variant", "mode", "media"),
-    [("e2b", "sft", True), ("26b-a4b", "sft", False), ("12b", "sft", True), ("31b", "lora", False)],
-)
-def test_where_a_step_reads_tensors(ranks: RankPool, variant: str, mode: str, media: bool) -> None:
-    """A new place is a wait for the device, unless its tensor is on the host there: then it belongs to the list."""
-    case = Case(variant, mode, 192, media=media, recompute="none", size="toy", dtype="float32")
-    (found,) = ranks.run(reads, case, world_size=1)
-    assert set(found) <= ON_THE_HOST
-    assert "bridge/megatron/visibility.py:_hull: _local_scalar_dense" in found  # the counting works
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
