@@ -109,7 +109,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device(torch.cuda.current_device())
 
 
 def build(recipe: Recipe, load: bool) -> Run:
