@@ -39,7 +39,7 @@ class Log:
         self._file.flush()
         self._steps = recipe.train.steps
         self._first, self._start = resumed_at, time.perf_counter()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._status = self._console.status("starting") if self._console.is_terminal else None
         if self._status is not None:
             self._status.start()
