@@ -19,6 +19,7 @@ from torch import Tensor
 from bridge.megatron import fp8_experts
 from bridge.megatron.activation import geglu
 from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kernels import fused
 from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.sharding import split_parameter
@@ -103,7 +104,7 @@ class GroupedExperts(MegatronModule):
         activation = geglu(self._product("linear_fc1", tokens, offsets), self.config.kernels)
         output = self._product("linear_fc2", activation, offsets)
         # The products round to the tokens' dtype; transformers multiplies by the float32 probability after fc2.
-        return (output * probs.unsqueeze(-1)).to(tokens.dtype), None
+        return weigh(output, probs, self.config.kernels), None
 
     def _product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """[t, in] @ each expert's weight, transposed: rows up to `offsets[e]` are of expert e or one before."""
@@ -132,6 +133,15 @@ class GroupedExperts(MegatronModule):
                 fc2, self.linear_fc2, 2, lambda i: (ep, (2, etp_rank, etp_size)), 1, replica_id
             ),
         }
+
+
+def weigh(output: Tensor, probs: Tensor, kernels: str) -> Tensor:
+    """Rows of experts [t, h] times their float32 probabilities [t], rounded once, to the dtype of `output`."""
+    if fused(kernels, output):
+        from bridge.megatron.kernels import weigh as triton
+
+        return triton.weigh(output, probs)
+    return (output * probs.unsqueeze(-1)).to(output.dtype)
 
 
 class Gemma4MoE(MoELayer):

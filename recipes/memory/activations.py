@@ -197,10 +197,12 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     norms = 3 * 4 * sizes.hidden
     experts = 0
     if sizes.geometry.moe is not None:
-        # Outputs of experts times their float32 probabilities, and the gradients of both; then as in the dense FFN.
+        # Gradients of the outputs of experts, weighed and not (without kernels in float32, with a product of both);
+        # then as in the dense FFN.
         routed = sizes.tokens * sizes.geometry.moe.topk * sizes.parallel.etp
         width = sizes.geometry.moe.ffn_hidden_size // sizes.parallel.etp
-        experts = routed * (3 * 4 * sizes.geometry.hidden_size + 3 * e * width)
+        weighing = 3 * 4 if sizes.load.on_cpu else 2 * e
+        experts = routed * (weighing * sizes.geometry.hidden_size + 3 * e * width)
         if sizes.load.fp8_experts:
             # Gradients of gate and up once more, and the weights that they are multiplied by.
             local = sizes.geometry.moe.num_experts // sizes.parallel.ep

@@ -29,6 +29,7 @@ from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
 from bridge.megatron.fp8_experts import quantize_columns, quantize_rows
 from bridge.megatron.local_dispatch import LocalDispatcher
+from bridge.megatron.moe import weigh
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.provider import Gemma4Provider
@@ -412,6 +413,23 @@ def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | N
 
 
 # Experts
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(13, 40), (3, 1300), (0, 8)], ids=str)
+def test_outputs_of_experts_are_weighed(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The probabilities are float32 in any model: their gradient is no value of bf16."""
+    torch.manual_seed(0)
+    rows, probs, gradient = (
+        random(*shape, dtype=dtype),
+        torch.rand(shape[0], device=DEVICE),
+        random(*shape, dtype=dtype),
+    )
+    found, expected = (both(partial(weigh, kernels=who), [rows, probs], [gradient]) for who in ("triton", "torch"))
+    assert [x.dtype for x in found] == [dtype, dtype, torch.float32]
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(found[2], expected[2], rtol=FLOAT32_BOUND, atol=FLOAT32_BOUND * shape[1] ** 0.5)
 
 
 @DTYPES

@@ -62,6 +62,8 @@ COMPILED: list[tuple[str, str, int, dict[str, Any], tuple[str, ...]]] = [
     ("qkv_norm_rope", "backward_kernel", 4, QKV, ("d_weight",)),
     ("qkv_norm_rope", "backward_kernel", 4, V_IS_K, ()),
     ("permute", "collect_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
+    ("weigh", "forward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("weigh", "backward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
     ("fp8", "rows_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
     ("fp8", "columns_kernel", 4, {"N": 1408, "M": 2816, "HEIGHT": 64, "WIDTH": 64}, ()),
     ("cross_entropy", "statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),
@@ -108,7 +110,7 @@ def _type(name: str) -> str:
         return "fp32"
     if name in ("rows", "n", "tokens", "words") or name.endswith("_stride"):
         return "i32"
-    if name in ("dw", "d_weight", "lse", "weights", "top", "total", "target", "scales"):
+    if name in ("dw", "d_weight", "lse", "weights", "d_weights", "top", "total", "target", "scales"):
         return "*fp32"
     if name == "values":
         return "*fp8e4nv"

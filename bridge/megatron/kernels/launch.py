@@ -31,3 +31,10 @@ def num_programs(x: Tensor, pieces: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest that is not below `n`."""
     return triton.next_power_of_2(n)
+
+
+def row_tile(rows: Tensor) -> dict[str, int]:
+    """N, ROWS, COLUMNS and warps of a kernel that holds whole `rows` [t, n], as many of them as make a tile."""
+    columns = power_of_2(rows.shape[1])
+    height = max(1, min(TILE // columns, power_of_2(len(rows))))
+    return {"N": rows.shape[1], "ROWS": height, "COLUMNS": columns, "num_warps": num_warps(height * columns)}

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bridge.megatron.kernels.launch import TILE, as_rows, num_programs, num_warps, power_of_2
+from bridge.megatron.kernels.launch import as_rows, num_programs, row_tile
 from bridge.megatron.kernels.rounding import narrow
 
 
@@ -98,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
         output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         added = None if residual is None else as_rows(residual)
         if output.numel():
-            shape = _tile(rows)
+            shape = row_tile(rows)
             with torch.cuda.device_of(x):
                 forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows,
@@ -123,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         dx = dw = None
         if to_x or to_weight:
             rows, gradient = as_rows(x), as_rows(d_output)
-            shape = _tile(rows)
+            shape = row_tile(rows)
             programs = num_programs(x, triton.cdiv(len(rows), shape["ROWS"]))
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device) if to_weight else None
@@ -143,9 +143,3 @@ class _RMSNorm(torch.autograd.Function):
                     )
             dw = None if parts is None else parts.sum(0).to(weight.dtype)
         return dx if to_x else None, dw, d_output if to_residual else None, None
-
-
-def _tile(rows: Tensor) -> dict[str, int]:
-    columns = power_of_2(rows.shape[1])
-    height = max(1, min(TILE // columns, power_of_2(len(rows))))
-    return {"N": rows.shape[1], "ROWS": height, "COLUMNS": columns, "num_warps": num_warps(height * columns)}
