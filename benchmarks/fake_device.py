@@ -47,6 +47,10 @@ _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _SHAPES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 
 
+# What the model asks of a GPU's properties.
+_H100 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=233_472)
+
+
 class MixedDevicesError(RuntimeError):
     """An operation on a tensor of the host and one of the device."""
 
@@ -196,7 +200,7 @@ def _as_a_gpu() -> Iterator[None]:
                 (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
                 (torch, "autocast", _Autocast),
                 (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-                (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
+                (torch.cuda, "get_device_properties", lambda *_: _H100),
             ):
                 stack.enter_context(mock.patch.object(where, name, value, create=True))
             for name in supported:

@@ -176,7 +176,7 @@ def estimated(case: Case) -> int:
 def cases() -> list[Case]:
     """Those of text that `train_gpu` runs on one GPU, and of the loss."""
     ours = [case for case in gpu_cases() if case.mode == "loss" or (case.side == "ours" and not case.media)]
-    return [case for case in ours if case.layer_spec == "local"]
+    return [case for case in ours if case.layer_spec == "local" and case.kernels == "auto" and not case.fp8_experts]
 
 
 def measure(case: Case, memory: float, theirs: bool) -> dict[str, Any]:
