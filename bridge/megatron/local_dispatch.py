@@ -24,8 +24,8 @@ class LocalDispatcher(MoETokenDispatcher):
         self._topk: int = config.moe_router_topk
         self._kernels = config.kernels
         self._shape: torch.Size = torch.Size()
-        self._places: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
-        self.routing_map: Tensor = torch.empty(0)
+        self._places: tuple[Tensor, ...] = ()
+        self.routing_map: Tensor | None = None
 
     def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """[..., h], and [t, E] twice -> copies of the tokens [t * topk, h] sorted by expert, their probabilities."""
@@ -44,6 +44,7 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the tokens of each expert [E] between them."""
+        assert self.routing_map is not None
         return hidden_states, self.routing_map.sum(0), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -55,6 +56,8 @@ class LocalDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[t * topk, h] sorted by expert -> the sum of each token's, in the shape that came in."""
         combined: Tensor = _Collect.apply(hidden_states, *self._places, self._topk, self._kernels)
+        # The next layer has its own: what is kept for the backward pass alone is let go of by it.
+        self._places, self.routing_map = (), None
         return combined.view(self._shape)
 
 

@@ -52,11 +52,10 @@ def test_a_step_of_text(ranks: RankPool, case: Case) -> None:
     assert guess == pytest.approx(found.peak, rel=MARGIN)
     # The update makes nothing of the size of what it updates.
     assert found.peaks["update"] - found.persistent - found.left < 0.02 * found.persistent
-    # Nothing outlives the step but where the tokens of each layer went, and the scale of the auxiliary loss [].
-    geometry, routes = case.model.geometry, 0
-    if geometry.moe is not None:
-        routes = LENGTH * (2 * 8 * geometry.moe.topk + geometry.moe.num_experts) + 8 * geometry.moe.num_experts
-    assert found.left == geometry.num_layers * routes + 4 * (geometry.moe is not None)
+    # Nothing outlives the step but the load of each layer's experts, for the log, and the scale of the auxiliary loss.
+    geometry = case.model.geometry
+    experts = 0 if geometry.moe is None else geometry.moe.num_experts
+    assert found.left == geometry.num_layers * 8 * experts + 4 * (experts > 0)
 
 
 @pytest.mark.parametrize(
