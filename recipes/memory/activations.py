@@ -102,8 +102,8 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
 
 def core_attention_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
     """What the kernel adds: output and log-sum-exp; a CPU's keeps the output in the order of its groups, and a copy."""
-    q, groups = layer.q_size // sizes.parallel.tp, max(1, layer.num_query_groups // sizes.parallel.tp)
-    copies = 2 if groups > 1 and sizes.load.on_cpu else 1
+    q = layer.q_size // sizes.parallel.tp
+    copies = 2 if sizes.load.on_cpu else 1
     return copies * sizes.e * sizes.full * q + 4 * sizes.full * q // layer.head_dim
 
 

@@ -458,7 +458,7 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
         ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
         ({"adapter": "nowhere"}, "nowhere"),
-        ({"rank": -1}, "rank is -1"),
+        ({"rank": -1}, "lora.rank=-1"),
     ],
 )
 def test_refused(ranks: RankPool, toy: Toy, tmp_path: Path, lora: dict[str, Any], message: str) -> None:

@@ -540,7 +540,7 @@ def test_options_that_make_no_sense(folder: Path, model: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=re.escape(message)):
             corpus_of(folder, model, [GOOD], **options)
-    with pytest.raises(UsageError, match=r"supervise\.turns: 'some'"):
+    with pytest.raises(UsageError, match=r"data\.supervise_turns: 'some'"):
         Supervise(turns="some")
     with pytest.raises(BridgeError):
         corpus_of(folder, folder, [GOOD])
