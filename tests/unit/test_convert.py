@@ -286,8 +286,8 @@ def test_interrupted_import_leaves_all_or_nothing(made: Make, tmp_path: Path, se
         _, stderr = process.communicate(timeout=60)
         codes.add(process.returncode)
         assert "Traceback" not in stderr or process.returncode == -sent, stderr  # before the program had begun
-        # Python ends itself by SIGINT, which is 130 to a shell, where the code that was interrupted came of a string (that
-        # of dataclasses does); before the program has begun, the signal itself does.
+        # Python ends itself by SIGINT, which is 130 to a shell, where the code that was interrupted came of a string,
+        # as that of dataclasses does; before the program has begun, the signal itself ends it.
         interrupted = "interrupted: nothing is left" in stderr
         assert process.returncode in ((130, -signal.SIGINT) if interrupted else (0, -sent)), stderr
         if target.exists():
