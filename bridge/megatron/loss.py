@@ -29,9 +29,8 @@ from bridge.megatron.kernels import fused
 
 IGNORE = -100  # the label of a position that has no loss, as in transformers
 
-# Logits of so many bytes exist at a time, in the dtype of the model: in bf16 512 tokens of 262,144 words, which
-# is four tiles of 128 rows for every column of a product on a GPU.
-_CHUNK_BYTES = 256 << 20
+# Logits of so many bytes exist at a time, in the dtype of the model.
+_CHUNK_BYTES = 128 << 20
 # Intermediate float32 values are made for so many bytes of logits at a time.
 _BLOCK_BYTES = 8 << 20
 # Gradients of token losses that differ by less (relative, float32 rounding) are one number.

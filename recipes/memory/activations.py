@@ -16,7 +16,7 @@ from bridge.megatron.parallel import Parallel
 
 # As in bridge/megatron/attention_backends/blockwise.py (a CPU's) and bridge/megatron/loss.py.
 _TILE = 512
-_LOSS_CHUNK, _LOSS_BLOCK = 256 << 20, 8 << 20
+_LOSS_CHUNK, _LOSS_BLOCK = 128 << 20, 8 << 20
 
 # Bytes by kind, such as "norms".
 Bytes = Counter[str]
