@@ -36,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from bridge.megatron import attention_backends, cpu_runtime
-from bridge.megatron.attention_backends.flex import _LARGE_HEAD, block_mask
+from bridge.megatron.attention_backends.flex import block_mask, block_size
 from bridge.megatron.mask import Mask
 
 DEVICE = torch.device("meta")
@@ -273,7 +273,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
     The mask's blocks are made as for it.
     """
-    block_mask(mask, 32 if query.shape[-1] > _LARGE_HEAD else 128)
+    block_mask(mask, block_size(query.shape[-1]))
     output: Tensor = _Attention.apply(query, key, value)
     return output
 

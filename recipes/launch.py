@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from bridge.megatron.quiet import quiet
@@ -26,16 +27,16 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # Before the loop imports Megatron, which this does faster where there is no GPU.
         cpu_runtime.enable()
-        from recipes.data.training import corpora
+        from recipes.data.training import corpora, streams
         from recipes.train.checkpoint import checkpoints
         from recipes.train.loop import train
 
-        # What is wrong with the data is said before a model is built; the loop opens it again, from the cache.
-        corpora(recipe)
+        # What is wrong with the data is said before a model is built.
+        data = partial(streams, opened=corpora(recipe))
         stack.enter_context(sole_run(recipe.output, rank_from_environment()))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
-            outcome = train(recipe, signalled=signalled)
+            outcome = train(recipe, data, signalled=signalled)
             if before >= recipe.train.steps and dist.get_rank() == 0:
                 print(f"{recipe.output}: was at step {before} of {recipe.train.steps} already", file=sys.stderr)
             return outcome.exit_code

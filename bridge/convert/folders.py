@@ -114,6 +114,11 @@ def with_dtype(config: Any, dtype: str) -> Any:
     return {k: dtype if k in names and isinstance(v, str) else with_dtype(v, dtype) for k, v in config.items()}
 
 
+def _import_plan(source: Source, dtype: str) -> ImportPlan:
+    folder = source.folder
+    return plan_import(source.table, folder.tensors, source.prefix, _DTYPES[dtype], folder.file_metadata, folder.path)
+
+
 def import_hf(
     hf_dir: str | Path,
     megatron_dir: str | Path,
@@ -131,14 +136,7 @@ def import_hf(
     """
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, text_only, dtype)
-        plan = plan_import(
-            source.table,
-            source.folder.tensors,
-            source.prefix,
-            _DTYPES[dtype],
-            source.folder.file_metadata,
-            source.folder.path,
-        )
+        plan = _import_plan(source, dtype)
         assets = _assets(source)
         stage = stack.enter_context(
             staged(
@@ -190,14 +188,7 @@ def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -
     """
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, dtype=dtype)
-        plan = plan_import(
-            source.table,
-            source.folder.tensors,
-            source.prefix,
-            _DTYPES[dtype],
-            source.folder.file_metadata,
-            source.folder.path,
-        )
+        plan = _import_plan(source, dtype)
         stage = stack.enter_context(
             staged(
                 Path(run) / HF_FOLDER,

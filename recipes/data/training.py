@@ -61,10 +61,16 @@ def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
     return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
 
 
-def streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
-    """Open, tokenise and batch what `data.path` names. Raises DataError and UsageError."""
+def streams(
+    recipe: Recipe,
+    geometry: Geometry,
+    dp_rank: int,
+    dp_size: int,
+    opened: tuple[Corpus, Corpus | None] | None = None,
+) -> Streams:
+    """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
     data, train = recipe.data, recipe.train
-    corpus, held_out = corpora(recipe)
+    corpus, held_out = opened or corpora(recipe)
     batch = BatchOptions(
         train.seq_length,
         train.micro_batch_size,

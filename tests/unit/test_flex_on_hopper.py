@@ -107,7 +107,7 @@ def trace(layers: list[int], lengths: list[int], options: Callable[[int], Any]) 
         for length, layer in product(lengths, layers):
             heads, groups, d, window = LAYERS[layer]
             mask = mask_of(Visibility.of(torch.zeros(1, length, dtype=torch.int64)), MaskRule(window, "causal"))
-            blocks = flex.block_mask(mask, flex._LARGE_BLOCK if d > flex._LARGE_HEAD else flex._BLOCK)
+            blocks = flex.block_mask(mask, flex.block_size(d))
             with FakeTensorMode(allow_non_fake_inputs=True):
                 tensors = [
                     torch.empty(length, 1, n, d, dtype=BF16, requires_grad=True) for n in (heads, groups, groups)

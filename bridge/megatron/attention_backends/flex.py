@@ -45,6 +45,11 @@ def kernel_options(head_dim: int, dtype: torch.dtype, capability: tuple[int, int
     return _OTHER_LARGE_HEAD if head_dim > _LARGE_HEAD else None
 
 
+def block_size(head_dim: int) -> int:
+    """Places in a block of the mask: a multiple of every tile of `kernel_options`."""
+    return _LARGE_BLOCK if head_dim > _LARGE_HEAD else _BLOCK
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]."""
     head_dim = query.shape[-1]
@@ -58,7 +63,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
         output = _kernel(query.is_cuda)(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            block_mask=block_mask(mask, _LARGE_BLOCK if head_dim > _LARGE_HEAD else _BLOCK),
+            block_mask=block_mask(mask, block_size(head_dim)),
             scale=1.0,
             enable_gqa=query.shape[2] != key.shape[2],
             kernel_options=options,

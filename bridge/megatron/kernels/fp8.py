@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bridge.megatron.kernels.launch import TILE, as_rows, num_warps, power_of_2
+from bridge.megatron.kernels.launch import as_rows, row_tile
 from bridge.megatron.kernels.rounding import narrow
 
 _LARGEST = tl.constexpr(448.0)
@@ -81,19 +81,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty(x.shape, dtype=_DTYPE, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel():
-        columns = power_of_2(rows.shape[1])
-        height = max(1, min(TILE // columns, power_of_2(len(rows))))
+        shape = row_tile(rows)
         with torch.cuda.device_of(x):
-            rows_kernel[(triton.cdiv(len(rows), height),)](
-                rows,
-                values,
-                scales,
-                len(rows),
-                rows.stride(0),
-                N=rows.shape[1],
-                ROWS=height,
-                COLUMNS=columns,
-                num_warps=num_warps(height * columns),
+            rows_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                rows, values, scales, len(rows), rows.stride(0), **shape
             )
     return values, scales
 
