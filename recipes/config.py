@@ -47,7 +47,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Read by `recipes.data`, which says what the keys mean. `eval_path`: what evaluation uses, if there is any."""
+    """Read by `recipes.data`, which says what the keys mean. `eval_path`: what evaluation uses, if there is any.
+
+    `on_change`: where a run goes on and its rows are other ones than before: refuse, or restart at the first of them.
+    """
 
     path: Any = None
     eval_path: Any = None
@@ -59,13 +62,14 @@ class DataConfig:
     supervise_turns: str = "all"
     supervise_thinking: bool = True
     supervise_tool_calls: bool = True
-    generation_prefix: bool = False
+    generation_prefix: bool | None = None
     on_error: str = "fail"
     overlong: str = "drop"
     allow_urls: bool = False
     media_root: str | None = None
     cache: str | None = None
     workers: int = 2
+    on_change: str = "refuse"
 
 
 @dataclass
@@ -97,6 +101,7 @@ class ParallelConfig:
 class TrainConfig:
     """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
 
+    `epochs`, in the place of `steps`: as many steps as it takes to see every row so often.
     `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
     a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp. `aux_loss`: factor of the
     loss that spreads tokens, padding included, over experts (Switch Transformers; of each layer and microbatch).
@@ -105,7 +110,8 @@ class TrainConfig:
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
     """
 
-    steps: int = MISSING
+    steps: int = 0
+    epochs: float = 0.0
     global_batch_size: int = 8
     micro_batch_size: int = 1
     seq_length: int = 4096
@@ -256,6 +262,7 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{source}: {key}{str(error.msg or error).splitlines()[0]}") from None
+    _replace_length(merged, given)
     try:
         recipe = OmegaConf.to_object(merged) if not missing else None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -264,6 +271,14 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _replace_length(merged: Any, given: Sequence[DictConfig]) -> None:
+    """`train.steps` and `train.epochs` say one thing: which of them overrides name takes the place of the other."""
+    keys = ("train.steps", "train.epochs")
+    named = [key for key in keys if any(OmegaConf.select(one, key) is not None for one in given)]
+    if len(named) == 1 and OmegaConf.select(merged, named[0]):
+        OmegaConf.update(merged, keys[1 - keys.index(named[0])], 0)
 
 
 def find_recipe(name: str) -> Path:
@@ -310,6 +325,7 @@ def _check_choices(recipe: Recipe) -> None:
         ("optimizer.schedule", optimizer.schedule, ("constant", "linear", "cosine", "wsd")),
         ("optimizer.wsd_style", optimizer.wsd_style, ("linear", "cosine", "exponential", "minus_sqrt")),
         ("optimizer.moments_dtype", optimizer.moments_dtype, ("float32", "bfloat16")),
+        ("data.on_change", recipe.data.on_change, ("refuse", "restart")),
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
@@ -317,8 +333,13 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     train, optimizer = recipe.train, recipe.optimizer
+    if not train.steps and not train.epochs:
+        raise UsageError("train.steps=0: must be at least 1; or set train.epochs")
+    if train.steps and train.epochs:
+        raise UsageError(f"train.steps={train.steps} and train.epochs={train.epochs:g}: set one of them")
     for key, number, least in (
-        ("train.steps", train.steps, 1),
+        ("train.steps", train.steps, 0),
+        ("train.epochs", train.epochs, 0),
         ("train.global_batch_size", train.global_batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.seq_length", train.seq_length, 2),
@@ -353,6 +374,8 @@ def _check_schedule(recipe: Recipe) -> None:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
+    if not train.steps:
+        return  # they follow from the data
     if optimizer.warmup >= train.steps:
         raise UsageError(f"optimizer.warmup={optimizer.warmup} leaves nothing of train.steps={train.steps}")
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_steps <= train.steps - optimizer.warmup:
