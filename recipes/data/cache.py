@@ -86,24 +86,25 @@ class Parts:
 
         The digest covers what a row of training depends on: ids, what is learnt, lengths, media.
         """
-        ids, rest = hashlib.sha256(), hashlib.sha256()
+        # One for each, so that it does not depend on where parts end.
+        digests = {name: hashlib.sha256() for name in ("ids.bin", "flags.bin", "index.bin", "media.jsonl")}
         tokens = samples = 0
         with ExitStack() as stack:
             files = {name: stack.enter_context((folder / name).open("wb")) for name in _FILES}
             for part in self._done:
                 blobs = files["blobs.bin"].tell()
                 for name in ("ids.bin", "flags.bin", "blobs.bin", "skipped.txt"):
-                    _append(part / name, files[name], ids.update if name in ("ids.bin", "flags.bin") else None)
+                    _append(part / name, files[name], digests[name].update if name in digests else None)
                 index = np.fromfile(part / "index.bin", np.int64).reshape(-1, 3)
                 index[:, 0] += tokens
                 files["index.bin"].write(index.tobytes())
-                rest.update(index[:, 0].tobytes())
+                digests["index.bin"].update(index[:, 0].tobytes())
                 for line in (part / "media.jsonl").read_text(encoding="utf-8").splitlines():
                     moved = json.dumps(_moved(json.loads(line), samples, blobs)).encode() + b"\n"
                     files["media.jsonl"].write(moved)
-                    rest.update(moved)
+                    digests["media.jsonl"].update(moved)
                 tokens, samples = int(index[-1, 0]) if len(index) else tokens, samples + len(index)
-        return hashlib.sha256(f"{ids.hexdigest()} {rest.hexdigest()}".encode()).hexdigest()[:32]
+        return hashlib.sha256("".join(one.hexdigest() for one in digests.values()).encode()).hexdigest()[:32]
 
     def _place(self) -> Path:
         return self.folder / f"{self.records:012d}"
