@@ -285,9 +285,16 @@ def data_show(
     """
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
-    from recipes.data.show import packing_figures, show
+    from recipes.data.report import Progress
+    from recipes.data.show import show, to_json
     from recipes.data.training import corpus_options, model_folder
 
+    if data and recipe is not None and Path(recipe).exists():
+        # What a shell makes of --data data/*.parquet.
+        absent = [name for name in overrides or () if not Path(name).exists()]
+        if absent:
+            raise UsageError(f"{absent[0]}: no such file; without a recipe, what stands beside --data is data too")
+        data, recipe = [*data, recipe, *(overrides or ())], None
     if recipe is not None:
         if data or model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
@@ -308,8 +315,9 @@ def data_show(
             chat_template=chat_template,
             cache=cache,
         )
-    corpus = open_corpus(options, model, progress=lambda read: err.print(f"{read} records"))
-    if not wrote_json(json_file, corpus.statistics.to_json() | {"packing": packing_figures(corpus)}):
+    progress = Progress(err.print)
+    corpus = open_corpus(options, model, progress=progress.read)
+    if not wrote_json(json_file, to_json(corpus, count)):
         show(corpus, count, out)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from recipes.data.chat import Encoded
+from recipes.data.collate import IGNORE
 from recipes.data.corpus import Corpus
 from recipes.data.packing import plan_epoch
+from recipes.data.report import formats, warnings
 from recipes.data.statistics import Statistics
 
 _LEARNT, _CONTEXT, _SOFT = "bold green", "dim", "magenta"
@@ -35,8 +38,31 @@ def show(corpus: Corpus, count: int, console: Console) -> None:
         f"packed into rows of {corpus.options.seq_length}: {packing['rows']} rows, "
         f"{packing['efficiency']:.1%} real tokens; one sample a row: {packing['unpacked_efficiency']:.1%}"
     )
+    for warning in warnings(corpus.statistics, corpus.options):
+        console.print(Text(warning), soft_wrap=True)
     for message in corpus.statistics.skipped:
         console.print(Text(f"dropped: {message}"), soft_wrap=True)
+
+
+def to_json(corpus: Corpus, count: int) -> dict[str, Any]:
+    """The same for programs. `labels` stand at the tokens that are learnt, -100 elsewhere: not shifted yet, as a batch
+    has them."""
+    statistics = corpus.statistics
+    samples = [corpus[index] for index in range(min(count, len(corpus)))]
+    return statistics.to_json() | {
+        "format": formats(statistics),
+        "sample_count": statistics.samples,
+        "samples": [
+            {
+                "input_ids": sample.ids.tolist(),
+                "labels": np.where(sample.supervised, sample.ids, IGNORE).tolist(),
+                "text": corpus.tokenizer.decode(sample.ids, skip_special_tokens=False),
+            }
+            for sample in samples
+        ],
+        "packing": packing_figures(corpus),
+        "warnings": warnings(statistics, corpus.options),
+    }
 
 
 def coloured(sample: Encoded, tokenizer: Any, *, brackets: bool = False) -> Text:
@@ -58,7 +84,7 @@ def coloured(sample: Encoded, tokenizer: Any, *, brackets: bool = False) -> Text
 def statistics_table(statistics: Statistics) -> Table:
     """The statistics, a row each."""
     table = Table(show_header=False)
-    table.add_row("records", f"{statistics.read} read, {statistics.kept} kept")
+    table.add_row("records", f"{statistics.read} read, {statistics.kept} kept ({formats(statistics)})")
     for reason, count in statistics.dropped.items():
         table.add_row(f"dropped: {reason}", str(count))
     if statistics.pieces_dropped:

@@ -17,6 +17,7 @@ from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe, rank_from_environment
+from recipes.data import report
 from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
@@ -61,8 +62,14 @@ def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
     Raises DataError and UsageError.
     """
     folder, options, held_out = model_folder(recipe), corpus_options(recipe), recipe.data.eval_path
-    train = open_corpus(options, folder)
-    return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
+    train = _open(options, folder)
+    return train, None if held_out is None else _open(replace(options, path=_paths(held_out)), folder)
+
+
+def _open(options: CorpusOptions, folder: str) -> Corpus:
+    say(f"reading data: {', '.join(options.paths)}")
+    progress = report.Progress(say)
+    return open_corpus(options, folder, progress=progress.read, notify=progress.line)
 
 
 def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOptions:
@@ -104,16 +111,20 @@ def streams(
     opened: tuple[Corpus, Corpus | None] | None = None,
 ) -> Streams:
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
-    corpus, held_out = opened or corpora(recipe)
+    data, (corpus, held_out) = recipe.data, opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
+    batches = Batches(corpus, batch, say)
+    known = (corpus.statistics, corpus.options, corpus.files)
+    facts = {**report.facts(*known), "packing": data.packing, "rows": batches.rows(0), "cache": str(corpus.folder)}
+    notes = (*report.lines(*known), *report.warnings(corpus.statistics, corpus.options))
     if held_out is None:
-        return Streams(Batches(corpus, batch, say))
+        return Streams(batches, facts=facts, notes=notes)
 
     def evaluation() -> Iterator[dict[str, Tensor]]:
         with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
             yield from batches
 
-    return Streams(Batches(corpus, batch, say), evaluation)
+    return Streams(batches, evaluation, facts, notes)
 
 
 def _paths(value: Any) -> str | tuple[str, ...]:

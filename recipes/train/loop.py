@@ -16,7 +16,7 @@ from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
 from recipes.data.training import prepared
-from recipes.train import checkpoint
+from recipes.train import checkpoint, header
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
@@ -25,12 +25,10 @@ from recipes.train.lora import export_merged
 from recipes.train.media import sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.setup import Run, build
-from recipes.train.signals import StopSignal, held_back
+from recipes.train.signals import STOPPED, StopSignal, held_back
 from recipes.train.step import Batch, clear_gradients, reduce_sums, run_microbatches, update
 from recipes.train.workload import training_flops
 
-# The exit code of a run that a signal ended, after its checkpoint: «try again» in sysexits.h.
-STOPPED = 75
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
 _NORM_MEMORY, _NORM_WARM = 0.95, 20
 
@@ -82,9 +80,10 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         with held_back():
             checkpoint.on_rank_0(open_log)
         try:
-            if log is not None and resumable:
-                log.say(f"resuming after step {progress.step}")
-            outcome = _Loop(run, streams, progress, log, signalled).run()
+            if log is not None:
+                _say_first(run, streams, progress, log)
+            with signalled.noted():
+                outcome = _Loop(run, streams, progress, log, signalled).run()
             if recipe.export.hf is not None and not outcome.stopped:
                 _export(run, Path(recipe.export.hf), log)
         finally:
@@ -93,6 +92,16 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
         dist.barrier()
     return outcome
+
+
+def _say_first(run: Run, streams: Streams, progress: Progress, log: Log) -> None:
+    """What the run is about to do, on rank 0."""
+    said = header.header(run, streams.facts, progress.step)
+    header.write(said, Path(run.recipe.output))
+    for line in (*streams.notes, *header.lines(said)):
+        log.say(line)
+    if progress.step:
+        log.say(f"resuming after step {progress.step}")
 
 
 def _export(run: Run, target: Path, log: Log | None) -> None:
@@ -137,8 +146,10 @@ class _Loop:
             if every and step % every == 0:
                 self._save()
                 saved = step
+                stop = stop or self._told()
         if saved != self.progress.step:
             self._save()
+        stop = stop or self._told()
         return Outcome(self.progress.step, loss, stop)
 
     def _step(self) -> tuple[float, bool]:
@@ -252,6 +263,11 @@ class _Loop:
         else:
             progress.evals_since_best += 1
         return bool(self.recipe.train.patience) and progress.evals_since_best >= self.recipe.train.patience
+
+    def _told(self) -> bool:
+        """Whether any rank was told to stop. Collective."""
+        told = torch.tensor([float(bool(self.signalled))], dtype=torch.float64, device=self.run_.device)
+        return reduce_sums(told)[0] > 0
 
     def _save(self) -> None:
         self.progress.data = self.streams.train.state_dict()

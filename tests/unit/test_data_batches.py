@@ -426,5 +426,6 @@ def test_show(corpus: Corpus, capsys: pytest.CaptureFixture[str], tmp_path: Path
     show(corpus, 2, plain)
     text = plain.file.getvalue()  # type: ignore[attr-defined]
     assert "⟦0<turn|>⟧" in text and "data.jsonl:1 · " in text and "60 read, 60 kept" in text and "real tokens" in text
+    assert "(messages)" in text
     show(corpus, 2, coloured)
     assert "\x1b[1;32m0<turn|>\x1b[0m" in coloured.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,107 @@
+"""What is said of a run's data before the first step: lines for people, and the same for programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from recipes.data.encoding import INVALID, NOTHING, TOO_LONG
+from recipes.data.options import CorpusOptions
+from recipes.data.statistics import Statistics
+
+Say = Callable[[str], None]
+
+# What is lost is said with the key to change, from this part of all on.
+_WORTH_SAYING = 0.01
+_EVERY_S = 10.0
+_FIRST_LINES = 5
+
+
+class Progress:
+    """Lines now and then while records are tokenised, and for the first of those that are skipped."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._last: float | None = None
+        self._lines = 0
+
+    def read(self, records: int) -> None:
+        """So many records have been read."""
+        now = time.monotonic()
+        if self._last is None or now - self._last >= _EVERY_S:
+            self._say("tokenising" if self._last is None else f"tokenising: {records} records")
+            self._last = now
+
+    def line(self, text: str) -> None:
+        """A line of `open_corpus`."""
+        self._lines += 1
+        if self._lines <= _FIRST_LINES:
+            self._say(text)
+
+
+def facts(statistics: Statistics, options: CorpusOptions, files: list[str]) -> dict[str, Any]:
+    """What became of the records, for JSON."""
+    return {
+        "files": files,
+        "split": options.split,
+        "format": formats(statistics),
+        "read": statistics.read,
+        "kept": statistics.kept,
+        "dropped": dict(statistics.dropped),
+        "pieces_dropped": statistics.pieces_dropped,
+        "samples": statistics.samples,
+        "tokens": statistics.tokens,
+        "supervised": statistics.supervised,
+        "thoughts_left_out": statistics.thoughts_left_out,
+        "overlong": options.overlong,
+    }
+
+
+def formats(statistics: Statistics) -> str:
+    """Which columns records have, the most frequent first."""
+    return ", ".join(sorted(statistics.formats, key=lambda name: -statistics.formats[name]))
+
+
+def lines(statistics: Statistics, options: CorpusOptions, files: list[str]) -> Iterator[str]:
+    """The same in words."""
+    named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    dropped = ", ".join(f"{count} {reason}" for reason, count in statistics.dropped.items())
+    yield f"data: {named} ({formats(statistics)})"
+    yield (
+        f"  {statistics.read} records read, {statistics.kept} kept, "
+        f"{f'dropped: {dropped}' if dropped else 'none dropped'}; {statistics.samples} samples, {statistics.tokens} "
+        f"tokens, {statistics.supervised_fraction:.1%} of them learnt"
+    )
+
+
+def warnings(statistics: Statistics, options: CorpusOptions) -> list[str]:
+    """What is lost, with the key to change: a line for everything that concerns more than a hundredth."""
+    first = f"; the first: {statistics.skipped[0]}" if statistics.skipped else ""
+    remedies = {
+        TOO_LONG: f"longer than train.seq_length={options.seq_length}: raise it, or cut them with data.overlong=split",
+        NOTHING: "without anything to learn: data.supervise_turns, data.supervise_thinking and "
+        "data.supervise_tool_calls say what is",
+        INVALID: f"not readable as data.on_error=skip has it pass{first}",
+    }
+    found = []
+    for reason, count in statistics.dropped.items():
+        if count > _WORTH_SAYING * statistics.read:
+            share = count / statistics.read
+            found.append(f"{count} of {statistics.read} records ({share:.1%}) are left out, {remedies[reason]}")
+    if statistics.pieces_dropped > _WORTH_SAYING * (statistics.samples + statistics.pieces_dropped):
+        found.append(
+            f"{statistics.pieces_dropped} pieces of split records are left out: one exchange is longer than "
+            f"train.seq_length={options.seq_length}, or nothing in it is learnt"
+        )
+    if statistics.thoughts_left_out:
+        found.append(
+            f"{statistics.thoughts_left_out} thoughts of the data are not learnt: the chat template leaves them out "
+            "(data.chat_template names another one)"
+        )
+    if statistics.unlike_prompts > _WORTH_SAYING * statistics.samples:
+        found.append(
+            f"{statistics.unlike_prompts} answers before the last are learnt without the empty thought that a model "
+            "is asked with; data.supervise_turns=last learns the last ones alone"
+        )
+    return [f"warning: {line}" for line in found]

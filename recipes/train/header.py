@@ -1,0 +1,69 @@
+"""What a run is about to do, said before its first step: on the terminal, and for programs in `run.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from recipes.memory.estimate import RESERVE, Plan, estimate
+from recipes.memory.recipe import plan_of
+from recipes.train.log import LOG_FILE
+from recipes.train.setup import Run
+
+RUN_FILE = "run.json"
+
+
+def header(run: Run, data: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The facts of a run that goes on behind `step`. `data`: what `recipes.data.report` says."""
+    recipe, world = run.recipe, dist.get_world_size()
+    train, layout = recipe.train, run.provider.parallel
+    plan = plan_of(recipe, world, run.bridge.table)
+    rows = data.get("rows")
+    return {
+        "data": dict(data),
+        "step": step,
+        "steps": train.steps,
+        "epochs": train.steps * train.global_batch_size / rows if rows else None,
+        "global_batch_size": train.global_batch_size,
+        "seq_length": train.seq_length,
+        "trained_parameters": _trained(run, plan),
+        "ranks": world,
+        "dp": layout.dp(world),
+        "parallel": asdict(layout),
+        "estimated_memory_gb": round(estimate(run.bridge.table, plan).total / 1e9, 2),
+        "log": str(Path(recipe.output) / LOG_FILE),
+    }
+
+
+def write(said: Mapping[str, Any], output: Path) -> None:
+    """Into the folder of the run."""
+    (output / RUN_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+
+
+def lines(said: Mapping[str, Any]) -> Iterator[str]:
+    """What it says beside the data, for people."""
+    behind = f" (behind step {said['step']})" if said["step"] else ""
+    batch = f"{said['global_batch_size']} rows of up to {said['seq_length']} tokens"
+    epochs = "" if said["epochs"] is None else f", {said['epochs']:.3g} epochs of {said['data']['rows']} rows"
+    yield f"{said['steps']} steps{behind} of {batch}{epochs}"
+    sizes = [f"{name}={size}" for name, size in said["parallel"].items() if size not in (1, False)]
+    layout = " ".join([f"{said['ranks']} rank(s)", f"dp={said['dp']}", *sizes])
+    yield (
+        f"{said['trained_parameters']:,} trained parameters on {layout}; about {said['estimated_memory_gb']:.2f} GB "
+        f"each, estimated, and {RESERVE / 1e9:.1f} GB for CUDA and NCCL on a GPU"
+    )
+    yield f"log: {said['log']}"
+
+
+def _trained(run: Run, plan: Plan) -> int:
+    """How many elements are trained, over all ranks."""
+    entries = [entry for entry in run.table.entries.values() if entry.row.trainable]
+    if run.lora is None:
+        entries = [entry for entry in entries if plan.trains(entry)]
+    return sum(math.prod(entry.shape) for entry in entries)
