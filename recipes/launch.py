@@ -33,7 +33,8 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # What is wrong with the data is said before a model is built.
         data = partial(streams, opened=corpora(recipe))
-        stack.enter_context(sole_run(recipe.output, rank_from_environment()))
+        say = partial(print, file=sys.stderr)
+        stack.enter_context(sole_run(recipe.output, rank_from_environment(), say))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)
