@@ -171,7 +171,9 @@ def staged(
                 # Whatever else was written here (assets, config): one line as well.
                 raise write_error(Path(error.filename or path), error) from None
         except BaseException:
-            _settle(partial, path, journal, written, say)
+            # What stands there is another's where the lock was taken over.
+            if lock.is_ours():
+                _settle(partial, path, journal, written, say)
             raise
         finally:
             if journal is not None:

@@ -111,10 +111,15 @@ class Lock:
         self._done = threading.Event()
         weakref.finalize(self, self._done.set)
 
-    def check(self) -> None:
-        """Raise CheckpointError where somebody else took the lock over, or the place is no longer there."""
+    def is_ours(self) -> bool:
+        """Whether nobody has taken it over since."""
         there = _read(self.path)
-        if there is None or there[0] != self.owner:
+        return there is not None and there[0] == self.owner
+
+    def check(self) -> None:
+        """Raise CheckpointError where somebody else took it over, or it is no longer there."""
+        if not self.is_ours():
+            there = _read(self.path)
             who = "is gone" if there is None else f"was taken over by {there[0] or 'another process'}"
             raise CheckpointError(f"{shown(self.path)}: the lock {who}, so nothing more is written")
 
@@ -207,8 +212,7 @@ class Lock:
         _held.pop(self.owner.token, None)
         self._done.set()
         with contextlib.suppress(OSError):
-            there = _read(self.path)
-            if there is not None and there[0] == self.owner:
+            if self.is_ours():
                 (self.path / _RECORD).unlink()
                 # An empty folder is a free lock: the next one may have it already.
                 self.path.rmdir()
