@@ -127,9 +127,9 @@ def staged(
     say = notify or _silent
     # Not resolve(): a target that is a link is to be seen as one.
     path = Path.cwd() / target
-    _check_target(path, overwrite, sources)
-    if source_folder is not None:
+    if source_folder is not None and path.name:
         check_apart(path, source_folder)
+    _check_target(path, overwrite, sources)
     fingerprint = source_fingerprint(plan, sources)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
