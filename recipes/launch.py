@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bridge.errors import BridgeError
@@ -53,7 +54,8 @@ def _run(name: str, overrides: Sequence[str], signalled: StopSignal) -> int:
 
     # What is wrong with the data is said before a model is built.
     recipe, data = prepared(recipe)
-    with sole_run(recipe.output, rank_from_environment()):
+    say = partial(print, file=sys.stderr)
+    with sole_run(recipe.output, rank_from_environment(), say):
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)

@@ -1,4 +1,4 @@
-"""What `data show` and the start of a run say of data: for people, for programs, and what is lost with the key to it."""
+"""What `data show` and the start of a run say of data: for people, for programs; what is lost, with the key to it."""
 
 from __future__ import annotations
 
