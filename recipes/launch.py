@@ -54,8 +54,10 @@ def _run(name: str, overrides: Sequence[str], signalled: StopSignal) -> int:
 
     # What is wrong with the data is said before a model is built.
     recipe, data = prepared(recipe)
-    say = partial(print, file=sys.stderr)
-    with sole_run(recipe.output, rank_from_environment(), say):
+    rank, say = rank_from_environment(), partial(print, file=sys.stderr, flush=True)
+    with sole_run(recipe.output, rank, say):
+        if rank == 0:
+            say("building the model")
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)

@@ -268,8 +268,38 @@ def test_killed_while_saving(ranks: RankPool, toys: Toys, tmp_path: Path) -> Non
     ranks.run(train_toy, toys.recipe("e2b", tmp_path / "whole", 4), overrides, world_size=1)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "killed").iterdir() if path.name != "log.jsonl") == [
-        "hf", "iter_0000004", "latest_checkpointed_iteration.txt", "recipe.yaml",
+        "hf", "iter_0000004", "latest_checkpointed_iteration.txt", "recipe.yaml", "run.json",
     ]  # fmt: skip
+
+
+def signalled_while_saving(said: dict[str, Any], overrides: list[str]) -> tuple[bool, int]:
+    """Train, and be told to stop while the first checkpoint is written."""
+    import os
+
+    from recipes.train import checkpoint
+
+    sync, told = checkpoint._sync, []
+
+    def tell(path: Path) -> None:
+        if not told:
+            told.append(path)
+            os.kill(os.getpid(), signal.SIGTERM)
+        sync(path)
+
+    checkpoint._sync = tell
+    try:
+        return train_toy(said, overrides)
+    finally:
+        checkpoint._sync = sync
+
+
+def test_a_signal_while_saving_is_the_end_of_the_run(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
+    """The checkpoint becomes complete, and no step is begun after it; at the last one too."""
+    said = toys.recipe("e2b", tmp_path, 4)
+    for saved in (2, 4):
+        outcome = ranks.run(signalled_while_saving, said, ["checkpoint.every=2"], world_size=2)
+        assert outcome == [(True, saved)] * 2 and len(losses(tmp_path)) == saved
+    assert ranks.run(train_toy, said, [], world_size=1) == [(False, 4)]
 
 
 def full_disk(said: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import CheckpointError, UsageError
-from recipes.train.signals import STOP_SIGNALS, StopSignal, held_back
+from recipes.train.signals import INTERRUPTED, STOP_SIGNALS, STOPPED, Stopped, StopSignal, held_back
 from recipes.train.sole import sole_run
 
 SLEEP = [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"]
@@ -76,3 +76,54 @@ def test_a_process_that_is_about_to_end_keeps_its_exit_code(number: int) -> None
     assert process.stdout is not None and process.stdout.readline() == b"going\n"
     process.send_signal(number)
     assert process.wait(10) == 75
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_at_once_or_noted(number: int) -> None:
+    """Where there is nothing to save a signal raises, once; what is cleaned up then is not cut off by the next one."""
+    with StopSignal() as signalled:
+        with signalled.at_once():
+            with signalled.noted():
+                os.kill(os.getpid(), number)
+            assert signalled
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+
+STUCK = {
+    "in a call that does not come back": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    "where everything is caught": "while True:\n            try: time.sleep(60)\n            except BaseException: pass",
+    "in what it cleans up": "try: time.sleep(60)\n        finally: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    "in a thread that the interpreter waits for": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT])
+@pytest.mark.parametrize("work", STUCK.values(), ids=STUCK)
+def test_what_does_not_stop_is_ended(work: str, number: int) -> None:
+    program = (
+        "import hashlib, os, sys, threading, time; from recipes.train.signals import *\n"
+        "with StopSignal(0.2) as stop:\n    with stop.at_once():\n"
+        f"        print(flush=True)\n        {work}"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(30) == (INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+
+def test_a_step_is_never_cut_off() -> None:
+    program = (
+        "import sys, time; from recipes.train.signals import *\n"
+        "with StopSignal(0.2) as stop:\n    with stop.at_once(), stop.noted():\n"
+        "        print(flush=True)\n"
+        "        while not stop: time.sleep(0.05)\n"
+        "        time.sleep(1)\n        sys.exit(3)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 3
