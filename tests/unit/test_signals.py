@@ -92,11 +92,12 @@ def test_at_once_or_noted(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
+ENDLESS = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 STUCK = {
-    "in a call that does not come back": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
-    "where everything is caught": "while True:\n            try: time.sleep(60)\n            except BaseException: pass",
-    "in what it cleans up": "try: time.sleep(60)\n        finally: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
-    "in a thread that the interpreter waits for": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
+    "in a call that does not come back": ENDLESS,
+    "where everything is caught": "while True:\n            try: time.sleep(9)\n            except BaseException: pass",
+    "in what it cleans up": f"try: time.sleep(60)\n        finally: {ENDLESS}",
+    "in a thread that is waited for": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
 }
 
 
