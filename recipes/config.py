@@ -45,10 +45,17 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Read by `recipes.data`, which says what the keys mean. `eval_path`: what evaluation uses, if there is any."""
+    """Read by `recipes.data`, which says what the keys mean.
+
+    `eval`: what evaluation uses, as `path`, or several of these by their names. `eval_split`: which split of it, where
+    it has splits (without `eval`: of `path`); by default one for validation or test, never the one that is trained on.
+    `val_fraction`: this part of the training data is held out and evaluated on, the same whatever the seed.
+    """
 
     path: Any = None
-    eval_path: Any = None
+    eval: Any = None
+    eval_split: str | None = None
+    val_fraction: float = 0.0
     packing: bool = False
     split: str = "train"
     subset: str | None = None
@@ -95,9 +102,11 @@ class ParallelConfig:
 class TrainConfig:
     """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
 
-    `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
-    a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp. `aux_loss`: factor of the
-    loss that spreads tokens, padding included, over experts (Switch Transformers; of each layer and microbatch).
+    `eval_every`: steps between evaluations, the last step has one too; 0: none. `eval_rows`: of the first so many
+    samples of each set; 0: all. `patience`: evaluations without a better loss before the run ends, 0: never; with it
+    the checkpoint of the best evaluation is kept, and exported. `z_loss`: factor of the squared log-sum-exp.
+    `aux_loss`: factor of the loss that spreads tokens, padding included, over experts (Switch Transformers; of each
+    layer and microbatch).
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
@@ -109,7 +118,7 @@ class TrainConfig:
     seq_length: int = 4096
     seed: int = 1234
     eval_every: int = 0
-    eval_batches: int = 8
+    eval_rows: int = 0
     patience: int = 0
     z_loss: float = 0.0
     aux_loss: float = 0.0

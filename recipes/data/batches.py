@@ -17,9 +17,9 @@ from torch import Tensor
 from bridge.closing import Closing
 from bridge.errors import DataError, UsageError
 from recipes.data.collate import batch_tensors, join_media
-from recipes.data.corpus import Corpus
 from recipes.data.options import at_least
 from recipes.data.packing import Plan, plan_epoch
+from recipes.data.part import Samples
 from recipes.data.threads import ordered_map
 
 _KEPT_PLANS = 3
@@ -77,7 +77,7 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
     `close` ends the threads.
     """
 
-    def __init__(self, corpus: Corpus, options: BatchOptions) -> None:
+    def __init__(self, corpus: Samples, options: BatchOptions) -> None:
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from omegaconf import ListConfig
 from torch import Tensor
 
 from bridge.convert.manifest import MegatronFolder
@@ -16,8 +15,10 @@ from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe
 from recipes.data.batches import Batches, BatchOptions
-from recipes.data.corpus import Corpus, open_corpus
+from recipes.data.corpus import open_corpus
+from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.options import CorpusOptions, Supervise
+from recipes.data.part import Samples
 from recipes.train.data import Streams
 
 
@@ -35,7 +36,7 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
     check_data(recipe)
     data = recipe.data
     return CorpusOptions(
-        _paths(data.path),
+        paths(data.path),
         recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
@@ -52,14 +53,12 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
     )
 
 
-def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
-    """Open, and tokenise where that was not done before, what `data.path` and `data.eval_path` name.
+def corpora(recipe: Recipe) -> Opened:
+    """Open, and tokenise where that was not done before, what a recipe trains on and is evaluated on.
 
     Raises DataError and UsageError.
     """
-    folder, options, held_out = model_folder(recipe), corpus_options(recipe), recipe.data.eval_path
-    train = open_corpus(options, folder)
-    return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
+    return open_sets(recipe, corpus_options(recipe), partial(open_corpus, model=model_folder(recipe)))
 
 
 def streams(
@@ -67,11 +66,11 @@ def streams(
     geometry: Geometry,
     dp_rank: int,
     dp_size: int,
-    opened: tuple[Corpus, Corpus | None] | None = None,
+    opened: Opened | None = None,
 ) -> Streams:
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
     data, train = recipe.data, recipe.train
-    corpus, held_out = opened or corpora(recipe)
+    opened = opened or corpora(recipe)
     batch = BatchOptions(
         train.seq_length,
         train.micro_batch_size,
@@ -81,15 +80,12 @@ def streams(
         packing=data.packing,
         workers=data.workers,
     )
-    if held_out is None:
-        return Streams(Batches(corpus, batch))
+    # In order and once: `epochs` ends with rows without labels, as many microbatches on every rank.
+    once = replace(batch, shuffle=False, epochs=1)
 
-    def evaluation() -> Iterator[dict[str, Tensor]]:
-        with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
+    def begin(corpus: Samples) -> Iterator[dict[str, Tensor]]:
+        with Batches(corpus, once) as batches:
             yield from batches
 
-    return Streams(Batches(corpus, batch), evaluation)
-
-
-def _paths(value: Any) -> str | tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list | tuple | ListConfig) else str(value)
+    evaluation = {name: partial(begin, corpus) for name, corpus in opened.evaluation.items()}
+    return Streams(Batches(opened.train, batch), evaluation, opened.notes)

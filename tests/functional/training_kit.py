@@ -129,7 +129,7 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
         stream.padded = not recipe.train.aux_loss
         if recipe.data.packing:
             stream.per_row = GLOBAL_BATCH // recipe.train.global_batch_size
-        return Streams(stream, evaluation)
+        return Streams(stream, {"": evaluation})
 
     outcome = train(resolve(said, overrides), data)
     return outcome.stopped, outcome.step
@@ -243,9 +243,9 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
     for step in range(1, steps + 1):
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
         margins.real = batch["attention_mask"].flatten().bool()
-        rate = LR * step / WARMUP
+        rate = LR * step / (WARMUP + 1)
         if step > WARMUP:
-            ratio = (step - WARMUP) / (steps - WARMUP)
+            ratio = (step - 1 - WARMUP) / (steps - WARMUP)
             rate = MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * ratio) + 1)
         for group in optimizer.param_groups:
             group["lr"] = rate
