@@ -19,6 +19,8 @@ from bridge.megatron.parallel import Parallel
 from recipes.keys import check_keys, meant
 
 CONFIGS = Path(__file__).parent / "configs"
+# `${shipped:NAME}` in a recipe: a file that comes with the recipes, wherever they are installed.
+OmegaConf.register_new_resolver("shipped", lambda name: str(CONFIGS / name), replace=True)
 
 
 @dataclass
@@ -159,7 +161,8 @@ class LoraConfig:
     `targets`: all-linear or a regular expression for whole module names, or a list of endings of names (`q_proj`);
     `parameters`: expert parameters (`experts.gate_up_proj`); `exclude`: as `targets`, taken away from them.
     `dropout_pattern`, which PEFT has not: to `dropout` what `rank_pattern` is to `rank`. `dora`: PEFT's `use_dora`.
-    `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys.
+    `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys, and
+    as an override takes the place of what the recipe's file says of `lora`.
     """
 
     rank: int = 0
@@ -255,6 +258,9 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except Exception as error:  # as above
             raise UsageError(f"{override!r}: cannot be read ({' '.join(str(error).split())})") from None
         check_keys(OmegaConf.to_container(given[-1]), Recipe, override)
+    if any(OmegaConf.select(more, "lora.adapter") is not None for more in given):
+        # It brings its rank, targets and the rest: those of the recipe are of other adapters.
+        said = {key: value for key, value in said.items() if key != "lora"}
     merged: Any = OmegaConf.structured(Recipe)
     for source, more in [(where, said), *zip(overrides, given, strict=True)]:
         try:

@@ -27,8 +27,6 @@ from recipes.config import LoraConfig, Recipe
 def spec_of(config: LoraConfig) -> LoraSpec | None:
     """What a recipe adapts; None where it trains weights. Raises a BridgeError."""
     if config.adapter is not None:
-        if config.rank:
-            raise UsageError("lora.adapter says what is adapted, and how: leave lora.rank at 0")
         spec, usual = AdapterFolder.open(config.adapter).manifest.spec, _options(LoraConfig())
         for name, value in _options(config).items():
             has = getattr(spec, name)

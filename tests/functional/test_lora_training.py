@@ -456,7 +456,6 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
     [
         ({"rank": 4, "modules_to_save": ["q_proj"]}, "q_proj.weight is one weight with .*k_proj"),
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
-        ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
         ({"adapter": "nowhere"}, "nowhere"),
         ({"rank": -1}, "lora.rank=-1"),
     ],

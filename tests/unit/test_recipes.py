@@ -10,7 +10,7 @@ import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
 from recipes.check import check_recipe, check_startable
-from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to_yaml
+from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 
@@ -218,3 +218,35 @@ def test_every_option_of_the_data_is_a_key() -> None:
 def test_microbatches() -> None:
     assert check_recipe(resolve(MINIMAL), 1) == 8
     assert check_recipe(resolve(MINIMAL, ["train.micro_batch_size=2"]), 2) == 2
+
+
+def test_smoke_recipes_bring_their_data(tmp_path: Path) -> None:
+    """A toy's folder is all that they need; every record fits and is learnt from. A path of one's own comes first."""
+    import tomllib
+
+    from recipes.data.training import corpora
+
+    from .data_helpers import model_folder
+
+    model = model_folder(tmp_path / "model")
+    for name in ("sft/smoke", "lora/smoke"):
+        recipe = load_recipe(name, [f"model.hf={model}", f"data.cache={tmp_path / 'cache'}"])
+        check_startable(recipe, 1)
+        statistics = corpora(recipe).train.statistics
+        assert statistics.read == statistics.kept >= 40
+    assert load_recipe("sft/smoke", ["data.path=mine.jsonl"]).data.path == "mine.jsonl"
+    assert "${" not in to_yaml(recipe), "a resolved recipe is complete"
+    # And they are installed with the recipes.
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "package-data"
+    ]
+    assert Path(recipe.data.path) in {path for pattern in packaged["recipes"] for path in CONFIGS.parent.glob(pattern)}
+
+
+def test_an_adapter_takes_the_place_of_the_recipes_own() -> None:
+    recipe = load_recipe("lora/e2b", ["lora.adapter=somewhere"])
+    assert recipe.lora == LoraConfig(adapter="somewhere")
+    assert load_recipe("lora/e2b", ["lora.adapter=somewhere", "lora.rank=4"]).lora.rank == 4, "said, and so checked"
+    assert load_recipe("lora/e2b").lora.rank == 16
+    said = {**MINIMAL, "lora": {"rank": 4, "adapter": "somewhere"}}
+    assert resolve(said).lora.rank == 4
