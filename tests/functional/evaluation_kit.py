@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,3 +80,110 @@ def reference(said: dict[str, Any]) -> dict[str, float]:
             learnt = torch.from_numpy(sample.supervised)[1:]
             total, tokens = total + float(losses[learnt].sum()), tokens + int(learnt.sum())
     return {"eval_loss": total / tokens, "eval_tokens": float(tokens)}
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a run ended, and what it said to who watches."""
+
+    exit_code: int
+    step: int
+    said: list[str]
+
+
+def train_scripted(said: dict[str, Any], overrides: list[str], script: dict[int, float]) -> Told:
+    """Train the toy of `training_kit`, where the evaluation of a step gives what `script` says.
+
+    On a clock by which an evaluation takes eleven days. Runs on every rank.
+    """
+    from recipes.train import loop, meter
+
+    offset = 0.0
+    real_evaluate, real_clock = loop.evaluate, meter.time.perf_counter
+
+    def scripted(*given: Any) -> dict[str, float]:
+        nonlocal offset
+        offset += 1e6
+        return {"eval_loss": script[one[0].progress.step], "eval_tokens": 1.0}
+
+    one: list[Any] = []
+    start = loop._Loop.__init__
+
+    def noting(self: Any, *given: Any) -> None:
+        start(self, *given)
+        one.append(self)
+
+    loop.evaluate, loop._Loop.__init__ = scripted, noting  # type: ignore[assignment, method-assign]
+    meter.time = SimpleNamespace(perf_counter=lambda: real_clock() + offset)  # type: ignore[assignment]
+    try:
+        return train_told(said, overrides)
+    finally:
+        loop.evaluate, loop._Loop.__init__ = real_evaluate, start  # type: ignore[method-assign]
+        meter.time = time  # type: ignore[assignment]
+
+
+def train_told(said: dict[str, Any], overrides: list[str], data: Any = None) -> Told:
+    """Train, and note what is said. Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.log import Log
+    from recipes.train.loop import train
+
+    from .training_kit import toy_streams
+
+    words: list[str] = []
+    say = Log.say
+
+    def noting(self: Log, text: str) -> None:
+        words.append(text)
+        say(self, text)
+
+    Log.say = noting  # type: ignore[method-assign]
+    try:
+        outcome = train(resolve(said, overrides), data or toy_streams())
+    finally:
+        Log.say = say  # type: ignore[method-assign]
+    return Told(outcome.exit_code, outcome.step, words)
+
+
+def train_signalled(said: dict[str, Any], overrides: list[str], number: int, at: int) -> tuple[Told, int]:
+    """Train, and be signalled on rank 0 when the first evaluation asks for microbatch `at`; how many it took in all."""
+    from dataclasses import replace
+
+    from .training_kit import toy_streams
+
+    taken = 0
+
+    def data(*given: Any) -> Any:
+        streams = toy_streams()(*given)
+
+        def evaluation() -> Iterator[dict[str, torch.Tensor]]:
+            nonlocal taken
+            # The same two microbatches for as long as nobody stops it: 400 of them.
+            batches = list(streams.evaluation[""]())
+            for batch in batches * 200:
+                taken += 1
+                if taken == at and torch.distributed.get_rank() == 0:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        return replace(streams, evaluation={"": evaluation})
+
+    return train_told(said, overrides, data), taken
+
+
+def squares(toy: str, seed: int) -> tuple[float, float]:
+    """(cross entropy, squared log-sum-exp), means over the first step of `training_kit`, as transformers has them."""
+    from bridge.geometry import Geometry
+    from bridge.verify.reference import load_hf
+
+    from .training_kit import GLOBAL_BATCH, collate
+
+    geometry = Geometry.from_folder(toy)
+    batch = collate(geometry, seed, range(GLOBAL_BATCH))
+    names = ("input_ids", "attention_mask", "position_ids")
+    with torch.no_grad():
+        model = load_hf(Path(toy), geometry, torch.float32).eval()
+        logits = model(**{name: batch[name] for name in names}, use_cache=False).logits.double()
+    kept = batch["labels"] != -100
+    entropy = torch.nn.functional.cross_entropy(logits[kept], batch["labels"][kept])
+    return float(entropy), float(logits[kept].logsumexp(-1).square().mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 
 from bridge.ranks import RankPool
 
-from .evaluation_kit import evaluations, recipe, reference, write_chats
+from . import training_kit
+from .evaluation_kit import evaluations, recipe, reference, squares, train_scripted, train_signalled, write_chats
+from .training_kit import Trouble, train_toy
 
 # Of one set, over batch sizes and layouts, absolute; and against transformers, relative.
 ONE_LOSS, AGAINST_TRANSFORMERS = 1e-6, 1e-6
@@ -94,3 +98,105 @@ def test_named_sets_few_rows_and_a_single_row(losses: Losses) -> None:
     assert 0 < one["eval_tokens"] < other["eval_tokens"] and one["eval_loss"] > 0
     assert first == pytest.approx(packed, abs=ONE_LOSS) and 0 < first["eval_tokens"] < whole["eval_tokens"]
     assert 0 < held_out["eval_tokens"] < whole["eval_tokens"]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_best_checkpoint_stays_and_is_exported(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, world: int
+) -> None:
+    """A loss that is no number is not the best, the run says why it ended, and again where it is started again."""
+    from bridge.convert.folders import export_hf
+
+    run = tmp_path / "run"
+    said = training_kit.recipe(toy("e2b"), run, 8)
+    keys = ["train.eval_every=1", "train.patience=3", "checkpoint.every=1", "checkpoint.keep=1"]
+    keys.append(f"export.hf={tmp_path / 'exported'}")
+    script = {1: 3.0, 2: 2.0, 3: float("nan"), 4: 2.5, 5: 2.0, 6: 1.0}
+    ended = ranks.run(train_scripted, said, keys, script, world_size=world)
+    assert [(told.exit_code, told.step) for told in ended] == [(0, 5)] * world
+    why = (
+        "ended early after step 5 of 8: eval_loss was not better than 2 of step 2 in 3 evaluations "
+        "(train.patience=3; with more it goes on)"
+    )
+    best = run / "iter_0000002"
+    assert ended[0].said[-2:] == [why, f"exporting the best checkpoint, {best}"] and not any(t.said for t in ended[1:])
+    assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000002", "iter_0000005"]
+    for checkpoint in (best, run / "iter_0000005"):
+        export_hf(checkpoint, tmp_path / checkpoint.name)
+    weights = {
+        name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("exported", best.name, "iter_0000005")
+    }
+    assert weights["exported"] == weights[best.name] != weights["iter_0000005"]
+    logged = lines(run)
+    evaluated = [line for line in logged if "eval_loss" in line]
+    assert [line["eval_loss"] for line in evaluated] == [3.0, 2.0, "nan", 2.5, 2.0]
+    # The eleven days of an evaluation, and the time of a save, are no time of training.
+    assert all(line["tokens_per_s"] > 1 for line in logged if "tokens_per_s" in line)
+    again = ranks.run(train_scripted, said, keys, script, world_size=world)
+    assert [(told.exit_code, told.step) for told in again] == [(0, 5)] * world and why in again[0].said
+    # With more patience it goes on, from where it was.
+    more = ranks.run(train_scripted, said, [*keys, "train.patience=4", "train.steps=6"], script, world_size=world)
+    assert more[0].step == 6 and not any(text.startswith("ended early") for text in more[0].said)
+    assert [path.name for path in run.glob("iter_*")] == ["iter_0000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_an_evaluation_and_it_is_made_up_for(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, number: int
+) -> None:
+    """Between two microbatches, not when all are through; the step is saved, and its evaluation comes first later."""
+    said = training_kit.recipe(toy("e2b"), tmp_path / "run", 3)
+    keys = ["train.eval_every=2", "train.patience=5"]
+    (first, taken), (second, _) = ranks.run(train_signalled, said, keys, number, 5, world_size=2)
+    assert (first.step, second.step) == (2, 2) and taken == 5
+    assert (first.exit_code, second.exit_code) == ((130, 75) if number == signal.SIGINT else (75, 75))
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert not any("eval_loss" in line for line in lines(tmp_path / "run"))
+    ranks.run(train_toy, said, keys, world_size=2)
+    ranks.run(train_toy, said | {"output": str(tmp_path / "whole")}, keys, world_size=2)
+    ours, whole = ([(line["step"], line.get("eval_loss")) for line in lines(tmp_path / n)] for n in ("run", "whole"))
+    assert ours == whole and [step for step, loss in ours if loss is not None] == [2, 3]
+
+
+def test_a_line_of_the_log_is_the_mean_of_its_steps(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    """Over tokens; also where another process did the first steps of a line."""
+    said = training_kit.recipe(toy("e2b"), tmp_path / "each", 7)
+    ranks.run(train_toy, said, [], world_size=1)
+    some = said | {"output": str(tmp_path / "some")}
+    keys = ["log.every=3", "train.z_loss=1e-9"]
+    stop = Trouble(5, 0, signal.SIGTERM)
+    assert ranks.run(train_toy, some, keys, stop, world_size=1) == [(True, 5)]
+    ranks.run(train_toy, some, keys, world_size=1)
+    each, ours = lines(tmp_path / "each"), lines(tmp_path / "some")
+    assert [line["step"] for line in ours] == [3, 6, 7]
+    for line, steps in zip(ours, (each[:3], each[3:6], each[6:]), strict=True):
+        tokens = sum(step["supervised"] for step in steps)
+        mean = sum(step["loss"] * step["supervised"] for step in steps) / tokens
+        assert line["supervised"] == tokens and line["loss"] == pytest.approx(mean, rel=1e-6) and line["z_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.cp=2"]),
+        (2, ["parallel.pp=2"]),
+    ],
+    ids=["one rank", "TP2", "CP2", "PP2"],
+)
+def test_the_z_loss_is_logged_apart(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, world: int, layout: list[str]
+) -> None:
+    """Training and evaluation losses are of the same kind: cross entropy, as transformers has it."""
+    said = training_kit.recipe(toy("e2b"), tmp_path, 1)
+    ((entropy, squared),) = ranks.run(squares, str(toy("e2b")), said["train"]["seed"], world_size=1)
+    # Large enough to be seen in the loss, were it there.
+    ranks.run(train_toy, said, [*layout, "train.z_loss=0.1"], world_size=world)
+    (line,) = lines(tmp_path)
+    assert line["loss"] == pytest.approx(entropy, rel=1e-6)
+    assert line["z_loss"] == pytest.approx(squared, rel=1e-6) and squared > 1

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,10 @@ class Corpus:
         self.taken = state["samples"]
 
 
-def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | None = None) -> tuple[bool, int]:
-    """Train a recipe on the corpus; (stopped, last step). Runs on every rank."""
-    from recipes.config import Recipe, resolve
+def toy_streams(trouble: Trouble | None = None) -> Callable[..., Any]:
+    """The corpus as the trainer takes data, `Streams` of a rank; evaluation is of one global batch of other samples."""
+    from recipes.config import Recipe
     from recipes.train.data import Streams
-    from recipes.train.loop import train
 
     def data(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
         rows = recipe.train.micro_batch_size
@@ -131,7 +130,15 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
             stream.per_row = GLOBAL_BATCH // recipe.train.global_batch_size
         return Streams(stream, {"": evaluation})
 
-    outcome = train(resolve(said, overrides), data)
+    return data
+
+
+def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | None = None) -> tuple[bool, int]:
+    """Train a recipe on the corpus; (stopped, last step). Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    outcome = train(resolve(said, overrides), toy_streams(trouble))
     return outcome.stopped, outcome.step
 
 
