@@ -29,6 +29,7 @@ def _check_choices(recipe: Recipe) -> None:
     parallel, optimizer = recipe.parallel, recipe.optimizer
     for key, value, allowed in (
         ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
+        ("model.vision_mask", recipe.model.vision_mask, ("generate", "forward")),
         ("parallel.recompute", parallel.recompute, ("none", "selective", "full")),
         ("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather")),
         ("optimizer.schedule", optimizer.schedule, ("constant", "linear", "cosine", "wsd")),

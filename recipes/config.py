@@ -33,6 +33,8 @@ class ModelConfig:
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     `kernels`: who computes norms, activations, rotation and the loss: auto (this project's own on a GPU) or torch.
     `fp8_experts`: experts multiply in FP8, with a scale for each row, whatever the linears do.
+    `vision_mask`: whose masks of images, where transformers has two (12B): generate (those it and vLLM serve by) or
+    forward (those of its `forward`, to compare with that).
     """
 
     hf: str | None = None
@@ -43,6 +45,7 @@ class ModelConfig:
     fp8: str = "none"
     kernels: str = "auto"
     fp8_experts: bool = False
+    vision_mask: str = "generate"
 
 
 @dataclass
