@@ -19,8 +19,8 @@ from bridge.megatron.parallel import Parallel
 from recipes.keys import check_keys, meant
 
 CONFIGS = Path(__file__).parent / "configs"
-# `${shipped:NAME}` in a recipe: a file that comes with the recipes, wherever they are installed.
-OmegaConf.register_new_resolver("shipped", lambda name: str(CONFIGS / name), replace=True)
+# Begins a `data.path` that is a file of `CONFIGS`, wherever that is installed.
+_SHIPPED = "shipped:"
 
 
 @dataclass
@@ -279,6 +279,8 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
     if missing:
         raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
     assert isinstance(recipe, Recipe)
+    if isinstance(recipe.data.path, str) and recipe.data.path.startswith(_SHIPPED):
+        recipe.data.path = str(CONFIGS / recipe.data.path.removeprefix(_SHIPPED))
     return recipe
 
 

@@ -235,7 +235,7 @@ def test_smoke_recipes_bring_their_data(tmp_path: Path) -> None:
         statistics = corpora(recipe).train.statistics
         assert statistics.read == statistics.kept >= 40
     assert load_recipe("sft/smoke", ["data.path=mine.jsonl"]).data.path == "mine.jsonl"
-    assert "${" not in to_yaml(recipe), "a resolved recipe is complete"
+    assert "shipped:" not in to_yaml(recipe), "a resolved recipe is complete"
     # And they are installed with the recipes.
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
         "package-data"
@@ -250,3 +250,15 @@ def test_an_adapter_takes_the_place_of_the_recipes_own() -> None:
     assert load_recipe("lora/e2b").lora.rank == 16
     said = {**MINIMAL, "lora": {"rank": 4, "adapter": "somewhere"}}
     assert resolve(said).lora.rank == 4
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
+    documented = set(re.findall(r"`([a-z_.0-9]+)`", text))
+    groups = {
+        name: [f.name for f in fields(value)]
+        for name, value in resolve(MINIMAL).__dict__.items()
+        if not isinstance(value, str)
+    }
+    keys = {"output", *(f"{group}.{key}" for group, names in groups.items() for key in names)}
+    assert not keys - documented, "add a row to docs/training.md, Keys"
