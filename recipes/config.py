@@ -55,6 +55,7 @@ class DataConfig:
     `eval`: what evaluation uses, as `path`, or several of these by their names. `eval_split`: which split of it, where
     it has splits (without `eval`: of `path`); by default one for validation or test, never the one that is trained on.
     `val_fraction`: this part of the training data is held out and evaluated on, the same whatever the seed.
+    `on_change`: where a run goes on and its rows are other ones than before: refuse, or restart at the first of them.
     """
 
     path: Any = None
@@ -69,13 +70,14 @@ class DataConfig:
     supervise_turns: str = "all"
     supervise_thinking: bool = True
     supervise_tool_calls: bool = True
-    generation_prefix: bool = False
+    generation_prefix: bool | None = None
     on_error: str = "fail"
     overlong: str = "drop"
     allow_urls: bool = False
     media_root: str | None = None
     cache: str | None = None
     workers: int = 2
+    on_change: str = "refuse"
 
 
 @dataclass
@@ -107,6 +109,7 @@ class ParallelConfig:
 class TrainConfig:
     """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
 
+    `epochs`, in the place of `steps`: as many steps as it takes to see every row so often.
     `eval_every`: steps between evaluations, the last step has one too; 0: none. `eval_rows`: of the first so many
     samples of each set; 0: all. `patience`: evaluations without a better loss before the run ends, 0: never; with it
     the checkpoint of the best evaluation is kept, and exported. `z_loss`: factor of the squared log-sum-exp.
@@ -117,7 +120,8 @@ class TrainConfig:
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
     """
 
-    steps: int = MISSING
+    steps: int = 0
+    epochs: float = 0.0
     global_batch_size: int = 8
     micro_batch_size: int = 1
     seq_length: int = 4096
@@ -272,6 +276,7 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except OmegaConfBaseException as error:
             key = f"{error.full_key}: " if error.full_key else ""
             raise UsageError(f"{source}: {key}{str(error.msg or error).splitlines()[0]}") from None
+    _replace_length(merged, given)
     try:
         recipe = OmegaConf.to_object(merged) if not missing else None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -282,6 +287,14 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
     if isinstance(recipe.data.path, str) and recipe.data.path.startswith(_SHIPPED):
         recipe.data.path = str(CONFIGS / recipe.data.path.removeprefix(_SHIPPED))
     return recipe
+
+
+def _replace_length(merged: Any, given: Sequence[DictConfig]) -> None:
+    """`train.steps` and `train.epochs` say one thing: which of them overrides name takes the place of the other."""
+    keys = ("train.steps", "train.epochs")
+    named = [key for key in keys if any(OmegaConf.select(one, key) is not None for one in given)]
+    if len(named) == 1 and OmegaConf.select(merged, named[0]):
+        OmegaConf.update(merged, keys[1 - keys.index(named[0])], 0)
 
 
 def find_recipe(name: str) -> Path:

@@ -21,7 +21,9 @@ class Part:
         self.corpus, self.samples = corpus, samples
         self.folder, self.options = corpus.folder, corpus.options
         self.pad_id, self.has_media = corpus.pad_id, corpus.has_media
-        self.fingerprint = f"{corpus.fingerprint}/{hashlib.sha256(samples.tobytes()).hexdigest()[:16]}"
+        which = hashlib.sha256(samples.tobytes()).hexdigest()[:16]
+        self.fingerprint = f"{corpus.fingerprint}/{which}"
+        self.inputs = {**corpus.inputs, "data.val_fraction": which}
 
     def __len__(self) -> int:
         return len(self.samples)

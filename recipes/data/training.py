@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,14 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.check import check_data
-from recipes.config import Recipe
+from recipes.config import Recipe, rank_from_environment
 from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import open_corpus
+from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Samples
-from recipes.train.data import Streams
+from recipes.train.data import DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -61,6 +63,37 @@ def corpora(recipe: Recipe) -> Opened:
     return open_sets(recipe, corpus_options(recipe), partial(open_corpus, model=model_folder(recipe)))
 
 
+def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOptions:
+    """How a recipe makes batches of its samples."""
+    data, train = recipe.data, recipe.train
+    return BatchOptions(
+        train.seq_length,
+        train.micro_batch_size,
+        dp_rank,
+        dp_size,
+        seed=train.seed,
+        packing=data.packing,
+        workers=data.workers,
+        on_change=data.on_change,
+    )
+
+
+def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:
+    """Open the data of a recipe: how many steps it has, if it says epochs, and the data for the loop.
+
+    Raises DataError and UsageError.
+    """
+    opened = corpora(recipe)
+    settled = with_steps(recipe, Batches(opened.train, batch_options(recipe)))
+    return settled, partial(streams, opened=opened)
+
+
+def say(line: str) -> None:
+    """A line for who watches, once for all ranks."""
+    if rank_from_environment() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def streams(
     recipe: Recipe,
     geometry: Geometry,
@@ -69,17 +102,8 @@ def streams(
     opened: Opened | None = None,
 ) -> Streams:
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
-    data, train = recipe.data, recipe.train
     opened = opened or corpora(recipe)
-    batch = BatchOptions(
-        train.seq_length,
-        train.micro_batch_size,
-        dp_rank,
-        dp_size,
-        seed=train.seed,
-        packing=data.packing,
-        workers=data.workers,
-    )
+    batch = batch_options(recipe, dp_rank, dp_size)
     # In order and once: `epochs` ends with rows without labels, as many microbatches on every rank.
     once = replace(batch, shuffle=False, epochs=1)
 
@@ -88,4 +112,4 @@ def streams(
             yield from batches
 
     evaluation = {name: partial(begin, corpus) for name, corpus in opened.evaluation.items()}
-    return Streams(Batches(opened.train, batch), evaluation, opened.notes)
+    return Streams(Batches(opened.train, batch, say), evaluation, opened.notes)

@@ -45,7 +45,7 @@ def recipe(toy: Path, data: Path, cache: Path) -> dict[str, Any]:
 def evaluations(said: dict[str, Any], layout: list[str], batches: list[list[str]]) -> list[dict[str, float]]:
     """What is logged of the untrained model in a layout, for each of these keys of batches and sets. On every rank."""
     from recipes.config import resolve
-    from recipes.train.data import open_streams
+    from recipes.data.training import streams as open_streams
     from recipes.train.evaluate import evaluate
     from recipes.train.setup import build
     from recipes.train.signals import StopSignal
