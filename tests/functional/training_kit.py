@@ -233,6 +233,13 @@ class Balance:
         return total
 
 
+def rate(step: int, steps: int) -> float:
+    """A cosine, by the step from 1: behind the warm-up transformers' `cosine_with_min_lr` (unit/test_schedules.py)."""
+    if step <= WARMUP:
+        return LR * step / (WARMUP + 1)
+    return MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * (step - 1 - WARMUP) / (steps - WARMUP)) + 1)
+
+
 def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Plain:
     """The same training with transformers and torch alone."""
     from bridge.verify.reference import load_hf
@@ -250,12 +257,8 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
     for step in range(1, steps + 1):
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
         margins.real = batch["attention_mask"].flatten().bool()
-        rate = LR * step / (WARMUP + 1)
-        if step > WARMUP:
-            ratio = (step - 1 - WARMUP) / (steps - WARMUP)
-            rate = MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * ratio) + 1)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(step, steps)
         optimizer.zero_grad()
         logits = model(
             input_ids=batch["input_ids"],
