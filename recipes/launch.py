@@ -12,6 +12,7 @@ from bridge.megatron.quiet import quiet
 from recipes.check import check_startable
 from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
 from recipes.train.signals import STOPPED, Stopped, StopSignal
+from recipes.train.sinks import check_sinks
 from recipes.train.sole import sole_run
 
 # Slurm kills what is left 30 s after it has asked. Seconds.
@@ -40,7 +41,10 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
 def _run(name: str, overrides: Sequence[str], signalled: StopSignal) -> int:
     recipe = load_recipe(name, overrides)
+    rank, say = rank_from_environment(), partial(print, file=sys.stderr, flush=True)
     check_startable(recipe, world_size_from_environment())
+    for note in check_sinks(recipe, rank):
+        say(note)
     quiet()
     import torch.distributed as dist
 
@@ -54,7 +58,6 @@ def _run(name: str, overrides: Sequence[str], signalled: StopSignal) -> int:
 
     # What is wrong with the data is said before a model is built.
     recipe, data = prepared(recipe)
-    rank, say = rank_from_environment(), partial(print, file=sys.stderr, flush=True)
     with sole_run(recipe.output, rank, say):
         if rank == 0:
             say("building the model")

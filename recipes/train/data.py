@@ -32,16 +32,16 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True)
 class Streams:
-    """`evaluation()` begins the evaluation data anew: this rank's microbatches, as many on every rank.
+    """`evaluation`: sets by their names ("": the only one). A call begins one: microbatches, as many on every rank.
 
-    `facts`: what is known of the data, for JSON; `rows` of an epoch among it. `notes`: what has to be said of it when a
-    run starts.
+    `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
+    epoch among it.
     """
 
     train: BatchStream
-    evaluation: Callable[[], Iterator[dict[str, Tensor]]] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

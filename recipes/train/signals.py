@@ -29,6 +29,10 @@ class Stopped(KeyboardInterrupt):
     """A signal came where there is nothing to save. Like Ctrl-C no `Exception`, which libraries catch."""
 
 
+# A launcher passes Ctrl-C on to ranks that the terminal has told already: so soon it is the same one. Seconds.
+_SAME_INTERRUPT = 2.0
+
+
 class StopSignal:
     """True once SIGTERM or SIGUSR1 has come. A context manager; only the main thread can listen.
 
@@ -42,9 +46,15 @@ class StopSignal:
         self._patience = patience
         self._pipe: int | None = None
         self._before: dict[int, Any] = {}
+        self._interrupted_at: float | None = None
 
     def __bool__(self) -> bool:
         return self._came
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self._interrupted_at is not None
 
     def __enter__(self) -> StopSignal:
         with contextlib.suppress(ValueError):
@@ -72,12 +82,27 @@ class StopSignal:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """In the block signals are noted, whatever is around it."""
+        """In the block signals are noted, whatever is around it, and so is the first Ctrl-C; one more interrupts."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if self._interrupted_at is None:
+                self._came, self._interrupted_at = True, now
+                # Not print: the interrupted code may be in the middle of one.
+                os.write(2, b"\nstopping with a checkpoint; Ctrl-C again leaves at once, without\n")
+            elif now - self._interrupted_at > _SAME_INTERRUPT:
+                raise KeyboardInterrupt
+
+        before: Any = None
         self._noting = True
+        with contextlib.suppress(ValueError):  # not the main thread
+            before = signal.signal(signal.SIGINT, note)
         try:
             yield
         finally:
             self._noting = False
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
 
     def ignore_from_now_on(self) -> None:
         """For a process that is about to end: srun signals the ranks that outlive the first one that stopped, and
