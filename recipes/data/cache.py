@@ -182,6 +182,8 @@ def _inline(media: Sequence[Media]) -> int:
 
 def _complete(part: Path) -> tuple[int, Statistics] | None:
     """How many records a part holds, and their statistics; None for what is no whole part. Removes a damaged one."""
+    if not part.exists():
+        return None
     try:
         meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
         statistics = Statistics.from_json(meta["statistics"])
