@@ -87,8 +87,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             checkpoint.on_rank_0(open_log)
         try:
             say = log.say if log is not None else _to_nobody
-            if log is not None:
-                _say_first(run, streams, progress, say)
+            checkpoint.on_rank_0(lambda: _say_first(run, streams, progress, say))
             loop = _Loop(run, streams, progress, log, signalled)
             with signalled.noted():
                 outcome = loop.run()
