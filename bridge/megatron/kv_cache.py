@@ -213,14 +213,14 @@ class CachedStep:
 
         They are written once a step; n' is n, or that of the step that this is the `last` of. Padding gives zeros.
         """
-        cache = self.caches.of(source, key)
-        if self.rows:
-            cache.reserve(1 + max(row.slot for row in self.rows), max(row.stop for row in self.rows))
         output = torch.zeros_like(query)
+        if not self.rows:
+            return output
+        cache = self.caches.of(source, key)
+        cache.reserve(1 + max(row.slot for row in self.rows), max(row.stop for row in self.rows))
         if self.one_each:
             self._write(source, cache, key, value)
-            if self.rows:
-                output[: len(self.rows), 0] = self._attend_last(cache, query[: len(self.rows), 0])
+            output[: len(self.rows), 0] = self._attend_last(cache, query[: len(self.rows), 0])
             return output
         start = 0
         for row in self.rows:
