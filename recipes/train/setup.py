@@ -23,7 +23,8 @@ from bridge.megatron import cpu_runtime
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
-from recipes.config import Recipe, check_recipe
+from recipes.check import check_recipe
+from recipes.config import Recipe
 from recipes.train import lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
-from bridge.geometry import Geometry
-from bridge.towers_geometry import AudioGeometry
+from bridge.geometry import AudioGeometry, Geometry
 from bridge.toy import VARIANTS, write_toy
 from bridge.toy.config import published, toy_config
 from bridge.verify.reference import load_hf
