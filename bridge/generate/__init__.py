@@ -1,6 +1,4 @@
-"""Generation with the Megatron model: caches in `bridge.megatron.kv_cache`, here sampling and the loop over rows."""
+"""Generation with the Megatron model: sampling and the loop over rows; its caches are `bridge.megatron.kv_cache`.
 
-from bridge.generate.loop import Completion, Generator, Prompt
-from bridge.generate.sampling import SamplingOptions
-
-__all__ = ["Completion", "Generator", "Prompt", "SamplingOptions"]
+`loop.Generator` answers with a live model; `session.Session` starts ranks that hold one.
+"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -18,41 +18,13 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions, choose, uniform
 from bridge.generate.stages import run_step
 from bridge.megatron.kv_cache import CachedStep, KeyValueCaches, NewTokens, padded
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
 from bridge.megatron.visibility import Visibility
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids, and what the processor made of pictures, clips and tones: names and tensors of `Media`.
-
-    `mm_token_type_ids` [prompt] says which tokens are of images (1) or frames (2), where there are any.
-    """
-
-    ids: tuple[int, ...]
-    mm_token_type_ids: Tensor | None = None
-    media: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one row was answered. `index` is the prompt's, `sample` the number among its `num_return_sequences`.
-
-    `logprobs` are the model's own of `tokens`; `finish_reason` is "stop" (a stop id or string) or "length". `text` is
-    the answer up to a stop string, "" where the generator has no tokenizer.
-    """
-
-    index: int
-    sample: int
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-    text: str = ""
 
 
 @dataclass
@@ -79,7 +51,7 @@ class Generator:
     """Generates with a model as it stands: `chunks` are this rank's, live or loaded, in any layout but CP.
 
     `max_rows` rows at once on a replica; prompts are read `prefill_tokens` tokens at a time, or one image. `decode`
-    turns tokens into text; stop strings need it. `on_token` is called on every rank of a replica.
+    turns tokens into text; stop strings need it. `on_token` and `on_finish` are called on every rank of a replica.
     """
 
     def __init__(
@@ -91,6 +63,7 @@ class Generator:
         prefill_tokens: int = 2048,
         decode: Decode | None = None,
         on_token: OnToken | None = None,
+        on_finish: Callable[[Completion], None] | None = None,
     ) -> None:
         if groups.cp.size() > 1:
             raise UsageError(
@@ -102,7 +75,7 @@ class Generator:
         self.config = chunks[0].config
         self.geometry = self.config.geometry
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        self.decode, self.on_token = decode, on_token
+        self.decode, self.on_token, self.on_finish = decode, on_token, on_finish
         self.device = next(p.device for chunk in chunks for p in chunk.parameters())
         # Experts of one layer lie on several replicas: they take every step together, also those without a row.
         self.together = self.geometry.moe is not None and groups.dp.size() > 1
@@ -280,6 +253,8 @@ class Generator:
             others = sorted([*active, *reading], key=lambda other: other.slot)
             if others and others[-1].slot > row.slot:
                 self._fill(caches, row.slot, others, active, reading)
+            if self.on_finish is not None:
+                self.on_finish(completion)
             yield completion
 
     def _fill(

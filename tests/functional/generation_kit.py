@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.generate.loop import Completion, Generator, Prompt
+from bridge.generate.loop import Generator
+from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.generate.task import ModelTask, build_model
 from bridge.geometry import Geometry

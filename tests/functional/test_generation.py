@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.generate import Completion, Prompt, SamplingOptions
+from bridge.generate.rows import Completion, Prompt
+from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
