@@ -18,7 +18,7 @@ from bridge.generate.task import ModelTask, build_model
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
 from bridge.verify.media import REQUESTS, drawing, kinds_of, load_processor
-from bridge.verify.reference import load_hf
+from bridge.verify.reference import load_hf, with_masks
 
 _TEXT = {"input_ids", "attention_mask", "mm_token_type_ids"}
 LENGTHS = (3, 25, 8, 9, 40, 1, 17)  # the window is 8: shorter, at its edge, of five windows
@@ -102,7 +102,8 @@ def teacher_forced(folder: Path, prompts: Sequence[Prompt], answers: Sequence[Se
     found = []
     for prompt, tokens in zip(prompts, answers, strict=True):
         with torch.no_grad():
-            logits = model(**inputs_of(prompt, tokens, geometry.placeholder_ids), use_cache=False).logits[0]
+            inputs = with_masks(model, inputs_of(prompt, tokens, geometry.placeholder_ids))
+            logits = model(**inputs, use_cache=False).logits[0]
         found.append(logits[len(prompt.ids) - 1 : -1].clone())
     return found
 

@@ -115,3 +115,13 @@ def test_media(ranks: RankPool, toy: Toy, variant: str) -> None:
     prompts = list(named.values())
     found = ask(ranks, folder, prompts, GREEDY, max_rows=4, prefill_tokens=24)
     assert_teacher_forced(ranks, folder, prompts, found)
+
+
+def test_media_with_a_static_cache(ranks: RankPool, toy: Toy) -> None:
+    """12B's own generation with pictures, the way in which its class masks them as it is served."""
+    folder = toy("12b")
+    (named,) = ranks.run(media_prompts, folder, world_size=1)
+    prompts = [named[name] for name in ("two images", "two videos", "in an image")]
+    found = ask(ranks, folder, prompts, GREEDY)
+    (theirs,) = ranks.run(generate_with_transformers, folder, prompts, TOKENS, True, world_size=1)
+    assert [list(completion.tokens) for completion in found.completions] == theirs
