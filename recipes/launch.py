@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from bridge.megatron.quiet import quiet
@@ -33,7 +34,8 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # What is wrong with the data is said before a model is built.
         recipe, data = prepared(recipe)
-        stack.enter_context(sole_run(recipe.output, rank_from_environment()))
+        say = partial(print, file=sys.stderr)
+        stack.enter_context(sole_run(recipe.output, rank_from_environment(), say))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)
