@@ -113,6 +113,18 @@ def test_an_owner_on_another_machine(tmp_path: Path, hurried: None, readable: bo
         ]
 
 
+def test_a_lock_that_another_took_over_first_is_left_to_it(tmp_path: Path) -> None:
+    elsewhere(tmp_path / "lock")
+    seen = lock._read(tmp_path / "lock")
+    assert seen is not None
+    shutil.rmtree(tmp_path / "lock")
+    with held(tmp_path / "lock", "busy") as theirs:
+        late = lock.Lock(tmp_path / "lock")
+        assert not late._displace(seen)
+        theirs.check()
+    assert not late._displace(seen) and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root for a PID namespace")
 def test_a_container_on_the_same_machine(tmp_path: Path, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process ids mean nothing here: a process 1 runs here too, and most others do not."""
