@@ -241,29 +241,34 @@ def test_resumed_in_other_layouts(
 
 
 def killed_while_saving(said: dict[str, Any], overrides: list[str], which: int) -> None:
-    """Train, and die when file number `which` of the checkpoints has been written."""
+    """Train, and die after step number `which` of saving: files durable, renamed, tracker written and renamed."""
     import os
 
     from recipes.train import checkpoint
 
     count = itertools.count(1)
-    sync = checkpoint._sync
 
-    def die(path: Path) -> None:
-        sync(path)
-        if next(count) == which:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(function: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            function(*arguments)
+            if next(count) == which:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._sync = die
+        return call
+
+    for name in ("sync_tree", "replace_folder", "write_text", "fsync_folder"):
+        setattr(checkpoint, name, deadly(getattr(checkpoint, name)))
     train_toy(said, overrides)
 
 
 def test_killed_while_saving(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
     said = toys.recipe("e2b", tmp_path / "killed", 4)
     overrides = ["checkpoint.every=2", "checkpoint.keep=1"]
-    for which in (2, 12):
+    for which in (1, 5):
         with pytest.raises(ParallelError, match="rank 0 "):
             ranks.run(killed_while_saving, said, overrides, which, world_size=1)
+    # As if step 2, saved again, had been killed between two renames: it is put back, and saved again once more.
+    (tmp_path / "killed" / "iter_0000002").rename(tmp_path / "killed" / ".iter_0000002.replaced")
     ranks.run(train_toy, said, overrides, world_size=1)
     ranks.run(train_toy, toys.recipe("e2b", tmp_path / "whole", 4), overrides, world_size=1)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -395,6 +400,7 @@ def test_a_step_that_is_not_a_number_is_left_out(ranks: RankPool, toys: Toys, tm
         (["model.freeze=[routr]"], "'routr' names no parameter"),
         (["parallel.pp=9"], "1 ranks are no multiple of tp × cp × pp"),
         (["train.eval_every=1", "model.hf=nowhere"], "nowhere"),
+        (["export.hf=/proc/self"], "does not look like a checkpoint alone"),
     ],
 )
 def test_refused(ranks: RankPool, toys: Toys, tmp_path: Path, overrides: list[str], message: str) -> None:
