@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import train_gpu
+from benchmarks.case import Case
 from benchmarks.loss import measure as measure_loss
 from benchmarks.random_model import RandomModel
-from benchmarks.training_sides import Case
 from bridge.megatron import fp8_experts
 from bridge.toy.config import VARIANTS
 from bridge.verify.parity import BF16_KL
