@@ -10,7 +10,7 @@ GPU=(-n 4 "${G}parity_in_bf16[12b-local]" "${G}parity_in_bf16[26b-a4b-local]" "$
   "${G}the_host_waits_for_nothing_within_a_step[26b-a4b-False-full]" ${G}experts_in_fp8 ${G}a_step_with_experts_in_fp8)
 if [ "$1" = --toy ]; then
   X=20 ROW="lora/e2b/48/ours+full+profile" KERNELS=(-n 1 -k fp8)
-  GPU=(-n 1 tests/functional/test_gpu_kit.py -k "parity and 26b")
+  GPU[1]=1 GPU+=("tests/functional/test_gpu_kit.py::test_parity[26b-a4b]")
 fi
 T="python3 -W ignore -m pytest -q -p no:cacheprovider --timeout $((90 * X))"
 (nvidia-smi; python3 -m pip list) >$OUT/machine.txt 2>&1 &

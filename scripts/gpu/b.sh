@@ -4,10 +4,10 @@
 : "${OUT:?the folder for results}"
 . scripts/gpu/site.sh || exit
 export OMP_NUM_THREADS=8
-MIB=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits)
+[ "$1" = --toy ] || MIB=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits) || exit
 if [ "$1" = --toy ]; then
-  ROWS=(lora/e2b/48/ours+full+profile=900 lora/e2b/48/transformers+profile=900 "loss/e2b/48/head frozen+full=900")
-elif [ "${MIB:?no GPU is visible; --toy needs none}" -gt 100000 ]; then
+  ROWS=(lora/e2b/48/ours+full+profile=900 lora/e2b/48/transformers+full+profile=900 "loss/e2b/48/head frozen+full=900")
+elif [ "$MIB" -gt 100000 ]; then
   ROWS=(lora/12b/8192/ours+none+profile=80 lora/26b-a4b/8192/ours+none+profile=75
     lora/e4b/16384/ours+none+profile=60 lora/e4b/16384/liger=65 lora/e4b/16384/transformers=60
     lora/31b/8192/ours+selective+profile=90 sft/e4b/4096/ours+full+profile=75
