@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from bridge.megatron.quiet import quiet
-from recipes.config import check_startable, load_recipe, rank_from_environment, world_size_from_environment
+from recipes.check import check_startable
+from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
 from recipes.train.signals import StopSignal
 from recipes.train.sole import sole_run
 
@@ -27,12 +27,12 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # Before the loop imports Megatron, which this does faster where there is no GPU.
         cpu_runtime.enable()
-        from recipes.data.training import corpora, streams
+        from recipes.data.training import prepared
         from recipes.train.checkpoint import checkpoints
         from recipes.train.loop import train
 
         # What is wrong with the data is said before a model is built.
-        data = partial(streams, opened=corpora(recipe))
+        recipe, data = prepared(recipe)
         stack.enter_context(sole_run(recipe.output, rank_from_environment()))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:

@@ -6,7 +6,6 @@ damaged or hostile folder ends in one CheckpointError and not in a crash, a hang
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError
+from bridge.hf.json_file import parse_object, read_object
 from bridge.hf.tensors import (
     ITEM_SIZES,
     as_bytes,
@@ -167,13 +167,7 @@ class HfFolder(Closing):
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    fd, size = open_regular(path)
-    try:
-        if size > _MAX_HEADER:
-            raise CheckpointError(f"{shown(path)}: {size} bytes, which is no index")
-        index = _parse_object(pread_bytes(fd, size, 0, path), path)
-    finally:
-        os.close(fd)
+    index = read_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(path)}: has no weight_map")
@@ -181,30 +175,6 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if not isinstance(file, str):
             raise CheckpointError(f"{shown(path)}: weight_map gives no file name for {shown(name)}")
     return weight_map, metadata if isinstance(metadata, dict) else {}
-
-
-def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys at any depth."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{shown(path)}: the key {shown(twice)} occurs twice")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
-    except RecursionError:
-        raise CheckpointError(f"{shown(path)}: JSON nested too deep") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{shown(path)}: header is not UTF-8") from None
-    except ValueError as error:
-        raise CheckpointError(f"{shown(path)}: header is not JSON ({shown(str(error))})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{shown(path)}: header is not a JSON object")
-    return value
 
 
 def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -220,7 +190,7 @@ def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo],
     data = pread_bytes(fd, length, 8, path)
     if not data.startswith(b"{"):
         raise CheckpointError(f"{shown(path)}: header does not start with '{{'")
-    header = _parse_object(data, path)
+    header = parse_object(data, path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{shown(path)}: __metadata__ is not an object of strings")

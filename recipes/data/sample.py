@@ -91,9 +91,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked record: `messages` with `tools`, or `text` (then there are no messages)."""
+    """A checked record: `messages` with `tools`, or `text` (then there are no messages). `form`: of the record."""
 
     where: Where
+    form: str
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
@@ -117,7 +118,7 @@ def parse_record(record: Any, where: Where) -> Sample:
         what = "has none" if not forms else f"has {' and '.join(forms)}"
         raise DataError(f"{where}: {what} of messages, prompt and completion, text: exactly one is needed{hint}")
     if forms[0] == "text":
-        return Sample(where, text=_text(record["text"], f"{where}: text"))
+        return Sample(where, "text", text=_text(record["text"], f"{where}: text"))
     tools = _tools(record.get("tools"), where)
     if forms[0] == "prompt":
         for key in ("prompt", "completion"):
@@ -125,8 +126,8 @@ def parse_record(record: Any, where: Where) -> Sample:
                 raise DataError(f"{where}: has no {key}")
         prompt = _text(record["prompt"], f"{where}: prompt")
         completion = _text(record["completion"], f"{where}: completion")
-        return Sample(where, (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
-    return Sample(where, _messages(record, where), tools)
+        return Sample(where, "prompt", (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
+    return Sample(where, "messages", _messages(record, where), tools)
 
 
 def _messages(record: Mapping[str, Any], where: Where) -> tuple[Message, ...]:
