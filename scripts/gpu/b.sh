@@ -6,6 +6,7 @@
 export OMP_NUM_THREADS=8
 [ "$1" = --toy ] || MIB=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits) || exit
 if [ "$1" = --toy ]; then
+  export OMP_NUM_THREADS=1
   ROWS=(lora/e2b/48/ours+full+profile=900 lora/e2b/48/transformers+full+profile=900 "loss/e2b/48/head frozen+full=900")
 elif [ "$MIB" -gt 100000 ]; then
   ROWS=(lora/12b/8192/ours+none+profile=80 lora/26b-a4b/8192/ours+none+profile=75
