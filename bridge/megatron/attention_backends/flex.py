@@ -17,8 +17,6 @@ _MOST_KERNELS = 64
 _LARGE_HEAD = 256
 # Blocks of the mask for heads up to `_LARGE_HEAD` and above: multiples of every tile below.
 _BLOCK, _LARGE_BLOCK = 128, 64
-# Of lengths: a multiple of every tile, torch's own too, and of every block of the mask.
-_DIVISIBLE = 128
 # Bytes of shared memory that a program for large heads takes on other GPUs than Hopper's, with 1 kB of the driver's.
 _LARGE_HEAD_SHARED = 132_096
 
@@ -40,18 +38,11 @@ _HOPPER = {
 _OTHER_LARGE_HEAD = _tiles((32, 32, 1, 4), (32, 32, 32, 32, 1, 4))
 
 
-def kernel_options(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], divisible: bool = False
-) -> dict[str, int] | None:
-    """Tiles for a GPU of that compute capability; None: torch's own.
-
-    `divisible`: both lengths are multiples of `_DIVISIBLE`. The kernel that serves all lengths cannot know that of
-    itself and would check every load.
-    """
-    tiles = _OTHER_LARGE_HEAD if head_dim > _LARGE_HEAD else {}
+def kernel_options(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int] | None:
+    """Tiles for a GPU of that compute capability; None: torch's own."""
     if capability == (9, 0) and dtype is not torch.float32 and head_dim in _HOPPER:
-        tiles = _HOPPER[head_dim]
-    return (tiles | {"IS_DIVISIBLE": True} if divisible else tiles) or None
+        return _HOPPER[head_dim]
+    return _OTHER_LARGE_HEAD if head_dim > _LARGE_HEAD else None
 
 
 def block_size(head_dim: int) -> int:
@@ -64,8 +55,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     head_dim = query.shape[-1]
     options = None
     if query.is_cuda:
-        divisible = all(len(x) % _DIVISIBLE == 0 for x in (query, key))
-        options = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device), divisible)
+        options = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
     if not torch.is_grad_enabled():
         # On a CPU torch looks at requires_grad even where nothing is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
