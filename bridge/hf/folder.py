@@ -14,6 +14,7 @@ from typing import Any
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError
+from bridge.hf.descriptors import RegularFiles
 from bridge.hf.json_file import parse_object, read_object
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -22,7 +23,6 @@ from bridge.hf.tensors import (
     check_rows,
     inside,
     num_rows,
-    open_regular,
     pread_bytes,
     pread_into,
     row_bytes,
@@ -73,7 +73,7 @@ class HfFolder(Closing):
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
         self.files: list[Path] = []
-        self._fds: dict[Path, int] = {}
+        self._open = RegularFiles()
         if not self.path.is_dir():
             raise CheckpointError(f"{shown(self.path)}: not a folder")
         try:
@@ -108,12 +108,11 @@ class HfFolder(Closing):
 
     def _open_file(self, path: Path, listed: set[str] | None) -> None:
         """Read one header; `listed` are the tensors that the index expects in the file."""
-        if path in self._fds:
+        if path in self.files:
             raise CheckpointError(f"{shown(path)}: named twice by the index")
-        fd, size = open_regular(path)
-        self._fds[path] = fd
-        self.files.append(path)
-        tensors, metadata = _read_header(fd, size, path)
+        with self._open.use(path) as fd:
+            self.files.append(path)
+            tensors, metadata = _read_header(fd, self._open.size(path), path)
         if len(self.files) == 1:
             self.file_metadata = metadata
         if listed is not None:
@@ -135,7 +134,8 @@ class HfFolder(Closing):
             raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
         view = as_bytes(out)
         check_rows(name, info, start, stop, len(view))
-        pread_into(self._fds[info.file], view, info.offset + start * row_bytes(info), info.file)
+        with self._open.use(info.file) as fd:
+            pread_into(fd, view, info.offset + start * row_bytes(info), info.file)
 
     def read_columns(self, name: str, start: int, stop: int, first: int, last: int, out: Any) -> None:
         """Fill `out` with elements [first, last) of each of the rows [start, stop); nothing else is read.
@@ -156,15 +156,15 @@ class HfFolder(Closing):
             raise CheckpointError(
                 f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last} of {rows} x {whole // item}"
             )
-        fd, base = self._fds[info.file], info.offset + first * item
-        for row in range(start, stop):
-            at = (row - start) * width
-            pread_into(fd, view[at : at + width], base + row * whole, info.file)
+        base = info.offset + first * item
+        with self._open.use(info.file) as fd:
+            for row in range(start, stop):
+                at = (row - start) * width
+                pread_into(fd, view[at : at + width], base + row * whole, info.file)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._open.close()
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

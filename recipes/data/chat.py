@@ -164,8 +164,23 @@ class ChatModel:
         ids, supervised = self._tokens(text, spans)
         return Encoded(ids, supervised, self._types(ids, bool(media)), media, left_out, unlike)
 
-    def render(self, sample: Sample) -> str:
+    def encode_prompt(self, sample: Sample, read: ReadMedia) -> tuple[Encoded, dict[str, torch.Tensor]]:
+        """What the model is asked, up to the header of its turn, and what the processor makes of the media.
+
+        Raises as `encode` does.
+        """
+        self._check_control(sample)
+        text, tensors = self.render(sample, answer=True), dict[str, torch.Tensor]()
+        if sample.media:
+            text, _ = self._with_soft_tokens(sample, text, [], read)
+            tensors, _ = self.media_tensors(sample.media, read, str(sample.where))
+        ids, supervised = self._tokens(text, [])
+        return Encoded(ids, supervised, self._types(ids, bool(sample.media)), sample.media), tensors
+
+    def render(self, sample: Sample, *, answer: bool = False) -> str:
         """The conversation as the template writes it, a placeholder for each media item.
+
+        `answer`: with the beginning of the model's turn behind it.
 
         Raises UsageError without a template, DataError where the template refuses.
         """
@@ -181,6 +196,7 @@ class ChatModel:
                 tools=list(sample.tools) or None,
                 chat_template=self.template,
                 tokenize=False,
+                add_generation_prompt=answer,
                 **self._kwargs,
             )
         except Exception as error:
