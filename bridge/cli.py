@@ -122,6 +122,8 @@ def inspect(
         )
     out.print(table)
     out.print(f"tables: {result.mapped} tensors mapped, {result.carried} carried beside, none unaccounted for")
+    for notice in result.notices:
+        err.print(notice)
 
 
 @app.command("import", epilog=epilog("import google/gemma-4-26B-A4B-it ckpt/26b-megatron"))
