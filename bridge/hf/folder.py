@@ -14,6 +14,7 @@ from typing import Any
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError
+from bridge.hf.descriptors import RegularFiles
 from bridge.hf.json_file import parse_object, read_object
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -22,7 +23,6 @@ from bridge.hf.tensors import (
     check_rows,
     inside,
     num_rows,
-    open_regular,
     pread_bytes,
     pread_into,
     row_bytes,
@@ -59,8 +59,9 @@ class HfFolder(Closing):
 
     `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
     relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
-    stray shard). `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the
-    first weight file. `files`: the weight files. `single`: what the weight file is called where there is one only.
+    stray shard), and the files that go with them: they are carried nowhere, and whoever copies the folder says so.
+    `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the first weight
+    file. `files`: the weight files. `single`: what the weight file is called where there is one only.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
@@ -72,7 +73,7 @@ class HfFolder(Closing):
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
         self.files: list[Path] = []
-        self._fds: dict[Path, int] = {}
+        self._open = RegularFiles()
         if not self.path.is_dir():
             raise CheckpointError(f"{shown(self.path)}: not a folder")
         try:
@@ -107,12 +108,11 @@ class HfFolder(Closing):
 
     def _open_file(self, path: Path, listed: set[str] | None) -> None:
         """Read one header; `listed` are the tensors that the index expects in the file."""
-        if path in self._fds:
+        if path in self.files:
             raise CheckpointError(f"{shown(path)}: named twice by the index")
-        fd, size = open_regular(path)
-        self._fds[path] = fd
-        self.files.append(path)
-        tensors, metadata = _read_header(fd, size, path)
+        with self._open.use(path) as fd:
+            self.files.append(path)
+            tensors, metadata = _read_header(fd, self._open.size(path), path)
         if len(self.files) == 1:
             self.file_metadata = metadata
         if listed is not None:
@@ -134,7 +134,8 @@ class HfFolder(Closing):
             raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
         view = as_bytes(out)
         check_rows(name, info, start, stop, len(view))
-        pread_into(self._fds[info.file], view, info.offset + start * row_bytes(info), info.file)
+        with self._open.use(info.file) as fd:
+            pread_into(fd, view, info.offset + start * row_bytes(info), info.file)
 
     def read_columns(self, name: str, start: int, stop: int, first: int, last: int, out: Any) -> None:
         """Fill `out` with elements [first, last) of each of the rows [start, stop); nothing else is read.
@@ -155,15 +156,15 @@ class HfFolder(Closing):
             raise CheckpointError(
                 f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last} of {rows} x {whole // item}"
             )
-        fd, base = self._fds[info.file], info.offset + first * item
-        for row in range(start, stop):
-            at = (row - start) * width
-            pread_into(fd, view[at : at + width], base + row * whole, info.file)
+        base = info.offset + first * item
+        with self._open.use(info.file) as fd:
+            for row in range(start, stop):
+                at = (row - start) * width
+                pread_into(fd, view[at : at + width], base + row * whole, info.file)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._open.close()
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -249,8 +250,13 @@ def _check_layout(tensors: dict[str, TensorInfo], base: int, size: int, path: Pa
 
 
 def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
-    """(files to carry along, weight files to leave), relative and sorted."""
-    assets, ignored = [], []
+    """(files to carry along, files to leave), relative and sorted.
+
+    Left are weights that are not the model's, and what would be wrong without them: a subfolder that holds some (of
+    another format, of a trainer) as a whole, and a JSON file at the top that names one.
+    """
+    assets: list[Path] = []
+    others: list[Path] = []
     for parent, folders, names in os.walk(folder):
         # Hidden folders are caches and version control, not part of the model.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -259,14 +265,35 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
                 raise CheckpointError(f"{shown(Path(parent) / name)}: a linked folder, which is not followed")
         for name in names:
             path = Path(parent) / name
-            if path in weights or name == INDEX_FILE:
+            if path in weights or (name == INDEX_FILE and parent == str(folder)):
                 continue
-            relative = path.relative_to(folder)
-            if path.suffix in _WEIGHT_SUFFIXES or name.endswith(tuple(f"{s}.index.json" for s in _WEIGHT_SUFFIXES)):
-                ignored.append(relative)
-                continue
-            check_link(folder, path)
-            if not path.is_file():
-                raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
-            assets.append(relative)
-    return sorted(assets), sorted(ignored)
+            (others if _is_weights(name) else assets).append(path.relative_to(folder))
+    foreign = {path.parts[0] for path in others if len(path.parts) > 1}
+    named = [f'"{path.name}"'.encode() for path in others if len(path.parts) == 1]
+    kept = []
+    for asset in assets:
+        path = folder / asset
+        if asset.parts[0] in foreign:
+            others.append(asset)
+            continue
+        check_link(folder, path)
+        if not path.is_file():
+            raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
+        if len(asset.parts) == 1 and asset.suffix == ".json" and _mentions(path, named):
+            if asset.name == "config.json":
+                raise CheckpointError(f"{shown(path)}: names a weight file that is not the model's")
+            others.append(asset)
+            continue
+        kept.append(asset)
+    return sorted(kept), sorted(others)
+
+
+def _is_weights(name: str) -> bool:
+    return Path(name).suffix in _WEIGHT_SUFFIXES or name.endswith(tuple(f"{s}.index.json" for s in _WEIGHT_SUFFIXES))
+
+
+def _mentions(path: Path, names: list[bytes]) -> bool:
+    if not names:
+        return False
+    data = path.read_bytes()
+    return any(name in data for name in names)

@@ -127,7 +127,29 @@ def parse_record(record: Any, where: Where) -> Sample:
         prompt = _text(record["prompt"], f"{where}: prompt")
         completion = _text(record["completion"], f"{where}: completion")
         return Sample(where, "prompt", (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
-    return Sample(where, "messages", _messages(record, where), tools)
+    messages = _messages(record, where)
+    if messages[-1].role != "assistant":
+        raise DataError(f"{where}: the last message is of role {messages[-1].role}; it has to be the assistant's")
+    return Sample(where, "messages", messages, tools)
+
+
+def parse_prompt(record: Any, where: Where) -> Sample:
+    """Check what a model is asked: `messages` (and `tools`, media) that end before its turn, or a `prompt`.
+
+    Other columns are let be. Raises DataError.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: expected an object, found {_kind(record)}")
+    given = [key for key in ("messages", "prompt") if record.get(key) is not None]
+    if len(given) != 1:
+        raise DataError(f"{where}: has {' and '.join(given) or 'none'} of messages, prompt: exactly one is needed")
+    tools = _tools(record.get("tools"), where)
+    if given == ["prompt"]:
+        return Sample(where, "prompt", (Message("user", (_text(record["prompt"], f"{where}: prompt"),)),), tools)
+    messages = _messages(record, where)
+    if messages[-1].role not in ("user", "tool"):
+        raise DataError(f"{where}: the last message is of role {messages[-1].role}; the model answers a user or a tool")
+    return Sample(where, "messages", messages, tools)
 
 
 def _messages(record: Mapping[str, Any], where: Where) -> tuple[Message, ...]:
@@ -154,8 +176,6 @@ def _check_order(messages: Sequence[Message], where: Where) -> None:
         ):
             raise DataError(f"{at}: a tool message has to follow the assistant's tool call")
         previous = message
-    if messages[-1].role != "assistant":
-        raise DataError(f"{where}: the last message is of role {messages[-1].role}; it has to be the assistant's")
 
 
 def _message(row: Any, index: int, columns: dict[str, list[Media]], at: str) -> Message:
