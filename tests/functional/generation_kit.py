@@ -157,3 +157,18 @@ def media_prompts(folder: Path, seed: int = 0) -> dict[str, Prompt]:
 def save_adapter(folder: Path, target: Path, **options: Any) -> None:
     """On a rank: an adapter as PEFT saves it, of random values."""
     make_adapter(folder, target, **options)
+
+
+def encode_prompts(folder: Path, file: Path) -> list[Prompt]:
+    """On a rank: the prompts of a file, as the command reads them."""
+    from recipes.data.prompts import PromptEncoder, read_prompts
+
+    return list(read_prompts(file, PromptEncoder(folder)))
+
+
+def run_recipe(said: dict[str, Any], keys: list[str]) -> None:
+    """On a rank: train."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    train(resolve(said, keys))
