@@ -109,6 +109,7 @@ class Lock:
         self.owner = Owner.new()
         self._mine = path.with_name(f"{path.name}.{self.owner.token}")
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
         weakref.finalize(self, self._done.set)
 
     def is_ours(self) -> bool:
@@ -138,13 +139,13 @@ class Lock:
                     raise CheckpointError(f"{shown(self.path)}: is in the way of a lock; remove it")
                 time.sleep(0.01)
                 continue
-            owner = there[0]
+            owner, absent = there[0], 0
             gone = None if owner is None else owner.gone()
             unchanged = unchanged + 1 if there == before else 0
             alive = gone is False or (before is not None and before[0] == owner and unchanged == 0)
             if alive and not wait:
                 raise UsageError(f"{busy} ({owner or shown(self.path)})")
-            if gone or unchanged >= _STALE_POLLS:
+            if gone or (gone is None and unchanged >= _STALE_POLLS):
                 if self._displace(there) and notify is not None:
                     notify(f"{shown(self.path)}: taken over from {owner or 'an owner'}, which is gone")
                 before = None
@@ -152,9 +153,11 @@ class Lock:
             if before is None and not alive and notify is not None:
                 notify(f"{shown(self.path)}: held by {owner or 'an owner'}: waiting to see whether it is alive")
             before = there
-            time.sleep(_POLL_S)
+            # What is known at a look can be looked at often.
+            time.sleep(_POLL_S if gone is None else _POLL_S / 10)
         self._sweep()
-        threading.Thread(target=_beat, args=(self.path / _RECORD, self._done), name="lock", daemon=True).start()
+        self._thread = threading.Thread(target=_beat, args=(self.path / _RECORD, self._done), name="lock", daemon=True)
+        self._thread.start()
 
     def _prepare(self) -> None:
         for attempt in reversed(range(10)):
@@ -182,7 +185,8 @@ class Lock:
         try:
             self._mine.rename(self.path)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            # Some file systems have other words for a folder that is in the way.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or _read(self.path) is not None:
                 return False
             if error.errno in _ORDINARY:
                 raise
@@ -211,6 +215,9 @@ class Lock:
         """Give it back; what was not taken is tidied up. Raises nothing."""
         _held.pop(self.owner.token, None)
         self._done.set()
+        if self._thread is not None and self._thread.ident is not None:
+            # NFS keeps a file that is still open in its folder, under another name.
+            self._thread.join(_BEAT_S)
         with contextlib.suppress(OSError):
             if self.is_ours():
                 (self.path / _RECORD).unlink()

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from bridge.convert.atomic import staged
+from bridge.convert.atomic import check_target, staged
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
 from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
@@ -87,6 +87,10 @@ def prepare_output(run: Run) -> None:
 
     def write() -> None:
         output = Path(run.recipe.output)
+        if run.recipe.export.hf is not None:
+            # Said now, and not when there is a model to write.
+            source = run.bridge.hf_dir or run.bridge.megatron.hf  # type: ignore[union-attr]
+            check_target(Path.cwd() / run.recipe.export.hf, True, source.rglob("*"))
         output.mkdir(parents=True, exist_ok=True)
         _tidy(output)
         if run.lora is not None:

@@ -65,6 +65,25 @@ def test_a_live_process_is_named_and_a_killed_one_is_followed(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_waits_does_so_for_a_process_that_is_stopped(tmp_path: Path, hurried: None) -> None:
+    """It lives, though its record stands still."""
+    process, entered = hold(tmp_path / "lock"), threading.Event()
+
+    def wait() -> None:
+        with held(tmp_path / "lock", "busy", wait=True):
+            entered.set()
+
+    try:
+        process.send_signal(signal.SIGSTOP)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not entered.wait(1), "longer than a record from elsewhere may stand still here"
+    finally:
+        end(process)
+    assert entered.wait(60)
+    thread.join()
+
+
 def test_what_a_process_left_that_was_killed_while_it_waited(tmp_path: Path) -> None:
     dead = replace(Owner.new(), token="a" * 32, pid=2**22 + 1)
     for name in ("lock.one", "lock.two.old", "lock.empty"):
