@@ -93,7 +93,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             checkpoint.on_rank_0(open_log)
         try:
             say = log.say if log is not None else _to_nobody
-            for note in (*streams.notes, *shortened(recipe)):
+            for note in (*run.bridge.notices, *streams.notes, *shortened(recipe)):
                 say(note)
             if resumable:
                 say(f"resuming after step {progress.step}")
@@ -196,12 +196,12 @@ class _Loop:
 
     def _say_why(self) -> None:
         progress, patience = self.progress, self.recipe.train.patience
-        best = (
-            f"{progress.best_eval:.6g} of step {progress.best_step}" if progress.best_eval is not None else "a number"
-        )
+        was = "no number"
+        if progress.best_eval is not None:
+            was = f"not better than {progress.best_eval:.6g} of step {progress.best_step}"
         self._say(
-            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was not better than "
-            f"{best} in {progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
+            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was {was} in "
+            f"{progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
         )
 
     def _say(self, text: str) -> None:
