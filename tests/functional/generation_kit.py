@@ -56,15 +56,24 @@ def task(folder: Path, parallel: Parallel = Parallel(), **changes: Any) -> Model
     return replace(ModelTask(geometry, folder, False, parallel, "float32"), **changes)
 
 
+def letters(tokens: Sequence[int]) -> str:
+    """A text that has a letter for every token."""
+    return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
 def answer(
-    asked: ModelTask, prompts: Sequence[Prompt], options: SamplingOptions, without: bool = False, **settings: Any
+    asked: ModelTask,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    without: bool = False,
+    **settings: Any,
 ) -> Answers:
     """On a rank: the answers of the whole world, and the logits of the rows that this rank's replica answered.
 
     `without`: its adapters, though the model has them.
     """
     model, groups = build_model(asked)
-    generator = _Recorder(model, groups, **settings)
+    generator = _Recorder(model, groups, decode=letters, **settings)
     with disabled(model) if without else contextlib.nullcontext():
         completions = generator.generate(prompts, options)
     return Answers(completions, {index: torch.stack(rows) for index, rows in generator.recorded.items()})

@@ -23,6 +23,7 @@ from .generation_kit import (
     Answers,
     answer,
     generate_with_transformers,
+    letters,
     media_prompts,
     random_prompts,
     save_adapter,
@@ -161,6 +162,22 @@ def test_rows_end_by_themselves(ranks: RankPool, toy: Toy) -> None:
         assert ended.finish_reason == "stop"
     assert {completion.finish_reason for completion in whole.completions} == {"length"}
     assert len({len(completion.tokens) for completion in found.completions}) > 3
+
+
+def test_a_stop_string_ends_a_row_in_its_middle(ranks: RankPool, toy: Toy) -> None:
+    """Of two letters, which are two tokens: the tokens go up to its end, the text up to its beginning."""
+    folder = toy("e4b")
+    prompts = random_prompts(Geometry.from_folder(folder), (3, 9, 20))
+    whole = ask(ranks, folder, prompts, SAMPLED).completions
+    stop = whole[1].text[10:12]
+    found = ask(ranks, folder, prompts, replace(SAMPLED, stop_strings=(stop, "no letter")), max_rows=2).completions
+    for ended, completion in zip(found, whole, strict=True):
+        assert completion.text == letters(completion.tokens)
+        at = completion.text.find(stop)
+        assert ended.text == (completion.text[:at] if at >= 0 else completion.text)
+        assert ended.tokens == (completion.tokens[: at + 2] if at >= 0 else completion.tokens)
+        assert ended.finish_reason == ("stop" if at >= 0 else "length")
+    assert found[1].finish_reason == "stop" and len(found[1].tokens) <= 12
 
 
 def test_several_answers(ranks: RankPool, toy: Toy) -> None:
