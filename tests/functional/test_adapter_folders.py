@@ -316,7 +316,7 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"r": "absent"}, "r is missing"),
         ({"r": 5}, r"lora_A.weight has the shape \[4, 64\], expected \[5, 64\] \(rank 5\)"),
         ({"r": -1}, "rank is -1"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "some"}, "bias is 'some', expected one of none, all, lora_only"),
         ({"use_dora": True}, "dora does not work where experts are targeted"),
         ({"use_dora": 1}, "dora is 1"),
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.* is tied to the head, without ensure_weight_tying"),
