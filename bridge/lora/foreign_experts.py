@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bridge.errors import CheckpointError
 from bridge.lora.dress import PREFIX, Piece, each_expert, plain
-from bridge.lora.spec import LoraSpec, Part, Target, endings
+from bridge.lora.spec import ALL_LINEAR, LoraSpec, Part, Target, endings
 from bridge.lora.targets import module_names, resolve
 from bridge.mapping import Table
 
@@ -83,7 +83,7 @@ class ForeignExperts:
         return replace(target, rank=rank, alpha=alpha)
 
 
-def find_experts(keys: Iterable[str], table: Table, file: Path) -> ForeignExperts | None:
+def find_experts(keys: Iterable[str], file: Path) -> ForeignExperts | None:
     """How a folder stores experts, by its names; None where it has none, or has them as PEFT does.
 
     Raises CheckpointError for experts of several kinds.
@@ -109,7 +109,7 @@ def _without(targets: str | tuple[str, ...], theirs: list[str], table: Table) ->
     """The targets that mean modules of this model too, and not only those `theirs` experts."""
     ours = module_names(table)
     if isinstance(targets, str):
-        hits = any(re.fullmatch(targets, name) for name in ours) or targets.lower() == "all-linear"
+        hits = any(re.fullmatch(targets, name) for name in ours) or targets.lower() == ALL_LINEAR
         return targets if hits or not any(re.fullmatch(targets, name) for name in theirs) else ()
     only = {ending for name in theirs for ending in endings(name)} - {e for name in ours for e in endings(name)}
     return tuple(item for item in targets if item not in only)

@@ -57,7 +57,7 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
         named = table_for(_other_class(table.geometry, theirs))
         notes.append(f"names are those of another class of the model ({theirs}layers), read as {ours}layers")
     spec = _without_idle(config.spec, named)
-    experts = find_experts(keys, named, file) if config.foreign else None
+    experts = find_experts(keys, file) if config.foreign else None
     if experts is None:
         targets = resolve(spec, named)
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch import Tensor
 from bridge.convert.folders import import_hf
 from bridge.geometry import Geometry
 from bridge.lora.merge import merge_adapter, open_base
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, open_peft, write_peft
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft, write_peft
 from bridge.lora.source import import_peft, open_megatron
 from tests.functional.adapter_kit import load_model
 
@@ -95,10 +97,8 @@ def without_prefix(folder: Folder) -> None:
 
 def with_adapter_name(folder: Folder) -> None:
     """As they are named in memory."""
-    for kind in (".lora_A", ".lora_B"):
-        folder.rename(lambda name, kind=kind: name.replace(f"{kind}.weight", f"{kind}.default.weight"))
-    for kind in (".lora_embedding_A", ".lora_embedding_B"):
-        folder.rename(lambda name, kind=kind: name + ".default" if name.endswith(kind) else name)
+    folder.rename(lambda name: re.sub(r"(\.lora_[AB])\.weight$", r"\1.default.weight", name))
+    folder.rename(lambda name: re.sub(r"(\.lora_embedding_[AB])$", r"\1.default", name))
 
 
 def of_other_class(folder: Folder) -> None:

@@ -18,7 +18,8 @@ from bridge.convert.folders import export_hf, import_hf
 from bridge.errors import BridgeError, UsageError
 from bridge.lora.checkpoint import write_adapter
 from bridge.lora.initial import initial_values
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE
 from bridge.lora.spec import LoraSpec
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from bridge.errors import BridgeError, CheckpointError
 from bridge.geometry import Geometry
 from bridge.lora import peft_config
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, open_peft
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft
 from bridge.lora.source import base_of, open_megatron
 from bridge.mapping import table_for
 from tests.functional import dialect_kit as kit

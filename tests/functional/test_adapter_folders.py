@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.adapter import Adapter
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, open_peft, write_peft
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft, write_peft
 from bridge.mapping import Table, table_for
 from bridge.toy import VARIANTS
 from tests.functional import adapter_kit
