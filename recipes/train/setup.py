@@ -131,6 +131,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
     overrides: dict[str, Any] = {"perform_initialization": False, "kernels": recipe.model.kernels}
+    overrides["vision_mask"] = recipe.model.vision_mask
     if parallel.recompute == "full":
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":
