@@ -60,25 +60,25 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
 
 def open_with_table(stack: ExitStack, path: Path, base: str | None) -> Adapter:
     """Open a PEFT folder for the model at `base` (default: where its config says it is). Reads no weights of it."""
-    return open_peft(stack, path, table_of(*base_of(path, base)))
+    return open_peft(stack, path, table_of(base_of(path, base), revision_of(path, base)))
 
 
-def base_of(path: Path, base: str | None) -> tuple[str, str | None]:
-    """Where the base of an adapter is, as given or as the adapter says, and the revision of it on the hub.
-
-    Raises UsageError where neither says it.
-    """
-    if base is not None:
-        return base, None
-    if is_peft_folder(path):
-        config = PeftConfig.read(path)
-        base, revision = config.base, config.revision
-    else:
-        manifest, revision = _megatron(path).manifest, None
-        base = manifest.hf or manifest.megatron
+def base_of(path: Path, base: str | None) -> str:
+    """Where the base of an adapter is: as given, or as the adapter says. Raises UsageError where neither says it."""
+    if base is None:
+        if is_peft_folder(path):
+            base = PeftConfig.read(path).base
+        else:
+            manifest = _megatron(path).manifest
+            base = manifest.hf or manifest.megatron
     if base is None:
         raise UsageError(f"{path}: does not say which model it adapts; pass --base")
-    return base, revision
+    return base
+
+
+def revision_of(path: Path, base: str | None) -> str | None:
+    """The revision of its base on the hub that an adapter names; of another `base` there is none to know."""
+    return PeftConfig.read(path).revision if base is None and is_peft_folder(path) else None
 
 
 def _megatron(path: str | Path) -> AdapterFolder:
@@ -98,8 +98,7 @@ def table_of(name: str, revision: str | None = None) -> Table:
 
 def open_both(stack: ExitStack, path: Path, base: str | None) -> tuple[Base, Adapter]:
     """An adapter, PEFT's or Megatron's, and the model that it adapts."""
-    name, revision = base_of(path, base)
-    opened = open_base(stack, resolve(name, revision=revision))
+    opened = open_base(stack, resolve(base_of(path, base), revision=revision_of(path, base)))
     adapter = open_peft(stack, path, opened.table) if is_peft_folder(path) else open_megatron(stack, path)
     return opened, adapter
 

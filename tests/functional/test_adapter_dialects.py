@@ -21,7 +21,7 @@ from bridge.geometry import Geometry
 from bridge.lora import peft_config
 from bridge.lora.peft_config import CONFIG_FILE
 from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft
-from bridge.lora.source import base_of, open_megatron
+from bridge.lora.source import base_of, open_megatron, revision_of
 from bridge.mapping import table_for
 from tests.functional import dialect_kit as kit
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
@@ -255,8 +255,8 @@ def test_the_revision_of_a_base(toy: Toy, tmp_path: Path) -> None:
     folder, _ = made(toy("31b", text_only=True), tmp_path / "peft")
     folder.config |= {"base_model_name_or_path": "some/model", "revision": "abc"}
     folder.save(tmp_path / "peft")
-    assert base_of(tmp_path / "peft", None) == ("some/model", "abc")
-    assert base_of(tmp_path / "peft", "other/model") == ("other/model", None)
+    assert (base_of(tmp_path / "peft", None), revision_of(tmp_path / "peft", None)) == ("some/model", "abc")
+    assert revision_of(tmp_path / "peft", "other/model") is None
 
 
 KINDS: dict[str, dict[str, Any]] = {
