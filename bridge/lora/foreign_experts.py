@@ -63,11 +63,11 @@ class ForeignExperts:
 
         Raises a BridgeError: what `resolve` raises; experts of one layer with several ranks or alphas.
         """
-        theirs = [module for modules in self.modules.values() for module in modules]
-        modules = replace(spec, targets=_without(spec.targets, theirs, table), parameters=())
-        adapted = resolve(modules, table) if modules.targets else ()
         names = tuple(dict.fromkeys(f"experts.{name}" for _, name in self.modules))
         experts = resolve(LoraSpec(spec.rank, spec.alpha, parameters=names, rslora=spec.rslora), table)
+        theirs = [*(module for held in self.modules.values() for module in held), *(t.module for t in experts)]
+        modules = replace(spec, targets=_without(spec.targets, theirs, table), parameters=())
+        adapted = resolve(modules, table) if modules.targets else ()
         return (*(self._sized(target, spec, file) for target in experts), *adapted)
 
     def _sized(self, target: Target, spec: LoraSpec, file: Path) -> Target:

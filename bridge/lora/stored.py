@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bridge.errors import CheckpointError
+from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import shown
@@ -63,6 +63,8 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
     else:
         targets = experts.targets(spec, named, file)
         notes.append(experts.note)
+        if config.spec.dropout:
+            notes.append(f"lora_dropout ({config.spec.dropout:g}) is that of the linears: experts have none here")
     _check_tied(config, targets, named, keys)
     if experts is not None or named is not table:
         spec = spelled_out(spec, [_renamed(target, theirs, ours) for target in targets])
@@ -149,14 +151,12 @@ def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table, key
         heads = [PREFIX + name for name in table.copies_of(target.name)]
         # Stored both, they are compared when they are read: the same bits are tied, whatever the config says.
         if target.kind == "saved" and not config.ties and not all(head in keys for head in heads):
-            raise CheckpointError(
-                f"{CONFIG_FILE}: modules_to_save has {target.module}, which is tied to the head, without "
-                "ensure_weight_tying: that unties them, and here they are one"
+            raise UsageError(
+                f"modules_to_save has {target.module}, which is tied to the head, without ensure_weight_tying: that "
+                "unties them, and here they are one"
             )
         if target.kind == "embedding" and config.ties:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: ensure_weight_tying with an adapter of {target.module} is not supported"
-            )
+            raise UsageError(f"ensure_weight_tying with an adapter of {target.module} is not supported")
 
 
 def _has_v_for_k(keys: Iterable[str], table: Table) -> bool:

@@ -111,6 +111,8 @@ def of_other_class(folder: Folder) -> None:
             folder.config["target_modules"] = targets.replace(r"language_model\.", "")
     else:
         folder.rename(lambda name: name if "lm_head" in name else name.replace(text, whole))
+        names = [re.sub(r"^model\.layers", "model.language_model.layers", n) for n in folder.config["target_modules"]]
+        folder.config["target_modules"] = names
 
 
 def of_headless_class(folder: Folder) -> None:

@@ -122,7 +122,7 @@ def test_experts_one_by_one(room: str, toy: Toy, tmp_path: Path) -> None:
     config |= {"target_modules": r".*\.experts\.\d+\.\w+_proj", "rank_pattern": {"down_proj": 3}}
     adapter = kit.Folder(base, tensors, config).save(tmp_path / "adapter")
     said = taken(base, adapter, kit.logits(load_model(tmp_path / "by-hand")), tmp_path)
-    assert "one by one" in said[0] and "twice the rank" in said[0]
+    assert "one by one" in said[0] and "twice the rank" in said[0] and "experts have none here" in said[1]
     assert {target.rank for target in opened(base, adapter).targets} == {8, 3}
     first = min(name for name in tensors if name.endswith("3.up_proj.lora_B.weight"))
     config["alpha_pattern"] = {r"experts\.3\.up_proj": 1}
@@ -290,12 +290,14 @@ def composed(chance: random.Random, toy: Toy, work: Path) -> tuple[kit.Folder, t
         room = chance.choice(["experts", "moe.experts", "mlp.experts"])
         ways.append(chance.choice([kit.as_stacks, lambda folder: kit.one_by_one(folder, room, fused)]))
     changes = [way for way in (*ways, *names) if chance.random() < 0.5]
+    wrong = chance.choice([None, None, None, kit.without_a_tensor, kit.with_a_stranger, kit.with_a_field])
+    if wrong is kit.without_a_tensor:
+        wrong(folder, chance)  # of those that count
     for change in changes:
         change(folder)
-    said = [getattr(change, "__name__", "experts") for change in changes]
-    wrong = chance.choice([None, None, None, kit.without_a_tensor, kit.with_a_stranger, kit.with_a_field])
-    if wrong is not None:
+    if wrong is not None and wrong is not kit.without_a_tensor:
         wrong(folder, chance)
+    said = [getattr(change, "__name__", "experts") for change in changes]
     return folder, theirs, [variant, json.dumps(options), *said, wrong.__name__ if wrong is not None else ""]
 
 
