@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bridge.errors import CheckpointError, UsageError
@@ -50,11 +51,10 @@ class Stored:
 def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
     """Account for every tensor of a folder. Raises a BridgeError that names the tensor, or the field of the config."""
     file = source.files[0]
-    keys, notes = _with_prefix(source.tensors, file), list(config.notes)
-    theirs, ours = _class_of(keys, table, file), table.geometry.prefix
-    named = table
-    if theirs != ours:
-        named = table_for(_other_class(table.geometry, theirs))
+    notes, ours = list(config.notes), table.geometry.in_class(table.geometry.prefix)
+    keys, theirs = _with_head(_with_prefix(source.tensors, file), ours, file)
+    named = table if theirs == ours else table_for(_other_class(table.geometry))
+    if named is not table:
         notes.append(f"names are those of another class of the model ({theirs}layers), read as {ours}layers")
     spec = _without_idle(config.spec, named)
     experts = find_experts(keys, file) if config.foreign else None
@@ -67,11 +67,12 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
             notes.append(f"lora_dropout ({config.spec.dropout:g}) is that of the linears: experts have none here")
     _check_tied(config, targets, named, keys)
     if experts is not None or named is not table:
-        spec = spelled_out(spec, [_renamed(target, theirs, ours) for target in targets])
+        spec = spelled_out(spec, [replace(t, module=_moved(t.module, theirs, ours)) for t in targets])
     dress = "vllm" if config.foreign and _has_v_for_k(keys, named) else config.dress
+    on_disk = partial(_moved, theirs=named.geometry.prefix, ours=table.geometry.prefix)
     found: dict[tuple[str, Part], list[Piece]] = {}
     for piece in pieces(dress, targets, named, None if experts is None else experts.pieces):
-        found.setdefault((_rename(piece.target.name, theirs, ours), piece.part), []).append(piece)
+        found.setdefault((on_disk(piece.target.name), piece.part), []).append(piece)
     _check_tensors(source, [piece for listed in found.values() for piece in listed], keys)
     known = {piece.key for listed in found.values() for piece in listed}
     idle, copies = [], []
@@ -80,7 +81,7 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
         if what == "idle":
             idle.append(key.removeprefix(PREFIX))
         else:
-            copies.append((_rename(name, theirs, ours), keys[key]))
+            copies.append((on_disk(name), keys[key]))
     if idle:
         notes.append(
             f"{len(idle)} tensors act on nothing and are left out: layers that share K/V have no k and v of their own "
@@ -108,27 +109,26 @@ def _with_prefix(names: Iterable[str], file: Path) -> dict[str, str]:
     return keys
 
 
-def _class_of(keys: Iterable[str], table: Table, file: Path) -> str:
-    """What the names of the decoder begin with."""
+def _with_head(keys: dict[str, str], ours: str, file: Path) -> tuple[dict[str, str], str]:
+    """The names as a class with a head has them, and what those of the decoder begin with."""
     found = {match[1] for key in keys if (match := _DECODER.match(key.removeprefix(PREFIX)))}
     if len(found) > 1:
         listed = ", ".join(f"{prefix}layers" for prefix in sorted(found))
         raise CheckpointError(f"{file}: holds tensors of several classes of models ({listed})")
-    return found.pop() if found else table.geometry.prefix
+    theirs = found.pop() if found else ours
+    if theirs.startswith("model."):
+        return keys, theirs
+    return {f"{PREFIX}model.{key.removeprefix(PREFIX)}": name for key, name in keys.items()}, f"model.{theirs}"
 
 
-def _other_class(geometry: Geometry, prefix: str) -> Geometry:
-    """The decoder alone, as another class names it: towers are in no adapter that both classes know."""
-    multimodal = prefix.endswith("language_model.")
-    return replace(geometry, prefix=prefix, multimodal=multimodal, vision=None, audio=None, placeholders=None)
+def _other_class(geometry: Geometry) -> Geometry:
+    """The decoder alone, as the text class names it or the multimodal one: no adapter of a tower is of both."""
+    other = not geometry.multimodal
+    return replace(geometry, base="model.", multimodal=other, vision=None, audio=None, placeholders=None)
 
 
-def _rename(name: str, theirs: str, ours: str) -> str:
+def _moved(name: str, theirs: str, ours: str) -> str:
     return name if name == HEAD or not name.startswith(theirs) else ours + name.removeprefix(theirs)
-
-
-def _renamed(target: Target, theirs: str, ours: str) -> Target:
-    return replace(target, name=_rename(target.name, theirs, ours), module=_rename(target.module, theirs, ours))
 
 
 def _without_idle(spec: LoraSpec, table: Table) -> LoraSpec:
@@ -162,7 +162,8 @@ def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table, key
 def _has_v_for_k(keys: Iterable[str], table: Table) -> bool:
     """Whether k's factors are stored once more as v's where V is K: so that an engine serves them."""
     values = (f"layers.{layer.index}.self_attn.v_proj.lora_" for layer in table.geometry.layers if layer.k_eq_v)
-    starts = tuple(f"{PREFIX}{table.geometry.prefix}{value}" for value in values)
+    prefix = table.geometry.in_class(table.geometry.prefix)
+    starts = tuple(f"{PREFIX}{prefix}{value}" for value in values)
     return any(key.startswith(starts) for key in keys)
 
 
