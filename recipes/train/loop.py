@@ -91,7 +91,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             checkpoint.on_rank_0(open_log)
         try:
             say = log.say if log is not None else _to_nobody
-            for note in (*streams.notes, *shortened(recipe)):
+            for note in (*run.bridge.notices, *streams.notes, *shortened(recipe)):
                 say(note)
             if resumable:
                 say(f"resuming after step {progress.step}")
