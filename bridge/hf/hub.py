@@ -24,9 +24,11 @@ def resolve(name: str, *, config_only: bool = False, revision: str | None = None
     if path.exists():
         raise UsageError(f"{name}: a file; expected a model folder or a hub id such as google/gemma-4-E2B-it")
     # The hub is asked for what can be nothing but one of its ids: it takes long to say no.
-    if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
+    if not _HUB_ID.fullmatch(name):
         home = "; ~ stands for the home folder only where a shell expands it" if name.startswith("~") else ""
         raise CheckpointError(f"{name}: no such folder{home}")
+    if path.parent.is_dir():
+        raise CheckpointError(f"{name}: no such folder; no hub id either, since {path.parent} is a folder here")
     from huggingface_hub import snapshot_download
 
     try:
