@@ -107,7 +107,7 @@ def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
         ),
         (["import", folders / "peft", tmp_path / "out", "--base", folders / "hf"], "holds no complete distributed"),
         (["convert", folders / "peft", tmp_path / "out", "--format", "gguf"], "format 'gguf': expected one of peft"),
-        (["convert", folders / "peft", folders / "peft", "--format", "vllm"], "exists"),
+        (["convert", folders / "peft", folders / "peft", "--format", "vllm"], "is the source itself"),
         (["merge", folders / "peft", folders / "peft", "--overwrite"], "is the source itself"),
         (["merge", folders / "peft", folders / "hf", "--overwrite"], "is not a folder|is the source itself"),
     ]

@@ -190,7 +190,7 @@ def test_failures_leave_nothing(toy: Toy, tmp_path: Path) -> None:
     cases: list[tuple[Path, Path, type[BridgeError], str]] = [
         (tmp_path / "adapter", tmp_path / "merged", UsageError, "is an adapter, not a model"),
         (other, tmp_path / "merged", CheckpointError, "another model"),
-        (base, base, UsageError, "exists"),
+        (base, base, UsageError, "is the source itself"),
         (base, tmp_path / "adapter", UsageError, "is the source itself"),
     ]
     for where, target, kind, words in cases:
