@@ -12,10 +12,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 
 
-def resolve(name: str, *, config_only: bool = False) -> Path:
+def resolve(name: str, *, config_only: bool = False, revision: str | None = None) -> Path:
     """The local folder of `name`; a hub id is downloaded to its cache first, without weights if `config_only`.
 
-    A hub id is OWNER/NAME where there is no folder OWNER here. Raises CheckpointError, UsageError.
+    A hub id is OWNER/NAME where there is no folder OWNER here; `revision`: of it, where it is not the default one.
+    Raises CheckpointError, UsageError.
     """
     path = Path(name)
     if path.is_dir():
@@ -31,7 +32,8 @@ def resolve(name: str, *, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json"] if config_only else _PATTERNS))
+        patterns = ["config.json"] if config_only else _PATTERNS
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         # The hub's own errors are many; what they have in common is that the model could not be had.
         line = (str(error).splitlines() or [type(error).__name__])[0]
