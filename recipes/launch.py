@@ -11,7 +11,7 @@ from bridge.errors import BridgeError
 from bridge.megatron.quiet import quiet
 from recipes.check import check_startable
 from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
-from recipes.train.signals import STOPPED, Stopped, StopSignal
+from recipes.train.signals import STOPPED, StopSignal
 from recipes.train.sinks import check_sinks
 from recipes.train.sole import sole_run
 
@@ -26,7 +26,10 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
         try:
             with signalled.at_once():
                 return _run(name, overrides, signalled)
-        except Stopped:
+        except KeyboardInterrupt:
+            # `Stopped`, or what came in its place where a destructor lost it; else Ctrl-C.
+            if not signalled or signalled.interrupted:
+                raise
             why = "stopped by a signal"
         except Exception as error:
             # Another rank that was told to stop may have left this one alone in the middle of something.
