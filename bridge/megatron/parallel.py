@@ -51,6 +51,11 @@ class Parallel:
         split = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1)
         return self.cp * split
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches of a step must be a multiple of: interleaved stages take them by `pp`."""
+        return self.pp if self.vpp > 1 else 1
+
     def dp(self, world_size: int) -> int:
         """How many data-parallel replicas of the dense layers `world_size` ranks hold. Raises ParallelError."""
         dense, experts = self.tp * self.cp * self.pp, self.etp * self.ep * self.pp
