@@ -90,21 +90,25 @@ class Gemma4Block(TransformerBlock):
         # All at once: every slice by itself would give a gradient of the size of all layers.
         ple = self.ple(input_ids, embeds).unbind(2) if self.ple is not None else None
 
-        step = len(self.layers)
-        recompute = self.config.recompute_granularity == "full" and self.training
-        if recompute:
-            step = self.config.recompute_num_layers or 1
-        for start in range(0, len(self.layers), step):
-            stop = min(start + step, len(self.layers))
-            # The `block` method recomputes only so many layers of a stage; `uniform` all of them, in groups.
-            once = recompute and (self.config.recompute_method != "block" or start < step)
-            state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, once)
+        for start, stop, recompute in self._groups():
+            state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, recompute)
 
         if self.final_layernorm is not None:
             state = self.final_layernorm(state)
         if not self.post_process:
             state = self.exit.pack(state, embeds, kv, slots)
         return make_viewless_tensor(state, requires_grad=state.requires_grad, keep_graph=True)
+
+    def _groups(self) -> list[tuple[int, int, bool]]:
+        """Layers that run together: the first, the one behind the last, and whether the backward pass repeats them."""
+        end = len(self.layers)
+        if self.config.recompute_granularity != "full" or not self.training:
+            return [(0, end, False)]
+        count = min(self.config.recompute_num_layers or 1, end)
+        if self.config.recompute_method == "block":  # so many layers of a stage, singly, and none of the others
+            rest = [(count, end, False)] if count < end else []
+            return [(i, i + 1, True) for i in range(count)] + rest
+        return [(i, min(i + count, end), True) for i in range(0, end, count)]
 
     def _run(
         self,

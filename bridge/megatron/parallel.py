@@ -78,22 +78,15 @@ class Parallel:
         return " ".join(parts) or "1 rank"
 
 
-def check_groups(parallel: Parallel, experts: bool) -> None:
-    """Raise ParallelError where Megatron's groups, made before, are of another layout; `experts`: theirs count too."""
-    from megatron.core import parallel_state as made
-
-    have = {
-        "tp": made.get_tensor_model_parallel_world_size(),
-        "pp": made.get_pipeline_model_parallel_world_size(),
-        "cp": made.get_context_parallel_world_size(),
-    }
+def check_groups(parallel: Parallel, groups: ProcessGroupCollection, experts: bool) -> None:
+    """Raise ParallelError where process groups are of another layout; `experts`: those of experts count too."""
+    have = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp}
     if experts:
-        have["ep"] = made.get_expert_model_parallel_world_size()
-        have["etp"] = made.get_expert_tensor_parallel_world_size()
-    for name, size in have.items():
-        if size != getattr(parallel, name):
+        have |= {"ep": groups.ep, "etp": groups.expt_tp}
+    for name, group in have.items():
+        if group.size() != getattr(parallel, name):
             raise ParallelError(
-                f"{name}={getattr(parallel, name)}: Megatron's groups were made with {name}={size}; "
+                f"{name}={getattr(parallel, name)}: Megatron's groups were made with {name}={group.size()}; "
                 "`bridge.megatron.parallel.initialize` makes others"
             )
 

@@ -15,6 +15,7 @@ from bridge.convert.manifest import MegatronFolder
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.hf.hub import model_name
 from bridge.megatron.parallel import Parallel
 from bridge.verify.result import Check
 from bridge.verify.round_trip import check_round_trip
@@ -52,7 +53,7 @@ def verify(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
     geometry = Geometry.from_folder(hf_dir)
-    variant = hf_dir.name
+    variant = model_name(hf_dir)
     rows: list[Check] = []
     if "round-trip" in checks:
         rows += check_round_trip(hf_dir, megatron_dir, variant, workdir=workdir, progress=progress)
