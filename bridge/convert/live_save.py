@@ -86,7 +86,7 @@ def _write(
             staged(
                 target,
                 plan=f"live {uuid.uuid4()}",
-                sources=[],
+                sources=[assets_folder / asset for asset in assets],
                 needed_bytes=sum(spec.nbytes for spec in specs),
                 overwrite=overwrite,
             )

@@ -12,9 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from bridge.errors import ParallelError
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.linear import adapter_items
 from bridge.megatron.loss import LossContext, fused_loss
 from bridge.megatron.rope import rotary_tables
@@ -76,14 +78,17 @@ class Gemma4Model(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
-        visibility: Visibility | None = None,
+        visibility: Visibility | CachedStep | None = None,
         kept: Tensor | None = None,
+        *,
+        squares: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
 
         Losses are float32, 0 where the label is -100, and made without the logits (see `loss.py`); `z_loss` is a
-        factor for them. An `output_processor` of the caller's takes precedence.
+        factor for them, and the sum of what it is a factor of is added to `squares` (float64 []). An `output_processor`
+        of the caller's takes precedence.
 
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
         here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
@@ -96,11 +101,15 @@ class Gemma4Model(GPTModel):
         cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
         if visibility is None:
             visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
-        if position_ids is None:
+        if isinstance(visibility, CachedStep):
+            position_ids = visibility.position_ids
+        elif position_ids is None:
             position_ids = visibility.index
             if cu_seqlens is not None:
                 position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
         if self.pg_collection.cp.size() > 1:
+            if isinstance(visibility, CachedStep):
+                raise ParallelError("context parallelism divides rows that are there: generate with cp=1")
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             visibility = visibility.on(zigzag)
             input_ids, position_ids = zigzag.take(input_ids), zigzag.take(position_ids)
@@ -113,7 +122,7 @@ class Gemma4Model(GPTModel):
             "visibility": visibility,
         }
         if labels is not None and kwargs.get("output_processor") is None:
-            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept)}
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept, squares)}
         return super().forward(
             input_ids,
             position_ids,
