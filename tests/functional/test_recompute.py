@@ -66,5 +66,5 @@ def test_block_repeats_its_layers_singly(ranks: RankPool, toy: Toy, variant: str
     assert of("block", count) == singly
     assert as_one[0] < singly[0] < half[0] < everything[0]
     # All layers as one group hold at their peak about what is held without recompute.
-    assert singly[1] < half[1] < 0.7 * as_one[1]
+    assert singly[1] < half[1] < as_one[1]
     print({"stored": everything, "singly": singly, "half of them": half, "as one": as_one})
