@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 class Gemma4Bridge:
     """Geometry and tables of one model, and where its weights are. Opening one reads no weights.
 
-    Exactly one of `hf_dir` and `megatron` is set.
+    Exactly one of `hf_dir` and `megatron` is set. `notices`: what of the folder is not followed or left behind.
     """
 
     geometry: Geometry
     table: Table
     hf_dir: Path | None = None
     megatron: MegatronFolder | None = None
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def from_hf(cls, name: str | Path) -> Gemma4Bridge:
@@ -42,7 +43,7 @@ class Gemma4Bridge:
         with ExitStack() as stack:
             source = open_source(stack, path)
             source.table.check_folder({n: t.shape for n, t in source.folder.tensors.items()}, path)
-            return cls(source.geometry, source.table, hf_dir=path)
+            return cls(source.geometry, source.table, hf_dir=path, notices=source.notices)
 
     @classmethod
     def from_megatron(cls, path: str | Path) -> Gemma4Bridge:

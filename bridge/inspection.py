@@ -29,7 +29,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error."""
+    """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error.
+
+    `notices`: what of the config is not followed, and the files that are no part of the model.
+    """
 
     path: Path
     format: str
@@ -42,6 +45,7 @@ class Inspection:
     mapped: int
     carried: int
     files: int
+    notices: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,6 +78,7 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": dict(self.dtypes),
+            "notices": list(self.notices),
             "coverage": {"mapped": self.mapped, "carried": self.carried, "unaccounted": 0},
         }
 
@@ -91,7 +96,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             geometry, table = checkpoint.geometry, table_for(checkpoint.geometry)
             table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, checkpoint.weights)
             stored: dict[str, TensorLike] = dict(reader.tensors)
-            carried = 0
+            carried, notices = 0, tuple(f"{path}: config.json: {notice}" for notice in geometry.notices)
             if checkpoint.carried is not None:
                 beside = stack.enter_context(HfFolder(checkpoint.carried))
                 carried = len(beside.tensors)
@@ -100,7 +105,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             kind = "Megatron torch_dist"
         else:
             source = open_source(stack, path)
-            geometry, table = source.geometry, source.table
+            geometry, table, notices = source.geometry, source.table, source.notices
             table.check_folder({name: tensor.shape for name, tensor in source.folder.tensors.items()}, path)
             stored = dict(source.folder.tensors)
             carried = sum(table.is_carried(name) for name in stored)
@@ -118,6 +123,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         len(stored) - carried,
         carried,
         files,
+        notices,
     )
 
 

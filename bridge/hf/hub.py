@@ -12,9 +12,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 
 
-def resolve(name: str, *, config_only: bool = False) -> Path:
+def resolve(name: str, *, config_only: bool = False, revision: str | None = None) -> Path:
     """The local folder of `name`; a hub id is downloaded to its cache first, without weights if `config_only`.
 
+    A hub id is OWNER/NAME where there is no folder OWNER here; `revision`: of it, where it is not the default one.
     Raises CheckpointError, UsageError.
     """
     path = Path(name)
@@ -22,12 +23,17 @@ def resolve(name: str, *, config_only: bool = False) -> Path:
         return path
     if path.exists():
         raise UsageError(f"{name}: a file; expected a model folder or a hub id such as google/gemma-4-E2B-it")
+    # The hub is asked for what can be nothing but one of its ids: it takes long to say no.
     if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such folder")
+        home = "; ~ stands for the home folder only where a shell expands it" if name.startswith("~") else ""
+        raise CheckpointError(f"{name}: no such folder{home}")
+    if path.parent.is_dir():
+        raise CheckpointError(f"{name}: no such folder; no hub id either, since {path.parent} is a folder here")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json"] if config_only else _PATTERNS))
+        patterns = ["config.json"] if config_only else _PATTERNS
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         # The hub's own errors are many; what they have in common is that the model could not be had.
         line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -23,6 +23,7 @@ import bridge
 from bridge.convert.folders import export_hf, import_hf
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import BridgeError, CheckpointError
+from bridge.geometry import Geometry
 from bridge.toy import VARIANTS, write_toy
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -224,11 +225,11 @@ def test_quantized_models_and_adapters_are_no_models(toy: Path, tmp_path: Path) 
     tensors = load_file(toy / "model.safetensors")
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, toy / "model.safetensors")
-    with pytest.raises(BridgeError, match=rf"{toy}: {name} is F8_E4M3, which does not fuse with BF16"):
+    with pytest.raises(BridgeError, match=rf"{toy}: tensor {name} is F8_E4M3: quantized"):
         import_hf(toy, tmp_path / "m")
     config = json.loads((toy / "config.json").read_text())
     (toy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(BridgeError, match=r"config.json: quantization_config is 'fp8'"):
+    with pytest.raises(BridgeError, match=r"config.json: quantization_config.quant_method is 'fp8'"):
         import_hf(toy, tmp_path / "m")
     (toy / "config.json").rename(toy / "adapter_config.json")
     with pytest.raises(BridgeError, match="`adapter import` reads it"):
@@ -344,3 +345,18 @@ def test_a_conversion_imports_neither_torch_nor_megatron(made: Make, tmp_path: P
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_config_that_vanishes_after_it_was_read(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are listed later: the import was complete, but for its config."""
+    real = Geometry.from_folder
+
+    def read(path: str | Path) -> Geometry:
+        geometry = real(path)
+        (Path(path) / "config.json").unlink()
+        return geometry
+
+    monkeypatch.setattr(Geometry, "from_folder", read)
+    with pytest.raises(CheckpointError, match=r"config\.json: vanished while the folder was being read"):
+        import_hf(toy, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
