@@ -73,12 +73,11 @@ class Gemma4Bridge:
         from megatron.core import parallel_state
 
         from bridge.megatron import cpu_runtime
-        from bridge.megatron.parallel import check_groups, initialize
+        from bridge.megatron.parallel import initialize
 
         cpu_runtime.enable()
         if not parallel_state.model_parallel_is_initialized():
             initialize(provider.parallel)
-        check_groups(provider.parallel, self.geometry.moe is not None)
         return provider.build()
 
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:

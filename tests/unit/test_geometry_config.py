@@ -363,7 +363,10 @@ CHANGES: dict[str, Change] = {
         [None, [], ["config.5.0.0.json"], "other.safetensors", ""])),
     "top: attribute_map": put(None, "attribute_map", values=st.sampled_from(
         [{}, {"image_token_id": "audio_token_id"}, None])),
-    "text: attribute_map": put("text_config", "attribute_map", values=st.sampled_from([{}, {"head_dim": "eps"}])),
+    "text: attribute_map": put("text_config", "attribute_map", values=st.sampled_from(
+        [{}, {"pad_token_id": "bos_token_id"}])),
+    "text: quantization": put("text_config", "quantization_config", values=st.sampled_from(
+        [None, {}, {"quant_method": "gptq"}, {"bits": 4}])),
     "vision: section": put(None, "vision_config", values=st.sampled_from([None, {}, [], "x", {"hidden_size": 64}])),
     "vision: sizes": put("vision_config", "hidden_size", "intermediate_size", "num_hidden_layers", "patch_size",
         "num_attention_heads", "num_key_value_heads", "head_dim", "pooling_kernel_size", "position_embedding_size",
@@ -457,6 +460,11 @@ ROPE = {
 }
 OLD_NAMES: dict[str, Config] = {
     "rope_scaling replaces rope_parameters": changed("e2b", "text_config", rope_scaling=ROPE),
+    "attention for full_attention": changed(
+        "31b",
+        "text_config",
+        layer_types=[name.removeprefix("full_") for name in TOYS["31b"]["text_config"]["layer_types"]],
+    ),
     "a fraction beside them": changed("e2b", "text_config", rope_parameters=ROPE, partial_rotary_factor=0.5),
     "rope_scaling of a tower": changed("e2b", "vision_config", rope_scaling={"rope_theta": 50.0}),
     "the tower's rope is axial, whatever it says": changed(
