@@ -16,6 +16,7 @@ from bridge.geometry import Geometry, LayerGeometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import ITEM_SIZES, TensorLike
 from bridge.mapping import table_for
+from bridge.token_ids import tokens_without_rows
 from bridge.torch_dist.reader import DistReader
 
 
@@ -29,7 +30,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error."""
+    """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error.
+
+    `unknown_tokens`: (id, token, table) of the tokenizer beside the model that the table has no row for.
+    """
 
     path: Path
     format: str
@@ -42,6 +46,7 @@ class Inspection:
     mapped: int
     carried: int
     files: int
+    unknown_tokens: tuple[tuple[int, str, str], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,6 +79,9 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": dict(self.dtypes),
+            "tokens_without_rows": [
+                {"id": number, "token": token, "table": table} for number, token, table in self.unknown_tokens
+            ],
             "coverage": {"mapped": self.mapped, "carried": self.carried, "unaccounted": 0},
         }
 
@@ -96,6 +104,7 @@ def inspect_folder(path: str | Path) -> Inspection:
                 beside = stack.enter_context(HfFolder(checkpoint.carried))
                 carried = len(beside.tensors)
                 stored |= beside.tensors
+            beside_weights = checkpoint.hf
             files = len({chunk.file for tensor in reader.tensors.values() for chunk in tensor.chunks})
             kind = "Megatron torch_dist"
         else:
@@ -105,6 +114,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             stored = dict(source.folder.tensors)
             carried = sum(table.is_carried(name) for name in stored)
             files, kind = len(source.folder.files), "Hugging Face safetensors"
+            beside_weights = source.folder.path
     sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
     return Inspection(
         path,
@@ -118,6 +128,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         len(stored) - carried,
         carried,
         files,
+        tokens_without_rows(beside_weights, geometry),
     )
 
 

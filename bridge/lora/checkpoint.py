@@ -29,7 +29,7 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
 from bridge.lora.spec import LoraSpec, Part, Target
-from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, cut, part_name
+from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, canonical, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
@@ -123,8 +123,7 @@ def _canonical(reader: DistReader, table: AdapterTable, adapted: Adapted) -> Ite
         for target in (adapted.targets[source] for source in adapted.order):
             entry, index = table.by_hf_name[part_name(target.name, part)]
             whole = _read(reader, entry.key, entry.shape)
-            rows = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]
-            yield target.name, part, cut(torch.cat(rows), target, part).contiguous()
+            yield target.name, part, canonical(entry, index, whole, target, part)
 
 
 def _read(reader: DistReader, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bridge.errors import ParallelError
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
+from bridge.token_ids import embedding_tables
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -31,6 +32,9 @@ def layout_string(stages: list[range]) -> str:
 def check_layout(geometry: Geometry, parallel: Parallel) -> None:
     """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes."""
     tp = parallel.tp
+    for table in embedding_tables(geometry):
+        if table.rows <= (tp - 1) * -(-table.rows // tp):
+            raise ParallelError(f"tp={tp}: the {table.rows} rows of {table.name} leave the last rank none")
     for what, size in _split_by_tp(geometry):
         if size % tp:
             raise ParallelError(f"tp={tp} does not divide {what} ({size})")
@@ -54,8 +58,6 @@ def check_layout(geometry: Geometry, parallel: Parallel) -> None:
 
 
 def _split_by_tp(geometry: Geometry) -> Sequence[tuple[str, int]]:
-    sizes = [("the vocabulary", geometry.vocab_size), ("the attention heads", geometry.layers[0].num_attention_heads)]
-    if geometry.ple is not None:
-        sizes.append(("the per-layer vocabulary", geometry.ple.vocab_size))
+    sizes = [("the attention heads", geometry.layers[0].num_attention_heads)]
     sizes += [(f"the FFN of layer {layer.index}", layer.ffn_hidden_size) for layer in geometry.layers]
     return sizes
