@@ -69,7 +69,7 @@ class _EmptyBridge(RandomBridge):
 def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
     """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them; `lora`: changes to
     the recipe's group of that name."""
-    from recipes.config import check_recipe
+    from recipes.check import check_recipe
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from bridge import Gemma4Bridge
-from bridge.geometry import Geometry
+from bridge.geometry import AudioGeometry, Geometry
 from bridge.hf.tensors import TensorSpec
 from bridge.mapping import table_for
-from bridge.towers_geometry import AudioGeometry
 from bridge.toy.config import ToyConfig, published, shallow, shrink
 from bridge.toy.weights import block
 from bridge.toy.write import build

@@ -103,7 +103,7 @@ def recipe_of(case: Case) -> Any:
 
 def ours(case: Case) -> Step:
     """The training loop's own step: data to the device, schedule, reductions, clipping, update, counts."""
-    from recipes.config import check_recipe
+    from recipes.check import check_recipe
     from recipes.train import loop
     from recipes.train.checkpoint import Progress
     from recipes.train.data import Streams

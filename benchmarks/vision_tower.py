@@ -17,9 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bridge.geometry import Geometry
+from bridge.geometry import Geometry, VisionGeometry
 from bridge.megatron.towers.packing import Images
-from bridge.towers_geometry import VisionGeometry
 from bridge.toy.config import published
 from recipes.train.setup import start_ranks
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bridge.geometry import Geometry, LayerGeometry
-from bridge.towers_geometry import AudioGeometry, VisionGeometry
+from bridge.geometry import AudioGeometry, Geometry, LayerGeometry, VisionGeometry
 
 
 def decoder_flops(geometry: Geometry) -> int:

@@ -5,10 +5,9 @@ A key that does not exist, or a value of the wrong type, is a UsageError that na
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel
-from bridge.megatron.parts import FP8_MULTIPLE, check_names
 from recipes.keys import check_keys, meant
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -33,6 +31,8 @@ class ModelConfig:
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     `kernels`: who computes norms, activations, rotation and the loss: auto (this project's own on a GPU) or torch.
     `fp8_experts`: experts multiply in FP8, with a scale for each row, whatever the linears do.
+    `vision_mask`: whose masks of images, where transformers has two (12B): generate (those it and vLLM serve by) or
+    forward (those of its `forward`, to compare with that).
     """
 
     hf: str | None = None
@@ -43,6 +43,7 @@ class ModelConfig:
     fp8: str = "none"
     kernels: str = "auto"
     fp8_experts: bool = False
+    vision_mask: str = "generate"
 
 
 @dataclass
@@ -285,169 +286,6 @@ def find_recipe(name: str) -> Path:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every key with its value."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
-def check_recipe(recipe: Recipe, world_size: int) -> int:
-    """What can be said before the model is known; the number of microbatches per step. Raises a BridgeError."""
-    if (recipe.model.hf is None) == (recipe.model.megatron is None):
-        raise UsageError("set exactly one of model.hf and model.megatron")
-    _check_choices(recipe)
-    _check_finite(recipe)
-    _check_numbers(recipe)
-    _check_schedule(recipe)
-    _check_lora(recipe)
-    _check_export(recipe)
-    check_names(recipe.model.layer_spec, recipe.model.fp8)
-    return _check_batch(recipe, world_size)
-
-
-def _check_choices(recipe: Recipe) -> None:
-    parallel, optimizer = recipe.parallel, recipe.optimizer
-    for key, value, allowed in (
-        ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
-        ("parallel.recompute", parallel.recompute, ("none", "selective", "full")),
-        ("parallel.dispatcher", parallel.dispatcher, ("alltoall", "allgather")),
-        ("optimizer.schedule", optimizer.schedule, ("constant", "linear", "cosine", "wsd")),
-        ("optimizer.wsd_style", optimizer.wsd_style, ("linear", "cosine", "exponential", "minus_sqrt")),
-        ("optimizer.moments_dtype", optimizer.moments_dtype, ("float32", "bfloat16")),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
-
-
-def _check_numbers(recipe: Recipe) -> None:
-    train, optimizer = recipe.train, recipe.optimizer
-    for key, number, least in (
-        ("train.steps", train.steps, 1),
-        ("train.global_batch_size", train.global_batch_size, 1),
-        ("train.micro_batch_size", train.micro_batch_size, 1),
-        ("train.seq_length", train.seq_length, 2),
-        ("train.nan_limit", train.nan_limit, 1),
-        ("train.eval_batches", train.eval_batches, 1),
-        ("data.workers", recipe.data.workers, 1),
-        ("lora.rank", recipe.lora.rank, 0),
-        ("log.every", recipe.log.every, 1),
-        *(
-            (f"train.{key}", getattr(train, key), 0)
-            for key in ("seed", "eval_every", "patience", "z_loss", "aux_loss", "spike_factor")
-        ),
-        *(
-            (f"optimizer.{key}", getattr(optimizer, key), 0)
-            for key in ("lr", "min_lr", "warmup", "wsd_steps", "weight_decay", "beta1", "beta2", "clip")
-        ),
-        ("log.peak_tflops", recipe.log.peak_tflops, 0),
-        *((f"checkpoint.{key}", getattr(recipe.checkpoint, key), 0) for key in ("every", "keep")),
-    ):
-        if number < least:
-            raise UsageError(f"{key}={number}: must be at least {least}")
-    for key, number in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
-        if number >= 1:
-            raise UsageError(f"optimizer.{key}={number}: must be below 1")
-    if optimizer.eps <= 0:
-        raise UsageError(f"optimizer.eps={optimizer.eps}: must be above 0")
-
-
-def _check_schedule(recipe: Recipe) -> None:
-    train, optimizer = recipe.train, recipe.optimizer
-    if train.patience and not train.eval_every:
-        raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
-    if optimizer.min_lr > optimizer.lr:
-        raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
-    if optimizer.warmup >= train.steps:
-        raise UsageError(f"optimizer.warmup={optimizer.warmup} leaves nothing of train.steps={train.steps}")
-    if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_steps <= train.steps - optimizer.warmup:
-        raise UsageError(
-            f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
-            "steps after the warm-up"
-        )
-
-
-def _check_batch(recipe: Recipe, world_size: int) -> int:
-    """Length of a row, and rows of a step, against the layout; the number of microbatches."""
-    train, layout, multiple = recipe.train, recipe.parallel.layout(), row_multiple(recipe)
-    if train.seq_length % multiple:
-        longer = train.seq_length + -train.seq_length % multiple
-        raise UsageError(
-            f"train.seq_length={train.seq_length} is no multiple of {multiple}, as parallel.cp={layout.cp} "
-            f"(two chunks a rank) and parallel.tp={layout.tp} with sequence_parallel={layout.sequence_parallel} need"
-            f"{'' if recipe.model.fp8 == 'none' else f' and model.fp8={recipe.model.fp8}'}; {longer} would work"
-        )
-    dp = layout.dp(world_size)
-    share = train.micro_batch_size * dp
-    if train.global_batch_size % share:
-        nearest = max(share, round(train.global_batch_size / share) * share)
-        raise UsageError(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size × dp = "
-            f"{train.micro_batch_size} × {dp}; {nearest} would work"
-        )
-    microbatches = train.global_batch_size // share
-    if layout.vpp > 1 and microbatches % layout.pp:
-        raise UsageError(
-            f"parallel.vpp={layout.vpp} needs microbatches in multiples of parallel.pp={layout.pp}, there are "
-            f"{microbatches}; train.global_batch_size={share * layout.pp * max(1, round(microbatches / layout.pp))} "
-            "would work"
-        )
-    return microbatches
-
-
-def _check_finite(recipe: Recipe) -> None:
-    """No comparison refuses a NaN."""
-    for group in fields(recipe):
-        of = getattr(recipe, group.name)
-        for key in fields(of) if is_dataclass(of) else ():
-            value = getattr(of, key.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{group.name}.{key.name}={value}: is no finite number")
-
-
-def row_multiple(recipe: Recipe) -> int:
-    """What the length of a row must be a multiple of, for the layout and for what linears multiply in."""
-    return recipe.parallel.layout().row_multiple * (1 if recipe.model.fp8 == "none" else FP8_MULTIPLE)
-
-
-def _check_lora(recipe: Recipe) -> None:
-    if not recipe.lora.rank and recipe.lora.adapter is None:
-        # What shipped recipes set stays, so that lora.rank=0 makes one of them train the model itself.
-        kept = ("rank", "alpha", "targets", "parameters", "exclude", "adapter")
-        for key in (f.name for f in fields(LoraConfig) if f.name not in kept):
-            if getattr(recipe.lora, key) != getattr(LoraConfig(), key):
-                raise UsageError(f"lora.{key} needs lora.rank, or lora.adapter")
-        return
-    for key in ("targets", "exclude"):
-        value = getattr(recipe.lora, key)
-        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
-    if recipe.model.freeze:
-        raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
-
-
-def _check_export(recipe: Recipe) -> None:
-    """The export replaces the folder that it names, when all is done."""
-    if recipe.export.hf is None:
-        return
-    target = Path(recipe.export.hf).resolve()
-    for key, name in (
-        ("output", recipe.output),
-        ("model.hf", recipe.model.hf),
-        ("model.megatron", recipe.model.megatron),
-    ):
-        folder = None if name is None else Path(name).resolve()
-        if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
-            raise UsageError(f"export.hf={recipe.export.hf}: is {key}={name}, or one lies inside the other")
-
-
-def check_startable(recipe: Recipe, world_size: int) -> None:
-    """`check_recipe`, and that there is data. Raises a BridgeError."""
-    check_recipe(recipe, world_size)
-    check_data(recipe)
-
-
-def check_data(recipe: Recipe) -> None:
-    """Raise UsageError where a recipe names no data, or none to evaluate on though it wants to."""
-    if recipe.data.path is None:
-        raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
-    if recipe.train.eval_every and recipe.data.eval_path is None:
-        raise UsageError(f"train.eval_every={recipe.train.eval_every} needs data: set data.eval_path")
 
 
 def world_size_from_environment() -> int:

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from bridge.megatron.quiet import quiet
-from recipes.config import check_startable, load_recipe, rank_from_environment, world_size_from_environment
+from recipes.check import check_startable
+from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
 from recipes.train.signals import StopSignal
 from recipes.train.sole import sole_run
 

@@ -10,14 +10,12 @@ Nothing here needs the base's weights, or a process group.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
 from bridge.lora.spec import LoraSpec, Part, Target
-from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, canonical, cut, part_name
+from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, cut, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
@@ -91,46 +89,41 @@ class AdapterFolder:
         return cls(checkpoint, manifest, adapter_table(base, resolve(manifest.spec, base)))
 
     def tensors(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """(HF name of the weight on disk, part, canonical tensor on the CPU), one Megatron tensor at a time.
+        """(HF name of the weight on disk, part, canonical tensor on the CPU), in the order of the table.
 
         Shapes are those of `Target.shape_of`, dtypes as stored. Raises MappingError or
         CheckpointError where the folder holds something else than its manifest says.
         """
-        with DistReader(self.checkpoint.weights) as reader:
-            self.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, self.checkpoint.weights)
-            for adapted in self.table.adapted.values():
-                yield from _canonical(reader, self.table, adapted)
+        value = self.values()
+        for target in self.table.targets:
+            for part in target.parts:
+                yield target.name, part, value(target, part)
 
     def values(self) -> Values:
-        """The same tensors, to `inject.fill` a model with."""
+        """The same tensors, each read when it is asked for, and nothing else with it."""
         reader = DistReader(self.checkpoint.weights)
-        self.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, self.checkpoint.weights)
-        place = {t.name: adapted for adapted in self.table.adapted.values() for t in adapted.targets.values()}
-        last: dict[tuple[str, Part], Tensor] = {}
+        try:
+            self.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, self.checkpoint.weights)
+        except BaseException:
+            reader.close()
+            raise
 
         def value(target: Target, part: Part) -> Tensor:
-            if (target.name, part) not in last:
-                last.clear()
-                last.update({(n, p): t for n, p, t in _canonical(reader, self.table, place[target.name])})
-            return last[target.name, part]
+            return _canonical(reader, self.table, target, part)
 
         weakref.finalize(value, reader.close)
         return value
 
 
-def _canonical(reader: DistReader, table: AdapterTable, adapted: Adapted) -> Iterator[tuple[str, Part, Tensor]]:
-    for part in adapted.parts:
-        for target in (adapted.targets[source] for source in adapted.order):
-            entry, index = table.by_hf_name[part_name(target.name, part)]
-            whole = _read(reader, entry.key, entry.shape)
-            yield target.name, part, canonical(entry, index, whole, target, part)
-
-
-def _read(reader: DistReader, key: str, shape: tuple[int, ...]) -> Tensor:
-    dtype = TORCH_DTYPES[reader.tensors[key].dtype]
-    buffer = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    reader.read_rows(key, 0, shape[0], buffer)
-    return torch.from_numpy(buffer).view(dtype).view(shape)
+def _canonical(reader: DistReader, table: AdapterTable, target: Target, part: Part) -> Tensor:
+    """The rows of one target in the Megatron tensor that may hold those of others as well."""
+    entry, index = table.by_hf_name[part_name(target.name, part)]
+    dtype = TORCH_DTYPES[reader.tensors[entry.key].dtype]
+    whole = torch.empty(entry.sources[index].shape, dtype=dtype)
+    for block in (block for block in entry.blocks if block.source == index):
+        rows = whole[block.source_row : block.source_row + block.num_rows]
+        reader.read_rows(entry.key, block.row, block.row + block.num_rows, rows.view(torch.uint8).numpy())
+    return cut(whole, target, part).contiguous()
 
 
 def write_adapter(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import Notify, staged
-from bridge.convert.folders import Conversion
+from bridge.convert.folders import Conversion, copy_assets
 from bridge.convert.pieces import plan_digest
 from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
@@ -27,7 +27,7 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
-from bridge.lora.adapter import Adapter
+from bridge.lora.adapter import Adapter, adapter_assets
 from bridge.lora.dress import FORMATS, Piece, check_servable, engine_targets, pieces
 from bridge.lora.spec import ALL_LINEAR, LoraSpec, Part, Target
 from bridge.lora.targets import named_parameters, resolve
@@ -242,7 +242,10 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
         return source.tensors[stored[target.name, part][0].key].dtype
 
     files = (folder / CONFIG_FILE, *source.files)
-    return Adapter(folder, table, config.spec, targets, value, dtype, files, config.base)
+    assets = adapter_assets(source.assets)
+    return Adapter(
+        folder, table, config.spec, targets, value, dtype, files, config.base, assets_folder=folder, assets=assets
+    )
 
 
 def _check_tied(config: PeftConfig, targets: Sequence[Target], table: Table) -> None:
@@ -324,11 +327,12 @@ def write_peft(
     dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}
     specs = [TensorSpec(p.key, dtypes[p.target.name, p.part], p.shape) for p in planned]
     total = sum(spec.nbytes for spec in specs)
+    home = adapter.assets_folder or adapter.path
     text = json.dumps(config_json(adapter, dress), indent=2, sort_keys=True) + "\n"
     with staged(
         target,
         plan=plan_digest([], "adapter", text),
-        sources=adapter.files,
+        sources=[*adapter.files, *(home / asset for asset in adapter.assets)],
         source_folder=adapter.path,
         needed_bytes=total,
         overwrite=overwrite,
@@ -346,5 +350,6 @@ def write_peft(
                     if progress is not None:
                         progress(done, total, piece.key)
             writer.finish()
+        copy_assets(home, list(adapter.assets), stage.folder)
         write_text(stage.folder / CONFIG_FILE, text)
     return Conversion(Path(target), len(specs), total, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bridge.convert.folders import Conversion
+from bridge.convert.folders import Conversion, listed_assets
 from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
 from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
@@ -16,7 +16,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from bridge.hf.tensors import ITEM_SIZES
-from bridge.lora.adapter import Adapter
+from bridge.lora.adapter import Adapter, adapter_assets
 from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.merge import Base, open_base
 from bridge.lora.peft_folder import CONFIG_FILE, PeftConfig, open_peft
@@ -51,7 +51,9 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
     base = folder.manifest.hf or folder.manifest.megatron
     targets = tuple(folder.table.targets)
     spec, where = folder.manifest.spec, folder.checkpoint.path
-    return Adapter(where, table, spec, targets, folder.values(), dtype, files, base)
+    hf = folder.checkpoint.hf
+    assets = adapter_assets(listed_assets(hf))
+    return Adapter(where, table, spec, targets, folder.values(), dtype, files, base, assets_folder=hf, assets=assets)
 
 
 def open_with_table(stack: ExitStack, path: Path, base: str | None) -> Adapter:

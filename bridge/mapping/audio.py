@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bridge.geometry import Geometry, LayerGeometry
+from bridge.geometry import AudioGeometry, Geometry, LayerGeometry
 from bridge.mapping.table import Condition, Part, Row
 from bridge.mapping.vision import clipped_rows, tower_row
-from bridge.towers_geometry import AudioGeometry
 
 HAS_TOWER = Condition("audio tower", lambda g, layer: isinstance(g.audio, AudioGeometry))
 HAS_AUDIO = Condition("audio", lambda g, layer: g.audio is not None)

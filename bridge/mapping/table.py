@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bridge.errors import MappingError
-from bridge.geometry import Geometry, LayerGeometry
+from bridge.geometry import AudioGeometry, Geometry, LayerGeometry, VisionGeometry
 from bridge.mapping.transforms import Block, Shape, Transform, copy
-from bridge.towers_geometry import AudioGeometry, VisionGeometry
 
 # One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
 Shard = tuple[str | None, ...]

@@ -5,10 +5,9 @@ On disk the front is `model.vision_embedder`; in transformers' memory it is a pa
 
 from __future__ import annotations
 
-from bridge.geometry import Geometry
+from bridge.geometry import Geometry, UnifiedVisionGeometry
 from bridge.mapping.table import Condition, Row
 from bridge.mapping.vision import VISION_PART, tower_row
-from bridge.towers_geometry import UnifiedVisionGeometry
 
 ENCODER_FREE = Condition("encoder-free vision", lambda g, layer: isinstance(g.vision, UnifiedVisionGeometry))
 

@@ -6,10 +6,9 @@ and on its output, so that one matrix could not serve them.
 
 from __future__ import annotations
 
-from bridge.geometry import Geometry, LayerGeometry
+from bridge.geometry import Geometry, LayerGeometry, VisionGeometry
 from bridge.mapping.table import Condition, Part, Row
 from bridge.mapping.transforms import copy, scalar
-from bridge.towers_geometry import VisionGeometry
 
 HAS_TOWER = Condition("vision tower", lambda g, layer: isinstance(g.vision, VisionGeometry))
 HAS_VISION = Condition("vision", lambda g, layer: g.vision is not None)

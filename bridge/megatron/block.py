@@ -21,7 +21,7 @@ from bridge.megatron.parts import parts
 from bridge.megatron.pipeline import Boundary
 from bridge.megatron.ple import PerLayerEmbedding
 from bridge.megatron.rope import Rotary
-from bridge.megatron.visibility import Visibility
+from bridge.megatron.visibility import Visibility, mask_rule
 
 
 class Gemma4Block(TransformerBlock):
@@ -39,7 +39,10 @@ class Gemma4Block(TransformerBlock):
         backends = dict(config.attention_backends)
         geometry = config.geometry
         linears = parts(config.layer_spec)
-        specs = [layer_spec(geometry, geometry.layers[i], backends[geometry.layers[i].kind], linears) for i in layers]
+        specs = [
+            layer_spec(layer, mask_rule(geometry, layer, config.vision_mask), backends[layer.kind], linears)
+            for layer in geometry.layers[layers.start : layers.stop]
+        ]
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),

@@ -13,6 +13,7 @@ from torch import Tensor
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.megatron import kernels
+from bridge.megatron.visibility import GENERATE, check_vision_mask
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -29,13 +30,14 @@ class Gemma4TransformerConfig(TransformerConfig):
     experts multiply in FP8 (`fp8_experts.py`). `kernels` says who computes what `bridge.megatron.kernels` has kernels
     for. Raises UsageError where it names nobody. `every_gradient`: a backward pass gives every trained parameter a
     gradient, zeros where the batch had no use for it; what Megatron's overlapped gradient reduction waits for, and a
-    copy in vain for any other.
+    copy in vain for any other. `vision_mask`: see `visibility.mask_rule`.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
     pipeline_payload: int = 1
     attention_backends: tuple[tuple[str, str], ...] = (("sliding", "auto"), ("global", "auto"))
     kernels: str = "auto"
+    vision_mask: str = GENERATE
     layer_spec: str = "local"
     every_gradient: bool = True
     fp8_experts: bool = False
@@ -46,6 +48,7 @@ class Gemma4TransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_vision_mask(self.geometry, self.vision_mask)
         if self.kernels not in kernels.NAMES:
             raise UsageError(f"kernels={self.kernels}: known are {', '.join(kernels.NAMES)}")
         if self.kernels == "triton" and not kernels.installed():

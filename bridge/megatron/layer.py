@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from bridge.geometry import Geometry, LayerGeometry
+from bridge.geometry import LayerGeometry
 from bridge.megatron.activation import Gemma4MLP, gated_gelu
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig
@@ -25,7 +25,7 @@ from bridge.megatron.moe import Gemma4MoE
 from bridge.megatron.norm import RMSNorm, init_device
 from bridge.megatron.parts import Parts
 from bridge.megatron.rope import Rotary
-from bridge.megatron.visibility import Visibility, mask_rule
+from bridge.megatron.visibility import MaskRule, Visibility
 
 
 def _qkv_linear(
@@ -35,13 +35,13 @@ def _qkv_linear(
     return linear(input_size, qkv_rows(layer), **kwargs)
 
 
-def layer_spec(geometry: Geometry, layer: LayerGeometry, backend: str, parts: Parts) -> ModuleSpec:
-    """The Megatron spec of one layer, from its geometry and the classes of its linears."""
+def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: Parts) -> ModuleSpec:
+    """The Megatron spec of one layer, from its geometry, its mask and the classes of its linears."""
     attention = ModuleSpec(
         module=Gemma4Attention,
         submodules=SelfAttentionSubmodules(
             linear_qkv=partial(_qkv_linear, layer=layer, linear=parts.column),
-            core_attention=partial(CoreAttention, rule=mask_rule(geometry, layer), backend=backend),
+            core_attention=partial(CoreAttention, rule=rule, backend=backend),
             linear_proj=parts.row,
             q_layernorm=RMSNorm,
             k_layernorm=IdentityOp if layer.shares_kv else RMSNorm,

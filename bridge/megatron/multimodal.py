@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridge.errors import UsageError
-from bridge.geometry import Geometry
+from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.towers.audio import AudioTower, check_clips
@@ -30,7 +30,6 @@ from bridge.megatron.towers.unified import Projector, UnifiedVisionEmbedder
 from bridge.megatron.towers.vision import VisionTower
 from bridge.megatron.visibility import Visibility, send
 from bridge.megatron.zigzag import Zigzag
-from bridge.towers_geometry import AudioGeometry, UnifiedVisionGeometry, VisionGeometry
 
 # What can be frozen by name: the fronts (12B has one for vision only) and the projectors.
 FREEZABLE = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")

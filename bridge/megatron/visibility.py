@@ -20,14 +20,15 @@ from bridge.megatron.zigzag import Zigzag
 
 # Token types of the processors: image, video (mm_token_type_ids).
 _VISION_TYPES = (1, 2)
+# Whose masks of images are meant, where transformers has two (`check_vision_mask`).
+GENERATE, FORWARD = VISION_MASKS = ("generate", "forward")
 
 
 @dataclass(frozen=True)
 class MaskRule:
     """How a layer masks. `window` in tokens; `blocks`: what tokens of one vision block see of each other.
 
-    "causal": nothing special. "windowed": everything not further back than the window (26B, 31B sliding).
-    "full": everything (12B).
+    "causal": nothing special. "windowed": everything not further back than the window. "full": everything.
     """
 
     window: int | None
@@ -38,13 +39,32 @@ class MaskRule:
         return window if self.blocks == "causal" else f"{window} with {self.blocks} vision blocks"
 
 
-def mask_rule(geometry: Geometry, layer: LayerGeometry) -> MaskRule:
-    """The rule of one layer. The families differ: see `create_causal_mask` calls in both modeling files."""
+def mask_rule(geometry: Geometry, layer: LayerGeometry, vision_mask: str = GENERATE) -> MaskRule:
+    """The rule of one layer.
+
+    `vision_mask`: whose rule, where transformers contradicts itself (`check_vision_mask`). "generate": that of its
+    `create_masks_for_generate`, which models are served by. "forward": that of its `forward`.
+    """
     if not geometry.bidirectional_vision:
         return MaskRule(layer.window, "causal")
-    if geometry.unified:
+    if vision_mask == FORWARD:
         return MaskRule(layer.window, "full")
     return MaskRule(layer.window, "windowed" if layer.kind == "sliding" else "causal")
+
+
+def check_vision_mask(geometry: Geometry, vision_mask: str) -> None:
+    """Raise UsageError for a `vision_mask` that there is not, or not for this model.
+
+    In transformers 5.24 `Gemma4UnifiedModel.forward` lets a vision block see itself in every layer, past the window,
+    and `create_masks_for_generate` of the same class does not. In the other classes both make the same masks.
+    """
+    if vision_mask not in VISION_MASKS:
+        raise UsageError(f"vision_mask={vision_mask}: is one of {', '.join(VISION_MASKS)}")
+    if vision_mask == FORWARD and not (geometry.unified and geometry.bidirectional_vision):
+        raise UsageError(
+            f"vision_mask={FORWARD}: in transformers' {geometry.architecture} `forward` masks as generation does; "
+            f"leave it at {GENERATE}"
+        )
 
 
 class Reach(NamedTuple):

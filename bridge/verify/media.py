@@ -94,10 +94,9 @@ def tone(samples: int, dice: random.Random) -> np.ndarray:
     return (0.15 * chord * (0.3 + np.sin(2 * np.pi * 1.5 * time) ** 2)).astype(np.float32)
 
 
-def _two_videos(dice: random.Random) -> dict[str, Any]:
-    lengths = (1, 2)
+def _videos(lengths: Sequence[int], dice: random.Random) -> dict[str, Any]:
+    """Clips of so many frames each."""
     return {
-        "text": ["first <|video|> then <|video|> end"],
         "videos": [clip(frames, dice) for frames in lengths],
         "video_metadata": [
             {"total_num_frames": frames, "fps": 1.0, "frames_indices": list(range(frames)), "duration": float(frames)}
@@ -114,7 +113,12 @@ REQUESTS: Mapping[str, Callable[[random.Random], dict[str, Any]]] = {
         "text": ["<|image|> or <|image|> here"],
         "images": [[drawing(120, 40, dice), drawing(50, 70, dice)]],
     },
-    "two videos": _two_videos,
+    "two videos": lambda dice: {"text": ["first <|video|> then <|video|> end"], **_videos((1, 2), dice)},
+    "image, video": lambda dice: {
+        "text": ["see <|image|> before <|video|> end"],
+        "images": [[drawing(90, 60, dice)]],
+        **_videos((2,), dice),
+    },
     "audio": lambda dice: {"text": ["hear <|audio|> now"], "audio": [tone(14_321, dice)]},
     "image, audio, text": lambda dice: {
         "text": ["hear <|audio|> then look <|image|> and hear <|audio|> done"],

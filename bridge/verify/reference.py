@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bridge.errors import VerificationError
 from bridge.geometry import Geometry
+from bridge.megatron.visibility import GENERATE
 from bridge.verify.sample import Sample
 
 LOGITS = "logits"
@@ -19,16 +21,19 @@ GRADIENT = "gradient."
 LOSS = "loss"
 
 
-def compute_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path) -> None:
+def compute_reference(
+    folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path, vision_mask: str = GENERATE
+) -> None:
     """Run the HF model of `folder` on a sample, eager attention and eager experts, and write what it gives to `out`.
 
     The file holds `logits` [b, s, vocab] and, when asked for, `loss` and `gradient.NAME` by on-disk names.
+    `vision_mask`: whose masks (`bridge.megatron.visibility.check_vision_mask`).
     """
     geometry = Geometry.from_folder(folder)
     model = load_hf(folder, geometry, dtype)
-    inputs = {"input_ids": sample.input_ids, "attention_mask": sample.attention_mask}
+    inputs = with_masks(model, sample.inputs()) if vision_mask == GENERATE else sample.inputs()
     with torch.set_grad_enabled(gradients):
-        output = model(**inputs, **sample.features(), use_cache=False)
+        output = model(**inputs, use_cache=False)
     tensors: dict[str, Tensor] = {LOGITS: output.logits.detach().contiguous()}
     if gradients:
         loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), sample.labels.flatten())
@@ -36,6 +41,27 @@ def compute_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradient
         tensors[LOSS] = loss.detach()
         tensors |= {GRADIENT + name: gradient for name, gradient in _gradients_by_disk_name(model).items()}
     save_file(tensors, out)
+
+
+def with_masks(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a model with image tokens, the masks among them that its class generates with in a static cache.
+
+    `attention_mask` [b, s], 1 = real, becomes one [b, 1, s, s] for each kind of layer. As they are without
+    `mm_token_type_ids`.
+    """
+    types, mask = inputs.get("mm_token_type_ids"), inputs["attention_mask"]
+    if types is None:
+        return dict(inputs)
+    shapes = torch.empty((*mask.shape, 0), dtype=model.dtype)
+    masks = model.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=shapes,
+        attention_mask=mask,
+        cache=None,
+        position_ids=None,
+        mm_token_type_ids=types,
+    )
+    return {**inputs, "attention_mask": masks}
 
 
 def _gradients_by_disk_name(model: Any) -> dict[str, Tensor]:

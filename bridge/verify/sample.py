@@ -64,6 +64,10 @@ class Sample:
             move(self.input_ids), move(self.attention_mask), move(self.labels), types, self.media, self.names, bounds
         )
 
+    def inputs(self) -> dict[str, Tensor]:
+        """What a transformers model is called with."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.features()}
+
     def features(self) -> dict[str, Tensor]:
         """Token types and media as models take them: those of all rows, one after the other."""
         if self.mm_token_type_ids is None:

@@ -13,7 +13,8 @@ from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
-from recipes.config import Recipe, check_data
+from recipes.check import check_data
+from recipes.config import Recipe
 from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.options import CorpusOptions, Supervise

@@ -15,7 +15,8 @@ from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
 from bridge.megatron.parts import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
-from recipes.config import Recipe, check_recipe
+from recipes.check import check_recipe
+from recipes.config import Recipe
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
 from recipes.memory.parameters import everything

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import BridgeError, UsageError
-from recipes.config import Recipe, check_startable, load_recipe
+from recipes.check import check_startable
+from recipes.config import Recipe, load_recipe
 from recipes.memory.recipe import geometry_of, report
 from recipes.slurm.job import Job, Point, read_sweep
 

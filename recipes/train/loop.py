@@ -169,7 +169,8 @@ class _Loop:
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
-        return training_flops(self.run_.bridge.geometry, batches, self._frozen, self.run_.lora is not None)
+        geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
+        return training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
@@ -27,15 +29,13 @@ from recipes.config import LoraConfig, Recipe
 def spec_of(config: LoraConfig) -> LoraSpec | None:
     """What a recipe adapts; None where it trains weights. Raises a BridgeError."""
     if config.adapter is not None:
-        if config.rank:
-            raise UsageError("lora.adapter says what is adapted, and how: leave lora.rank at 0")
         spec, usual = AdapterFolder.open(config.adapter).manifest.spec, _options(LoraConfig())
-        for name, value in _options(config).items():
-            has = getattr(spec, name)
-            if value not in (usual[name], has):
-                raise UsageError(
-                    f"lora.{name} is {value!r}, {config.adapter} has {has!r}: leave it out, or say the same"
-                )
+        other = [name for name, value in _options(config).items() if value not in (usual[name], getattr(spec, name))]
+        if other:
+            # All of it at once: a shipped recipe sets several keys, and the user none of them.
+            listed = ", ".join(f"lora.{n} is {getattr(config, n)!r}, there {getattr(spec, n)!r}" for n in other)
+            back = " ".join(shlex.quote(f"lora.{n}={_typed(getattr(LoraConfig(), n))}") for n in other)
+            raise UsageError(f"lora.adapter={config.adapter} says what is adapted, and how; {listed}: add {back}")
         return spec
     return LoraSpec(**_options(config)) if config.rank else None
 
@@ -44,6 +44,11 @@ def _options(config: LoraConfig) -> dict[str, Any]:
     """The fields of a `LoraSpec`, as a recipe says them."""
     said = {f.name: getattr(config, f.name) for f in fields(LoraSpec)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed behind a key."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> AdapterTable:

@@ -23,7 +23,8 @@ from bridge.megatron import cpu_runtime
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
-from recipes.config import Recipe, check_recipe
+from recipes.check import check_recipe
+from recipes.config import Recipe
 from recipes.train import lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -130,6 +131,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     adapters = None if spec is None else lora.table_of(recipe.lora, spec, bridge)
     parallel, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
     overrides: dict[str, Any] = {"perform_initialization": False, "kernels": recipe.model.kernels}
+    overrides["vision_mask"] = recipe.model.vision_mask
     if parallel.recompute == "full":
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":

@@ -20,7 +20,7 @@ from bridge.megatron.loss import positions_with_labels
 from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
 from bridge.token_ids import IGNORE, check_ids, check_labels
-from recipes.config import row_multiple
+from recipes.check import row_multiple
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import MEDIA_NAMES, leave_out
 from recipes.train.setup import Run

@@ -9,7 +9,7 @@ from torch import Tensor
 from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
 from bridge.geometry import Geometry
 from bridge.megatron.multimodal import SENSES
-from bridge.megatron.visibility import Visibility, mask_rule
+from bridge.megatron.visibility import GENERATE, Visibility, mask_rule
 from bridge.token_ids import IGNORE
 
 
@@ -18,16 +18,17 @@ def training_flops(
     batches: Sequence[Mapping[str, Tensor]],
     frozen: Collection[str] = (),
     adapters: bool = False,
+    vision_mask: str = GENERATE,
 ) -> float:
     """FLOPs of forward and backward passes over batches as the data yields them (whole rows of one rank).
 
     Three times the forward pass, but of senses (`SENSES`) in `frozen` once. With `adapters` the weights are frozen and
     no gradients of them are needed: twice; attention has no weights. The adapters' own products, about a hundredth, are
-    not counted. The head counts where there is a label.
+    not counted. The head counts where there is a label. `vision_mask`: see `mask_rule`.
     """
     linears, attention, senses = 0, 0, dict.fromkeys(SENSES, 0)
     for batch in batches:
-        of_linears, of_attention = _text_flops(geometry, batch)
+        of_linears, of_attention = _text_flops(geometry, batch, vision_mask)
         linears, attention = linears + of_linears, attention + of_attention
         for name in ("image_position_ids", "video_position_ids"):
             if name in batch:
@@ -40,7 +41,7 @@ def training_flops(
     return trained * linears + 3.0 * attention + of_senses
 
 
-def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor], vision_mask: str) -> tuple[int, int]:
     """(linears with the head, attention), forward."""
     rows = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
     bounds = batch.get("cu_seqlens")
@@ -52,7 +53,7 @@ def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor]) -> tuple[int, i
     attention = 0
     pairs: dict[object, int] = {}
     for layer in geometry.layers:
-        rule = mask_rule(geometry, layer)
+        rule = mask_rule(geometry, layer, vision_mask)
         if rule not in pairs:
             reach = visibility.reach(rule)
             pairs[rule] = int((reach.stop - reach.first)[real].sum())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bridge.geometry import Geometry
-from bridge.verify.reference import LOGITS, load_hf
+from bridge.verify.reference import LOGITS, load_hf, with_masks
 from bridge.verify.sample import Sample
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -55,9 +55,7 @@ def peft_logits(folder: Path, adapter: Path, sample: Sample, out: Path) -> Path:
     """The logits of PEFT with an adapter, as a reference that `bridge.verify` compares with."""
     model = peft.PeftModel.from_pretrained(load_model(folder), adapter, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
-        logits = model(
-            input_ids=sample.input_ids, attention_mask=sample.attention_mask, **sample.features(), use_cache=False
-        ).logits
+        logits = model(**with_masks(model, sample.inputs()), use_cache=False).logits
     save_file({LOGITS: logits.contiguous()}, out)
     return out
 

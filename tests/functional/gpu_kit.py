@@ -85,7 +85,7 @@ def release() -> None:
 
 def build(case: Case, lora: Mapping[str, Any] | None = None, **changes: Any) -> Any:
     """A run of the case; `lora`, `changes`: to the groups `lora` and `train` of its recipe."""
-    from recipes.config import check_recipe
+    from recipes.check import check_recipe
     from recipes.train.setup import assemble, start_ranks
 
     recipe = recipe_of(case)

@@ -109,7 +109,7 @@ def peft_training(training: Training) -> Result:
     """The training with PEFT, transformers and torch alone."""
     import peft
 
-    from bridge.verify.reference import load_hf
+    from bridge.verify.reference import load_hf, with_masks
 
     geometry = Geometry.from_folder(training.toy)
     spec = training.spec
@@ -155,9 +155,7 @@ def peft_training(training: Training) -> Result:
         margins.real = sample.attention_mask.flatten().bool()
         optimizer.zero_grad()
         torch.manual_seed(step)
-        logits = model(
-            input_ids=sample.input_ids, attention_mask=sample.attention_mask, **sample.features(), use_cache=False
-        ).logits
+        logits = model(**with_masks(model, sample.inputs()), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sample.labels.flatten())
         loss.backward()
         if step == 0:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bridge.geometry import Geometry
+from bridge.megatron.visibility import GENERATE
 from bridge.verify.sample import Sample
 
 from .training_kit import CLIP, GLOBAL_BATCH, LR, MIN_LR, WARMUP, WEIGHT_DECAY, Trouble, fall_into
@@ -91,9 +92,14 @@ def train_media(
     return outcome.stopped, outcome.step
 
 
-def plain_media_loop(toy: str, steps: int, kinds: tuple[tuple[str, ...], ...], frozen: str = "") -> list[float]:
-    """The same training with transformers and torch alone. `frozen`: what is in the names of frozen parameters."""
-    from bridge.verify.reference import load_hf
+def plain_media_loop(
+    toy: str, steps: int, kinds: tuple[tuple[str, ...], ...], frozen: str, vision_mask: str
+) -> list[float]:
+    """The same training with transformers and torch alone. `frozen`: what is in the names of frozen parameters.
+
+    `vision_mask`: of which of its two paths, as in `ModelConfig`.
+    """
+    from bridge.verify.reference import load_hf, with_masks
 
     geometry = Geometry.from_folder(toy)
     model = load_hf(Path(toy), geometry, torch.float32).train()
@@ -115,7 +121,7 @@ def plain_media_loop(toy: str, steps: int, kinds: tuple[tuple[str, ...], ...], f
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        logits = model(**batch, use_cache=False).logits
+        logits = model(**(with_masks(model, batch) if vision_mask == GENERATE else batch), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)

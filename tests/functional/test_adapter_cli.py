@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from bridge.cli import app
 from bridge.convert.folders import export_hf, import_hf
 from bridge.errors import BridgeError, UsageError
+from bridge.lora.checkpoint import write_adapter
+from bridge.lora.initial import initial_values
 from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from bridge.lora.spec import LoraSpec
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy
 
@@ -65,6 +68,31 @@ def test_the_whole_way(folders: Path, tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len([name for name in files if name.endswith(".safetensors")]) > 1
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b"])
+def test_an_exported_folder_tokenizes_and_renders(variant: str, toy: Toy, tmp_path: Path) -> None:
+    """Whatever the format; but it is no model: without a config of one."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    base = toy(variant)
+    import_hf(base, tmp_path / "base")
+    spec = LoraSpec(2, 4.0, ".*language_model.*(q|o)_proj")
+    write_adapter(tmp_path / "adapter", tmp_path / "base", spec, initial_values(0), lambda *_: torch.float32)
+    for dress in ("peft", "vllm", "sglang"):
+        cli("export", tmp_path / "adapter", tmp_path / dress, "--format", dress)
+    cli("convert", tmp_path / "vllm", tmp_path / "converted", "--base", base)
+    for dress in ("peft", "vllm", "sglang", "converted"):
+        files = {path.name for path in (tmp_path / dress).iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}
+        assert {"tokenizer.json", "chat_template.jinja", "processor_config.json"} <= files
+        assert not files & {"config.json", "generation_config.json"}
+        assert all((tmp_path / dress / name).read_bytes() == (base / name).read_bytes() for name in files)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / dress)
+        assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+        processor = AutoProcessor.from_pretrained(tmp_path / dress)
+        said = [{"role": "user", "content": [{"type": "text", "text": "a word"}]}]
+        theirs = AutoProcessor.from_pretrained(base).apply_chat_template(said, tokenize=False)
+        assert processor.apply_chat_template(said, tokenize=False) == theirs
 
 
 def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 from contextlib import ExitStack
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from bridge import Gemma4Bridge
+from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError, UsageError
 from bridge.geometry import Geometry
-from bridge.lora.checkpoint import AdapterFolder
+from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
 from bridge.lora.merge import merge_adapter
 from bridge.lora.source import open_both
@@ -315,7 +318,7 @@ def test_a_run_goes_on_from_an_adapter(ranks: RankPool, toy: Toy, tmp_path: Path
     first, second = adapters(tmp_path / "first"), adapters(tmp_path / "second")
     assert first.keys() == second.keys() and any(part == "B" and tensor.any() for (_, part), tensor in first.items())
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
-    with pytest.raises(UsageError, match=r"lora.rslora is True, .*first has False"):
+    with pytest.raises(UsageError, match=r"lora.rslora is True, there False: add lora.rslora=false"):
         spec_of(LoraConfig(adapter=str(tmp_path / "first"), rslora=True))
     same = LoraConfig(adapter=str(tmp_path / "first"), dora=True, alpha=8, modules_to_save=["language_model.norm"])
     assert spec_of(same) == AdapterFolder.open(tmp_path / "first").manifest.spec
@@ -451,12 +454,27 @@ def test_trained_parameters_of_26b(ranks: RankPool, record_property: Any) -> Non
     assert trained == formula and 25e9 < frozen < 26e9
 
 
+def test_an_adapter_says_what_a_run_adapts(toy: Toy, tmp_path: Path) -> None:
+    """What the recipe says otherwise is refused at once, with what takes it back; the same is no contradiction."""
+    import_hf(toy("31b", text_only=True), tmp_path / "base")
+    spec, where = LoraSpec(4, 8.0, ("o_proj",)), str(tmp_path / "adapter")
+    write_adapter(where, tmp_path / "base", spec, initial_values(0), lambda *_: torch.float32)
+    assert spec_of(LoraConfig(adapter=where)) == spec
+    assert spec_of(LoraConfig(rank=4, alpha=8, targets=["o_proj"], adapter=where)) == spec
+    with pytest.raises(UsageError) as refused:
+        spec_of(LoraConfig(rank=8, alpha=16, targets=".*_proj", exclude=["q_proj"], adapter=where))
+    text = str(refused.value)
+    assert "lora.rank is 8, there 4" in text and "lora.exclude is ['q_proj'], there ()" in text
+    command = shlex.split(text.partition(": add ")[2])
+    assert command == ["lora.rank=0", "lora.alpha=32.0", "lora.targets=all-linear", "lora.exclude=[]"]
+    assert spec_of(LoraConfig(**OmegaConf.from_dotlist(command).lora, adapter=where)) == spec
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
         ({"rank": 4, "modules_to_save": ["q_proj"]}, "q_proj.weight is one weight with .*k_proj"),
         ({"rank": 4, "targets": ["q_prj"]}, "'q_prj' matches nothing"),
-        ({"rank": 4, "adapter": "somewhere"}, "leave lora.rank at 0"),
         ({"adapter": "nowhere"}, "nowhere"),
         ({"rank": -1}, "lora.rank=-1"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bridge.megatron.visibility import FORWARD, GENERATE
 from bridge.ranks import RankPool
 
 from .media_training_kit import PICTURES, SOUNDS, plain_media_loop, train_media
@@ -21,6 +22,7 @@ STEPS = 6
 CASES: dict[str, tuple[str, int, list[str]]] = {
     "e4b": ("e4b", 1, []),
     "12b": ("12b", 1, []),
+    "12b forward": ("12b", 1, ["model.vision_mask=forward"]),
     "26b-a4b": ("26b-a4b", 1, []),
     "e4b sounds": ("e4b", 1, []),
     "26b-a4b frozen": ("26b-a4b", 1, ["model.freeze=[vision]"]),
@@ -39,12 +41,12 @@ class Plain:
         self._ranks, self._toy = ranks, toy
         self._done: dict[tuple[Any, ...], list[float]] = {}
 
-    def __call__(self, variant: str, sounds: bool, frozen: str) -> list[float]:
-        key = (variant, sounds, frozen)
+    def __call__(self, variant: str, sounds: bool, frozen: str = "", vision_mask: str = GENERATE) -> list[float]:
+        key = (variant, sounds, frozen, vision_mask)
         if key not in self._done:
             kinds = SOUNDS if sounds else PICTURES
-            folder = str(self._toy(variant))
-            self._done[key] = self._ranks.run(plain_media_loop, folder, STEPS, kinds, frozen, world_size=1)[0]
+            options = str(self._toy(variant)), STEPS, kinds, frozen, vision_mask
+            self._done[key] = self._ranks.run(plain_media_loop, *options, world_size=1)[0]
         return self._done[key]
 
 
@@ -59,7 +61,8 @@ def test_media_train_as_in_transformers(
 ) -> None:
     variant, world, overrides = CASES[name]
     kinds = SOUNDS if "sounds" in name else PICTURES
-    theirs = plain(variant, "sounds" in name, "vision" if "frozen" in name else "")
+    frozen, vision_mask = "vision" if "frozen" in name else "", FORWARD if "forward" in name else GENERATE
+    theirs = plain(variant, "sounds" in name, frozen, vision_mask)
     said = recipe(toy(variant), tmp_path, STEPS)
     assert ranks.run(train_media, said, overrides, kinds, world_size=world, timeout_s=180) == [(False, STEPS)] * world
     record_property("worst", worst(losses(tmp_path), theirs))
@@ -75,6 +78,6 @@ def test_media_resume_elsewhere(
         trouble = Trouble(step, 0, signal.SIGTERM)
         stopped = ranks.run(train_media, said, overrides, SOUNDS, trouble, world_size=world, timeout_s=180)
         assert stopped == [(True, step)] * world
-    theirs = plain("e4b", True, "")
+    theirs = plain("e4b", True)
     record_property("worst", worst(losses(tmp_path), theirs))
     assert worst(losses(tmp_path), theirs) <= AGAINST_TRANSFORMERS

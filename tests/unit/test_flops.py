@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
-from bridge.geometry import Geometry
-from bridge.towers_geometry import AudioGeometry
+from bridge.geometry import AudioGeometry, Geometry
 from bridge.toy import VARIANTS, write_toy
 from bridge.toy.config import published, toy_config
 from bridge.verify.reference import load_hf
@@ -119,13 +118,18 @@ def test_windows_documents_and_labels_by_hand() -> None:
 
 
 def test_an_image_block_sees_itself() -> None:
-    """A run of 10 image tokens in a row of 12, on the 12B: they see each other, whatever the window."""
+    """A run of 10 image tokens in a row of 12, on the 12B with a window of 8: they see all of it ahead of them in
+    sliding layers, none of it in global ones; in those of transformers' `forward` they see each other everywhere."""
     geometry = Geometry.from_dict(toy_config("12b").written)
     row = {"input_ids": torch.full((1, 12), 9), "labels": torch.full((1, 12), -100)}
     types = torch.zeros(1, 12, dtype=torch.int64)
     types[0, 1:11] = 1
-    seen = 1 + 10 * 11 + 12, 1 + 10 * 10 + 7 + 8
-    assert training_flops(geometry, [row | {"mm_token_type_ids": types}]) == 3 * (
-        12 * decoder_flops(geometry)
-        + sum(attention_flops(layer) * seen[layer.kind == "sliding"] for layer in geometry.layers)
-    )
+    batch = row | {"mm_token_type_ids": types}
+    for vision_mask, seen in (
+        ("generate", (12 * 13 // 2, 1 + 7 * 11 + 10 + 9 + 8 + 8)),
+        ("forward", (1 + 10 * 11 + 12, 1 + 10 * 10 + 7 + 8)),
+    ):
+        assert training_flops(geometry, [batch], vision_mask=vision_mask) == 3 * (
+            12 * decoder_flops(geometry)
+            + sum(attention_flops(layer) * seen[layer.kind == "sliding"] for layer in geometry.layers)
+        )

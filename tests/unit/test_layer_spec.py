@@ -23,7 +23,8 @@ from bridge.megatron import parts, te_linear
 from bridge.megatron.linear import ColumnLinear, RowLinear
 from bridge.megatron.provider import Gemma4Provider
 from bridge.toy.config import toy_config
-from recipes.config import check_recipe, load_recipe, row_multiple
+from recipes.check import check_recipe, row_multiple
+from recipes.config import load_recipe
 
 GEOMETRY = Geometry.from_dict(toy_config("26b-a4b").written)
 

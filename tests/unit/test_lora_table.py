@@ -16,6 +16,7 @@ from bridge.convert.folders import import_hf
 from bridge.convert.manifest import ADAPTER_FILE
 from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.geometry import Geometry
+from bridge.lora.adapter import Adapter
 from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
 from bridge.lora.spec import LoraSpec, Part, Target
@@ -132,6 +133,36 @@ def test_written_and_read_again(base: Path, tmp_path: Path, spec: LoraSpec, dtyp
         assert torch.equal(tensor, values(target, part).to(dtype)), (name, part)
         assert torch.equal(again(target, part), tensor)
     assert {target.rank for target in targets.values()} == ({2, 4} if spec.dora else {2, 3, 4})
+
+
+def test_no_byte_is_read_twice(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order the tensors of a fused weight are asked for: a merge goes by the names on disk."""
+    from bridge.torch_dist.reader import DistReader
+
+    write_adapter(tmp_path / "adapter", base, SPEC, values, lambda *_: torch.float32)
+    opened, read = AdapterFolder.open(tmp_path / "adapter"), []
+    plain = DistReader.read_rows
+
+    def counted(self: DistReader, name: str, start: int, stop: int, out: Any) -> None:
+        read.extend((name, row) for row in range(start, stop))
+        plain(self, name, start, stop, out)
+
+    monkeypatch.setattr(DistReader, "read_rows", counted)
+    value = opened.values()
+    for target in sorted(opened.table.targets, key=lambda target: target.name):
+        for part in target.parts:
+            assert torch.equal(value(target, part).to(torch.bfloat16), values(target, part))
+    assert len(read) == len(set(read)) == sum(entry.shape[0] for entry in opened.table.entries.values())
+
+
+def test_an_error_names_a_tensor_for_each_dtype(base: Path) -> None:
+    """The factors of one target too."""
+    model = table_for(Geometry.from_folder(base / "hf"))
+    targets = resolve(LoraSpec(2, 4.0, ("q_proj",), exclude=".*vision.*"), model)
+    kinds = {"A": "F32", "B": "BF16"}
+    adapter = Adapter(base, model, SPEC, targets, values, lambda target, part: kinds[part], (), None)
+    with pytest.raises(CheckpointError, match=r"BF16 \(B of \S+layers.0.self_attn.q_proj\), F32 \(A of \S+q_proj\)"):
+        adapter.common_dtype()
 
 
 def test_the_filling_is_cut_off() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
-from recipes.config import CONFIGS, DataConfig, Recipe, check_recipe, check_startable, load_recipe, resolve, to_yaml
+from recipes.check import check_recipe, check_startable
+from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 

@@ -15,16 +15,28 @@ from bridge.megatron.attention_backends.ffpa import _documents
 from bridge.megatron.attention_backends.flex import block_mask
 from bridge.megatron.exchange import exchange_of
 from bridge.megatron.mask import mask_of
-from bridge.megatron.visibility import MaskRule, Visibility, mask_rule, vision_blocks
+from bridge.megatron.visibility import (
+    FORWARD,
+    GENERATE,
+    MaskRule,
+    Visibility,
+    check_vision_mask,
+    mask_rule,
+    vision_blocks,
+)
 from bridge.megatron.zigzag import Zigzag
 
 VARIANTS = Path(__file__).parents[2] / "bridge" / "variants"
 
 
-def rules(variant: str) -> tuple[MaskRule, MaskRule]:
+def geometry_of(variant: str) -> Geometry:
+    return Geometry.from_dict(json.loads((VARIANTS / f"{variant}.json").read_text()))
+
+
+def rules(variant: str, vision_mask: str = GENERATE) -> tuple[MaskRule, MaskRule]:
     """(sliding, global)"""
-    geometry = Geometry.from_dict(json.loads((VARIANTS / f"{variant}.json").read_text()))
-    by_kind = {layer.kind: mask_rule(geometry, layer) for layer in geometry.layers}
+    geometry = geometry_of(variant)
+    by_kind = {layer.kind: mask_rule(geometry, layer, vision_mask) for layer in geometry.layers}
     return by_kind["sliding"], by_kind["global"]
 
 
@@ -37,8 +49,8 @@ def seen(rule: MaskRule, query: int, window: int = 8) -> list[int]:
     return visibility.dense(narrowed)[0, query].nonzero().flatten().tolist()
 
 
-def test_sliding_layers_of_26b_and_31b_cut_blocks_behind_only() -> None:
-    for variant in ("26b-a4b", "31b"):
+def test_sliding_layers_cut_blocks_behind_only() -> None:
+    for variant in ("12b", "26b-a4b", "31b"):
         sliding, everywhere = rules(variant)
         assert seen(sliding, 5) == list(range(20))
         assert seen(sliding, 12) == list(range(5, 20))
@@ -46,11 +58,22 @@ def test_sliding_layers_of_26b_and_31b_cut_blocks_behind_only() -> None:
         assert seen(everywhere, 12) == list(range(13)), "never bidirectional in global layers"
 
 
-def test_12b_sees_whole_blocks_in_every_layer() -> None:
-    sliding, everywhere = rules("12b")
+def test_forward_of_12b_sees_whole_blocks_in_every_layer() -> None:
+    sliding, everywhere = rules("12b", FORWARD)
     assert seen(sliding, 19) == list(range(5, 20)), "not cut by the window"
     assert seen(everywhere, 7) == list(range(20))
     assert seen(sliding, 22) == list(range(15, 23)), "outside of a block the window holds"
+
+
+def test_vision_masks_that_there_are() -> None:
+    for variant in ("e2b", "e4b", "12b", "26b-a4b", "31b"):
+        check_vision_mask(geometry_of(variant), GENERATE)
+        if variant != "12b":
+            with pytest.raises(UsageError, match=r"Gemma4ForConditionalGeneration .* leave it at generate"):
+                check_vision_mask(geometry_of(variant), FORWARD)
+    check_vision_mask(geometry_of("12b"), FORWARD)
+    with pytest.raises(UsageError, match="vision_mask=both: is one of generate, forward"):
+        check_vision_mask(geometry_of("12b"), "both")
 
 
 def test_e2b_and_e4b_are_causal_everywhere() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import conv1d, glu, pad, relu, silu, softplus
 
 from bridge.errors import UsageError
+from bridge.geometry import AudioGeometry
 from bridge.megatron.linear import ColumnLinear, ReplicatedLinear
 from bridge.megatron.norm import RMSNorm, init_device
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
 from bridge.megatron.visibility import send
-from bridge.towers_geometry import AudioGeometry
 
 # Of the norms that transformers builds without asking the config.
 _NORM_EPS = 1e-6

@@ -10,10 +10,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from bridge.geometry import AudioGeometry, VisionGeometry
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.linear import ColumnLinear, ReplicatedLinear, RowLinear, Split
 from bridge.megatron.norm import init_device
-from bridge.towers_geometry import AudioGeometry, VisionGeometry
 
 
 class TowerContext:

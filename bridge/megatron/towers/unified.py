@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bridge.geometry import UnifiedVisionGeometry
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.norm import init_device, rms_norm
 from bridge.megatron.towers.linear import TowerContext, TowerModule
 from bridge.megatron.towers.packing import Images, pack_patches
 from bridge.megatron.visibility import send
-from bridge.towers_geometry import UnifiedVisionGeometry
 
 
 class UnifiedVisionEmbedder(TowerModule):

@@ -10,13 +10,13 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from bridge.geometry import VisionGeometry
 from bridge.megatron.activation import gated_gelu
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
 from bridge.megatron.rope import Rotary
 from bridge.megatron.towers.linear import Layers, TowerContext, TowerLinear, TowerModule
 from bridge.megatron.towers.packing import Images, PatchPack, pack_patches
-from bridge.towers_geometry import VisionGeometry
 
 
 class VisionTower(TowerModule):

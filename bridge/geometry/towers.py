@@ -1,6 +1,6 @@
 """What turns images, video and audio into soft tokens, read once from the tower sections of a config.
 
-With `geometry.py`, which calls this, it is the only reader of Hugging Face config fields. Defaults are those of
+With `model.py`, which calls this, it is the only reader of Hugging Face config fields. Defaults are those of
 transformers (`configuration_gemma4.py`, `configuration_gemma4_unified.py`): a saved config may leave out what equals
 them.
 """

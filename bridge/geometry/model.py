@@ -1,6 +1,6 @@
 """What a Gemma 4 checkpoint is made of, read once from its config.
 
-This and `towers_geometry.py` are the only readers of Hugging Face config fields; everything else asks the frozen
+This and `towers.py` are the only readers of Hugging Face config fields; everything else asks the frozen
 `Geometry`. They read plain JSON, so that a conversion need not import transformers. `tests/unit/test_geometry.py` holds
 their reading against that of the transformers classes (`configuration_gemma4.py`, `configuration_gemma4_unified.py`).
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bridge.errors import CheckpointError, GeometryError
-from bridge.towers_geometry import Audio, Placeholders, Vision, read_audio, read_placeholders, read_vision
+from bridge.geometry.towers import Audio, Placeholders, Vision, read_audio, read_placeholders, read_vision
 
 LayerKind = Literal["sliding", "global"]
 _KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "global"}
