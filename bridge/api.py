@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gemma4Bridge:
-    """Geometry and tables of one model, and where its weights are. Opening one reads no weights.
+    """Geometry and tables of one model, and where its weights are.
+
+    Opening one reads no weights, but for a folder with a head beside an embedding that its config ties it to: they are
+    compared, because transformers loads such a model untied where they differ.
 
     Exactly one of `hf_dir` and `megatron` is set.
     """

@@ -239,17 +239,30 @@ class Gatherer:
         The result is on the CPU.
         """
         receives = dst is None or dst == self._rank
+        shape = self.table.entries[key].shape[1:]
         with together():
-            # All memory that this takes; from there on nothing is left that one rank alone might fail at.
-            pieces = list(self._pieces(key, start, stop, receives))
-            shape = (stop - start, *self.table.entries[key].shape[1:])
-            whole = torch.empty(shape, dtype=self.owners[key][0].dtype, device="cpu") if receives else None
+            whole = torch.empty(stop - start, *shape, dtype=self.owners[key][0].dtype) if receives else None
+        # A device that trains has no room for all of it at once.
+        step = self.chunk_rows(key)
+        for low in range(start, stop, step):
+            self._fill(whole, key, start, range(low, min(low + step, stop)), dst)
+        return whole
+
+    def chunk_rows(self, key: str) -> int:
+        """How many rows of a tensor are sent at once, one at least."""
+        size = math.prod(self.table.entries[key].shape[1:]) * self.owners[key][0].dtype.itemsize
+        return max(1, CHUNK_BYTES // max(1, size))
+
+    def _fill(self, whole: Tensor | None, key: str, start: int, rows: range, dst: int | None) -> None:
+        """`rows` of a tensor into `whole`, which begins at row `start`, where this rank receives them."""
+        with together():
+            # All memory that this takes: from there on nothing is left that one rank alone might fail at.
+            pieces = list(self._pieces(key, rows.start, rows.stop, whole is not None))
         for owner, low, piece in pieces:
             self._move(piece, owner.rank, dst)
             if whole is not None:
                 columns = tuple(slice(o, o + n) for o, n in zip(owner.offset[1:], owner.shape[1:], strict=True))
                 whole[(slice(low - start, low - start + len(piece)), *columns)].copy_(piece)
-        return whole
 
     def _pieces(self, key: str, start: int, stop: int, receives: bool) -> Iterator[tuple[_Owner, int, Tensor]]:
         """(owner, first row, values or room for them) of what this rank sends or receives of rows [start, stop)."""

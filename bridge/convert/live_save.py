@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -53,8 +52,7 @@ def save_live(gatherer: Gatherer, bridge: Gemma4Bridge, target: Path, max_shard_
 def _chunks(gatherer: Gatherer) -> Iterator[tuple[str, int, int]]:
     """(Megatron key, first row, end) of everything, in an order and in pieces that all ranks agree on."""
     for key, entry in gatherer.table.entries.items():
-        size = math.prod(entry.shape[1:]) * gatherer.owners[key][0].dtype.itemsize
-        step, rows = max(1, CHUNK_BYTES // max(1, size)), num_rows(entry.shape)
+        step, rows = gatherer.chunk_rows(key), num_rows(entry.shape)
         for start in range(0, rows, step):
             yield key, start, min(start + step, rows)
 

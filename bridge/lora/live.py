@@ -10,7 +10,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from bridge.convert.live import CHUNK_BYTES, Gatherer
+from bridge.convert.live import Gatherer
 from bridge.errors import UsageError
 from bridge.lora.merge import Factors
 from bridge.lora.table import Adapted, AdapterTable, canonical, part_name
@@ -115,7 +115,6 @@ class MergedGatherer(Gatherer):
 
     def _base_rows(self, key: str, dst: int | None) -> Iterator[tuple[int, Tensor | None]]:
         """(first row, rows) of all of a tensor without its adapter."""
-        shape = self.table.entries[key].shape
-        step = max(1, CHUNK_BYTES // (shape[1] * self.owners[key][0].dtype.itemsize))
-        for start in range(0, shape[0], step):
-            yield start, super().rows(key, start, min(start + step, shape[0]), dst)
+        rows, step = self.table.entries[key].shape[0], self.chunk_rows(key)
+        for start in range(0, rows, step):
+            yield start, super().rows(key, start, min(start + step, rows), dst)

@@ -130,7 +130,9 @@ def _derived(
         return tuple(full[axis] for axis in kept) if gone else full
 
     def sharded(key: str, part: Tensor, box: ShardedTensor, replica_id: ReplicaId) -> ShardedTensor:
-        part = part[tuple(slice(size) for size in axes(box.local_shape, rank))]
+        shape = axes(box.local_shape, rank)
+        if tuple(part.shape) != shape:  # padding; elsewhere the parameter itself, which has a gradient beside it
+            part = part[tuple(slice(size) for size in shape)]
         return ShardedTensor(
             key,
             part,

@@ -172,8 +172,9 @@ def test_against_whole_logits(ranks: RankPool, name: str) -> None:
             torch.float32 if what == "losses" or (what == "weight" and case.main_grad) else case.dtype
         )
         if case.dtype is torch.float32:
-            assert relative(mine, other) <= FLOAT32_BOUND, what
             assert relative(mine, exact) <= FLOAT32_BOUND, what
+            # Torch sums over 262,147 words in float32, and is then itself further from the truth than that.
+            assert relative(mine, other) <= FLOAT32_BOUND or relative(other, exact) > FLOAT32_BOUND, what
         elif what == "losses":
             # The same roundings in the same places: logits, and each operation of the softcap.
             assert relative(mine, other) <= FLOAT32_BOUND, what

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bridge.convert.folders import export_hf, import_hf
@@ -24,8 +26,9 @@ from bridge.toy import VARIANTS
 from .adapter_kit import save_run
 from .conftest import References, Toy
 from .test_live import check_live, relayout
-from .test_lora_training import WITH_TABLES, Trainings, check
+from .test_lora_training import TEXT, WITH_TABLES, Trainings, check
 from .test_parity import assert_passed, compare
+from .training_kit import Trouble, losses, recipe, train_toy
 
 SP2, SP4 = Parallel(tp=2, sequence_parallel=True), Parallel(tp=4, sequence_parallel=True)
 # (variant, options of the toy, layout): of every kind of table one at least.
@@ -101,14 +104,13 @@ def trainings(ranks: RankPool, toy: Toy) -> Trainings:
     [
         ({"targets": WITH_TABLES}, {"tp": 4}, 4),
         ({"targets": WITH_TABLES, "dora": True}, {"tp": 2, "sequence_parallel": True, "pp": 2}, 4),
-        ({"targets": ["q_proj"], "modules_to_save": ("embed_tokens", "embed_tokens_per_layer")}, {"tp": 4}, 4),
+        ({"targets": TEXT, "modules_to_save": ("embed_tokens", "embed_tokens_per_layer")}, {"tp": 4}, 4),
     ],
     ids=["tables", "tables, DoRA", "trained whole"],
 )
 def test_lora_trains_as_peft_does(
     trainings: Trainings, record_property: Any, lora: dict[str, Any], parallel: dict[str, Any], world: int
 ) -> None:
-    lora = {**lora, "targets": tuple(lora["targets"]) if isinstance(lora["targets"], list) else lora["targets"]}
     check(trainings.compared("e2b", 3, 0, parallel, world, **lora), record_property)
 
 
@@ -144,9 +146,13 @@ def never_wins(folder: Path, parallel: Parallel) -> tuple[float, bool]:
 
     bridge = Gemma4Bridge.from_hf(folder)
     (model,) = bridge.build(bridge.provider(parallel, torch.float32, overrides={"perform_initialization": False}))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # as memory may be, where nothing is initialised
     bridge.load_hf_weights([model])
     rows = bridge.geometry.vocab_size
     ids = torch.arange(8, 24)[None]
+    model(ids, labels=ids).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     with torch.no_grad():
         logits: Tensor = gather_from_tensor_model_parallel_region(model.eval()(ids))
     refused = 0
@@ -173,3 +179,28 @@ def test_a_rank_without_a_word_is_refused(toy: Toy) -> None:
     geometry = Geometry.from_folder(toy("e2b", vocab_size=9, ple_vocab_size=512))
     with pytest.raises(ParallelError, match="tp=4: the 9 rows of embed_tokens leave the last rank none"):
         check_layout(geometry, Parallel(tp=4))
+
+
+def test_a_run_goes_on_at_another_tp(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    """Weights and optimizer, of a head of its own too; what it exports has the vocabulary's rows."""
+    folder = toy("e2b", vocab_size=515, ple_vocab_size=509, untied=True, text_only=True)
+    ranks.run(train_toy, recipe(folder, tmp_path / "whole", 6), [], world_size=1)
+    said = recipe(folder, tmp_path / "moved", 6)
+    for turn, tp in enumerate((2, 4), 1):
+        leave = Trouble(2 * turn, 0, signal.SIGTERM)
+        stopped = ranks.run(train_toy, said, [f"parallel.tp={tp}"], leave, world_size=tp)
+        assert stopped[0] == (True, 2 * turn)
+    ranks.run(train_toy, said, [], world_size=1)
+    ours, theirs = losses(tmp_path / "moved"), losses(tmp_path / "whole")
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) <= 1e-4
+    export_hf(tmp_path / "moved", tmp_path / "out")
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    assert shapes == {n: tuple(t.shape) for n, t in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_run_refuses_ids_without_a_row(ranks: RankPool, toy: Toy, tmp_path: Path, tp: int) -> None:
+    """What a stream of batches yields is held against the tables before any of it is looked up."""
+    folder = toy("e2b", vocab_size=100)
+    with pytest.raises(UsageError, match=r"the data: token id \d+ has no row in embed_tokens \(100 rows, vocab_size"):
+        ranks.run(train_toy, recipe(folder, tmp_path, 2), [f"parallel.tp={tp}"], world_size=tp)
