@@ -131,6 +131,10 @@ class RankPool(Closing):
         return launcher + [rank.pid for rank in self._ranks]
 
     def _need_launcher(self) -> _Launcher:
+        if self._launcher is not None and self._launcher.unanswered:
+            # An interrupt came between question and answer: the answer would be taken for that to the next question.
+            self._launcher.close()
+            self._launcher = None
         if self._launcher is None:
             self._launcher = _Launcher(self._options)
         return self._launcher
@@ -186,12 +190,12 @@ class RankPool(Closing):
             rank.connection.close()
         if launcher is None:
             return {}
-        try:
-            return launcher.kill_ranks()
-        except (OSError, ParallelError):
-            launcher.close()
-            self._launcher = None
-            return {}
+        if not launcher.unanswered:
+            with contextlib.suppress(OSError, ParallelError):
+                return launcher.kill_ranks()
+        launcher.close()
+        self._launcher = None
+        return {}
 
     def _stacks(self, ranks: list[_Rank]) -> str:
         """Where ranks that do not answer are: faulthandler writes their Python stacks on SIGUSR1, GIL or not."""
@@ -268,6 +272,7 @@ class _Launcher:
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )
         self._ready = False
+        self.unanswered = False
         self._finalizer = weakref.finalize(self, _end_launcher, self.process, self.control, self.folder, os.getpid())
 
     def start_rank(self, index: int) -> _Rank:
@@ -295,6 +300,7 @@ class _Launcher:
         try:
             # Only the first answer has to wait for the imports.
             self.control.settimeout(30.0 if self._ready else _START_TIMEOUT_S)
+            self.unanswered = True
             socket.send_fds(self.control, [json.dumps(question).encode()], descriptors)
             answer = self.control.recv(1 << 20)
         except OSError as error:
@@ -303,7 +309,7 @@ class _Launcher:
             log = self.log("launcher").rstrip()
             why = log.rpartition("\n")[2] or "their launcher ended"
             raise _noted(ParallelError(f"the ranks do not start: {why}"), log)
-        self._ready = True
+        self._ready, self.unanswered = True, False
         return dict(json.loads(answer))
 
 

@@ -35,6 +35,7 @@ def _check_choices(recipe: Recipe) -> None:
         ("optimizer.schedule", optimizer.schedule, ("constant", "linear", "cosine", "wsd")),
         ("optimizer.wsd_style", optimizer.wsd_style, ("linear", "cosine", "exponential", "minus_sqrt")),
         ("optimizer.moments_dtype", optimizer.moments_dtype, ("float32", "bfloat16")),
+        ("data.on_change", recipe.data.on_change, ("refuse", "restart")),
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
@@ -42,8 +43,13 @@ def _check_choices(recipe: Recipe) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     train, optimizer = recipe.train, recipe.optimizer
+    if not train.steps and not train.epochs:
+        raise UsageError("train.steps=0: must be at least 1; or set train.epochs")
+    if train.steps and train.epochs:
+        raise UsageError(f"train.steps={train.steps} and train.epochs={train.epochs:g}: set one of them")
     for key, number, least in (
-        ("train.steps", train.steps, 1),
+        ("train.steps", train.steps, 0),
+        ("train.epochs", train.epochs, 0),
         ("train.global_batch_size", train.global_batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.seq_length", train.seq_length, 2),
@@ -78,6 +84,8 @@ def _check_schedule(recipe: Recipe) -> None:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
+    if not train.steps:
+        return  # they follow from the data
     if optimizer.warmup >= train.steps:
         raise UsageError(f"optimizer.warmup={optimizer.warmup} leaves nothing of train.steps={train.steps}")
     if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_steps <= train.steps - optimizer.warmup:

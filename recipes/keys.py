@@ -20,6 +20,7 @@ _ELSEWHERE = {
     "adam_epsilon": "optimizer.eps",
     "max_grad_norm": "optimizer.clip",
     "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
     "max_length": "train.seq_length",
     "max_seq_length": "train.seq_length",
     "gradient_accumulation_steps": "train.global_batch_size",

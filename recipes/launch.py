@@ -28,13 +28,14 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
 
         # Before the loop imports Megatron, which this does faster where there is no GPU.
         cpu_runtime.enable()
-        from recipes.data.training import corpora, streams
+        from recipes.data.training import prepared
         from recipes.train.checkpoint import checkpoints
         from recipes.train.loop import train
 
         # What is wrong with the data is said before a model is built.
-        data = partial(streams, opened=corpora(recipe))
-        stack.enter_context(sole_run(recipe.output, rank_from_environment()))
+        recipe, data = prepared(recipe)
+        say = partial(print, file=sys.stderr)
+        stack.enter_context(sole_run(recipe.output, rank_from_environment(), say))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)

@@ -1,15 +1,12 @@
 """A target folder that is complete or absent, and a conversion that goes on where it was interrupted.
 
 All work happens in `.NAME.partial` beside the target NAME: `data/` becomes the target by one rename when everything in
-it is on the disk; `journal.jsonl` records the files that are finished. The folder itself is the lock.
+it is on the disk; `journal.jsonl` records the files that are finished. One process at a time (`bridge.convert.lock`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.errors import BridgeError, CheckpointError, UsageError
+from bridge.convert.lock import held
+from bridge.convert.replace import check_replaceable, recover, replace_folder, sync_tree
+from bridge.errors import CheckpointError, UsageError
 from bridge.hf.tensors import fsync_folder, shown, write_error
 
 Notify = Callable[[str], None]
@@ -26,18 +25,8 @@ _JOURNAL = "journal.jsonl"
 _DATA = "data"
 _OLD = "old"
 _VERSION = 1
-# A folder that --overwrite may replace has one of these (or nothing); any other was not made by a conversion.
-_MARKS = (
-    "config.json",
-    "adapter_config.json",
-    "latest_checkpointed_iteration.txt",
-    "metadata.json",
-    ".metadata",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
+# What the journal is called while folders are exchanged.
+_SWAPPING = "journal.swapping"
 
 
 class Journal:
@@ -138,64 +127,75 @@ def staged(
     say = notify or _silent
     # Not resolve(): a target that is a link is to be seen as one.
     path = Path.cwd() / target
-    _check_target(path, overwrite)
-    if source_folder is not None:
+    if source_folder is not None and path.name:
         check_apart(path, source_folder)
+    _check_target(path, overwrite, sources)
     fingerprint = source_fingerprint(plan, sources)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(path.parent, error) from None
     partial = path.parent / f".{path.name}.partial"
-    lock = _lock(partial, path)
-    journal: Journal | None = None
-    try:
+    busy = f"{shown(path)}: another process is writing it right now"
+    with held(path.parent / f".{path.name}.lock", busy, notify=say) as lock:
+        journal: Journal | None = None
+        written: os.stat_result | None = None
         try:
-            _recover(partial, path)
-            _check_target(path, overwrite)
-            journal = _open_journal(partial, fingerprint, say)
-            _check_disk(path, partial, needed_bytes)
-            (partial / _DATA).mkdir(exist_ok=True)
-            yield Stage(path, partial / _DATA, journal)
-            if source_fingerprint(plan, sources) != fingerprint:
-                journal.finished.clear()
-                raise CheckpointError(f"{shown(path)}: not written, because the source changed while it was being read")
-            _commit(partial, path, overwrite)
-        except BridgeError:
+            try:
+                recover(path, partial / _OLD)
+                _check_target(path, overwrite, sources)
+                if partial.is_symlink():
+                    raise CheckpointError(f"{shown(partial)}: is a link, which is not followed; remove it")
+                partial.mkdir(exist_ok=True)
+                journal = _open_journal(partial, fingerprint, say)
+                _check_disk(path, partial, needed_bytes)
+                data = partial / _DATA
+                data.mkdir(exist_ok=True)
+                yield Stage(path, data, journal)
+                if source_fingerprint(plan, sources) != fingerprint:
+                    journal.finished.clear()
+                    raise CheckpointError(
+                        f"{shown(path)}: not written, because the source changed while it was being read"
+                    )
+                sync_tree(data)
+                # Again, because it may have appeared since.
+                _check_target(path, overwrite, sources)
+                lock.check()
+                written = data.stat()
+                # From here on no later run may take data/ for its own unfinished work: it may hold the old target.
+                (partial / _JOURNAL).rename(partial / _SWAPPING)
+                fsync_folder(partial)
+                replace_folder(data, path, partial / _OLD)
+                _discard(partial, say)
+            except OSError as error:
+                # Whatever else was written here (assets, config): one line as well.
+                raise write_error(Path(error.filename or path), error) from None
+        except BaseException:
+            # What stands there is another's where the lock was taken over.
+            if lock.is_ours():
+                _settle(partial, path, journal, written, say)
             raise
-        except OSError as error:
-            # Whatever else was written here (assets, config): one line as well.
-            raise write_error(Path(error.filename or path), error) from None
-    except BaseException:
-        kept = journal is not None and bool(journal.finished)
-        if kept:
-            say(f"{len(journal.finished)} finished files are kept in {partial}: run the same command again to go on")  # type: ignore[union-attr]
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if journal is not None:
-            journal.close()
-        os.close(lock)
+        finally:
+            if journal is not None:
+                journal.close()
 
 
 def _silent(text: str) -> None:
     del text
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def _check_target(path: Path, overwrite: bool, sources: Iterable[Path]) -> None:
     if not path.name:
         raise UsageError(f"{shown(path)} cannot be a target")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
         raise UsageError(f"{shown(path)}: exists and is not a folder")
+    if next(path.iterdir(), None) is None:
+        return
     if not overwrite:
         raise UsageError(f"{shown(path)}: exists; remove it, choose another, or pass --overwrite")
-    if next(path.iterdir(), None) is not None and not any((path / mark).exists() for mark in _MARKS):
-        raise UsageError(
-            f"{shown(path)}: does not look like a checkpoint, so it is not overwritten; remove it yourself"
-        )
+    check_replaceable(path, (source.name for source in sources))
 
 
 def check_apart(target: Path, source: Path) -> None:
@@ -209,47 +209,9 @@ def check_apart(target: Path, source: Path) -> None:
         raise UsageError(f"{shown(target)}: the source {shown(source)} lies inside it")
 
 
-def _lock(partial: Path, target: Path) -> int:
-    """An open, locked descriptor of the working folder. The lock ends with the process, however it ends."""
-    while True:
-        try:
-            partial.mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_error(partial, error) from None
-        try:
-            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            # The one who held it removed it since.
-            continue
-        except OSError as error:
-            raise write_error(partial, error) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(fd)
-                raise UsageError(f"{shown(target)}: another process is writing it right now") from None
-            # A file system without locks: nothing to be done about it.
-        # Between open and lock the one who held it may have removed the folder.
-        try:
-            if os.path.samestat(os.fstat(fd), partial.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)
-
-
-def _recover(partial: Path, target: Path) -> None:
-    """Put back a target that an interrupted swap had moved away."""
-    old = partial / _OLD
-    if old.is_dir() and not os.path.lexists(target):
-        old.rename(target)
-    elif old.exists():
-        shutil.rmtree(old)
-
-
 def _open_journal(partial: Path, fingerprint: str, say: Notify) -> Journal:
-    stale = (partial / _JOURNAL).exists()
+    stale = (partial / _JOURNAL).exists() or (partial / _SWAPPING).exists()
+    (partial / _SWAPPING).unlink(missing_ok=True)
     journal = Journal(partial / _JOURNAL, fingerprint)
     if journal.finished:
         say(f"resuming: {len(journal.finished)} files of an interrupted run are finished")
@@ -275,37 +237,35 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.3f} MB"
 
 
-def _commit(partial: Path, target: Path, overwrite: bool) -> None:
-    """Make everything durable, then let it appear in one step."""
-    data = partial / _DATA
-    for folder, _, names in os.walk(data):
-        for name in names:
-            fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        fsync_folder(Path(folder))
-    # Again, because it may have appeared since.
-    _check_target(target, overwrite)
-    if not os.path.lexists(target):
-        data.rename(target)
-    else:
-        # After the swap data/ holds the old target: no later run may take it for its own unfinished work.
-        (partial / _JOURNAL).unlink()
-        fsync_folder(partial)
-        if not _exchange(data, target):
-            target.rename(partial / _OLD)
-            data.rename(target)
-    fsync_folder(target.parent)
-    # Holds the journal, or the target that was replaced.
+def _settle(partial: Path, path: Path, journal: Journal | None, written: os.stat_result | None, say: Notify) -> None:
+    """After an exception: `partial` goes, unless there is work in it to go on with, or a target not put back yet.
+
+    `written`: the folder that was to become the target, once that had begun.
+    """
+    landed = _is_folder(path, written)
+    if (partial / _OLD).is_dir() and not os.path.lexists(path):
+        return
+    if not landed and journal is None and (partial / _JOURNAL).exists():
+        return
+    whole = written is None or _is_folder(partial / _DATA, written)
+    if not landed and journal is not None and journal.finished and whole:
+        with contextlib.suppress(FileNotFoundError):
+            (partial / _SWAPPING).rename(partial / _JOURNAL)
+        say(f"{len(journal.finished)} finished files are kept in {partial}: run the same command again to go on")
+        return
+    _discard(partial, say)
+    if landed:
+        say(f"{shown(path)}: is complete and in its place; the interruption came after that")
+
+
+def _discard(partial: Path, say: Notify) -> None:
     shutil.rmtree(partial, ignore_errors=True)
+    if os.path.lexists(partial):
+        say(f"{shown(partial)}: cannot be removed; nothing in it is needed")
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step, where the system can."""
+def _is_folder(path: Path, info: os.stat_result | None) -> bool:
     try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
+        return info is not None and os.path.samestat(path.lstat(), info)
+    except OSError:
         return False
-    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

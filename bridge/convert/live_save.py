@@ -91,7 +91,7 @@ class _Folder:
             staged(
                 target,
                 plan=f"live {uuid.uuid4()}",
-                sources=[],
+                sources=[assets_folder / asset for asset in assets],
                 needed_bytes=sum(spec.nbytes for spec in specs),
                 overwrite=overwrite,
             )

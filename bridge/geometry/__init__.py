@@ -4,14 +4,8 @@ Everything else asks the frozen `Geometry`. Plain JSON is read, so that a conver
 `tests/unit/test_geometry*.py` hold the reading against that of the transformers classes.
 """
 
-from bridge.geometry.model import (
-    Geometry,
-    HasToDict,
-    LayerGeometry,
-    LayerKind,
-    MoeGeometry,
-    PleGeometry,
-)
+from bridge.geometry.decoder import LayerGeometry, LayerKind, MoeGeometry, PleGeometry
+from bridge.geometry.model import Geometry, HasToDict
 from bridge.geometry.towers import (
     Audio,
     AudioGeometry,

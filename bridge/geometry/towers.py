@@ -1,19 +1,19 @@
 """What turns images, video and audio into soft tokens, read once from the tower sections of a config.
 
-With `model.py`, which calls this, it is the only reader of Hugging Face config fields. Defaults are those of
-transformers (`configuration_gemma4.py`, `configuration_gemma4_unified.py`): a saved config may leave out what equals
-them.
+Defaults are those of transformers (`configuration_gemma4.py`, `configuration_gemma4_unified.py`): a saved config may
+leave out what equals them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import GeometryError
+from bridge.geometry.fields import Fields, positive, rotary, short
 
-_PLACEHOLDERS = {"image": 258_880, "video": 258_884, "audio": 258_881}
+# Of the top level of a multimodal config.
+PLACEHOLDER_DEFAULTS = {"image_token_id": 258_880, "video_token_id": 258_884, "audio_token_id": 258_881}
 _COLOURS = 3
 
 _VISION_DEFAULTS: dict[str, Any] = {
@@ -28,6 +28,8 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "rope_parameters": None,
+    "rope_scaling": None,
+    "rope_theta": 100.0,
     "pooling_kernel_size": 3,
     "patch_size": 16,
     "position_embedding_size": 10_240,
@@ -46,6 +48,7 @@ _AUDIO_DEFAULTS: dict[str, Any] = {
     "attention_context_left": 13,
     "attention_context_right": 0,
     "attention_logit_cap": 50.0,
+    "attention_invalid_logits_value": -1e9,
     "use_clipped_linears": True,
     "rms_norm_eps": 1e-6,
     "gradient_clipping": 1e10,
@@ -54,12 +57,19 @@ _AUDIO_DEFAULTS: dict[str, Any] = {
 _UNIFIED_VISION_DEFAULTS: dict[str, Any] = {
     "patch_size": 16,
     "pooling_kernel_size": 3,
+    "model_patch_size": None,
     "mm_embed_dim": 3840,
     "mm_posemb_size": 1120,
     "rms_norm_eps": 1e-6,
     "output_proj_dims": 3840,
 }
 _UNIFIED_AUDIO_DEFAULTS: dict[str, Any] = {"audio_embed_dim": 640, "rms_norm_eps": 1e-6}
+# Properties of transformers' class that set `audio_embed_dim`.
+_UNIFIED_AUDIO_ALIASES = dict.fromkeys(
+    ("hidden_size", "output_proj_dims", "audio_samples_per_token"), "audio_embed_dim"
+)
+# In published configs: what a processor does, or of the decoder. No tower reads them.
+_IGNORED = ("default_output_length", "num_soft_tokens", "global_head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -187,29 +197,30 @@ Vision = VisionGeometry | UnifiedVisionGeometry
 Audio = AudioGeometry | UnifiedAudioGeometry
 
 
-def read_placeholders(config: Mapping[str, Any]) -> Placeholders:
+def read_placeholders(fields: Fields) -> Placeholders:
     """The placeholder ids of a multimodal config. Raises GeometryError for what is no token id, or is used twice."""
     found: dict[str, int | None] = {}
-    for kind, default in _PLACEHOLDERS.items():
-        value = config.get(f"{kind}_token_id", default)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise GeometryError(f"{kind}_token_id is {value!r}, expected a token id")
+    for kind in ("image", "video", "audio"):
+        value = fields.token(f"{kind}_token_id")
         if value is not None and value in found.values():
             raise GeometryError(f"{kind}_token_id is {value}, which is another placeholder's id as well")
         found[kind] = value
     return Placeholders(**found)
 
 
-def read_vision(section: Any, unified: bool) -> Vision | None:
+def read_vision(section: Any, unified: bool, notices: list[str]) -> Vision | None:
     """The vision section of a config, None where it has none. Raises GeometryError that names the field."""
     if section is None:
         return None
-    fields = _Fields("vision_config", section, _UNIFIED_VISION_DEFAULTS if unified else _VISION_DEFAULTS)
+    defaults = _UNIFIED_VISION_DEFAULTS if unified else _VISION_DEFAULTS
+    fields = Fields("vision_config", section, defaults, notices, ignored=_IGNORED)
     if unified:
         width = fields.positive("mm_embed_dim")
         fields.must("output_proj_dims", width, "the width of mm_embed_dim")
+        patch_size = fields.positive("patch_size") * fields.positive("pooling_kernel_size")
+        fields.must("model_patch_size", patch_size, "patch_size times pooling_kernel_size")
         return UnifiedVisionGeometry(
-            patch_size=fields.positive("patch_size") * fields.positive("pooling_kernel_size"),
+            patch_size=patch_size,
             position_embedding_size=fields.positive("mm_posemb_size"),
             output_size=width,
             rms_norm_eps=fields.number("rms_norm_eps"),
@@ -234,18 +245,19 @@ def read_vision(section: Any, unified: bool) -> Vision | None:
         patch_size=fields.positive("patch_size"),
         kernel=kernel,
         position_embedding_size=fields.positive("position_embedding_size"),
-        rope_theta=_axial_theta(fields["rope_parameters"]),
+        rope_theta=_axial_theta(fields),
         rms_norm_eps=fields.number("rms_norm_eps"),
         clipped=fields.flag("use_clipped_linears"),
         standardize=fields.flag("standardize"),
     )
 
 
-def read_audio(section: Any, unified: bool) -> Audio | None:
+def read_audio(section: Any, unified: bool, notices: list[str]) -> Audio | None:
     """The audio section of a config, None where it has none. Raises GeometryError that names the field."""
     if section is None:
         return None
-    fields = _Fields("audio_config", section, _UNIFIED_AUDIO_DEFAULTS if unified else _AUDIO_DEFAULTS)
+    defaults, aliases = (_UNIFIED_AUDIO_DEFAULTS, _UNIFIED_AUDIO_ALIASES) if unified else (_AUDIO_DEFAULTS, None)
+    fields = Fields("audio_config", section, defaults, notices, aliases=aliases, ignored=_IGNORED)
     if unified:
         return UnifiedAudioGeometry(fields.positive("audio_embed_dim"), fields.number("rms_norm_eps"))
     hidden_size, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
@@ -255,10 +267,11 @@ def read_audio(section: Any, unified: bool) -> Audio | None:
     fields.must("attention_chunk_size", window, "attention_context_left - 1")
     fields.must("attention_context_right", 0)
     fields.must("hidden_act", "silu")
+    fields.must("attention_invalid_logits_value", -1e9)
     channels = fields["subsampling_conv_channels"]
     if not isinstance(channels, list | tuple) or len(channels) != 2:
-        raise GeometryError(f"audio_config.subsampling_conv_channels is {channels!r}, expected two numbers")
-    first, second = (_positive(value, "audio_config.subsampling_conv_channels") for value in channels)
+        raise GeometryError(f"audio_config.subsampling_conv_channels is {short(channels)}, expected two numbers")
+    first, second = (positive(value, "audio_config.subsampling_conv_channels") for value in channels)
     if first % 4:
         raise GeometryError(f"audio_config.subsampling_conv_channels starts with {first}, no multiple of 4")
     return AudioGeometry(
@@ -277,51 +290,14 @@ def read_audio(section: Any, unified: bool) -> Audio | None:
     )
 
 
-def _axial_theta(parameters: Any) -> float:
-    if parameters is None:
-        return 100.0
-    theta = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
-    if not isinstance(parameters, Mapping) or parameters.get("rope_type") != "axial":
-        raise GeometryError(f"vision_config.rope_parameters {parameters!r} is not supported (rope_type 'axial')")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
-        raise GeometryError(f"vision_config.rope_parameters.rope_theta is {theta!r}, expected a number above 1")
-    return float(theta)
+def _axial_theta(fields: Fields) -> float:
+    """Of the old name `rope_scaling` before `rope_parameters`; the tower knows no other type than axial.
 
-
-class _Fields:
-    """A section of the config over its defaults; every reading names the section and the key in its error."""
-
-    def __init__(self, name: str, section: Any, defaults: Mapping[str, Any]) -> None:
-        if not isinstance(section, Mapping):
-            raise GeometryError(f"{name} is not an object")
-        self._name = name
-        self._fields = dict(defaults) | {key: value for key, value in section.items() if key in defaults}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._fields[key]
-
-    def positive(self, key: str) -> int:
-        return _positive(self[key], f"{self._name}.{key}")
-
-    def number(self, key: str) -> float:
-        value = self[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise GeometryError(f"{self._name}.{key} is {value!r}, expected a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        if not isinstance(self[key], bool):
-            raise GeometryError(f"{self._name}.{key} is {self[key]!r}, expected true or false")
-        return bool(self[key])
-
-    def must(self, key: str, value: Any, why: str = "") -> None:
-        """Refuse any other value than the one that is supported. A null means the default of nothing special."""
-        if self[key] is not None and self[key] != value:
-            hint = f" ({why})" if why else ""
-            raise GeometryError(f"{self._name}.{key} is {self[key]!r}; only {value!r}{hint} is supported")
-
-
-def _positive(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**31:
-        raise GeometryError(f"{key} is {value!r}, expected a positive integer")
-    return value
+    What says `default`, or no type, is axial as well, as configs were first published.
+    """
+    key = "rope_scaling" if fields["rope_scaling"] else "rope_parameters"
+    parameters = fields[key] if fields[key] is not None else {}
+    rope_type, theta, _ = rotary(parameters, fields.where(key), (), {"rope_theta": fields["rope_theta"]})
+    if rope_type not in ("default", "axial"):
+        raise GeometryError(f"{fields.where(key)} {short(parameters)} is not supported (rope_type 'axial')")
+    return theta

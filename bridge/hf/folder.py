@@ -6,7 +6,6 @@ damaged or hostile folder ends in one CheckpointError and not in a crash, a hang
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError
+from bridge.hf.descriptors import RegularFiles
+from bridge.hf.json_file import parse_object, read_object
 from bridge.hf.tensors import (
     ITEM_SIZES,
     as_bytes,
@@ -22,7 +23,6 @@ from bridge.hf.tensors import (
     check_rows,
     inside,
     num_rows,
-    open_regular,
     pread_bytes,
     pread_into,
     row_bytes,
@@ -72,7 +72,7 @@ class HfFolder(Closing):
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
         self.files: list[Path] = []
-        self._fds: dict[Path, int] = {}
+        self._open = RegularFiles()
         if not self.path.is_dir():
             raise CheckpointError(f"{shown(self.path)}: not a folder")
         try:
@@ -107,12 +107,11 @@ class HfFolder(Closing):
 
     def _open_file(self, path: Path, listed: set[str] | None) -> None:
         """Read one header; `listed` are the tensors that the index expects in the file."""
-        if path in self._fds:
+        if path in self.files:
             raise CheckpointError(f"{shown(path)}: named twice by the index")
-        fd, size = open_regular(path)
-        self._fds[path] = fd
-        self.files.append(path)
-        tensors, metadata = _read_header(fd, size, path)
+        with self._open.use(path) as fd:
+            self.files.append(path)
+            tensors, metadata = _read_header(fd, self._open.size(path), path)
         if len(self.files) == 1:
             self.file_metadata = metadata
         if listed is not None:
@@ -134,7 +133,8 @@ class HfFolder(Closing):
             raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
         view = as_bytes(out)
         check_rows(name, info, start, stop, len(view))
-        pread_into(self._fds[info.file], view, info.offset + start * row_bytes(info), info.file)
+        with self._open.use(info.file) as fd:
+            pread_into(fd, view, info.offset + start * row_bytes(info), info.file)
 
     def read_columns(self, name: str, start: int, stop: int, first: int, last: int, out: Any) -> None:
         """Fill `out` with elements [first, last) of each of the rows [start, stop); nothing else is read.
@@ -155,25 +155,19 @@ class HfFolder(Closing):
             raise CheckpointError(
                 f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last} of {rows} x {whole // item}"
             )
-        fd, base = self._fds[info.file], info.offset + first * item
-        for row in range(start, stop):
-            at = (row - start) * width
-            pread_into(fd, view[at : at + width], base + row * whole, info.file)
+        base = info.offset + first * item
+        with self._open.use(info.file) as fd:
+            for row in range(start, stop):
+                at = (row - start) * width
+                pread_into(fd, view[at : at + width], base + row * whole, info.file)
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._open.close()
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    fd, size = open_regular(path)
-    try:
-        if size > _MAX_HEADER:
-            raise CheckpointError(f"{shown(path)}: {size} bytes, which is no index")
-        index = _parse_object(pread_bytes(fd, size, 0, path), path)
-    finally:
-        os.close(fd)
+    index = read_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(path)}: has no weight_map")
@@ -181,30 +175,6 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if not isinstance(file, str):
             raise CheckpointError(f"{shown(path)}: weight_map gives no file name for {shown(name)}")
     return weight_map, metadata if isinstance(metadata, dict) else {}
-
-
-def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys at any depth."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{shown(path)}: the key {shown(twice)} occurs twice")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
-    except RecursionError:
-        raise CheckpointError(f"{shown(path)}: JSON nested too deep") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{shown(path)}: header is not UTF-8") from None
-    except ValueError as error:
-        raise CheckpointError(f"{shown(path)}: header is not JSON ({shown(str(error))})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{shown(path)}: header is not a JSON object")
-    return value
 
 
 def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -220,7 +190,7 @@ def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo],
     data = pread_bytes(fd, length, 8, path)
     if not data.startswith(b"{"):
         raise CheckpointError(f"{shown(path)}: header does not start with '{{'")
-    header = _parse_object(data, path)
+    header = parse_object(data, path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{shown(path)}: __metadata__ is not an object of strings")

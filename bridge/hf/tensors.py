@@ -243,13 +243,14 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable. Raises CheckpointError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        # Some network file systems cannot sync a folder; they have nothing to lose by it.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS):
             raise write_error(folder, error) from None
+        # Some file systems sync no folder by itself (CIFS, FUSE): then everything that the machine has not written yet.
+        os.sync()
     finally:
         os.close(fd)

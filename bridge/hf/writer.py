@@ -7,12 +7,13 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError, UsageError
+from bridge.hf.descriptors import Descriptors
 from bridge.hf.folder import INDEX_FILE, SINGLE_FILE
 from bridge.hf.tensors import (
     ITEM_SIZES,
@@ -78,59 +79,84 @@ class RowLedger:
 
 
 class UnitFiles(Closing):
-    """Files of a known size that are written in any order, opened at their first write. Thread-safe."""
+    """Files of a known size that are written in any order, begun at their first write. Thread-safe."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._lock = threading.Lock()
-        self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._finished: set[str] = set()
+        self._files = Descriptors(self._open)
 
     def _begin(self, fd: int, file: str) -> None:
-        """What a file gets when it is opened."""
+        """What a file gets when it is begun."""
 
-    def _open(self, file: str) -> int:
-        with self._lock:
-            if file not in self._fds:
-                path = self.folder / file
-                try:
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                    self._fds[file] = fd
+    def _open(self, path: Path) -> int:
+        """Begin a file, or open one again that was begun."""
+        file = path.name
+        again = file in self._begun
+        try:
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if again else os.O_CREAT)
+            fd = os.open(path, flags, 0o666)
+            try:
+                if not again:
                     os.ftruncate(fd, self._sizes[file])
-                except OSError as error:
-                    raise write_error(path, error) from None
-                self._begin(fd, file)
-            return self._fds[file]
+                    self._begin(fd, file)
+                    self._begun.add(file)
+            except BaseException:
+                os.close(fd)
+                raise
+        except FileNotFoundError:
+            if again:
+                raise CheckpointError(f"{shown(path)}: vanished while it was being written") from None
+            raise CheckpointError(f"{shown(path)}: cannot be written (its folder vanished)") from None
+        except OSError as error:
+            raise write_error(path, error) from None
+        return fd
+
+    def _pwrite(self, file: str, parts: Iterable[memoryview | bytes], offset: int) -> None:
+        path = self.folder / file
+        with self._files.use(path) as fd:
+            pwrite_all(fd, parts, offset, path)
 
     def flush(self, unit: Unit) -> None:
         """Have what is written of a file so far brought to the disk, and out of memory. Raises CheckpointError."""
-        fd = self._fds.get(unit.file)
-        if fd is not None:
-            try:
-                os.fdatasync(fd)
-                _release(fd)
-            except OSError as error:
-                raise write_error(self.folder / unit.file, error) from None
+        if unit.file in self._begun:
+            self._sync(unit.file, os.fdatasync)
 
     def finish_unit(self, unit: Unit, *, sync: bool = True) -> None:
         """Make one file durable and close it. A file of tensors without elements is created here."""
-        fd = self._open(unit.file)
-        try:
-            if sync:
-                os.fsync(fd)
+        if sync:
+            self._sync(unit.file, os.fsync)
+        else:
+            with self._files.use(self.folder / unit.file):
+                pass
+        self._files.drop(self.folder / unit.file)
+        self._finished.add(unit.file)
+
+    def _sync(self, file: str, how: Callable[[int], None]) -> None:
+        path = self.folder / file
+        with self._files.use(path) as fd:
+            try:
+                how(fd)
                 _release(fd)
-        except OSError as error:
-            raise write_error(self.folder / unit.file, error) from None
-        finally:
-            with self._lock:
-                del self._fds[unit.file]
-            os.close(fd)
+            except OSError as error:
+                raise write_error(path, error) from None
+
+    def _finish_files(self) -> None:
+        """Make durable what is not yet, and hold every file against its size: one may have vanished since."""
+        for file, size in self._sizes.items():
+            path = self.folder / file
+            if file not in self._finished:
+                self.finish_unit(Unit(file, size, ()))
+            have = path.lstat().st_size if path.is_file() and not path.is_symlink() else None
+            if have != size:
+                what = "vanished" if have is None else f"has {have} bytes, not {size}"
+                raise CheckpointError(f"{shown(path)}: {what}, after it was written")
 
     def close(self) -> None:
         """Close the files without finishing. Safe to call twice, and after finish()."""
-        with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+        self._files.close()
 
 
 def _release(fd: int) -> None:
@@ -224,7 +250,7 @@ class HfWriter(UnitFiles):
         stop = start + (len(view) // size if size else 0)
         check_rows(name, spec, start, stop, len(view))
         file, offset = self._places[name]
-        pwrite_all(self._open(file), [view], offset + start * size, self.folder / file)
+        self._pwrite(file, [view], offset + start * size)
         self._ledger.add(name, start, stop)
 
     def _begin(self, fd: int, file: str) -> None:
@@ -256,14 +282,13 @@ class HfWriter(UnitFiles):
             os.close(fd)
         for chunk in unit.chunks:
             self._ledger.add(chunk.name, chunk.start, chunk.stop)
+        self._finished.add(unit.file)
         return True
 
     def finish(self) -> None:
         """Check that every byte was written once, write the index, make all of it durable. Raises CheckpointError."""
         self._ledger.check()
-        for file in self._shards:
-            if file in self._fds or not (self.folder / file).exists():
-                self.finish_unit(Unit(file, self._sizes[file], ()))
+        self._finish_files()
         if len(self._shards) > 1:
             write_text(self.folder / INDEX_FILE, json.dumps(self._index(), indent=2, sort_keys=True) + "\n")
         fsync_folder(self.folder)

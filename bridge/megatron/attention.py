@@ -14,6 +14,7 @@ from torch import Tensor
 from bridge.geometry import LayerGeometry
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.kernels import fused
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.rope import Rotary, rotate
 from bridge.megatron.visibility import Visibility
@@ -92,7 +93,7 @@ class Gemma4Attention(SelfAttention):
         self,
         hidden_states: Tensor,
         rotary: Rotary,
-        visibility: Visibility,
+        visibility: Visibility | CachedStep,
         shared_kv: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[s (/tp), b, h] -> the same, and the keys and values used. `shared_kv` is what a KV-shared layer reads."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from bridge.geometry import LayerKind
 from bridge.megatron.attention import KeyValue
 from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.layer import layer_spec
 from bridge.megatron.norm import RMSNorm
 from bridge.megatron.parts import parts
@@ -65,7 +66,7 @@ class Gemma4Block(TransformerBlock):
         *,
         input_ids: Tensor,
         rotary: dict[LayerKind, Rotary],
-        visibility: Visibility,
+        visibility: Visibility | CachedStep,
         **unused: Any,
     ) -> Tensor:
         """The input embeddings [s (/tp), b, h] on the first stage, else None: then what `set_input_tensor` was given.
@@ -90,6 +91,26 @@ class Gemma4Block(TransformerBlock):
         # All at once: every slice by itself would give a gradient of the size of all layers.
         ple = self.ple(input_ids, embeds).unbind(2) if self.ple is not None else None
 
+        if isinstance(visibility, CachedStep):
+            state, kv = self._run_cached(state, ple, kv, rotary, visibility)
+        else:
+            state, kv = self._run_all(state, ple, kv, rotary, visibility)
+
+        if self.final_layernorm is not None:
+            state = self.final_layernorm(state)
+        if not self.post_process:
+            state = self.exit.pack(state, embeds, kv, slots)
+        return make_viewless_tensor(state, requires_grad=state.requires_grad, keep_graph=True)
+
+    def _run_all(
+        self,
+        state: Tensor,
+        ple: Sequence[Tensor] | None,
+        kv: dict[int, KeyValue],
+        rotary: dict[LayerKind, Rotary],
+        visibility: Visibility,
+    ) -> tuple[Tensor, dict[int, KeyValue]]:
+        """Every layer of the stage, in groups that are recomputed together."""
         step = len(self.layers)
         recompute = self.config.recompute_granularity == "full" and self.training
         if recompute:
@@ -99,12 +120,30 @@ class Gemma4Block(TransformerBlock):
             # The `block` method recomputes only so many layers of a stage; `uniform` all of them, in groups.
             once = recompute and (self.config.recompute_method != "block" or start < step)
             state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, once)
+        return state, kv
 
-        if self.final_layernorm is not None:
-            state = self.final_layernorm(state)
-        if not self.post_process:
-            state = self.exit.pack(state, embeds, kv, slots)
-        return make_viewless_tensor(state, requires_grad=state.requires_grad, keep_graph=True)
+    def _run_cached(
+        self,
+        state: Tensor,
+        ple: Sequence[Tensor] | None,
+        kv: dict[int, KeyValue],
+        rotary: dict[LayerKind, Rotary],
+        step: CachedStep,
+    ) -> tuple[Tensor, dict[int, KeyValue]]:
+        """Every layer of the stage for new tokens of `step`; on the last stage only the last token of each row is left.
+
+        The layers at the end that share K/V make none, so that nobody reads what they make of earlier tokens.
+        """
+        count = len(self.layers)
+        readers = next((i for i, layer in enumerate(self.layers) if layer.layer.shares_kv), count)
+        if readers:
+            state, kv = self._run(0, readers, state, ple, kv, rotary, step, False)
+        if readers < count:
+            state = step.take_last(state)
+            ple = None if ple is None else [*ple[:readers], *(step.take_last(x) for x in ple[readers:])]
+            state, kv = self._run(readers, count, state, ple, kv, step.rotary(rotary), step.last, False)
+            return (state if self.post_process else step.put_back(state)), kv
+        return (step.take_last(state) if self.post_process else state), kv
 
     def _run(
         self,
@@ -114,7 +153,7 @@ class Gemma4Block(TransformerBlock):
         ple: Sequence[Tensor] | None,
         kv: dict[int, KeyValue],
         rotary: dict[LayerKind, Rotary],
-        visibility: Visibility,
+        visibility: Visibility | CachedStep,
         recompute: bool,
     ) -> tuple[Tensor, dict[int, KeyValue]]:
         """Layers [start, stop) of the stage, recomputed in the backward pass or not; returns what later layers read."""

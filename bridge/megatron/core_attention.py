@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bridge.megatron.attention_backends import select
 from bridge.megatron.exchange import exchange_of
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.mask import mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
 
@@ -21,6 +22,8 @@ _PIECES = 4
 
 class CoreAttention(torch.nn.Module):
     """The module Megatron's attention holds. It has no parameters; `rule` is the layer's own.
+
+    `source`: the layer whose keys and values it reads, which names their cache in generation.
 
     Under context parallelism it is where keys and values of other ranks come in: inside of what selective recompute
     repeats, so that they are not kept for the backward pass.
@@ -32,16 +35,20 @@ class CoreAttention(torch.nn.Module):
         *,
         rule: MaskRule,
         backend: str,
+        source: int,
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__()
         self.rule = rule
         self.backend = backend
+        self.source = source
         self.cp_group = pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | CachedStep) -> Tensor:
         """This rank's [s / cp, b, heads, d] and [s / cp, b, groups, d] twice -> [s / cp, b, heads * d]."""
+        if isinstance(visibility, CachedStep):
+            return visibility.attend(self.source, self.rule, self.backend, query, key, value).flatten(2)
         if visibility.zigzag is None:
             return self._attend(query, key, value, visibility).flatten(2)
         # In pieces of a few query groups: one is computed while the next is on its way.

@@ -20,6 +20,7 @@ from bridge.megatron.activation import Gemma4MLP, gated_gelu
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.core_attention import CoreAttention
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.moe import Gemma4MoE
 from bridge.megatron.norm import RMSNorm, init_device
@@ -41,7 +42,7 @@ def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: Parts)
         module=Gemma4Attention,
         submodules=SelfAttentionSubmodules(
             linear_qkv=partial(_qkv_linear, layer=layer, linear=parts.column),
-            core_attention=partial(CoreAttention, rule=rule, backend=backend),
+            core_attention=partial(CoreAttention, rule=rule, backend=backend, source=layer.kv_source),
             linear_proj=parts.row,
             q_layernorm=RMSNorm,
             k_layernorm=IdentityOp if layer.shares_kv else RMSNorm,
@@ -99,7 +100,7 @@ class Gemma4Layer(TransformerLayer):
         self,
         hidden_states: Tensor,
         rotary: Rotary,
-        visibility: Visibility,
+        visibility: Visibility | CachedStep,
         per_layer_input: Tensor | None = None,
         shared_kv: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:

@@ -13,9 +13,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from bridge.errors import ParallelError
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import held_rows, padded_size, require_rows, scale_embeddings
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.linear import adapter_items
 from bridge.megatron.loss import LossContext, fused_loss
 from bridge.megatron.rope import rotary_tables
@@ -98,7 +100,7 @@ class Gemma4Model(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
-        visibility: Visibility | None = None,
+        visibility: Visibility | CachedStep | None = None,
         kept: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -120,11 +122,15 @@ class Gemma4Model(GPTModel):
         cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
         if visibility is None:
             visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
-        if position_ids is None:
+        if isinstance(visibility, CachedStep):
+            position_ids = visibility.position_ids
+        elif position_ids is None:
             position_ids = visibility.index
             if cu_seqlens is not None:
                 position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
         if self.pg_collection.cp.size() > 1:
+            if isinstance(visibility, CachedStep):
+                raise ParallelError("context parallelism divides rows that are there: generate with cp=1")
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             visibility = visibility.on(zigzag)
             input_ids, position_ids = zigzag.take(input_ids), zigzag.take(position_ids)

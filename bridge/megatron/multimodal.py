@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from bridge.errors import UsageError
 from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry
 from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.towers.audio import AudioTower, check_clips
 from bridge.megatron.towers.linear import TowerContext
@@ -136,7 +137,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         packed_seq_params: PackedSeqParams | None = None,
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
-        visibility: Visibility | None = None,
+        visibility: Visibility | CachedStep | None = None,
         kept: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
@@ -156,13 +157,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         Features are used on the first stage only; `input_ids`, `mm_token_type_ids` and `attention_mask` [b, s] are
         wanted on every one. Raises UsageError for features and placeholders that do not fit.
         """
-        placeholders = self.config.geometry.placeholders
-        assert placeholders is not None
-        held = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in placeholders.ids:
-            held |= input_ids == token
-        # Everything but the merge sees padding where placeholders stand: per-layer embeddings and the lookup itself.
-        text_ids = input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
+        text_ids = self.text_ids(input_ids)
         if self.pre_process and decoder_input is None:
             media = Media(
                 pixel_values,
@@ -176,13 +171,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             seen = media.pixel_values is not None or media.pixel_values_videos is not None
             if seen and mm_token_type_ids is None and self.config.geometry.bidirectional_vision:
                 raise UsageError("this model attends within images both ways: pass mm_token_type_ids with them")
-            soft = self.soft_tokens(media)
-            local_ids, index = text_ids, self._index(input_ids, soft, placeholder_counts)
-            if self.pg_collection.cp.size() > 1:
-                # Every rank runs the towers on all of the media and puts in what falls into its part of the rows.
-                zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
-                local_ids, index = zigzag.take(text_ids), zigzag.take(index)
-            decoder_input = self._merge(self.embed(local_ids), index, soft)
+            decoder_input = self.embed_with_media(input_ids, media, placeholder_counts)
         return super().forward(
             text_ids,
             position_ids,
@@ -234,6 +223,28 @@ class Gemma4MultimodalModel(Gemma4Model):
         check_clips(features, mask, audio.features)
         real = send(mask.flatten().nonzero().squeeze(1), features.device)
         return self.embed_audio(features.flatten(0, 1).index_select(0, real).to(self.config.params_dtype))
+
+    def text_ids(self, input_ids: Tensor) -> Tensor:
+        """What everything but the merge sees: padding where placeholders stand. [b, s] -> [b, s]"""
+        placeholders = self.config.geometry.placeholders
+        assert placeholders is not None
+        held = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in placeholders.ids:
+            held |= input_ids == token
+        return input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
+
+    def embed_with_media(self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None) -> Tensor:
+        """Scaled input embeddings [s / cp (/tp), b, h] of `input_ids` [b, s], soft tokens where placeholders stand.
+
+        On the first stage alone. `counts` as `placeholder_counts` of `forward`. Raises UsageError as `forward` does.
+        """
+        soft = self.soft_tokens(media)
+        text_ids, index = self.text_ids(input_ids), self._index(input_ids, soft, counts)
+        if self.pg_collection.cp.size() > 1:
+            # Every rank runs the towers on all of the media and puts in what falls into its part of the rows.
+            zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
+            text_ids, index = zigzag.take(text_ids), zigzag.take(index)
+        return self._merge(self.embed(text_ids), index, soft)
 
     def _merge(self, embeddings: Tensor, index: Tensor, soft: dict[str, Tensor]) -> Tensor:
         """Put soft tokens over the embeddings [s (/tp), b, h] of their placeholders, as `index` [b, s] says."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from bridge.closing import Closing
 from bridge.errors import CheckpointError
+from bridge.hf.descriptors import RegularFiles
 from bridge.hf.tensors import (
     ITEM_SIZES,
     as_bytes,
@@ -117,8 +118,7 @@ class DistReader(Closing):
 
     def __init__(self, folder: str | Path, select: Callable[[str], bool] = is_weight) -> None:
         self.folder = Path(folder)
-        self._lock = threading.Lock()
-        self._fds: dict[Path, tuple[int, int]] = {}
+        self._files = RegularFiles()
         self._items: dict[tuple[Path, int], TensorItem] = {}
         self._local = threading.local()
         try:
@@ -174,7 +174,7 @@ class DistReader(Closing):
                 raise CheckpointError(f"{where}: the chunk at {offsets} is in no file")
             file, offset, length = place
             path = inside(self.folder, file)
-            if offset + length > self._open(path)[1]:
+            if offset + length > self._files.size(path):
                 raise CheckpointError(
                     f"{shown(path)}: shorter than the chunk at {offsets} of tensor {shown(key)}: truncated"
                 )
@@ -185,18 +185,11 @@ class DistReader(Closing):
             raise CheckpointError(f"{where}: the files hold fewer bytes than its shape {shape} needs")
         return DistTensor(key, dtype, shape, tuple(sorted(chunks, key=lambda chunk: chunk.offsets)))
 
-    def _open(self, path: Path) -> tuple[int, int]:
-        with self._lock:
-            if path not in self._fds:
-                self._fds[path] = open_regular(path)
-            return self._fds[path]
-
-    def _item(self, tensor: DistTensor, chunk: DistChunk) -> TensorItem:
+    def _item(self, tensor: DistTensor, chunk: DistChunk, fd: int) -> TensorItem:
         """The place of a chunk's bytes within its file, found once."""
         item = self._items.get((chunk.file, chunk.offset))
         if item is not None:
             return item
-        fd = self._open(chunk.file)[0]
         where = f"{shown(chunk.file)}: item at byte {chunk.offset} (tensor {shown(tensor.key)})"
 
         def read(offset: int, nbytes: int) -> bytes:
@@ -235,17 +228,17 @@ class DistReader(Closing):
             low, high = max(start, first), min(stop, first + count)
             if low >= high or 0 in chunk.sizes:
                 continue
-            item = self._item(tensor, chunk)
-            fd = self._open(chunk.file)[0]
-            base = chunk.offset + item.payload
-            if chunk.sizes[1:] == tensor.shape[1:] and _is_contiguous(item):
-                step = row_bytes(tensor)
-                part = view[(low - start) * step : (high - start) * step]
-                pread_into(fd, part, base + (low - first) * step, chunk.file)
-                continue
-            target = np.frombuffer(view, dtype=_UINT[size]).reshape(stop - start, *tensor.shape[1:])
-            box = target[(slice(low - start, high - start), *map(_slice, chunk.offsets[1:], chunk.sizes[1:]))]
-            self._read_box(fd, base + (low - first) * item.strides[0] * size, box, item.strides, chunk.file)
+            with self._files.use(chunk.file) as fd:
+                item = self._item(tensor, chunk, fd)
+                base = chunk.offset + item.payload
+                if chunk.sizes[1:] == tensor.shape[1:] and _is_contiguous(item):
+                    step = row_bytes(tensor)
+                    part = view[(low - start) * step : (high - start) * step]
+                    pread_into(fd, part, base + (low - first) * step, chunk.file)
+                    continue
+                target = np.frombuffer(view, dtype=_UINT[size]).reshape(stop - start, *tensor.shape[1:])
+                box = target[(slice(low - start, high - start), *map(_slice, chunk.offsets[1:], chunk.sizes[1:]))]
+                self._read_box(fd, base + (low - first) * item.strides[0] * size, box, item.strides, chunk.file)
 
     def _read_box(self, fd: int, base: int, box: np.ndarray, strides: tuple[int, ...], path: Path) -> None:
         """Fill a strided view from elements that lie at `strides` behind byte `base`, through a small buffer."""
@@ -279,19 +272,19 @@ class DistReader(Closing):
         buffer = memoryview(bytearray(_BOUNCE_BYTES))
         for key, tensor in self.tensors.items():
             for chunk in tensor.chunks:
-                item, crc, done = self._item(tensor, chunk), 0, 0
-                while done < item.storage_bytes:
-                    part = buffer[: item.storage_bytes - done]
-                    pread_into(self._open(chunk.file)[0], part, chunk.offset + item.storage + done, chunk.file)
-                    crc = zlib.crc32(part, crc)
-                    done += len(part)
+                crc, done = 0, 0
+                with self._files.use(chunk.file) as fd:
+                    item = self._item(tensor, chunk, fd)
+                    while done < item.storage_bytes:
+                        part = buffer[: item.storage_bytes - done]
+                        pread_into(fd, part, chunk.offset + item.storage + done, chunk.file)
+                        crc = zlib.crc32(part, crc)
+                        done += len(part)
                 yield key, chunk, crc == item.crc
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
-        with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1][0])
+        self._files.close()
 
 
 def is_dist_checkpoint(folder: str | Path) -> bool:

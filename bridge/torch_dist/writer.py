@@ -25,7 +25,6 @@ from bridge.hf.tensors import (
     fsync_folder,
     pread_bytes,
     pread_into,
-    pwrite_all,
     row_bytes,
     shown,
     split_rows,
@@ -74,7 +73,7 @@ class DistWriter(UnitFiles):
         self.specs = check_specs(tensors, shown(self.folder))
         self._ledger = RowLedger(self.specs, self.folder)
         self._items: dict[tuple[str, int], _Item] = {}
-        self._files: dict[str, list[_Item]] = {}
+        self._by_file: dict[str, list[_Item]] = {}
         self._plan(tensors, chunk_bytes, file_bytes)
 
     def _plan(self, tensors: Sequence[TensorSpec], chunk_bytes: int, file_bytes: int) -> None:
@@ -85,11 +84,11 @@ class DistWriter(UnitFiles):
             for chunk in split_rows(spec, chunk_bytes):
                 length = sum(item_sizes(spec.dtype, self._chunk_shape(spec, chunk)))
                 if filled + length > file_bytes:
-                    file, filled = f"__0_{len(self._files)}.distcp", 0
-                    self._files[file] = []
+                    file, filled = f"__0_{len(self._by_file)}.distcp", 0
+                    self._by_file[file] = []
                 item = _Item(chunk, file, filled, length)
                 self._items[spec.name, chunk.start] = item
-                self._files[file].append(item)
+                self._by_file[file].append(item)
                 filled += length
                 self._sizes[file] = filled
 
@@ -106,7 +105,7 @@ class DistWriter(UnitFiles):
         """The files and their chunks. The chunks are the writer's own, whatever `chunk_bytes` asks for."""
         del chunk_bytes
         return tuple(
-            Unit(file, self._sizes[file], tuple(item.chunk for item in items)) for file, items in self._files.items()
+            Unit(file, self._sizes[file], tuple(item.chunk for item in items)) for file, items in self._by_file.items()
         )
 
     def chunks(self, name: str) -> list[Chunk]:
@@ -133,7 +132,7 @@ class DistWriter(UnitFiles):
             head, tail = tensor_item(
                 spec.dtype, self._chunk_shape(spec, chunk), zlib.crc32(payload) if crc is None or view else crc
             )
-            pwrite_all(self._open(item.file), [head, payload, tail], item.offset, self.folder / item.file)
+            self._pwrite(item.file, [head, payload, tail], item.offset)
             self._ledger.add(name, chunk.start, chunk.stop)
             start, crc = chunk.stop, None
             if not view or not size:
@@ -152,7 +151,7 @@ class DistWriter(UnitFiles):
         try:
             if os.fstat(fd).st_size != unit.nbytes:
                 return False
-            for item, crc in zip(self._files[unit.file], crcs, strict=True):
+            for item, crc in zip(self._by_file[unit.file], crcs, strict=True):
                 spec, view = self.specs[item.chunk.name], scratch[: item.chunk.nbytes]
                 head, tail = tensor_item(spec.dtype, self._chunk_shape(spec, item.chunk), crc)
                 pread_into(fd, view, item.offset + len(head), path)
@@ -169,6 +168,7 @@ class DistWriter(UnitFiles):
             os.close(fd)
         for chunk in unit.chunks:
             self._ledger.add(chunk.name, chunk.start, chunk.stop)
+        self._finished.add(unit.file)
         return True
 
     def finish(
@@ -181,13 +181,11 @@ class DistWriter(UnitFiles):
         files come last: without them the folder is no checkpoint. Raises CheckpointError.
         """
         self._ledger.check()
-        for file in self._files:
-            if file in self._fds:
-                self.finish_unit(Unit(file, self._sizes[file], ()))
+        self._finish_files()
         common = dict(common_state or {})
         common["content_metadata"] = dict(content_metadata or {"non_homogeneous_layers": True})
         _check_plain(common, "the common state")
-        data, common_file = object_item([common]), f"__0_{len(self._files)}.distcp"
+        data, common_file = object_item([common]), f"__0_{len(self._by_file)}.distcp"
         write_text(self.folder / common_file, data)
         write_text(self.folder / METADATA_FILE, dumps(self._metadata(common_file, len(data))))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import CheckpointError, UsageError
+from bridge.convert.atomic import staged
+from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import HfWriter
@@ -83,7 +82,8 @@ def write_toy(
         for name, shape in shapes.items()
     ]
     total = sum(spec.nbytes for spec in specs)
-    with _replacing(Path(folder), overwrite) as unfinished:
+    with staged(folder, plan=f"toy {uuid.uuid4()}", sources=[], needed_bytes=total, overwrite=overwrite) as stage:
+        unfinished = stage.folder
         config.save_pretrained(unfinished)
         write_assets(unfinished, toy.multimodal, text_only=text_only, full_size=full_size)
         with HfWriter(unfinished, specs, max_shard_size) as writer:
@@ -134,25 +134,3 @@ def _dead_kv(geometry: Geometry) -> dict[str, Shape]:
             shapes[f"{attention}v_proj.weight"] = (layer.kv_size, geometry.hidden_size)
             shapes[f"{attention}k_norm.weight"] = (layer.head_dim,)
     return shapes
-
-
-@contextmanager
-def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A sibling folder to write into, that takes the name of `folder` if all goes well and vanishes otherwise."""
-    folder = folder.resolve()
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not overwrite:
-        raise UsageError(f"{folder}: exists; remove it, choose another, or pass --overwrite")
-    if occupied and not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: is not a model folder, so it is not overwritten")
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if occupied:
-            shutil.rmtree(folder)
-        unfinished.replace(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

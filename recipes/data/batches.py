@@ -8,7 +8,7 @@ run that goes on with another number of ranks goes on at the same row.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from bridge.closing import Closing
 from bridge.errors import DataError, UsageError
 from recipes.data.collate import batch_tensors, join_media
 from recipes.data.corpus import Corpus
-from recipes.data.options import at_least
+from recipes.data.options import at_least, one_of
 from recipes.data.packing import Plan, plan_epoch
 from recipes.data.threads import ordered_map
 
@@ -33,7 +33,8 @@ class BatchOptions:
     the batch's longest. `document_multiple`: every packed sample is padded to a multiple of it (2 * CP with context
     parallelism). `pack_buffer`: how many shuffled samples are packed together. `epochs`: None goes on for ever; a
     number ends there, the last step filled up with rows without labels. `workers`: threads; 0 works in the caller's.
-    `prefetch`: batches made ahead.
+    `prefetch`: batches made ahead. `on_change`: what becomes of a place in other rows: "refuse", or "restart" at the
+    first row.
     """
 
     seq_length: int
@@ -49,8 +50,10 @@ class BatchOptions:
     epochs: int | None = None
     workers: int = 2
     prefetch: int = 4
+    on_change: str = "refuse"
 
     def __post_init__(self) -> None:
+        one_of("data.on_change", self.on_change, ("refuse", "restart"))
         for name in ("micro_batch_size", "dp_size", "pack_buffer", "document_multiple", "pad_multiple"):
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "dp_rank", "workers", "prefetch"):
@@ -74,14 +77,16 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
-    `close` ends the threads.
+    `close` ends the threads. `notify` gets a line where the data is begun anew.
     """
 
-    def __init__(self, corpus: Corpus, options: BatchOptions) -> None:
+    def __init__(
+        self, corpus: Corpus, options: BatchOptions, notify: Callable[[str], None] = lambda line: None
+    ) -> None:
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")
-        self.corpus, self.options = corpus, options
+        self.corpus, self.options, self._notify = corpus, options, notify
         self._lengths = corpus.lengths
         if int(self._lengths.max()) > options.seq_length:
             raise DataError(
@@ -117,6 +122,10 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
                     del self._plans[old]
             return self._plans[epoch]
 
+    def rows(self, epoch: int) -> int:
+        """How many rows an epoch has."""
+        return len(self.plan(epoch)) if self.options.packing else len(self.corpus)
+
     def __iter__(self) -> Self:
         return self
 
@@ -139,17 +148,19 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, with any number of ranks and any micro batch size.
 
-        Raises DataError if the rows are not the same: other data, other tokens, another seed or packing.
+        Where the rows are not the same (other tokens, another seed or packing) the data is begun anew, or DataError
+        raised, as `on_change` says; either names what was changed.
         """
-        own, other = self._stream(), state["stream"]
-        changed = [name for name in own if own[name] != other.get(name)]
-        if changed:
-            raise DataError(
-                f"{self.corpus.options.path}: the checkpoint's place in the data is of another order of rows "
-                f"({', '.join(changed)} changed); take the old ones, or begin the data anew"
-            )
         self.close()
-        self._position = Position(int(state["epoch"]), int(state["row"]))
+        causes = self._changes(state["stream"])
+        if not causes:
+            self._position = Position(int(state["epoch"]), int(state["row"]))
+            return
+        what = f"{', '.join(self.corpus.options.paths)}: the checkpoint's place is in other rows: {'; '.join(causes)}"
+        if self.options.on_change == "refuse":
+            raise DataError(f"{what}; undo that, or begin the data anew at its first row with data.on_change=restart")
+        self._position = Position(0, 0)
+        self._notify(f"{what}; the data is begun anew, as data.on_change=restart says")
 
     def close(self) -> None:
         """End the threads; the next batch starts them again."""
@@ -158,12 +169,24 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
             ahead.close()
 
     def _stream(self) -> dict[str, Any]:
+        """What the rows depend on. `inputs` say why tokens are other ones, where they are."""
         options = self.options
-        stream: dict[str, Any] = {"data": self.corpus.fingerprint, "seed": options.seed, "shuffle": options.shuffle}
-        stream["packing"] = options.packing
+        order = {"train.seed": options.seed, "data.packing": options.packing, "shuffle": options.shuffle}
         if options.packing:
-            stream |= {name: getattr(options, name) for name in ("seq_length", "pack_buffer", "document_multiple")}
-        return stream
+            order |= {"train.seq_length": options.seq_length}
+            order |= {name: getattr(options, name) for name in ("pack_buffer", "document_multiple")}
+        return {"tokens": self.corpus.fingerprint, "order": order, "inputs": dict(self.corpus.inputs)}
+
+    def _changes(self, other: Mapping[str, Any]) -> list[str]:
+        """What was changed since `other` was the stream, in words; nothing where its rows are the same."""
+        own = self._stream()
+        if "tokens" not in other:
+            return ["it is of a version that did not note which tokens they were"]
+        changed = _differing(other["order"], own["order"])
+        if own["tokens"] == other["tokens"]:
+            return list(changed.values())
+        inputs = _differing(other["inputs"], own["inputs"]) or {"tokens": "other tokens, though of the same inputs"}
+        return list((inputs | changed).values())
 
     def _batches(self, start: Position) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         if self.options.workers == 0:
@@ -209,3 +232,12 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
         )
         media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
         return after, batch | join_media(media)
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """The entries that differ, in words: with both values where people can read them."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {
+        name: f"{name} changed" if name.startswith("the ") else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in names
+    }

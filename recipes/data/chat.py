@@ -30,11 +30,11 @@ from recipes.data.supervision import (
     TURN,
     TURN_END,
     Span,
-    Step,
     TemplateError,
     check_answers,
     model_steps,
     supervised_spans,
+    with_prefix,
 )
 
 _IMAGE_TOKEN, _VIDEO_TOKEN, _AUDIO_TOKEN = "<|image|>", "<|video|>", "<|audio|>"
@@ -54,7 +54,8 @@ ReadMedia = Callable[[Blob, str], bytes]
 class Encoded:
     """A sample as tokens. All arrays [n]: `ids` int32, `supervised` bool, `types` uint8 (0 text, 1 image, 2 video,
     3 audio). `media`: in the order of their placeholders, kind by kind as the record has them.
-    `thoughts_left_out`: thoughts of the messages that the template does not render.
+    `thoughts_left_out`: thoughts of the messages that the template does not render. `unlike_prompts`: learnt answers
+    before the last that have no generation prefix, though answers are asked for with one.
     """
 
     ids: np.ndarray
@@ -62,6 +63,7 @@ class Encoded:
     types: np.ndarray
     media: tuple[Media, ...] = ()
     thoughts_left_out: int = 0
+    unlike_prompts: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,7 +72,8 @@ class Encoded:
 class ChatModel:
     """The tokenizer, processor and template of a model folder. One per thread: `fork` makes another.
 
-    `kinds`: the media that the model takes. `fingerprint`: changes when the tokens would.
+    `kinds`: the media that the model takes. `prefix`: what a generation prompt has behind the header of the model's
+    turn, where answers are to have it too.
     """
 
     def __init__(self, folder: Path, options: CorpusOptions) -> None:
@@ -95,7 +98,7 @@ class ChatModel:
         self.kinds = _kinds(self.geometry) if has_processor else frozenset()
         self._control = tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *MARKERS, *_PLACEHOLDERS.values()]))
         self._check_tokenizer()
-        self._prefix = self._generation_prefix() if options.generation_prefix else ""
+        self.prefix = "" if options.generation_prefix is False else self._generation_prefix(options.generation_prefix)
 
     @cached_property
     def processor(self) -> Any:
@@ -124,15 +127,21 @@ class ChatModel:
         vars(other).pop("processor", None)
         return other
 
-    def fingerprint(self) -> str:
-        """A digest of everything in the folder that tokens depend on, and of the template."""
-        digest = hashlib.sha256((self.template or "").encode())
-        # What `encode` refuses must not be found in a cache of before.
-        digest.update(repr([table.rows for table in embedding_tables(self.geometry)]).encode())
+    def fingerprints(self) -> dict[str, str]:
+        """What tokens depend on beside options and data: a digest of each, by its name in a message."""
+        files = hashlib.sha256()
         for name in _TOKEN_FILES:
             path = self.folder / name
-            digest.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
-        return digest.hexdigest()
+            files.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
+        template = hashlib.sha256((self.template or "").encode())
+        kinds = ", ".join(sorted(self.kinds))
+        # What `encode` refuses must not be found in a cache of before.
+        rows = ", ".join(str(table.rows) for table in embedding_tables(self.geometry))
+        return {
+            "the model's vocabulary": rows,
+            "the chat template": template.hexdigest(),
+            "the model's tokenizer or processor": hashlib.sha256(f"{files.hexdigest()} {kinds}".encode()).hexdigest(),
+        }
 
     def encode(self, sample: Sample, read: ReadMedia) -> Encoded:
         """A sample as tokens. Raises DataError that names the record; UsageError where nothing could be encoded, or a
@@ -157,15 +166,31 @@ class ChatModel:
         thoughts = sum(1 for message in sample.messages if message.thinking or _has_thought(message))
         left_out = max(0, thoughts - sum(len(step.thoughts) for step in steps))
         media = sample.media
-        if self._prefix and steps:
-            text, spans = _with_prefix(text, spans, steps, self._prefix)
+        unlike = 0
+        if self.prefix and steps:
+            text, spans, unlike = with_prefix(text, spans, steps, self.prefix)
         if media:
             text, spans = self._with_soft_tokens(sample, text, spans, read)
         ids, supervised = self._tokens(text, spans)
-        return Encoded(ids, supervised, self._types(ids, bool(media)), media, left_out)
+        return Encoded(ids, supervised, self._types(ids, bool(media)), media, left_out, unlike)
 
-    def render(self, sample: Sample) -> str:
+    def encode_prompt(self, sample: Sample, read: ReadMedia) -> tuple[Encoded, dict[str, torch.Tensor]]:
+        """What the model is asked, up to the header of its turn, and what the processor makes of the media.
+
+        Raises as `encode` does.
+        """
+        self._check_control(sample)
+        text, tensors = self.render(sample, answer=True), dict[str, torch.Tensor]()
+        if sample.media:
+            text, _ = self._with_soft_tokens(sample, text, [], read)
+            tensors, _ = self.media_tensors(sample.media, read, str(sample.where))
+        ids, supervised = self._tokens(text, [])
+        return Encoded(ids, supervised, self._types(ids, bool(sample.media)), sample.media), tensors
+
+    def render(self, sample: Sample, *, answer: bool = False) -> str:
         """The conversation as the template writes it, a placeholder for each media item.
+
+        `answer`: with the beginning of the model's turn behind it.
 
         Raises UsageError without a template, DataError where the template refuses.
         """
@@ -181,6 +206,7 @@ class ChatModel:
                 tools=list(sample.tools) or None,
                 chat_template=self.template,
                 tokenize=False,
+                add_generation_prompt=answer,
                 **self._kwargs,
             )
         except Exception as error:
@@ -327,20 +353,27 @@ class ChatModel:
             if token in text and token not in allowed:
                 raise DataError(f"{at}: holds the control token {token}")
 
-    def _generation_prefix(self) -> str:
-        """What a generation prompt has behind the header of the model's turn; "" without a template."""
+    def _generation_prefix(self, needed: bool | None) -> str:
+        """What a generation prompt has behind the header of the model's turn; "" without a template.
+
+        A template that makes no prompt has none: there is nothing to agree with. `needed`: raise UsageError there.
+        """
         if self.template is None:
             return ""
         messages = [{"role": "user", "content": "a"}]
         given: dict[str, Any] = {"chat_template": self.template, "tokenize": False, **self._kwargs}
         try:
-            plain = self.tokenizer.apply_chat_template(messages, **given)
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given)
+            plain = str(self.tokenizer.apply_chat_template(messages, **given))
+            prompt = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given))
         except Exception as error:
+            if not needed:
+                return ""
             raise UsageError(f"{self.folder}: the chat template has no generation prompt ({_line(error)})") from error
-        if not prompt.startswith(plain + MODEL_HEADER):
+        if prompt.startswith(plain + MODEL_HEADER):
+            return prompt[len(plain + MODEL_HEADER) :]
+        if needed:
             raise UsageError(f"{self.folder}: the chat template's generation prompt is no turn of the model")
-        return str(prompt[len(plain + MODEL_HEADER) :])
+        return ""
 
     def _check_tokenizer(self) -> None:
         encode: Callable[[str], list[int]] = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -380,15 +413,6 @@ def _answers(messages: Sequence[Message]) -> list[str]:
                 assert isinstance(part, str)
                 answers += [piece.strip() for piece in _outside_thoughts(part) if piece.strip()]
     return answers
-
-
-def _with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix: str) -> tuple[str, list[Span]]:
-    """Put `prefix` before what the model says in its last turn, unless it begins with a thought of its own."""
-    at = next(step.start for step in steps if step.turn == steps[-1].turn)
-    if text.startswith(THOUGHT, at):
-        return text, list(spans)
-    moved = [(start + len(prefix), end + len(prefix)) if start >= at else (start, end) for start, end in spans]
-    return text[:at] + prefix + text[at:], moved
 
 
 def _outside_thoughts(text: str) -> list[str]:

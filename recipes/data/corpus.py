@@ -1,16 +1,8 @@
 """Tokenised once: samples in a cache folder named by the content of everything that they depend on.
 
-A cache is a folder `<digest>/` of flat arrays, mapped into memory, not loaded:
-
-    ids.bin     int32 [tokens]
-    flags.bin   uint8 [tokens]      bit 0: supervised; above it: 0 text, 1 image, 2 video, 3 audio
-    index.bin   int64 [samples, 3]  end of the sample in tokens; source; line
-    media.jsonl one line per sample that has media; blobs.bin: bytes that were inline, or fetched from a URL
-    skipped.txt every record that was dropped, by file and line
-    meta.json   statistics, written last
-
-It is written beside its place and takes its name when complete, so that no rank ever sees half of one. A lock makes the
-ranks of a machine wait for the first; where locks do not work, the slower one finds the place taken.
+`recipes.data.cache` says what is in it. It is written beside its place and takes its name when complete, so that no
+rank ever sees half of one. A lock makes the ranks of a machine wait for the first; where locks do not work, the slower
+one finds the place taken. What was tokenised when a process ends stays, and the next one goes on behind it.
 """
 
 from __future__ import annotations
@@ -21,43 +13,55 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from bridge.errors import DataError
 from bridge.hf.hub import resolve
+from recipes.data.cache import STORED, Parts, media_from_json
 from recipes.data.chat import ChatModel, Encoded
-from recipes.data.encoding import Encoder, Outcome
+from recipes.data.encoding import INVALID, Encoder, Outcome
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.sample import Blob, Media, Where
 from recipes.data.sources import Record, Source, find_sources
-from recipes.data.statistics import Counts, Statistics
+from recipes.data.statistics import Statistics
 from recipes.data.threads import ordered_map
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
-_FORMAT = 1
-_PROGRESS_EVERY = 1000
+_FORMAT = 2
 
 Progress = Callable[[int], None]
 
 
 class Corpus:
-    """An open cache. Thread-safe. `model` makes media into tensors, `fingerprint` names the content."""
+    """An open cache. Thread-safe.
 
-    def __init__(self, folder: Path, model: ChatModel, options: CorpusOptions, sources: Sequence[Source]) -> None:
+    `fingerprint`: of the tokens; `inputs`: what they were made of, each by its name in a message.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ChatModel,
+        options: CorpusOptions,
+        sources: Sequence[Source],
+        inputs: Mapping[str, Any],
+    ) -> None:
         """Raises DataError for a damaged cache."""
-        self.folder, self.options, self.fingerprint = folder, options, folder.name
+        self.folder, self.options, self.inputs = folder, options, inputs
         self.encoder = Encoder(model, options)
         self.pad_id, self.tokenizer = model.pad_id, model.tokenizer
         self._sources = sources
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.fingerprint = str(meta["tokens"])
             self.statistics = Statistics.from_json(meta["statistics"])
             self._index = _mapped(folder / "index.bin", np.int64).reshape(-1, 3)
             self._ids = _mapped(folder / "ids.bin", np.int32)
@@ -79,6 +83,11 @@ class Corpus:
         return np.diff(self._index[:, 0], prepend=0)
 
     @property
+    def files(self) -> list[str]:
+        """The files and datasets that the samples come from."""
+        return [source.name for source in self._sources]
+
+    @property
     def has_media(self) -> bool:
         return bool(self._media)
 
@@ -91,7 +100,7 @@ class Corpus:
         """One sample, a copy."""
         start, end = int(self._index[sample - 1, 0]) if sample else 0, int(self._index[sample, 0])
         flags = self._flags[start:end]
-        media = tuple(_media_from_json(row) for row in self._media.get(sample, ()))
+        media = tuple(media_from_json(row) for row in self._media.get(sample, ()))
         return Encoded(self._ids[start:end].copy(), (flags & 1).astype(bool), flags >> 1, media)
 
     def media_tensors(self, sample: int) -> dict[str, Any]:
@@ -116,8 +125,8 @@ class Corpus:
         return tensors
 
     def _read(self, blob: Blob, root: Path | None, at: str) -> bytes:
-        if blob.path is not None and blob.path.startswith(_STORED):
-            start, size = (int(number) for number in blob.path.removeprefix(_STORED).split("+"))
+        if blob.path is not None and blob.path.startswith(STORED):
+            start, size = (int(number) for number in blob.path.removeprefix(STORED).split("+"))
             with (self.folder / "blobs.bin").open("rb") as file:
                 file.seek(start)
                 return file.read(size)
@@ -134,8 +143,8 @@ def open_corpus(
     """The corpus of `options` for the model in a folder (or hub id): from the cache, tokenised first if need be.
 
     Args:
-        progress: called with the number of records read so far, now and then.
-        notify: called with a line for every record that is skipped.
+        progress: called with the number of records read so far, for each of them.
+        notify: called with a line for every record that is skipped, and where work goes on.
 
     Raises:
         DataError: a bad record (with `on_error="fail"`), data that cannot be read, or none that can be kept.
@@ -148,11 +157,12 @@ def open_corpus(
         caches.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{caches}: the cache cannot be written ({error.strerror})") from None
-    folder = caches / _digest(options, chat, sources)
+    inputs = _inputs(options, chat, sources)
+    folder = caches / _digest({"format": _FORMAT, **inputs})
     with _locked(folder.with_suffix(".lock")):
         if not (folder / "meta.json").is_file():
             _build(folder, chat, options, sources, progress, notify)
-    corpus = Corpus(folder, chat, options, sources)
+    corpus = Corpus(folder, chat, options, sources, inputs)
     if corpus.has_media:
         chat.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
     return corpus
@@ -166,38 +176,72 @@ def _build(
     progress: Progress | None,
     notify: Callable[[str], None] | None,
 ) -> None:
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:8]}-", dir=folder.parent))
+    parts_folder = folder.with_name(f".{folder.name}.parts")
+    keep = False
     try:
-        with _Writer(unfinished) as writer:
-            for source, outcome in _outcomes(chat, options, sources):
-                if outcome.error is not None and options.on_error == "fail":
-                    raise outcome.error
-                writer.add(source, outcome)
-                if outcome.reason == "invalid" and notify is not None:
-                    notify(f"skipped {outcome.message}")
-                if progress is not None and writer.counts.read % _PROGRESS_EVERY == 0:
-                    progress(writer.counts.read)
-            statistics = writer.counts.frozen()
+        parts = Parts(parts_folder)
+        try:
+            _tokenise(parts, chat, options, sources, progress, notify or _silent)
+        except KeyboardInterrupt:
+            keep = True
+            raise
+        statistics = parts.counts.frozen()
         if not statistics.samples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in statistics.dropped.items()) or "no records"
             first = f"; first: {statistics.skipped[0]}" if statistics.skipped else ""
             raise DataError(f"{', '.join(options.paths)}: no sample to train on ({reasons}{first})")
-        meta = {"format": _FORMAT, "statistics": statistics.to_json(), "sources": [source.name for source in sources]}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if not folder.exists():
-            # Another machine's rank may have come first, where locks do not reach.
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not (folder / "meta.json").is_file():
-                    raise
+        _finish(folder, parts, statistics, sources)
     except OSError as error:
-        raise DataError(f"{folder}: the cache cannot be written ({error})") from error
+        if not (folder / "meta.json").is_file():
+            # Else another machine's rank came first, where locks do not reach, and took the parts away.
+            raise DataError(f"{folder}: the cache cannot be written ({error})") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(parts_folder, ignore_errors=True)
 
 
-def _outcomes(chat: ChatModel, options: CorpusOptions, sources: Sequence[Source]) -> Iterator[tuple[int, Outcome]]:
+def _tokenise(
+    parts: Parts,
+    chat: ChatModel,
+    options: CorpusOptions,
+    sources: Sequence[Source],
+    progress: Progress | None,
+    notify: Callable[[str], None],
+) -> None:
+    """Add what is not in `parts` yet. Raises DataError for a bad record, with `on_error="fail"`."""
+    if parts.records:
+        notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
+    with closing(_outcomes(chat, options, sources, parts.records)) as outcomes:
+        try:
+            for read, (source, outcome) in enumerate(outcomes, parts.records + 1):
+                if outcome.error is not None and options.on_error == "fail":
+                    raise outcome.error
+                parts.add(source, outcome)
+                if outcome.reason == INVALID:
+                    notify(f"skipped {outcome.message}")
+                if progress is not None:
+                    progress(read)
+        except KeyboardInterrupt:
+            # Before the threads are waited for.
+            parts.flush()
+            raise
+    parts.flush()
+
+
+def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequence[Source]) -> None:
+    """The parts as a cache. Raises OSError."""
+    unfinished = Path(tempfile.mkdtemp(prefix="new-", dir=parts.folder))
+    tokens = parts.join(unfinished)
+    names = [source.name for source in sources]
+    meta = {"format": _FORMAT, "tokens": tokens, "statistics": statistics.to_json(), "sources": names}
+    (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    unfinished.rename(folder)
+
+
+def _outcomes(
+    chat: ChatModel, options: CorpusOptions, sources: Sequence[Source], behind: int
+) -> Generator[tuple[int, Outcome]]:
+    """What every record gives, and the number of its source, behind the first so many records."""
     encoder = Encoder(chat, options)
 
     def records() -> Iterator[tuple[int, Record]]:
@@ -222,7 +266,8 @@ def _outcomes(chat: ChatModel, options: CorpusOptions, sources: Sequence[Source]
         outcome = encoder.outcome(record, read)
         return number, _with_fetched(outcome, fetched) if fetched else outcome
 
-    return ordered_map(work, records(), workers=options.workers, ahead=8 * options.workers)
+    left = islice(records(), behind, None)
+    return ordered_map(work, left, workers=options.workers, ahead=8 * options.workers)
 
 
 def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
@@ -238,90 +283,32 @@ def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
     return replace(outcome, encoded=encoded)
 
 
-class _Writer:
-    """The arrays of a cache, appended to; `counts` as they grow."""
-
-    def __init__(self, folder: Path) -> None:
-        self.counts = Counts()
-        self._files: dict[str, IO[bytes]] = {
-            name: (folder / name).open("wb")
-            for name in ("ids.bin", "flags.bin", "index.bin", "media.jsonl", "blobs.bin", "skipped.txt")
-        }
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def add(self, source: int, outcome: Outcome) -> None:
-        """Append what a record gave."""
-        counts, record = self.counts, outcome.record
-        if record.blank:
-            counts.blank_lines += 1
-            return
-        counts.read += 1
-        counts.pieces_dropped += outcome.pieces_dropped
-        if outcome.reason is not None:
-            counts.skip(outcome.reason, outcome.message)
-            self._files["skipped.txt"].write(f"{outcome.reason}: {outcome.message}\n".encode())
-            return
-        counts.kept += 1
-        for encoded in outcome.encoded:
-            for item in encoded.media:
-                counts.media[item.kind] += 1
-            counts.thoughts_left_out += encoded.thoughts_left_out
-            if encoded.media:
-                rows = [self._media_to_json(item) for item in encoded.media]
-                self._files["media.jsonl"].write(json.dumps({"sample": counts.samples, "media": rows}).encode() + b"\n")
-            counts.add(len(encoded), int(encoded.supervised.sum()))
-            self._files["ids.bin"].write(encoded.ids.astype(np.int32).tobytes())
-            self._files["flags.bin"].write((encoded.supervised | encoded.types << 1).astype(np.uint8).tobytes())
-            row = np.asarray([counts.tokens, source, record.where.line], np.int64)
-            self._files["index.bin"].write(row.tobytes())
-
-    def _media_to_json(self, item: Media) -> dict[str, Any]:
-        return {"kind": item.kind, "fps": item.fps, "blobs": [self._blob_to_json(blob) for blob in item.blobs]}
-
-    def _blob_to_json(self, blob: Blob) -> str:
-        if blob.data is None:
-            assert blob.path is not None
-            # A leading "./" keeps a path that looks like a place in blobs.bin a path.
-            return f"./{blob.path}" if blob.path.startswith(_STORED) else blob.path
-        start = self._files["blobs.bin"].tell()
-        self._files["blobs.bin"].write(blob.data)
-        return f"{_STORED}{start}+{len(blob.data)}"
-
-
-# In media.jsonl: bytes in blobs.bin, not a path.
-_STORED = "blobs.bin:"
-
-
-def _media_from_json(row: dict[str, Any]) -> Media:
-    return Media(row["kind"], tuple(Blob(path=path) for path in row["blobs"]), row["fps"])
-
-
 def _root(options: CorpusOptions, source: Source) -> Path | None:
     return Path(options.media_root) if options.media_root is not None else source.root
 
 
-def _digest(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) -> str:
+def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) -> dict[str, Any]:
+    """Everything that tokens depend on, by the key or the name that a message calls it by."""
     import tokenizers
     import transformers
 
     # Where things lie and how many threads read them is no part of the content; whether media can be found is.
-    neutral = asdict(options) | dict.fromkeys(("path", "cache", "workers", "chat_template"))
-    content = {
-        "format": _FORMAT,
-        "options": neutral,
-        "model": chat.fingerprint(),
-        "kinds": sorted(chat.kinds),
-        "sources": [source.fingerprint() for source in sources],
-        "versions": [transformers.__version__, tokenizers.__version__],
+    elsewhere = ("path", "cache", "workers", "chat_template", "generation_prefix", "seq_length", "supervise")
+    said = {f"data.{name}": value for name, value in asdict(options).items() if name not in elsewhere}
+    return {
+        "the data": _digest([source.fingerprint() for source in sources]),
+        "train.seq_length": options.seq_length,
+        **{f"data.supervise_{name}": value for name, value in asdict(options.supervise).items()},
+        **said,
+        "data.generation_prefix": chat.prefix,
+        **chat.fingerprints(),
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
     }
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _default_cache() -> Path:
@@ -345,3 +332,7 @@ def _locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _silent(line: str) -> None:
+    pass

@@ -14,10 +14,14 @@ from recipes.data.options import CorpusOptions
 from recipes.data.sample import Message, Sample, parse_record
 from recipes.data.sources import Record
 
+# Why a record gives no sample.
+INVALID, TOO_LONG, NOTHING = "invalid", "too long", "nothing to learn"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a record gave: samples, or the reason it gave none, with the message that says so in full."""
+    """What a record gave: samples, or the reason it gave none, with the message that says so in full. `form`: which of
+    a record's forms it has."""
 
     record: Record
     encoded: tuple[Encoded, ...] = ()
@@ -25,6 +29,7 @@ class Outcome:
     message: str = ""
     error: DataError | None = None
     pieces_dropped: int = 0
+    form: str | None = None
 
 
 class Encoder:
@@ -44,17 +49,18 @@ class Encoder:
             sample = parse_record(record.value, record.where)
             encoded, dropped = self._fitting(sample, read)
         except DataError as error:
-            return Outcome(record, reason="invalid", message=str(error), error=error)
+            return Outcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
             message = f"{record.where}: {error}"
-            return Outcome(record, reason="invalid", message=message, error=DataError(message))
+            return Outcome(record, reason=INVALID, message=message, error=DataError(message))
+        given = Outcome(record, pieces_dropped=dropped, form=sample.form)
         if not encoded:
             longest = f"longer than {self._options.seq_length} tokens"
-            return Outcome(record, reason="too long", message=f"{record.where}: {longest}", pieces_dropped=dropped)
+            return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
         learnable = tuple(item for item in encoded if item.supervised[1:].any())
         if not learnable:
-            return Outcome(record, reason="nothing to learn", message=f"{record.where}: nothing in it is supervised")
-        return Outcome(record, learnable, pieces_dropped=dropped + len(encoded) - len(learnable))
+            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
+        return replace(given, encoded=learnable, pieces_dropped=dropped + len(encoded) - len(learnable))
 
     def model(self) -> ChatModel:
         """This thread's own model."""

@@ -39,8 +39,9 @@ class CorpusOptions:
     `media_root`: the folder that media paths are relative to and must stay in; default: that of the data file.
     `chat_template`: a Jinja file instead of the model's own template.
     `template_kwargs`: variables for the template, such as `{"enable_thinking": True}`.
-    `generation_prefix`: what the template's generation prompt has behind `<|turn>model\\n` (an empty thought, in the
-        larger published models) stands before the last answer, unlearnt, as it will when the model is used.
+    `generation_prefix`: whether what the template's generation prompt has behind `<|turn>model\\n` (an empty thought,
+        in the larger published models) stands before the last answer, unlearnt, as it will when the model is used.
+        None: wherever the template makes such a prompt.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
     `workers`: threads that tokenise and decode.
     """
@@ -56,7 +57,7 @@ class CorpusOptions:
     media_root: str | None = None
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    generation_prefix: bool = False
+    generation_prefix: bool | None = None
     cache: str | None = None
     workers: int = 2
 

@@ -91,9 +91,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked record: `messages` with `tools`, or `text` (then there are no messages)."""
+    """A checked record: `messages` with `tools`, or `text` (then there are no messages). `form`: of the record."""
 
     where: Where
+    form: str
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
@@ -117,7 +118,7 @@ def parse_record(record: Any, where: Where) -> Sample:
         what = "has none" if not forms else f"has {' and '.join(forms)}"
         raise DataError(f"{where}: {what} of messages, prompt and completion, text: exactly one is needed{hint}")
     if forms[0] == "text":
-        return Sample(where, text=_text(record["text"], f"{where}: text"))
+        return Sample(where, "text", text=_text(record["text"], f"{where}: text"))
     tools = _tools(record.get("tools"), where)
     if forms[0] == "prompt":
         for key in ("prompt", "completion"):
@@ -125,8 +126,30 @@ def parse_record(record: Any, where: Where) -> Sample:
                 raise DataError(f"{where}: has no {key}")
         prompt = _text(record["prompt"], f"{where}: prompt")
         completion = _text(record["completion"], f"{where}: completion")
-        return Sample(where, (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
-    return Sample(where, _messages(record, where), tools)
+        return Sample(where, "prompt", (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
+    messages = _messages(record, where)
+    if messages[-1].role != "assistant":
+        raise DataError(f"{where}: the last message is of role {messages[-1].role}; it has to be the assistant's")
+    return Sample(where, "messages", messages, tools)
+
+
+def parse_prompt(record: Any, where: Where) -> Sample:
+    """Check what a model is asked: `messages` (and `tools`, media) that end before its turn, or a `prompt`.
+
+    Other columns are let be. Raises DataError.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: expected an object, found {_kind(record)}")
+    given = [key for key in ("messages", "prompt") if record.get(key) is not None]
+    if len(given) != 1:
+        raise DataError(f"{where}: has {' and '.join(given) or 'none'} of messages, prompt: exactly one is needed")
+    tools = _tools(record.get("tools"), where)
+    if given == ["prompt"]:
+        return Sample(where, "prompt", (Message("user", (_text(record["prompt"], f"{where}: prompt"),)),), tools)
+    messages = _messages(record, where)
+    if messages[-1].role not in ("user", "tool"):
+        raise DataError(f"{where}: the last message is of role {messages[-1].role}; the model answers a user or a tool")
+    return Sample(where, "messages", messages, tools)
 
 
 def _messages(record: Mapping[str, Any], where: Where) -> tuple[Message, ...]:
@@ -153,8 +176,6 @@ def _check_order(messages: Sequence[Message], where: Where) -> None:
         ):
             raise DataError(f"{at}: a tool message has to follow the assistant's tool call")
         previous = message
-    if messages[-1].role != "assistant":
-        raise DataError(f"{where}: the last message is of role {messages[-1].role}; it has to be the assistant's")
 
 
 def _message(row: Any, index: int, columns: dict[str, list[Media]], at: str) -> Message:

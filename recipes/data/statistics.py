@@ -14,8 +14,9 @@ class Statistics:
 
     `samples`: what the kept records gave (more than `kept` where long ones were split); `pieces_dropped`: parts of
     split records that were still too long, or taught nothing. `lengths`: upper bound of a length class -> samples in
-    it. `media`: items by kind. `thoughts_left_out`: thoughts of the data that the template does not render. `skipped`:
-    the first errors, in words.
+    it. `media`: items by kind. `thoughts_left_out`: thoughts of the data that the template does not render.
+    `unlike_prompts`: learnt answers before the last, which lack what a generation prompt puts before an answer.
+    `formats`: records by the columns that they have. `skipped`: the first errors, in words.
     """
 
     read: int
@@ -30,6 +31,8 @@ class Statistics:
     lengths: Mapping[int, int]
     media: Mapping[str, int]
     thoughts_left_out: int
+    unlike_prompts: int
+    formats: Mapping[str, int]
     skipped: tuple[str, ...]
 
     @property
@@ -60,7 +63,9 @@ class Counts:
     supervised: int = 0
     longest: int = 0
     thoughts_left_out: int = 0
+    unlike_prompts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     media: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
@@ -82,6 +87,17 @@ class Counts:
         self.longest = max(self.longest, length)
         self.lengths[max(32, 1 << (length - 1).bit_length())] += 1
 
+    def absorb(self, other: Statistics) -> None:
+        """Count all that others have counted."""
+        for name in ("read", "kept", "samples", "pieces_dropped", "blank_lines", "tokens", "supervised"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.thoughts_left_out += other.thoughts_left_out
+        self.unlike_prompts += other.unlike_prompts
+        self.longest = max(self.longest, other.longest)
+        for name in ("dropped", "formats", "lengths", "media"):
+            getattr(self, name).update(getattr(other, name))
+        self.skipped += other.skipped[: max(0, self._SHOWN - len(self.skipped))]
+
     def frozen(self) -> Statistics:
         """The statistics as counted so far."""
         return Statistics(
@@ -97,5 +113,7 @@ class Counts:
             lengths=dict(sorted(self.lengths.items())),
             media=dict(sorted(self.media.items())),
             thoughts_left_out=self.thoughts_left_out,
+            unlike_prompts=self.unlike_prompts,
+            formats=dict(sorted(self.formats.items())),
             skipped=tuple(self.skipped),
         )

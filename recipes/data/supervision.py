@@ -131,3 +131,22 @@ def supervised_spans(steps: Sequence[Step], choice: Supervise) -> list[Span]:
             position = end
         spans.append((position, step.end))
     return [span for span in spans if span[1] > span[0]]
+
+
+def with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix: str) -> tuple[str, list[Span], int]:
+    """Have `prefix`, with which answers are asked for, before what the model says in its last turn; it is not learnt.
+
+    A turn that begins with a thought of its own stays as it is. Also returns how many earlier turns are learnt without.
+    """
+    turns: dict[int, int] = {}
+    for step in steps:
+        turns.setdefault(step.turn, step.start)
+    there = [at for at in turns.values() if text.startswith(prefix, at)]
+    bare = [at for at in turns.values() if at not in there and not text.startswith(THOUGHT, at)]
+    cut = [(start + len(prefix) if start in there else start, stop) for start, stop in spans]
+    starts = {start for start, _ in spans}
+    last = turns[steps[-1].turn]
+    if last not in bare:
+        return text, cut, sum(at in starts for at in bare)
+    moved = [(start + len(prefix), stop + len(prefix)) if start >= last else (start, stop) for start, stop in cut]
+    return text[:last] + prefix + text[last:], moved, sum(at in starts for at in bare if at != last)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from omegaconf import ListConfig
@@ -14,11 +16,12 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.check import check_data
-from recipes.config import Recipe
+from recipes.config import Recipe, rank_from_environment
 from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import Corpus, open_corpus
+from recipes.data.epochs import with_steps
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.train.data import Streams
+from recipes.train.data import DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -62,6 +65,37 @@ def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
     return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
 
 
+def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOptions:
+    """How a recipe makes batches of its samples."""
+    data, train = recipe.data, recipe.train
+    return BatchOptions(
+        train.seq_length,
+        train.micro_batch_size,
+        dp_rank,
+        dp_size,
+        seed=train.seed,
+        packing=data.packing,
+        workers=data.workers,
+        on_change=data.on_change,
+    )
+
+
+def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:
+    """Open the data of a recipe: how many steps it has, if it says epochs, and the data for the loop.
+
+    Raises DataError and UsageError.
+    """
+    opened = corpora(recipe)
+    settled = with_steps(recipe, Batches(opened[0], batch_options(recipe)))
+    return settled, partial(streams, opened=opened)
+
+
+def say(line: str) -> None:
+    """A line for who watches, once for all ranks."""
+    if rank_from_environment() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def streams(
     recipe: Recipe,
     geometry: Geometry,
@@ -70,25 +104,16 @@ def streams(
     opened: tuple[Corpus, Corpus | None] | None = None,
 ) -> Streams:
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
-    data, train = recipe.data, recipe.train
     corpus, held_out = opened or corpora(recipe)
-    batch = BatchOptions(
-        train.seq_length,
-        train.micro_batch_size,
-        dp_rank,
-        dp_size,
-        seed=train.seed,
-        packing=data.packing,
-        workers=data.workers,
-    )
+    batch = batch_options(recipe, dp_rank, dp_size)
     if held_out is None:
-        return Streams(Batches(corpus, batch))
+        return Streams(Batches(corpus, batch, say))
 
     def evaluation() -> Iterator[dict[str, Tensor]]:
         with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
             yield from batches
 
-    return Streams(Batches(corpus, batch), evaluation)
+    return Streams(Batches(corpus, batch, say), evaluation)
 
 
 def _paths(value: Any) -> str | tuple[str, ...]:

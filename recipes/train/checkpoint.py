@@ -10,7 +10,6 @@ A LoRA run has adapters in place of the weights, and OUTPUT/adapter.json (see br
 from __future__ import annotations
 
 import json
-import os
 import queue
 import random
 import re
@@ -29,18 +28,24 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from bridge.convert.atomic import staged
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
 from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
+from bridge.convert.replace import recover, replace_folder, sync_tree
 from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
+from bridge.hf.tensors import fsync_folder
+from bridge.hf.writer import write_text
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import sense_of
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
+from recipes.train.sole import check_sole
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _PROGRESS_FILE = "progress.json"
+_REPLACED = ".replaced"
 
 
 @dataclass
@@ -77,6 +82,7 @@ def prepare_output(run: Run) -> None:
     def write() -> None:
         output = Path(run.recipe.output)
         output.mkdir(parents=True, exist_ok=True)
+        _tidy(output)
         if run.lora is not None:
             describe(run.recipe, run.lora, output)
         if (output / HF_FOLDER / MANIFEST_FILE).is_file():
@@ -85,10 +91,8 @@ def prepare_output(run: Run) -> None:
             import_beside(run.bridge.hf_dir, output, dtype=run.recipe.model.dtype)
             return
         assert run.bridge.megatron is not None
-        partial = output / f".{HF_FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(run.bridge.megatron.hf, partial)
-        partial.rename(output / HF_FOLDER)
+        with staged(output / HF_FOLDER, plan="beside", sources=[], overwrite=True) as stage:
+            shutil.copytree(run.bridge.megatron.hf, stage.folder, dirs_exist_ok=True)
 
     on_rank_0(write)
 
@@ -124,17 +128,14 @@ def save(run: Run, progress: Progress) -> Path:
     def finish() -> None:
         text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
         (partial / _PROGRESS_FILE).write_text(text + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if target.exists():
-            # The same step, saved before: by an interrupted run that was resumed from an earlier one.
-            shutil.rmtree(target)
-        partial.rename(target)
+        sync_tree(partial)
+        check_sole(output)
+        # The same step may have been saved before: by an interrupted run that was resumed from an earlier one.
+        replace_folder(partial, target, output / f".{target.name}{_REPLACED}")
         tracker = output / f".{TRACKER_FILE}.partial"
-        tracker.write_text(str(progress.step), encoding="utf-8")
-        _sync(tracker)
+        write_text(tracker, str(progress.step))
         tracker.rename(output / TRACKER_FILE)
-        _sync(output)
+        fsync_folder(output)
         _prune(output, run.recipe.checkpoint.keep)
 
     on_rank_0(finish)
@@ -216,12 +217,12 @@ def _prune(output: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _tidy(output: Path) -> None:
+    """Put back a checkpoint that an interrupted save had moved aside, and remove what such a save left."""
+    for path in list(output.glob(f".iter_*{_REPLACED}")):
+        recover(output / path.name.removeprefix(".").removesuffix(_REPLACED), path)
+    for path in [*output.glob(".iter_*.partial"), *output.glob(".iter_*.removed")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _rng_object(data: Any) -> ShardedObject:

@@ -40,10 +40,3 @@ class Streams:
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams
 DataFactory = Callable[[Recipe, Geometry, int, int], Streams]
-
-
-def open_streams(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
-    """The data of a recipe. Raises UsageError and whatever `recipes.data` raises."""
-    from recipes.data.training import streams
-
-    return streams(recipe, geometry, dp_rank, dp_size)

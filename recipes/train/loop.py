@@ -15,9 +15,10 @@ import torch.distributed as dist
 from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
+from recipes.data.training import prepared
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
-from recipes.train.data import DataFactory, Streams, open_streams
+from recipes.train.data import DataFactory, Streams
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.log import Log, Values
 from recipes.train.lora import export_merged
@@ -47,13 +48,19 @@ class Outcome:
         return STOPPED if self.stopped else 0
 
 
-def train(recipe: Recipe, data: DataFactory = open_streams, signalled: StopSignal | None = None) -> Outcome:
+def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal | None = None) -> Outcome:
     """Run a recipe on every rank: from its model, or from its latest checkpoint, to its last step.
+
+    `data`: what to train on in the place of the recipe's data; the recipe says `train.steps` then.
 
     Raises a BridgeError; what was saved before stays. SIGTERM and SIGUSR1 end the run after the current step, with a
     checkpoint. `signalled`: who listens for them already.
     """
     with contextlib.nullcontext(signalled) if signalled is not None else StopSignal() as signalled:
+        if data is None:
+            recipe, data = prepared(recipe)
+        if not recipe.train.steps:
+            raise UsageError("train.epochs are of the recipe's own data; set train.steps")
         resumable = checkpoint.checkpoints(Path(recipe.output))
         if resumable and not recipe.checkpoint.resume:
             raise UsageError(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bridge.errors import UsageError
+from bridge.convert.lock import check_ours, held
 from bridge.hf.tensors import write_error
+
+_LOCK = ".run.lock"
 
 
 @contextmanager
-def sole_run(output: str | Path, rank: int) -> Iterator[None]:
+def sole_run(output: str | Path, rank: int, notify: Callable[[str], None] | None = None) -> Iterator[None]:
     """Make the output folder of a run and hold it for this process, on rank 0; elsewhere nothing.
 
-    The folder itself is the lock, which ends with the process, however that ends. A folder made here that is still
-    empty in the end goes again. Raises UsageError (another run is writing it) and CheckpointError (it cannot be made).
+    A folder made here that is still empty in the end goes again. `notify` is told of a lock that a run left behind.
+    Raises UsageError (another run is writing it) and CheckpointError (it cannot be made).
     """
     if rank:
         yield
@@ -26,19 +25,16 @@ def sole_run(output: str | Path, rank: int) -> Iterator[None]:
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise write_error(folder, error) from None
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(held)
-            raise UsageError(f"output={output}: another run is writing it right now") from None
-        # A file system without locks: nothing to be done about it.
-    try:
-        yield
+        with held(folder / _LOCK, f"output={output}: another run is writing it right now", notify=notify):
+            yield
     finally:
         with suppress(OSError):
             folder.rmdir()
-        os.close(held)
+
+
+def check_sole(output: Path) -> None:
+    """Raise CheckpointError where another run has taken the folder over: this one was thought to be gone."""
+    check_ours(output / _LOCK)

@@ -27,7 +27,7 @@ def events_and_differences() -> tuple[list[str], float, float]:
     whole = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     visibility = Visibility.of(torch.zeros(1, LENGTH, dtype=torch.int64))
     zigzag = Zigzag.of(LENGTH, groups.cp)
-    attention = CoreAttention(None, rule=MaskRule(None, "causal"), backend="blockwise", pg_collection=groups)
+    attention = CoreAttention(None, rule=MaskRule(None, "causal"), backend="blockwise", source=0, pg_collection=groups)
     expected = attention(*whole, visibility)
     expected.square().sum().backward()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge.convert import atomic
+from bridge.convert import atomic, replace
 from bridge.convert.atomic import staged
 from bridge.convert.pieces import CopyTensor, Piece, plan_digest
 from bridge.convert.stream import CopyResult, copy
@@ -193,12 +193,12 @@ def test_existing_targets(tmp_path: Path) -> None:
     convert(source, target, "hf")
     with pytest.raises(UsageError, match=r"out: exists"):
         convert(source, target, "dist")
-    (target / "mark").write_text("old")
+    (target / "README.md").write_text("old")
     with pytest.raises(RuntimeError):
         convert(source, target, "dist", overwrite=True, fail_after=3, error=RuntimeError())
-    assert (target / "mark").exists() and (target / "model.safetensors.index.json").exists()
+    assert (target / "README.md").exists() and (target / "model.safetensors.index.json").exists()
     convert(source, target, "dist", overwrite=True)
-    assert (target / ".metadata").exists() and not (target / "mark").exists()
+    assert (target / ".metadata").exists() and not (target / "README.md").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     # Killed right after the swap, before the old target was gone: nothing of it gets into the next one.
     rmtree = atomic.shutil.rmtree
@@ -234,7 +234,7 @@ def test_a_target_where_no_folder_can_be_made() -> None:
 
 def test_without_an_exchange_an_interrupted_swap_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = make_source(tmp_path / "source"), tmp_path / "out"
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(replace, "_exchange", lambda *_: False)
     convert(source, target, "hf")
     convert(source, target, "dist", overwrite=True)
     assert (target / ".metadata").exists()

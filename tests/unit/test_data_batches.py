@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import threading
 import time
 from collections import Counter
@@ -18,9 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bridge.errors import DataError, UsageError
-from recipes.data import Batches, BatchOptions, Corpus
-from recipes.data.chat import Encoded
+from recipes.config import resolve
+from recipes.data import Batches, BatchOptions, Corpus, Supervise
+from recipes.data.chat import ChatModel, Encoded
 from recipes.data.collate import IGNORE, batch_tensors
+from recipes.data.epochs import epochs_of, with_steps
 from recipes.data.packing import first_fit_decreasing, plan_epoch
 from recipes.data.threads import ordered_map
 
@@ -227,13 +232,91 @@ def test_resumed_with_other_ranks_no_row_is_lost_or_seen_twice(corpus: Corpus) -
     assert Counter(first + second + third) == Counter(range(60))
 
 
-def test_a_state_of_other_data_is_refused(corpus: Corpus) -> None:
-    state = Batches(corpus, BatchOptions(WIDTH)).state_dict()
-    for options, name in [({"seed": 1}, "seed"), ({"shuffle": False}, "shuffle"), ({"packing": True}, "packing")]:
-        with pytest.raises(DataError, match=rf"another order of rows \({name}.* changed\)"):
+def test_a_place_in_other_rows_is_refused_or_begun_anew(corpus: Corpus) -> None:
+    with Batches(corpus, BatchOptions(WIDTH, workers=0)) as batches:
+        list(islice(batches, 7))
+        state = batches.state_dict()
+    for options, cause in [
+        ({"seed": 1}, r"train.seed was 0 and is 1"),
+        ({"shuffle": False}, r"shuffle was True and is False"),
+        ({"packing": True}, r"data.packing was False and is True; train.seq_length was None and is 96; pack_buffer"),
+    ]:
+        with pytest.raises(DataError, match=rf"in other rows: {cause}.*data.on_change=restart"):
             Batches(corpus, BatchOptions(WIDTH, **options)).load_state_dict(state)
-    with pytest.raises(DataError, match=r"\(data changed\)"):
-        Batches(corpus, BatchOptions(WIDTH)).load_state_dict({**state, "stream": {**state["stream"], "data": "x"}})
+        told: list[str] = []
+        restarted = Batches(corpus, BatchOptions(WIDTH, on_change="restart", workers=0, **options), told.append)
+        restarted.load_state_dict(state)
+        assert restarted.position.epoch == restarted.position.row == 0 and len(told) == 1
+        assert re.search(rf"in other rows: {cause}.*; the data is begun anew", told[0])
+        with Batches(corpus, BatchOptions(WIDTH, workers=0, **options)) as fresh:
+            assert same(next(restarted), next(fresh))
+    with pytest.raises(DataError, match=r"of a version that did not note which tokens"):
+        Batches(corpus, BatchOptions(WIDTH)).load_state_dict({**state, "stream": {"data": "x", "seed": 0}})
+    with pytest.raises(UsageError, match=r"data.on_change: 'ignore' is not one of refuse, restart"):
+        BatchOptions(WIDTH, on_change="ignore")
+
+
+def test_only_other_tokens_are_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tokens were made with may change as long as they do not; where they do, the cause is named."""
+    model, rows = model_folder(tmp_path / "model"), [chat("q", "x" * size) for size in (5, 9, 70, 20)]
+
+    def stream(changed: list[Any] | None = None, **options: Any) -> Batches:
+        opened = corpus_of(tmp_path, model, changed or rows, **{"seq_length": 64, **options})
+        return Batches(opened, BatchOptions(96, workers=0))
+
+    with stream() as batches:
+        next(batches)
+        state = json.loads(json.dumps(batches.state_dict()))
+        second = next(batches)
+
+    def goes_on(batches: Batches) -> bool:
+        with batches:
+            batches.load_state_dict(state)
+            return same(next(batches), second)
+
+    def refused(cause: str, batches: Batches) -> None:
+        with pytest.raises(DataError, match=rf"in other rows: {cause}; undo that"):
+            batches.load_state_dict(state)
+
+    assert goes_on(stream(seq_length=60)) and goes_on(stream(on_error="skip"))
+    template = tmp_path / "same.jinja"
+    template.write_text((model / "chat_template.jinja").read_text() + "{# the same #}")
+    assert goes_on(stream(chat_template=str(template)))
+    refused(r"train.seq_length was 64 and is 96", stream(seq_length=96))
+    refused(r"the data changed", stream([*rows, rows[0]]))
+    refused(r"the data changed; data.supervise_turns was 'all' and is 'last'",
+            stream([chat("a", "b", "c", "d")], supervise=Supervise(turns="last")))  # fmt: skip
+    template.write_text((model / "chat_template.jinja").read_text() + "x")
+    refused(r"the chat template changed", stream(chat_template=str(template)))
+    import transformers
+
+    was = transformers.__version__
+    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    assert goes_on(stream())
+    rendered = ChatModel.render
+    monkeypatch.setattr(ChatModel, "render", lambda self, sample: rendered(self, sample).replace("q", "Q"))
+    monkeypatch.setattr(transformers, "__version__", "5.99.2")
+    refused(f"transformers was '{was}' and is '5.99.2'", stream())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epochs_are_steps(packing: bool, corpus: Corpus) -> None:
+    """As many as it takes to see every row, packed or not, over epochs whose packed rows differ in number."""
+    said = {
+        "output": "run",
+        "model": {"hf": "toy"},
+        "train": {"epochs": 2, "global_batch_size": 8, "seq_length": WIDTH},
+    }
+    recipe = resolve(said)
+    with Batches(corpus, BatchOptions(WIDTH, packing=packing, workers=0, epochs=2)) as batches:
+        rows = sum(int(batch["attention_mask"].any()) for batch in batches)
+        settled = with_steps(recipe, batches)
+        assert settled.train.steps == -(-rows // 8) and not settled.train.epochs
+        assert (rows == 120) == (not packing)
+        assert epochs_of(settled.train.steps, 8, batches) == pytest.approx(2, rel=0.1)
+        half = with_steps(resolve(said, ["train.epochs=0.5"]), batches).train.steps
+        assert half == math.ceil(math.ceil(batches.rows(0) / 2) / 8)
+    assert with_steps(resolve(said, ["train.steps=7"]), batches).train.steps == 7
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,11 @@ import pytest
 from PIL import Image
 
 from bridge.errors import BridgeError, DataError, UsageError
-from recipes.data import CorpusOptions, Supervise, corpus, open_corpus
+from recipes.config import load_recipe
+from recipes.data import Corpus, CorpusOptions, Supervise, cache, corpus, open_corpus
+from recipes.data.chat import ChatModel
 from recipes.data.sources import JsonlFile
+from recipes.data.training import corpus_options
 
 from .data_helpers import chat, corpus_of, model_folder, write_jsonl
 
@@ -420,6 +425,94 @@ def test_the_cache_is_used_and_never_stale(
     moved = open_corpus(CorpusOptions(str(folder / "moved.jsonl"), 512, cache=str(folder / "cache")), model)
     assert moved.where(0).file.endswith("moved.jsonl")
     assert moved.folder == builds[0]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_was_tokenised_is_kept_and_gone_on_with(
+    workers: int, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted twice, a cache has the bytes of one that was not, inline and fetched media and bad lines included."""
+    data, encodings = (folder / "good.png").read_bytes(), []
+    monkeypatch.setattr("recipes.data.media._fetch", lambda url, at: data)
+    encode = ChatModel.encode
+    monkeypatch.setattr(ChatModel, "encode", lambda self, *given: (encodings.append(1), encode(self, *given))[1])
+    rows: list[Any] = [chat("q", f"a {number}") for number in range(40)]
+    for number, row in ((3, {}), (5, part(type="image", path="good.png")), (30, "not JSON"), (33, "")):
+        rows[number] = row
+    for number in (7, 21, 35):
+        rows[number] = part(type="image", url=f"http://x/{number}.png")
+    path = write_jsonl(folder / "data.jsonl", rows)
+    options = CorpusOptions(str(path), 256, on_error="skip", allow_urls=True, workers=workers)
+
+    def opened(cache: str, stop: int = 0) -> Corpus:
+        def progress(read: int) -> None:
+            if read == stop:
+                raise KeyboardInterrupt
+
+        return open_corpus(replace(options, cache=str(folder / cache)), model, progress=progress, notify=told.append)
+
+    told: list[str] = []
+    whole, once = opened("whole"), len(encodings)
+    assert not any("goes on" in line for line in told)
+    for stop in (9, 23):
+        with pytest.raises(KeyboardInterrupt):
+            opened("cut", stop)
+        assert [entry.suffix for entry in sorted((folder / "cut").iterdir())] == [".parts", ".lock"]
+    del encodings[:]
+    resumed = opened("cut")
+    assert "tokenising goes on behind the 23 records of an interrupted run" in told
+    assert len(encodings) == sum(whole.where(sample).line > 23 for sample in range(len(whole))) < once
+    assert files_of(resumed.folder) == files_of(whole.folder)
+    for sample in (5, 21):
+        for name, tensor in resumed.media_tensors(sample).items():
+            assert tensor.equal(whole.media_tensors(sample)[name])
+    assert sorted(entry.suffix for entry in (folder / "cut").iterdir()) == ["", ".lock"]
+
+
+def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that lost its bytes is made again; of two builders that know nothing of each other both are right."""
+    monkeypatch.setattr(cache, "_PART_RECORDS", 4)
+    rows = [chat("q", f"a {number}") for number in range(20)]
+    path = write_jsonl(folder / "data.jsonl", rows)
+
+    def opened(name: str, at: int = 0, then: Callable[[Path], None] = lambda parts: None) -> Corpus:
+        def progress(read: int) -> None:
+            if at and read == at:
+                then(next((folder / name).glob(".*.parts")))
+
+        return open_corpus(CorpusOptions(str(path), 64, cache=str(folder / name)), model, progress=progress)
+
+    def interrupted(parts: Path) -> None:
+        raise KeyboardInterrupt
+
+    whole = files_of(opened("whole").folder)
+    with pytest.raises(KeyboardInterrupt):
+        opened("damaged", 10, interrupted)
+    (parts,) = (folder / "damaged").glob(".*.parts")
+    assert sorted(entry.name for entry in parts.iterdir()) == ["000000000000", "000000000004", "000000000008"]
+    (parts / "000000000004" / "ids.bin").write_bytes(b"")
+    assert files_of(opened("damaged").folder) == whole
+
+    def another(parts: Path) -> None:
+        """Who was cut off behind record 5 left another part where the next one is to be."""
+        shutil.copytree(parts / "000000000000", parts / "000000000004")
+
+    assert files_of(opened("others", 6, another).folder) == whole
+
+
+def test_pretraining_loses_nothing_of_long_documents(folder: Path, model: Path) -> None:
+    path = write_jsonl(folder / "data.jsonl", [{"text": "a b c " * size} for size in (5, 100, 300)])
+    said = [f"data.path={path}", f"model.hf={model}", f"data.cache={folder / 'cache'}"]
+    row, whole = (
+        open_corpus(corpus_options(load_recipe("pretrain/e2b", [*said, f"train.seq_length={length}"])), model)
+        for length in (64, 4096)
+    )
+    assert (row.statistics.read, row.statistics.kept, row.statistics.dropped) == (3, 3, {})
+    assert row.statistics.supervised == whole.statistics.supervised and max(row.lengths) == 64 < max(whole.lengths)
 
 
 def test_a_damaged_cache_is_named(folder: Path, model: Path) -> None:

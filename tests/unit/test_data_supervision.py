@@ -204,14 +204,14 @@ BY_HAND: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"chat_template": "merging.jinja"},
         '<bos><|turn>user\nwhen?<turn|>\n<|turn>model\n⟦<|tool_call>call:now{zone:<|"|>x<|"|>}<tool_call|>'
         "<|tool_response>⟧response:now{noon}<tool_response|>⟦It is noon.<turn|>⟧\n<|turn>user\nthanks<turn|>\n"
-        "<|turn>model\n⟦bye<turn|>⟧\n",
+        "<|turn>model\n<|channel>thought\n<channel|>⟦bye<turn|>⟧\n",
     ),
     (
         "the same, calls do not count",
         {"messages": MERGED_USE},
         {"chat_template": "merging.jinja", "supervise": Supervise(tool_calls=False)},
-        '<bos><|turn>user\nwhen?<turn|>\n<|turn>model\n<|tool_call>call:now{zone:<|"|>x<|"|>}<tool_call|>'
-        "<|tool_response>response:now{noon}<tool_response|>⟦It is noon.<turn|>⟧\n",
+        '<bos><|turn>user\nwhen?<turn|>\n<|turn>model\n<|channel>thought\n<channel|><|tool_call>call:now{zone:<|"|>x<|"|>}'
+        "<tool_call|><|tool_response>response:now{noon}<tool_response|>⟦It is noon.<turn|>⟧\n",
     ),
     (
         "two answers of tools in a row, and an answer in the same message",
@@ -221,22 +221,28 @@ BY_HAND: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
                 tool_responses=[{"name": "a", "response": "1"}, {"name": "b", "response": "2"}]),
         ]},
         {"chat_template": "merging.jinja"},
-        "<bos><|turn>user\nx<turn|>\n<|turn>model\n⟦<|tool_call>call:a{}<tool_call|><|tool_call>call:b{}<tool_call|>"
-        "<|tool_response>⟧response:a{1}<tool_response|><|tool_response>response:b{2}<tool_response|>⟦done<turn|>⟧\n",
+        "<bos><|turn>user\nx<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦<|tool_call>call:a{}<tool_call|>"
+        "<|tool_call>call:b{}<tool_call|><|tool_response>⟧response:a{1}<tool_response|><|tool_response>response:b{2}<tool_response|>⟦done<turn|>⟧\n",
     ),
     (
         "a thought written into the content, which the template takes out; an image between blank lines",
         {"messages": [say("user", [{"type": "image", "path": "square.png"}, {"type": "text", "text": "?"}]),
                       say("assistant", "<|channel>thought\nhm<channel|>so be it")]},
         {"chat_template": "merging.jinja"},
-        f"<bos><|turn>user\n\n\n{SQUARE}\n\n?<turn|>\n<|turn>model\n⟦so be it<turn|>⟧\n",
+        f"<bos><|turn>user\n\n\n{SQUARE}\n\n?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>⟦so be it<turn|>⟧\n",
     ),
     (
         "the empty thought of a generation prompt, before the last answer only",
         chat("a", "b", "c", "d"),
-        {"chat_template": "merging.jinja", "generation_prefix": True},
+        {"chat_template": "merging.jinja"},
         "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n<|turn>user\nc<turn|>\n"
         "<|turn>model\n<|channel>thought\n<channel|>⟦d<turn|>⟧\n",
+    ),
+    (
+        "the same, not wanted",
+        chat("a", "b"),
+        {"chat_template": "merging.jinja", "generation_prefix": False},
+        "<bos><|turn>user\na<turn|>\n<|turn>model\n⟦b<turn|>⟧\n",
     ),
 ]  # fmt: skip
 
@@ -281,6 +287,48 @@ def test_masks_by_hand(record: Any, options: Any, marked: str, data: Path, model
     assert sample.ids.tolist() == ids
     assert sample.supervised.tolist() == mask
     assert corpus.statistics.supervised == sum(mask)
+
+
+# As the published templates end: the smaller models' ask for nothing but the turn, the larger ones' put an empty
+# thought where thinking is off. The third one writes what it asks with into the history too.
+_HISTORY = MERGING_TEMPLATE[: MERGING_TEMPLATE.index("{%- if add_generation_prompt -%}")]
+TEMPLATES = {
+    "small": _HISTORY + "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}",
+    "large": _HISTORY
+    + "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- if not enable_thinking | default(false) -%}"
+    + "{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}{%- endif -%}",
+    "in the history": _HISTORY.replace(
+        "if message.role == 'assistant' else message.role) + '\\n' -}}",
+        "if message.role == 'assistant' else message.role) + '\\n' -}}"
+        "{%- if message.role == 'assistant' -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}",
+    )
+    + "{%- if add_generation_prompt -%}{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}{%- endif -%}",
+}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", ["e2b", "e4b", "12b", "26b-a4b", "31b", *TEMPLATES])
+def test_what_is_learnt_follows_what_is_asked(name: str, thinking: bool, tmp_path: Path) -> None:
+    """With default options: the tokens before the last answer are those of the template's own generation prompt."""
+    folder = model_folder(tmp_path / "model", "e2b" if name in TEMPLATES else name)
+    if name in TEMPLATES:
+        (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    kwargs = {"enable_thinking": thinking}
+    asked = [chat("a", "b"), chat("a", "b", "c", "d"), {"messages": [say("system", "s"), *chat("a", "b")["messages"]]}]
+    corpus = corpus_of(tmp_path, folder, asked, template_kwargs=kwargs)
+    for index, record in enumerate(asked):
+        messages = record["messages"]
+        prompt = corpus.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **kwargs)["input_ids"]
+        sample = corpus[index]
+        assert sample.ids[: len(prompt)].tolist() == list(prompt)
+        answer = corpus.tokenizer(messages[-1]["content"] + "<turn|>", add_special_tokens=False)["input_ids"]
+        assert sample.ids[len(prompt) : len(prompt) + len(answer)].tolist() == answer
+        assert sample.supervised[len(prompt) :].tolist() == [True] * len(answer) + [False]
+        assert not sample.supervised[len(prompt) - 1]
+    prefixed = name == "in the history" or (name == "large" and not thinking)
+    assert bool(corpus.inputs["data.generation_prefix"]) == prefixed
+    # The answer "b" of the second conversation is learnt behind less than it is asked for with.
+    assert corpus.statistics.unlike_prompts == (1 if prefixed and name == "large" else 0)
 
 
 def test_the_tokens_are_those_of_transformers(data: Path, model: Path) -> None:

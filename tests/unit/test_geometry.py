@@ -308,7 +308,7 @@ TOWERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "activation": ("vision_config", {"hidden_activation": "silu"}, "hidden_activation"),
     "bias": ("vision_config", {"attention_bias": True}, "attention_bias"),
     "no pooling": ("vision_config", {"pooling_kernel_size": 1}, "pooling_kernel_size is 1"),
-    "rope": ("vision_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, "rope_parameters"),
+    "rope": ("vision_config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}}, "rope_parameters"),
     "clipping no boolean": ("vision_config", {"use_clipped_linears": "yes"}, "use_clipped_linears"),
     "vision no object": ("vision_config", [1], "vision_config is not an object"),  # type: ignore[dict-item]
     "right context": ("audio_config", {"attention_context_right": 2}, "attention_context_right"),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,19 @@ def test_a_launcher_that_fails_says_why() -> None:
         pytest.raises(ParallelError, match="No module named 'no_such_module'"),
     ):
         pool.run(process_id)
+
+
+def test_an_interrupt_while_ranks_start() -> None:
+    """The answer that was not waited for was taken for that to the next question: KeyError, then and ever after."""
+    with RankPool(1, preload=(), device="cpu") as pool:
+        # The launcher imports torch first, which takes longer.
+        interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(process_id)
+        interrupt.join()
+        first = pool.run(process_id)
+        assert first == pool.run(process_id)
 
 
 def test_close_leaves_no_process() -> None:

@@ -202,6 +202,25 @@ def test_every_option_of_the_data_is_a_key() -> None:
     assert theirs <= ours, "an option that no recipe can set"
 
 
+def test_steps_or_epochs() -> None:
+    """One of them is set; the one that an override names takes the place of the recipe's own."""
+    epochs = resolve(MINIMAL, ["train.epochs=2.5"])
+    assert (epochs.train.steps, epochs.train.epochs) == (0, 2.5) and check_recipe(epochs, 1) == 8
+    assert load_recipe("sft/e2b", ["train.epochs=1"]).train.steps == 0
+    own = {**MINIMAL, "train": {"epochs": 3}}
+    assert resolve(own).train.epochs == 3
+    assert (resolve(own, ["train.steps=7"]).train.steps, resolve(own, ["train.steps=7"]).train.epochs) == (7, 0)
+    for said, overrides, message in [
+        (MINIMAL, ["train.steps=3", "train.epochs=2"], "train.steps=3 and train.epochs=2: set one of them"),
+        ({**MINIMAL, "train": {"steps": 3, "epochs": 2}}, [], "train.steps=3 and train.epochs=2: set one of them"),
+        ({**MINIMAL, "train": {"seed": 3}}, [], "train.steps=0: must be at least 1; or set train.epochs"),
+        (MINIMAL, ["train.epochs=-1"], "train.epochs=-1.0: must be at least 0"),
+        (MINIMAL, ["data.on_change=ignore"], "data.on_change=ignore: is one of refuse, restart"),
+    ]:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            check_recipe(resolve(said, overrides), 1)
+
+
 def test_microbatches() -> None:
     assert check_recipe(resolve(MINIMAL), 1) == 8
     assert check_recipe(resolve(MINIMAL, ["train.micro_batch_size=2"]), 2) == 2

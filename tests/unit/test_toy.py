@@ -271,7 +271,7 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
     assert Geometry.from_folder(folder).num_layers == 12
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UsageError, match="not a model folder"):
+    with pytest.raises(UsageError, match="does not look like a checkpoint"):
         write_toy("e2b", tmp_path / "mine", overwrite=True)
     with pytest.raises(UsageError, match="pass --overwrite"):
         write_toy("e2b", tmp_path / "mine" / "letter.txt")

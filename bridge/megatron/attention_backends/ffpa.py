@@ -44,8 +44,8 @@ def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
         return "the package ffpa-attn is not installed"
     if query.shape[-1] != _HEAD_DIM or query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes head dim {_HEAD_DIM} in bfloat16 or float16"
-    if mask.visibility.zigzag is not None:
-        return "the row is cut by context parallelism"
+    if mask.rows != mask.columns:
+        return "queries are a part of the row"
     if not mask.causal:
         return "it is causal within documents only"
     return None

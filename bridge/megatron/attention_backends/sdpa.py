@@ -39,8 +39,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """Only rows whose every token sees exactly what stands before it."""
-    if mask.visibility.zigzag is not None:
-        return "the row is cut by context parallelism"
+    if mask.rows != mask.columns:
+        return "queries are a part of the row"
     if not mask.causal or not mask.whole_rows:
         return "it is causal over whole rows only"
     return None

@@ -1,0 +1,302 @@
+"""`generate`: what a model says, in Megatron, wherever its weights are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge.cli_kit import epilog, err, out
+from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from bridge.generate.opened import OpenedModel
+    from bridge.generate.rows import Prompt
+    from bridge.generate.sampling import SamplingOptions
+    from bridge.generate.session import Session
+    from recipes.data.prompts import PromptEncoder
+
+# How many prompts ranks are given at once: what is read of a file before the first answer.
+_AT_ONCE = 4096
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=epilog("generate runs/first --prompt 'What is in this picture?' --image receipt.png"))(generate)
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An HF folder or hub id, a Megatron checkpoint, a run.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="A user's message.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture of the message; repeat.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A film of the message; repeat.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A WAV file of the message; repeat.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system says before --prompt, or --chat.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="JSONL", help='Lines of {"messages": …}, {"prompt": …} or {"ids": …}.'),
+    ] = None,
+    ids: Annotated[str | None, typer.Option(metavar="5,6,7", help="Token ids as they are.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="Write answers there; the same command again goes on.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Of the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the likeliest that hold this probability together.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Of those at least so likely, against the likeliest.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what is there already.")] = 1.0,
+    num_return_sequences: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's own end.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers, in any layout.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="A conversation on the terminal.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
+    pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
+    vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
+    ep: Annotated[int, typer.Option(help="expert-parallel ranks")] = 1,
+    etp: Annotated[int, typer.Option(help="expert-tensor-parallel ranks")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
+    max_rows: Annotated[int, typer.Option(help="Answers that are written at once, on a replica.")] = 16,
+) -> None:
+    """Let a model answer: a prompt, a file of them, or a conversation. Greedy unless --temperature is above 0.
+
+    Answers stream to the terminal, or go to --output as JSONL: index, prompt_tokens, tokens, text, logprobs,
+    finish_reason. The log-probabilities are the model's own, before temperature and cuts.
+    """
+    from bridge.generate.opened import open_model
+    from bridge.generate.sampling import SamplingOptions
+    from bridge.megatron.layout import check_layout
+    from bridge.megatron.parallel import Parallel
+    from bridge.megatron.quiet import quiet
+
+    quiet()
+    said = [
+        name
+        for name, value in (("--prompt", prompt), ("--input", input_file), ("--ids", ids), ("--chat", chat or None))
+        if value is not None
+    ]
+    if len(said) != 1:
+        raise UsageError(
+            f"{' and '.join(said) or 'no prompt'}: exactly one of --prompt, --input, --ids, --chat is needed"
+        )
+    if (image or video or audio or system) and prompt is None and not chat:
+        raise UsageError(
+            "--image, --video, --audio and --system go with --prompt; in --input they stand in the messages"
+        )
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
+    parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
+    opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
+    check_layout(opened.task.geometry, parallel)
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        num_return_sequences=num_return_sequences,
+        stop_token_ids=() if ignore_eos else opened.stop_token_ids,
+        stop_strings=tuple(stop or ()),
+    )
+    run = _Run(opened, options, raw, allow_urls, max_rows)
+    if chat:
+        run.converse(system, image or [], video or [], audio or [])
+    elif input_file is not None:
+        run.answer_file(input_file, output, model)
+    else:
+        record: dict[str, Any] = {"prompt": prompt}
+        if ids is not None:
+            record = {"ids": _numbers(ids)}
+        elif not raw:
+            record = {"messages": _messages(system, prompt or "", image or [], video or [], audio or [])}
+        elif image or video or audio or system:
+            raise UsageError("--raw takes text alone: media and a system's message are put in place by the template")
+        run.answer_one(record, output, model)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--ids {text}: token ids with commas between them are needed, such as 5,6,7") from None
+
+
+def _messages(
+    system: str | None, text: str, images: Sequence[Path], videos: Sequence[Path], sounds: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """One user's turn, media before the text as the model's makers advise."""
+    kinds = (("image", images), ("video", videos), ("audio", sounds))
+    parts: list[dict[str, Any]] = [
+        {"type": kind, "path": str(path.resolve())} for kind, paths in kinds for path in paths
+    ]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return [*messages, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
+
+class _Run:
+    """One call of the command: the model, what it is asked, and where the answers go."""
+
+    def __init__(
+        self, opened: OpenedModel, options: SamplingOptions, raw: bool, allow_urls: bool, max_rows: int
+    ) -> None:
+        self._opened, self._options = opened, options
+        self._raw, self._allow_urls, self._max_rows = raw, allow_urls, max_rows
+
+    def _encoder(self) -> PromptEncoder:
+        from recipes.data.prompts import PromptEncoder
+
+        return PromptEncoder(self._opened.assets, raw=self._raw, allow_urls=self._allow_urls)
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        from bridge.generate.session import Session
+        from bridge.ranks import RankPool
+
+        task = self._opened.task
+        world = task.parallel.world_size
+        threads = max(1, (os.cpu_count() or 1) // world)
+        err.print(f"loading {task.weights}{f' with {task.adapter}' if task.adapter else ''} ({task.parallel})")
+        with (
+            RankPool(world, threads_per_rank=threads) as pool,
+            Session(pool, task, self._opened.assets, max_rows=self._max_rows) as session,
+        ):
+            yield session
+
+    def answer_one(self, record: dict[str, Any], output: Path | None, model: str) -> None:
+        """One prompt; its answers stream to the terminal, one after the other where there are several."""
+        from recipes.data.sample import Where
+
+        encoder = self._encoder()
+        prompts = [encoder.encode(record, Where("--prompt", 1), Path("/"))]
+        if output is not None:
+            self._write(prompts, output, model)
+            return
+        with self._session() as session:
+            self._stream(session, prompts, encoder)
+
+    def answer_file(self, path: Path, output: Path | None, model: str) -> None:
+        """A file of prompts, to a file of answers, or to the terminal as lines."""
+        from recipes.data.prompts import read_prompts
+
+        if not path.is_file():
+            raise UsageError(f"--input {path}: not a file")
+        prompts = list(read_prompts(path, self._encoder()))
+        if not prompts:
+            raise UsageError(f"--input {path}: holds no prompts")
+        self._write(prompts, output, model)
+
+    def _write(self, prompts: Sequence[Prompt], output: Path | None, model: str) -> None:
+        import json
+
+        from bridge.generate.output import OutputFile, record
+
+        if output is None:
+            with self._session() as session:
+                waiting, samples, done = {}, self._options.num_return_sequences, 0
+                for completion in session.generate(prompts, self._options):
+                    waiting[completion.index, completion.sample] = completion
+                    while (ready := waiting.pop(divmod(done, samples), None)) is not None:
+                        print(json.dumps(record(ready), ensure_ascii=False), flush=True)
+                        done += 1
+            return
+        total = len(prompts) * self._options.num_return_sequences
+        said = json.dumps([[prompt.ids, sorted(prompt.media)] for prompt in prompts]).encode()
+        with OutputFile(output, self._options, said, self._identity(model)) as file:
+            if file.done:
+                err.print(f"{output}: {file.done} of {total} answers are there, going on behind them")
+            first = file.done // self._options.num_return_sequences
+            if first < len(prompts):
+                with self._session() as session:
+                    begun = file.done
+                    for completion in session.generate(prompts[first:], self._options, first_index=first):
+                        if completion.index * self._options.num_return_sequences + completion.sample >= begun:
+                            file.write(completion, lambda done: err.print(f"{done} of {total} answers"))
+        out.print(f"wrote {total} answers: {output}")
+
+    def _identity(self, model: str) -> str:
+        """What the answers are of, as far as a name and the newest checkpoint say it."""
+        task = self._opened.task
+        return f"{model} {task.weights.name} {task.adapter} {task.dtype}"
+
+    def _stream(self, session: Session, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[str]:
+        """Print answers while they are made; returns their texts."""
+        shown = _Shown(encoder)
+        texts = []
+        several = self._options.num_return_sequences > 1
+        for completion in session.generate(prompts, self._options, on_token=None if several else shown.add):
+            if several:
+                out.print(f"[{completion.sample}] {completion.text}")
+            else:
+                shown.end(completion.text)
+            texts.append(completion.text)
+            if completion.finish_reason == "length":
+                err.print(f"(cut at --max-new-tokens {self._options.max_new_tokens})")
+        return texts
+
+    def converse(
+        self, system: str | None, images: Sequence[Path], videos: Sequence[Path], sounds: Sequence[Path]
+    ) -> None:
+        """A conversation: a line is a message, an empty one or the end of the input ends it."""
+        from recipes.data.sample import Where
+
+        if self._raw:
+            raise UsageError("--chat speaks through the template: leave --raw away")
+        self._options = replace(self._options, num_return_sequences=1)
+        encoder = self._encoder()
+        messages: list[dict[str, Any]] = []
+        with self._session() as session:
+            while line := _ask():
+                if messages:
+                    messages.append({"role": "user", "content": line})
+                else:
+                    messages += _messages(system, line, images, videos, sounds)
+                prompt = encoder.encode({"messages": messages}, Where("--chat", len(messages)), Path("/"))
+                (text,) = self._stream(session, [prompt], encoder)
+                messages.append({"role": "assistant", "content": text or "…"})
+
+
+def _ask() -> str:
+    err.print("> ", end="")
+    return sys.stdin.readline().strip()
+
+
+class _Shown:
+    """Tokens of an answer as text on the terminal: what is shown once is not changed by what follows."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self._decode: Callable[[list[int]], str] = encoder.decode
+        self._tokens: list[int] = []
+        self._text = ""
+
+    def add(self, index: int, sample: int, token: int) -> None:
+        """One more token."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        if not text.endswith("\ufffd"):  # a character of which some bytes are to come
+            self._print(text)
+
+    def end(self, text: str) -> None:
+        """The whole text, as it stays."""
+        self._print(text)
+        print(flush=True)
+        self._tokens, self._text = [], ""
+
+    def _print(self, text: str) -> None:
+        if text.startswith(self._text):
+            print(text[len(self._text) :], end="", flush=True)
+            self._text = text

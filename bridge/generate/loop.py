@@ -1,0 +1,310 @@
+"""The loop over rows: prompts come in as places get free, each step gives every row a token, finished rows leave.
+
+Every rank of a replica runs the same loop over the same rows and learns every token; data-parallel replicas take rows
+in turn. What a row gets depends on its tokens, the options and its number alone, never on its company.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from bridge.errors import UsageError
+from bridge.generate.rows import Completion, Prompt
+from bridge.generate.sampling import SamplingOptions, choose, uniform
+from bridge.generate.stages import run_step
+from bridge.megatron.kv_cache import CachedStep, KeyValueCaches, NewTokens, padded
+from bridge.megatron.model import Gemma4Model
+from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
+from bridge.megatron.visibility import Visibility
+
+
+@dataclass
+class _Row:
+    index: int
+    sample: int
+    prompt: Prompt
+    visibility: Visibility
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    slot: int = -1
+    seen: int = 0  # tokens of it that are in the caches
+    embeddings: Tensor | None = None  # of its prompt [prompt, 1, h], on the first stage, while it is read
+
+    def __len__(self) -> int:
+        return len(self.prompt.ids) + len(self.tokens)
+
+
+OnToken = Callable[[int, int, int], None]  # index, sample, token
+Decode = Callable[[Sequence[int]], str]
+
+
+class Generator:
+    """Generates with a model as it stands: `chunks` are this rank's, live or loaded, in any layout but CP.
+
+    `max_rows` rows at once on a replica; prompts are read `prefill_tokens` tokens at a time, or one image. `decode`
+    turns tokens into text; stop strings need it. `on_token` and `on_finish` are called on every rank of a replica.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Gemma4Model],
+        groups: ProcessGroupCollection,
+        *,
+        max_rows: int = 16,
+        prefill_tokens: int = 2048,
+        decode: Decode | None = None,
+        on_token: OnToken | None = None,
+        on_finish: Callable[[Completion], None] | None = None,
+    ) -> None:
+        if groups.cp.size() > 1:
+            raise UsageError(
+                f"cp={groups.cp.size()}: context parallelism divides rows that are there; generate with cp=1"
+            )
+        if max_rows < 1 or prefill_tokens < 1:
+            raise UsageError(f"max_rows={max_rows}, prefill_tokens={prefill_tokens}: both are at least 1")
+        self.chunks, self.groups = list(chunks), groups
+        self.config = chunks[0].config
+        self.geometry = self.config.geometry
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.decode, self.on_token, self.on_finish = decode, on_token, on_finish
+        self.device = next(p.device for chunk in chunks for p in chunk.parameters())
+        # Experts of one layer lie on several replicas: they take every step together, also those without a row.
+        self.together = self.geometry.moe is not None and groups.dp.size() > 1
+
+    def generate(self, prompts: Sequence[Prompt], options: SamplingOptions, first_index: int = 0) -> list[Completion]:
+        """The answers, in the order of `prompts`, on every rank. Collective over all ranks that hold the model.
+
+        The numbers of the prompts begin at `first_index`. Raises UsageError for a prompt that cannot be read.
+        """
+        if options.stop_strings and self.decode is None:
+            raise UsageError("stop_strings are compared with text: they need a tokenizer")
+        rows = [
+            self._row(first_index + i, sample, prompt)
+            for i, prompt in enumerate(prompts)
+            for sample in range(options.num_return_sequences)
+        ]
+        mine = rows[self.groups.dp.rank() :: self.groups.dp.size()]
+        with _evaluating(self.chunks):
+            found = list(self._run(mine, options))
+        if self.groups.dp.size() > 1:
+            parts: list[list[Completion]] = [[] for _ in range(self.groups.dp.size())]
+            dist.all_gather_object(parts, found, group=self.groups.dp)
+            found = [completion for part in parts for completion in part]
+        return sorted(found, key=lambda completion: (completion.index, completion.sample))
+
+    def _row(self, index: int, sample: int, prompt: Prompt) -> _Row:
+        if not prompt.ids:
+            raise UsageError(f"prompt {index} has no tokens")
+        behind = [i for i in prompt.ids if not 0 <= i < self.geometry.vocab_size]
+        if behind:
+            raise UsageError(
+                f"prompt {index}: token id {behind[0]} is not in the vocabulary of {self.geometry.vocab_size}"
+            )
+        ids = torch.tensor([prompt.ids])
+        types = None if prompt.mm_token_type_ids is None else prompt.mm_token_type_ids.reshape(1, -1).cpu()
+        return _Row(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))
+
+    def _run(self, rows: Sequence[_Row], options: SamplingOptions) -> Iterator[Completion]:
+        caches = KeyValueCaches(self.geometry)
+        waiting, active, reading = deque(rows), list[_Row](), list[_Row]()
+        while self._any(bool(waiting or active or reading)):
+            while waiting and len(active) + len(reading) < self.max_rows:
+                row = waiting.popleft()
+                row.slot = len(active) + len(reading)
+                reading.append(row)
+            if reading:
+                self._read(caches, reading, options)
+                # In the order of their slots: a row that is read is behind all that answer.
+                while reading and reading[0].seen >= len(reading[0].prompt.ids):
+                    active.append(reading.pop(0))
+            else:
+                self._step(caches, active, [NewTokens(row.slot, row.seen, len(row)) for row in active], options)
+            yield from self._finish(caches, active, reading, options)
+
+    def _any(self, busy: bool) -> bool:
+        if not self.together:
+            return busy
+        flag = torch.tensor([busy], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.groups.dp)
+        return bool(flag)
+
+    def _read(self, caches: KeyValueCaches, rows: list[_Row], options: SamplingOptions) -> None:
+        """The next part of the prompts that are read, up to `prefill_tokens` of them together."""
+        room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[_Row]()
+        for row in rows:
+            if chosen and room <= 0:
+                break
+            if row.seen == 0 and self.chunks[0].pre_process:
+                row.embeddings = self._embed_prompt(row)
+            stop = self._cut(row, room)
+            if chosen and stop == row.seen:
+                break
+            chosen.append(row)
+            parts.append(NewTokens(row.slot, row.seen, stop, row.visibility))
+            room -= stop - row.seen
+        self._step(caches, chosen, parts, options)
+
+    def _cut(self, row: _Row, room: int) -> int:
+        """Where the next part of a prompt ends: after `room` tokens, or at the edge of an image near there."""
+        length = len(row.prompt.ids)
+        stop = min(length, row.seen + max(room, 1))
+        visibility = row.visibility.host or row.visibility
+        if visibility.block is None or stop == length:
+            return stop
+        block = visibility.block[0]
+        if block[stop] < 0 or block[stop] != block[stop - 1]:
+            return stop
+        inside = (block == block[stop]).nonzero()[:, 0]
+        first, last = int(inside[0]), int(inside[-1])
+        return first if first > row.seen else last + 1
+
+    def _embed_prompt(self, row: _Row) -> Tensor:
+        """[prompt, 1, h] on every rank of the first stage, soft tokens where placeholders stand."""
+        model = self.chunks[0]
+        multiple = self.groups.tp.size() if self.config.sequence_parallel else 1
+        length = len(row.prompt.ids)
+        filler = padded(length, multiple) - length
+        ids = torch.tensor([[*row.prompt.ids, *[self.geometry.pad_token_id or 0] * filler]], device=self.device)
+        if isinstance(model, Gemma4MultimodalModel):
+            media = {f.name: row.prompt.media[f.name] for f in fields(Media) if f.name in row.prompt.media}
+            whole = model.embed_with_media(ids, Media(**media))
+        else:
+            whole = model.embed(ids)
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(whole, group=self.groups.tp)
+        return whole[:length]
+
+    def _step(
+        self, caches: KeyValueCaches, rows: Sequence[_Row], parts: Sequence[NewTokens], options: SamplingOptions
+    ) -> None:
+        """Run new tokens through the model; rows whose prompt is read to its end get their next token."""
+        step = CachedStep.of(caches, parts, self.device, self.groups.tp, self.config.sequence_parallel)
+        ids = [i for row, part in zip(rows, parts, strict=True) for i in _tokens(row, part)]
+        input_ids = torch.tensor([ids + [self.geometry.pad_token_id or 0] * step.padding], device=self.device)
+        embeddings = self._embeddings(rows, parts, step, input_ids) if self.chunks[0].pre_process else None
+        logits = run_step(self.chunks, self.groups, step, input_ids, embeddings)
+        ready = [i for i, (row, part) in enumerate(zip(rows, parts, strict=True)) if part.stop == len(row)]
+        for row, part in zip(rows, parts, strict=True):
+            row.seen = part.stop
+            if part.stop >= len(row.prompt.ids):
+                row.embeddings = None
+        if not ready:
+            return
+        chosen = [rows[i] for i in ready]
+        tokens, logprobs = self._choose(None if logits is None else logits[ready], chosen, options)
+        for row, token, logprob in zip(chosen, tokens, logprobs, strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if self.on_token is not None:
+                self.on_token(row.index, row.sample, token)
+
+    def _embeddings(
+        self, rows: Sequence[_Row], parts: Sequence[NewTokens], step: CachedStep, input_ids: Tensor
+    ) -> Tensor:
+        """[n (/tp), 1, h]: what prompts were embedded to, and the embeddings of tokens that were generated."""
+        model = self.chunks[0]
+        if not any(row.embeddings is not None for row in rows):
+            # A placeholder that was generated is padding, as in transformers.
+            text = model.text_ids(input_ids) if isinstance(model, Gemma4MultimodalModel) else input_ids
+            return model.embed(text)
+        found = []
+        for row, part in zip(rows, parts, strict=True):
+            assert row.embeddings is not None
+            found.append(row.embeddings[part.start : part.stop])
+        found.append(found[0].new_zeros(step.padding, *found[0].shape[1:]))
+        whole = torch.cat(found)
+        if not self.config.sequence_parallel:
+            return whole
+        return whole.chunk(self.groups.tp.size())[self.groups.tp.rank()].contiguous()
+
+    def _choose(
+        self, logits: Tensor | None, rows: Sequence[_Row], options: SamplingOptions
+    ) -> tuple[list[int], list[float]]:
+        """The last stage chooses; ranks of the other stages are told. [rows] each."""
+        if logits is not None:
+            draws = [uniform(options.seed, row.index, row.sample, len(row.tokens)) for row in rows]
+            previous = [[*row.prompt.ids, *row.tokens] for row in rows]
+            both = torch.stack([x.double() for x in choose(logits, options, draws, previous)])
+        else:
+            both = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(both, group=self.groups.pp, group_src=self.groups.pp.size() - 1)
+        tokens, logprobs = both.tolist()
+        return [int(token) for token in tokens], logprobs
+
+    def _finish(
+        self, caches: KeyValueCaches, active: list[_Row], reading: list[_Row], options: SamplingOptions
+    ) -> Iterator[Completion]:
+        """Rows that have ended, whose slots go to the rows behind them: those that answer stay without a gap."""
+        for row in list(active):
+            completion = self._completion(row, options)
+            if completion is None:
+                continue
+            active.remove(row)
+            others = sorted([*active, *reading], key=lambda other: other.slot)
+            if others and others[-1].slot > row.slot:
+                self._fill(caches, row.slot, others, active, reading)
+            if self.on_finish is not None:
+                self.on_finish(completion)
+            yield completion
+
+    def _fill(
+        self, caches: KeyValueCaches, slot: int, others: list[_Row], active: list[_Row], reading: list[_Row]
+    ) -> None:
+        """Close the gap at `slot`: the last row that answers moves there, and the last that is read to its place."""
+        for group in (active, reading):
+            last = max(group, key=lambda row: row.slot, default=None)
+            if last is not None and last.slot > slot:
+                if last.seen:
+                    caches.move(last.slot, slot)
+                slot, last.slot = last.slot, slot
+                group.sort(key=lambda row: row.slot)
+
+    def _completion(self, row: _Row, options: SamplingOptions) -> Completion | None:
+        reason, text = None, ""
+        if row.tokens[-1] in options.stop_token_ids:
+            reason = "stop"
+        elif len(row.tokens) >= options.max_new_tokens:
+            reason = "length"
+        if options.stop_strings and self.decode is not None:
+            text = self.decode(row.tokens)
+            places = [place for stop in options.stop_strings if (place := text.find(stop)) >= 0]
+            if places:
+                reason, text = "stop", text[: min(places)]
+        if reason is None:
+            return None
+        if not text and self.decode is not None and not options.stop_strings:
+            text = self.decode(row.tokens)
+        return Completion(row.index, row.sample, row.prompt.ids, tuple(row.tokens), tuple(row.logprobs), reason, text)
+
+
+def _tokens(row: _Row, part: NewTokens) -> list[int]:
+    """The ids of a row at some positions, of its prompt or of its answer."""
+    prompt = len(row.prompt.ids)
+    if part.stop <= prompt:
+        return list(row.prompt.ids[part.start : part.stop])
+    assert part.start >= prompt
+    return row.tokens[part.start - prompt : part.stop - prompt]
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
+    """Without gradients and dropout, and then as before: the modules of a model may be in different modes."""
+    modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,37 @@
+"""What goes into generation and what comes out, for processes that do not hold the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and what the processor made of pictures, clips and tones: names and tensors of `Media`.
+
+    `mm_token_type_ids` [prompt] says which tokens are of images (1) or frames (2), where there are any.
+    """
+
+    ids: tuple[int, ...]
+    mm_token_type_ids: Tensor | None = None
+    media: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one row was answered. `index` is the prompt's, `sample` the number among its `num_return_sequences`.
+
+    `logprobs` are the model's own of `tokens`; `finish_reason` is "stop" (a stop id or string) or "length". `text` is
+    the answer up to a stop string, "" where the generator has no tokenizer.
+    """
+
+    index: int
+    sample: int
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    text: str = ""

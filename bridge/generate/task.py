@@ -1,0 +1,68 @@
+"""One call of generation for ranks that start for it: what model, in which layout, and the rows.
+
+The process that asks does not import Megatron: that takes seconds, and only the ranks need it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.geometry import Geometry
+from bridge.megatron.parallel import Parallel
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from bridge.megatron.model import Gemma4Model
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """A model for ranks to build. `weights` is an HF folder, or the weights folder of a Megatron checkpoint.
+
+    `adapter`: a PEFT folder or a Megatron adapter, which the model gets beside its weights; `dtype` is torch's name.
+    """
+
+    geometry: Geometry
+    weights: Path
+    megatron: bool
+    parallel: Parallel = field(default_factory=Parallel)
+    dtype: str = "bfloat16"
+    adapter: Path | None = None
+
+
+def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollection]:
+    """This rank's chunks, with their weights and adapters. torch.distributed must be initialised. Collective."""
+    import torch
+
+    from bridge.convert.live import load_from_hf, load_from_megatron
+    from bridge.hf.folder import HfFolder
+    from bridge.lora.inject import attach, fill
+    from bridge.lora.peft_folder import open_peft
+    from bridge.lora.source import is_peft_folder, open_megatron
+    from bridge.lora.table import adapter_table
+    from bridge.mapping import table_for
+    from bridge.megatron.parallel import initialize
+    from bridge.megatron.provider import Gemma4Provider
+    from bridge.torch_dist.reader import DistReader
+
+    groups = initialize(task.parallel)
+    overrides: dict[str, Any] = {"perform_initialization": False}
+    provider = Gemma4Provider(task.geometry, task.parallel, getattr(torch, task.dtype), overrides=overrides)
+    model = provider.build(groups)
+    table = table_for(task.geometry)
+    with ExitStack() as stack:
+        if task.megatron:
+            load_from_megatron(model, table, stack.enter_context(DistReader(task.weights)))
+        else:
+            load_from_hf(model, table, stack.enter_context(HfFolder(task.weights)))
+        if task.adapter is not None:
+            peft = is_peft_folder(task.adapter)
+            adapter = open_peft(stack, task.adapter, table) if peft else open_megatron(stack, task.adapter)
+            adapters = adapter_table(table, adapter.targets)
+            attach(model, adapters)
+            fill(model, adapters, adapter.value)
+    return model, groups

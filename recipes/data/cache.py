@@ -1,0 +1,216 @@
+"""The files of a cache, and the parts in which it is made.
+
+A cache is a folder of flat arrays:
+
+    ids.bin     int32 [tokens]
+    flags.bin   uint8 [tokens]      bit 0: supervised; above it: 0 text, 1 image, 2 video, 3 audio
+    index.bin   int64 [samples, 3]  end of the sample in tokens; source; line
+    media.jsonl one line per sample that has media; blobs.bin: bytes that were inline, or fetched from a URL
+    skipped.txt every record that was dropped, by file and line
+    meta.json   statistics, and a digest of the tokens; written last
+
+A part is such a folder of some consecutive records. It takes its name, the number of records before it, when it is
+complete: whatever ends a process, the next one goes on behind the last part, and processes that cannot exclude each
+other do no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from recipes.data.encoding import Outcome
+from recipes.data.sample import Blob, Media
+from recipes.data.statistics import Counts, Statistics
+
+# In media.jsonl: bytes in blobs.bin, not a path.
+STORED = "blobs.bin:"
+_FILES = ("ids.bin", "flags.bin", "index.bin", "media.jsonl", "blobs.bin", "skipped.txt")
+# A part ends with whichever comes first.
+_PART_RECORDS, _PART_BYTES, _PART_SECONDS = 4096, 16 << 20, 10.0
+
+
+class Parts:
+    """The parts that a folder has from before, and those that are added. `records`: how many records they hold."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError."""
+        self.folder, self.records, self.counts = folder, 0, Counts()
+        folder.mkdir(exist_ok=True)
+        self._done: list[Path] = []
+        while (found := _complete(self._place())) is not None:
+            self._take(self._place(), *found)
+        self._pending: list[tuple[int, Outcome]] = []
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, source: int, outcome: Outcome) -> None:
+        """Hold what a record gave, and write a part when it is time. Raises OSError."""
+        # One operation: an interrupt comes before or after it.
+        self._pending.append((source, outcome))
+        self._bytes += sum(5 * len(encoded) + _inline(encoded.media) for encoded in outcome.encoded)
+        full = len(self._pending) >= _PART_RECORDS or self._bytes >= _PART_BYTES
+        if full or time.monotonic() - self._since >= _PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held as a part. Raises OSError."""
+        if not self._pending:
+            return
+        unfinished = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder))
+        with _Writer(unfinished) as writer:
+            for source, outcome in self._pending:
+                writer.add(source, outcome)
+        statistics = writer.counts.frozen()
+        meta = {"records": len(self._pending), "statistics": statistics.to_json()}
+        (unfinished / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        place = self._place()
+        try:
+            unfinished.rename(place)
+        except OSError:
+            # Somebody else has come as far.
+            place = unfinished
+        self._take(place, len(self._pending), statistics)
+        self._pending, self._bytes, self._since = [], 0, time.monotonic()
+
+    def join(self, folder: Path) -> str:
+        """Write all parts as one into `folder`, without its meta.json; a digest of the tokens. Raises OSError.
+
+        The digest covers what a row of training depends on: ids, what is learnt, lengths, media.
+        """
+        # One for each, so that it does not depend on where parts end.
+        digests = {name: hashlib.sha256() for name in ("ids.bin", "flags.bin", "index.bin", "media.jsonl")}
+        tokens = samples = 0
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((folder / name).open("wb")) for name in _FILES}
+            for part in self._done:
+                blobs = files["blobs.bin"].tell()
+                for name in ("ids.bin", "flags.bin", "blobs.bin", "skipped.txt"):
+                    _append(part / name, files[name], digests[name].update if name in digests else None)
+                index = np.fromfile(part / "index.bin", np.int64).reshape(-1, 3)
+                index[:, 0] += tokens
+                files["index.bin"].write(index.tobytes())
+                digests["index.bin"].update(index[:, 0].tobytes())
+                for line in (part / "media.jsonl").read_text(encoding="utf-8").splitlines():
+                    moved = json.dumps(_moved(json.loads(line), samples, blobs)).encode() + b"\n"
+                    files["media.jsonl"].write(moved)
+                    digests["media.jsonl"].update(moved)
+                tokens, samples = int(index[-1, 0]) if len(index) else tokens, samples + len(index)
+        return hashlib.sha256("".join(one.hexdigest() for one in digests.values()).encode()).hexdigest()[:32]
+
+    def _place(self) -> Path:
+        return self.folder / f"{self.records:012d}"
+
+    def _take(self, part: Path, records: int, statistics: Statistics) -> None:
+        self._done.append(part)
+        self.records += records
+        self.counts.absorb(statistics)
+
+
+def media_from_json(row: dict[str, Any]) -> Media:
+    """An item of media.jsonl."""
+    return Media(row["kind"], tuple(Blob(path=path) for path in row["blobs"]), row["fps"])
+
+
+class _Writer:
+    """The arrays of a part, appended to; `counts` as they grow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.counts = Counts()
+        self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in _FILES}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, source: int, outcome: Outcome) -> None:
+        """Append what a record gave."""
+        counts, record = self.counts, outcome.record
+        if record.blank:
+            counts.blank_lines += 1
+            return
+        counts.read += 1
+        counts.pieces_dropped += outcome.pieces_dropped
+        if outcome.form is not None:
+            counts.formats[outcome.form] += 1
+        if outcome.reason is not None:
+            counts.skip(outcome.reason, outcome.message)
+            self._files["skipped.txt"].write(f"{outcome.reason}: {outcome.message}\n".encode())
+            return
+        counts.kept += 1
+        for encoded in outcome.encoded:
+            for item in encoded.media:
+                counts.media[item.kind] += 1
+            counts.thoughts_left_out += encoded.thoughts_left_out
+            counts.unlike_prompts += encoded.unlike_prompts
+            if encoded.media:
+                rows = [self._media_to_json(item) for item in encoded.media]
+                self._files["media.jsonl"].write(json.dumps({"sample": counts.samples, "media": rows}).encode() + b"\n")
+            counts.add(len(encoded), int(encoded.supervised.sum()))
+            self._files["ids.bin"].write(encoded.ids.astype(np.int32).tobytes())
+            self._files["flags.bin"].write((encoded.supervised | encoded.types << 1).astype(np.uint8).tobytes())
+            row = np.asarray([counts.tokens, source, record.where.line], np.int64)
+            self._files["index.bin"].write(row.tobytes())
+
+    def _media_to_json(self, item: Media) -> dict[str, Any]:
+        return {"kind": item.kind, "fps": item.fps, "blobs": [self._blob_to_json(blob) for blob in item.blobs]}
+
+    def _blob_to_json(self, blob: Blob) -> str:
+        if blob.data is None:
+            assert blob.path is not None
+            # A leading "./" keeps a path that looks like a place in blobs.bin a path.
+            return f"./{blob.path}" if blob.path.startswith(STORED) else blob.path
+        start = self._files["blobs.bin"].tell()
+        self._files["blobs.bin"].write(blob.data)
+        return f"{STORED}{start}+{len(blob.data)}"
+
+
+def _inline(media: Sequence[Media]) -> int:
+    return sum(len(blob.data or b"") for item in media for blob in item.blobs)
+
+
+def _complete(part: Path) -> tuple[int, Statistics] | None:
+    """How many records a part holds, and their statistics; None for what is no whole part. Removes a damaged one."""
+    try:
+        meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
+        statistics = Statistics.from_json(meta["statistics"])
+        sizes = {"ids.bin": 4 * statistics.tokens, "flags.bin": statistics.tokens, "index.bin": 24 * statistics.samples}
+        if all((part / name).stat().st_size == size for name, size in sizes.items()):
+            return int(meta["records"]), statistics
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    # A machine that lost its power may have kept a name and not the bytes.
+    shutil.rmtree(part, ignore_errors=True)
+    return None
+
+
+def _append(path: Path, target: IO[bytes], update: Callable[[bytes], None] | None) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            target.write(block)
+            if update is not None:
+                update(block)
+
+
+def _moved(row: dict[str, Any], samples: int, blobs: int) -> dict[str, Any]:
+    """A line of media.jsonl behind so many samples and bytes of other parts."""
+
+    def place(path: str) -> str:
+        if not path.startswith(STORED):
+            return path
+        start, size = path.removeprefix(STORED).split("+")
+        return f"{STORED}{int(start) + blobs}+{size}"
+
+    media = [item | {"blobs": [place(path) for path in item["blobs"]]} for item in row["media"]]
+    return {"sample": row["sample"] + samples, "media": media}
