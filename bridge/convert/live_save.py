@@ -91,7 +91,7 @@ class _Folder:
             staged(
                 target,
                 plan=f"live {uuid.uuid4()}",
-                sources=[assets_folder / asset for asset in assets],
+                sources=[self._assets_folder / asset for asset in self._assets],
                 needed_bytes=sum(spec.nbytes for spec in specs),
                 overwrite=overwrite,
             )
