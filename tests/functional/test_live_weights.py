@@ -110,8 +110,8 @@ def stale_or_not(folder: Path) -> tuple[int, list[str], list[str]]:
         "output": "unused",
         "model": {"hf": str(folder), "dtype": "float32"},
         "parallel": {"overlap": True},
-        "train": {"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 40},
-        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 9, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 40},
+        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0},
     }
     start_ranks()
     found = []
@@ -198,7 +198,7 @@ def fail_on(rank: int, what: str, folder: Path, out: Path) -> tuple[str, str]:
     ("rank", "what", "own", "others"),
     [
         (0, "write", "ZeroDivisionError", "rank 0: ZeroDivisionError: one / zero"),
-        (0, "finish", "OSError", "rank 0: OSError: [Errno 28] No space left on device"),
+        (0, "finish", "CheckpointError", "rank 0: OSError: [Errno 28] No space left on device"),
         (1, "piece", "OSError", "rank 1: OSError: [Errno 28] No space left on device"),
         (1, "model", "TypeError", "rank 1: TypeError: 'NoneType' object is not callable"),
     ],
