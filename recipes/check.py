@@ -54,13 +54,13 @@ def _check_numbers(recipe: Recipe) -> None:
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.seq_length", train.seq_length, 2),
         ("train.nan_limit", train.nan_limit, 1),
-        ("train.eval_batches", train.eval_batches, 1),
         ("data.workers", recipe.data.workers, 1),
+        ("data.val_fraction", recipe.data.val_fraction, 0),
         ("lora.rank", recipe.lora.rank, 0),
         ("log.every", recipe.log.every, 1),
         *(
             (f"train.{key}", getattr(train, key), 0)
-            for key in ("seed", "eval_every", "patience", "z_loss", "aux_loss", "spike_factor")
+            for key in ("seed", "eval_every", "eval_rows", "patience", "z_loss", "aux_loss", "spike_factor")
         ),
         *(
             (f"optimizer.{key}", getattr(optimizer, key), 0)
@@ -71,9 +71,13 @@ def _check_numbers(recipe: Recipe) -> None:
     ):
         if number < least:
             raise UsageError(f"{key}={number}: must be at least {least}")
-    for key, number in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+    for key, number in (
+        ("data.val_fraction", recipe.data.val_fraction),
+        ("optimizer.beta1", optimizer.beta1),
+        ("optimizer.beta2", optimizer.beta2),
+    ):
         if number >= 1:
-            raise UsageError(f"optimizer.{key}={number}: must be below 1")
+            raise UsageError(f"{key}={number}: must be below 1")
     if optimizer.eps <= 0:
         raise UsageError(f"optimizer.eps={optimizer.eps}: must be above 0")
 
@@ -84,15 +88,8 @@ def _check_schedule(recipe: Recipe) -> None:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
-    if not train.steps:
-        return  # they follow from the data
-    if optimizer.warmup >= train.steps:
-        raise UsageError(f"optimizer.warmup={optimizer.warmup} leaves nothing of train.steps={train.steps}")
-    if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_steps <= train.steps - optimizer.warmup:
-        raise UsageError(
-            f"optimizer.wsd_steps={optimizer.wsd_steps}: must be between 1 and the {train.steps - optimizer.warmup} "
-            "steps after the warm-up"
-        )
+    if optimizer.schedule == "wsd" and not optimizer.wsd_steps:
+        raise UsageError("optimizer.wsd_steps=0: says over how many steps the rate of schedule=wsd falls; set it")
 
 
 def _check_batch(recipe: Recipe, world_size: int) -> int:
@@ -176,8 +173,13 @@ def check_startable(recipe: Recipe, world_size: int) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise UsageError where a recipe names no data, or none to evaluate on though it wants to."""
+    """Raise UsageError where a recipe names no data, none to evaluate on, or some that it would never use."""
     if recipe.data.path is None:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
-    if recipe.train.eval_every and recipe.data.eval_path is None:
-        raise UsageError(f"train.eval_every={recipe.train.eval_every} needs data: set data.eval_path")
+    data, every = recipe.data, recipe.train.eval_every
+    named = {"data.eval": data.eval, "data.eval_split": data.eval_split, "data.val_fraction": data.val_fraction}
+    given = [key for key, value in named.items() if value]
+    if every and not given:
+        raise UsageError(f"train.eval_every={every} needs data: set {', '.join(named)}")
+    if given and not every:
+        raise UsageError(f"{given[0]} is evaluated every train.eval_every steps, which is 0; set it")

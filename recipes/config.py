@@ -19,6 +19,8 @@ from bridge.megatron.parallel import Parallel
 from recipes.keys import check_keys, meant
 
 CONFIGS = Path(__file__).parent / "configs"
+# Begins a `data.path` that is a file of `CONFIGS`, wherever that is installed.
+_SHIPPED = "shipped:"
 
 
 @dataclass
@@ -48,13 +50,18 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Read by `recipes.data`, which says what the keys mean. `eval_path`: what evaluation uses, if there is any.
+    """Read by `recipes.data`, which says what the keys mean.
 
+    `eval`: what evaluation uses, as `path`, or several of these by their names. `eval_split`: which split of it, where
+    it has splits (without `eval`: of `path`); by default one for validation or test, never the one that is trained on.
+    `val_fraction`: this part of the training data is held out and evaluated on, the same whatever the seed.
     `on_change`: where a run goes on and its rows are other ones than before: refuse, or restart at the first of them.
     """
 
     path: Any = None
-    eval_path: Any = None
+    eval: Any = None
+    eval_split: str | None = None
+    val_fraction: float = 0.0
     packing: bool = False
     split: str = "train"
     subset: str | None = None
@@ -103,9 +110,11 @@ class TrainConfig:
     """`steps` of `global_batch_size` sequences of at most `seq_length` tokens; `micro_batch_size` go through at once.
 
     `epochs`, in the place of `steps`: as many steps as it takes to see every row so often.
-    `eval_every`: steps between evaluations of `eval_batches` global batches; 0: none. `patience`: evaluations without
-    a better loss before the run ends; 0: never. `z_loss`: factor of the squared log-sum-exp. `aux_loss`: factor of the
-    loss that spreads tokens, padding included, over experts (Switch Transformers; of each layer and microbatch).
+    `eval_every`: steps between evaluations, the last step has one too; 0: none. `eval_rows`: of the first so many
+    samples of each set; 0: all. `patience`: evaluations without a better loss before the run ends, 0: never; with it
+    the checkpoint of the best evaluation is kept, and exported. `z_loss`: factor of the squared log-sum-exp.
+    `aux_loss`: factor of the loss that spreads tokens, padding included, over experts (Switch Transformers; of each
+    layer and microbatch).
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
@@ -118,7 +127,7 @@ class TrainConfig:
     seq_length: int = 4096
     seed: int = 1234
     eval_every: int = 0
-    eval_batches: int = 8
+    eval_rows: int = 0
     patience: int = 0
     z_loss: float = 0.0
     aux_loss: float = 0.0
@@ -159,7 +168,8 @@ class LoraConfig:
     `targets`: all-linear or a regular expression for whole module names, or a list of endings of names (`q_proj`);
     `parameters`: expert parameters (`experts.gate_up_proj`); `exclude`: as `targets`, taken away from them.
     `dropout_pattern`, which PEFT has not: to `dropout` what `rank_pattern` is to `rank`. `dora`: PEFT's `use_dora`.
-    `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys.
+    `adapter`: a Megatron adapter (of `adapter import`, or another run) to go on from; it brings all the other keys, and
+    as an override takes the place of what the recipe's file says of `lora`.
     """
 
     rank: int = 0
@@ -255,6 +265,9 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except Exception as error:  # as above
             raise UsageError(f"{override!r}: cannot be read ({' '.join(str(error).split())})") from None
         check_keys(OmegaConf.to_container(given[-1]), Recipe, override)
+    if any(OmegaConf.select(more, "lora.adapter") is not None for more in given):
+        # It brings its rank, targets and the rest: those of the recipe are of other adapters.
+        said = {key: value for key, value in said.items() if key != "lora"}
     merged: Any = OmegaConf.structured(Recipe)
     for source, more in [(where, said), *zip(overrides, given, strict=True)]:
         try:
@@ -271,6 +284,8 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
     if missing:
         raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
     assert isinstance(recipe, Recipe)
+    if isinstance(recipe.data.path, str) and recipe.data.path.startswith(_SHIPPED):
+        recipe.data.path = str(CONFIGS / recipe.data.path.removeprefix(_SHIPPED))
     return recipe
 
 

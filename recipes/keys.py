@@ -26,6 +26,17 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "train.global_batch_size",
     "per_device_train_batch_size": "train.micro_batch_size",
     "eval_steps": "train.eval_every",
+    "eval_path": "data.eval",
+    "eval_file": "data.eval",
+    "eval_dataset": "data.eval",
+    "validation_file": "data.eval",
+    "eval_batches": "train.eval_rows",
+    "max_eval_samples": "train.eval_rows",
+    "val_split": "data.val_fraction",
+    "val_set_size": "data.val_fraction",
+    "validation_split": "data.val_fraction",
+    "test_size": "data.val_fraction",
+    "early_stopping_patience": "train.patience",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume",
@@ -76,12 +87,13 @@ def _all_keys(schema: Any, prefix: str = "") -> list[str]:
 
 def _meant_key(prefix: str, key: str, siblings: Sequence[str], every: Sequence[str]) -> str:
     """The key of the same group that looks like `key`, else the one of any group, else what the group has."""
-    leaves = {whole.rpartition(".")[2]: whole for whole in every}
-    whole = f"{prefix}{key}" if key in siblings else leaves.get(key) or _ELSEWHERE.get(key)
+    elsewhere = _ELSEWHERE | {whole.rpartition(".")[2]: whole for whole in every}
+    whole = f"{prefix}{key}" if key in siblings else elsewhere.get(key)
     if whole is not None:
         return f"; did you mean {whole}?"
     close = difflib.get_close_matches(key, siblings, 1, 0.6)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
-    close = difflib.get_close_matches(key, list(leaves), 1, 0.6)
-    return f"; did you mean {leaves[close[0]]}?" if close else f"; there are {', '.join(siblings)}"
+    # Another group's key is a guess: it has to be closer, and few mistype the first letter (`type` is not `dtype`).
+    close = [near for near in difflib.get_close_matches(key, list(elsewhere), 3, 0.8) if near[0] == key[0]]
+    return f"; did you mean {elsewhere[close[0]]}?" if close else f"; there are {', '.join(siblings)}"

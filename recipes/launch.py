@@ -12,6 +12,7 @@ from bridge.megatron.quiet import quiet
 from recipes.check import check_startable
 from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
 from recipes.train.signals import StopSignal
+from recipes.train.sinks import check_sinks
 from recipes.train.sole import sole_run
 
 
@@ -20,7 +21,10 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
     # Listening begins before anything slow: a signal that comes while packages load ends the run after its first step.
     with StopSignal() as signalled, ExitStack() as stack:
         recipe = load_recipe(name, overrides)
+        rank = rank_from_environment()
         check_startable(recipe, world_size_from_environment())
+        for note in check_sinks(recipe, rank):
+            print(note, file=sys.stderr)
         quiet()
         import torch.distributed as dist
 
@@ -35,7 +39,7 @@ def run_recipe(name: str, overrides: Sequence[str] = ()) -> int:
         # What is wrong with the data is said before a model is built.
         recipe, data = prepared(recipe)
         say = partial(print, file=sys.stderr)
-        stack.enter_context(sole_run(recipe.output, rank_from_environment(), say))
+        stack.enter_context(sole_run(recipe.output, rank, say))
         before = max(checkpoints(Path(recipe.output)), default=0)
         try:
             outcome = train(recipe, data, signalled=signalled)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def staged(
 
     `plan` and the `sources` (files) identify the conversion: when an interrupted one is the same, its finished files
     are in the journal of the yielded stage. `needed_bytes` are checked against the free disk before anything is
-    written. `notify` gets a line of text when work is resumed, begun afresh, or kept for the next run.
+    written. `notify` gets a line of text when work is resumed, begun afresh, or kept for the next run; it is a warning
+    where nobody listens.
 
     When the block ends without an exception the folder is made durable and renamed to `target`; an existing target is
     exchanged for it and then removed. On an exception the target stays as it was; finished files are kept beside it.
@@ -124,12 +126,12 @@ def staged(
     Raises UsageError (target exists, or lies in the source, or is being written by another process), CheckpointError
     (disk too small or full, source changed meanwhile).
     """
-    say = notify or _silent
+    say = notify or _warn
     # Not resolve(): a target that is a link is to be seen as one.
     path = Path.cwd() / target
     if source_folder is not None and path.name:
         check_apart(path, source_folder)
-    _check_target(path, overwrite, sources)
+    check_target(path, overwrite, sources)
     fingerprint = source_fingerprint(plan, sources)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ def staged(
         try:
             try:
                 recover(path, partial / _OLD)
-                _check_target(path, overwrite, sources)
+                check_target(path, overwrite, sources)
                 if partial.is_symlink():
                     raise CheckpointError(f"{shown(partial)}: is a link, which is not followed; remove it")
                 partial.mkdir(exist_ok=True)
@@ -159,7 +161,7 @@ def staged(
                     )
                 sync_tree(data)
                 # Again, because it may have appeared since.
-                _check_target(path, overwrite, sources)
+                check_target(path, overwrite, sources)
                 lock.check()
                 written = data.stat()
                 # From here on no later run may take data/ for its own unfinished work: it may hold the old target.
@@ -180,11 +182,12 @@ def staged(
                 journal.close()
 
 
-def _silent(text: str) -> None:
-    del text
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
-def _check_target(path: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+def check_target(path: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    """Raise UsageError where a target stands that may not be replaced. `sources`: files of names that come again."""
     if not path.name:
         raise UsageError(f"{shown(path)} cannot be a target")
     if not os.path.lexists(path):

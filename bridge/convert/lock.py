@@ -138,13 +138,13 @@ class Lock:
                     raise CheckpointError(f"{shown(self.path)}: is in the way of a lock; remove it")
                 time.sleep(0.01)
                 continue
-            owner = there[0]
+            owner, absent = there[0], 0
             gone = None if owner is None else owner.gone()
             unchanged = unchanged + 1 if there == before else 0
             alive = gone is False or (before is not None and before[0] == owner and unchanged == 0)
             if alive and not wait:
                 raise UsageError(f"{busy} ({owner or shown(self.path)})")
-            if gone or unchanged >= _STALE_POLLS:
+            if gone or (gone is None and unchanged >= _STALE_POLLS):
                 if self._displace(there) and notify is not None:
                     notify(f"{shown(self.path)}: taken over from {owner or 'an owner'}, which is gone")
                 before = None
@@ -152,7 +152,8 @@ class Lock:
             if before is None and not alive and notify is not None:
                 notify(f"{shown(self.path)}: held by {owner or 'an owner'}: waiting to see whether it is alive")
             before = there
-            time.sleep(_POLL_S)
+            # What is known at a look can be looked at often.
+            time.sleep(_POLL_S if gone is None else _POLL_S / 10)
         self._sweep()
         threading.Thread(target=_beat, args=(self.path / _RECORD, self._done), name="lock", daemon=True).start()
 

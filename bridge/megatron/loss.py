@@ -171,6 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         kept: Tensor | None,
         main_grad: Tensor | None,
+        squares: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
         words, *rest = options
@@ -195,13 +196,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight[:words].addmm_(squashed.t(), rows)
             del squashed  # before the next chunk's are made
+        if squares is not None:
+            squares += lses.double().square_().sum()
         ctx.save_for_backward(hidden, weight, labels, kept, lses)
         ctx.options, ctx.main_grad = options, main_grad
         ctx.gradients = (grad_hidden, grad_weight)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, labels, kept, lses = ctx.saved_tensors
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice: its gradients are used in place")
@@ -210,7 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden *= grad_losses[:, None]
         if not ctx.needs_input_grad[1]:
-            return grad_hidden, None, None, None, None, None
+            return grad_hidden, None, None, None, None, None, None
         if grad_weight is not None and (factor := _one_factor(grad_losses, kept)) is not None:
             grad_weight *= factor
             if main_grad is not None:
@@ -223,7 +226,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 head = _Head(weight.detach()[:words], *rest)
                 _add_gradient(total[:words], head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
             grad_weight = total
-        return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None
+        return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None, None
 
 
 def _one_factor(grad_losses: Tensor, kept: Tensor) -> Tensor | None:
@@ -247,6 +250,7 @@ def linear_cross_entropy(
     kernels: str = "auto",
     kept: Tensor | None = None,
     main_grad: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
 
@@ -256,7 +260,8 @@ def linear_cross_entropy(
     c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss` times the squared
     log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known. `kernels` as in
     `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the weight to it, and
-    autograd gets none; of a weight that takes none it is not read.
+    autograd gets none; of a weight that takes none it is not read. `squares`, float64 []: the forward pass adds the
+    squared log-sum-exp of every position that has a loss, what `z_loss` is the factor of.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). In float32 cheapest where every token weighs the same, as in a sum.
@@ -275,7 +280,9 @@ def linear_cross_entropy(
     require_rows(labels, vocab_size, "the head", ignore=IGNORE)
     words = held_rows(vocab_size, local_rows, rank)
     options = (words, local_rows, rank * local_rows, softcap, z_loss, group, kernels)
-    losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, options)
+    losses = _LinearCrossEntropy.apply(
+        hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, squares, options
+    )
     return losses.view(hidden.shape[:2]).t()
 
 
@@ -289,6 +296,7 @@ class LossContext(NamedTuple):
 
     z_loss: float = 0.0
     kept: Tensor | None = None
+    squares: Tensor | None = None
 
 
 def fused_loss(
@@ -321,5 +329,6 @@ def fused_loss(
         sequence_parallel=config.sequence_parallel,
         kernels=config.kernels,
         kept=context.kept,
+        squares=context.squares,
         main_grad=getattr(weight, "main_grad", None) if output_layer.weight is None else None,
     )

@@ -102,6 +102,8 @@ class Gemma4Model(GPTModel):
         z_loss: float = 0.0,
         visibility: Visibility | CachedStep | None = None,
         kept: Tensor | None = None,
+        *,
+        squares: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
@@ -109,7 +111,8 @@ class Gemma4Model(GPTModel):
         A vocabulary that `tp` does not divide is filled up at its end, on the last rank, with logits of -inf.
 
         Losses are float32, 0 where the label is -100, and made without the logits (see `loss.py`); `z_loss` is a
-        factor for them. An `output_processor` of the caller's takes precedence.
+        factor for them, and the sum of what it is a factor of is added to `squares` (float64 []). An `output_processor`
+        of the caller's takes precedence.
 
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
         here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
@@ -143,7 +146,7 @@ class Gemma4Model(GPTModel):
             "visibility": visibility,
         }
         if labels is not None and kwargs.get("output_processor") is None:
-            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept)}
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept, squares)}
         return super().forward(
             input_ids,
             position_ids,

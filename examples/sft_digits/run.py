@@ -64,7 +64,7 @@ def one(variant: str, work: Path, ranks: int, overrides: list[str]) -> dict[str,
     untrained = accuracy(toy, work)
     begun = time.perf_counter()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    given = [f"model.hf={toy}", f"data.path={work / 'train.jsonl'}", f"data.eval_path={work / 'test.jsonl'}"]
+    given = [f"model.hf={toy}", f"data.path={work / 'train.jsonl'}", f"data.eval={work / 'test.jsonl'}"]
     given += [f"data.cache={work / 'cache'}", f"output={run}", *overrides]
     subprocess.run([*launcher, "bridge.cli", "train", str(RECIPE), *given], check=True)
     trained_in = time.perf_counter() - begun

@@ -17,9 +17,9 @@ from torch import Tensor
 from bridge.closing import Closing
 from bridge.errors import DataError, UsageError
 from recipes.data.collate import batch_tensors, join_media
-from recipes.data.corpus import Corpus
 from recipes.data.options import at_least, one_of
 from recipes.data.packing import Plan, plan_epoch
+from recipes.data.part import Samples
 from recipes.data.threads import ordered_map
 
 _KEPT_PLANS = 3
@@ -81,7 +81,7 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, corpus: Corpus, options: BatchOptions, notify: Callable[[str], None] = lambda line: None
+        self, corpus: Samples, options: BatchOptions, notify: Callable[[str], None] = lambda line: None
     ) -> None:
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):

@@ -1,20 +1,19 @@
 """Tokenised once: samples in a cache folder named by the content of everything that they depend on.
 
 `recipes.data.cache` says what is in it. It is written beside its place and takes its name when complete, so that no
-rank ever sees half of one. A lock makes the ranks of a machine wait for the first; where locks do not work, the slower
-one finds the place taken. What was tokenised when a process ends stays, and the next one goes on behind it.
+rank ever sees half of one. A lock makes the other ranks wait for the first, on all machines. What was tokenised when a
+process ends stays, and the next one goes on behind it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.convert.lock import held
 from bridge.errors import DataError
 from bridge.hf.hub import resolve
 from recipes.data.cache import STORED, Parts, media_from_json
@@ -159,7 +159,7 @@ def open_corpus(
         raise DataError(f"{caches}: the cache cannot be written ({error.strerror})") from None
     inputs = _inputs(options, chat, sources)
     folder = caches / _digest({"format": _FORMAT, **inputs})
-    with _locked(folder.with_suffix(".lock")):
+    with held(caches / f".{folder.name}.lock", str(caches), notify=notify, wait=True):
         if not (folder / "meta.json").is_file():
             _build(folder, chat, options, sources, progress, notify)
     corpus = Corpus(folder, chat, options, sources, inputs)
@@ -192,9 +192,7 @@ def _build(
             raise DataError(f"{', '.join(options.paths)}: no sample to train on ({reasons}{first})")
         _finish(folder, parts, statistics, sources)
     except OSError as error:
-        if not (folder / "meta.json").is_file():
-            # Else another machine's rank came first, where locks do not reach, and took the parts away.
-            raise DataError(f"{folder}: the cache cannot be written ({error})") from error
+        raise DataError(f"{folder}: the cache cannot be written ({error})") from error
     finally:
         if not keep:
             shutil.rmtree(parts_folder, ignore_errors=True)
@@ -319,19 +317,6 @@ def _default_cache() -> Path:
 def _mapped(path: Path, dtype: Any) -> np.ndarray:
     # numpy cannot map an empty file.
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock; on a file system without locks, nothing (see the module's text)."""
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise DataError(f"{path}: the cache cannot be written ({error.strerror})") from None
-    with file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _silent(line: str) -> None:

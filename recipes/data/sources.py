@@ -71,11 +71,25 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
             if not matches:
                 raise DataError(f"{name}: no file matches")
             found += [_file(match) for match in matches]
-        elif _DATASET_NAME.fullmatch(name) and not name.endswith(_SUFFIXES):
+        elif is_hub_name(name):
             found.append(HubDataset(name, split, subset))
         else:
             raise DataError(f"{name}: no such file or folder")
     return found
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this is the name of a dataset on the hub, and of nothing here."""
+    return bool(_DATASET_NAME.fullmatch(name)) and not name.endswith(_SUFFIXES) and not Path(name).exists()
+
+
+def hub_split_names(name: str, subset: str | None) -> list[str]:
+    """The splits of a dataset on the hub. Raises DataError, and UsageError without the `datasets` package."""
+    datasets = _needed("datasets", "datasets", name)
+    try:
+        return list(datasets.get_dataset_split_names(name, subset))
+    except Exception as error:
+        raise DataError(f"{name}: its splits cannot be read ({_first_line(error)}); set data.eval_split") from error
 
 
 def _folder(path: Path, split: str) -> list[Source]:

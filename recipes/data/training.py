@@ -6,9 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from omegaconf import ListConfig
 from torch import Tensor
 
 from bridge.convert.manifest import MegatronFolder
@@ -18,9 +16,11 @@ from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe, rank_from_environment
 from recipes.data.batches import Batches, BatchOptions
-from recipes.data.corpus import Corpus, open_corpus
+from recipes.data.corpus import open_corpus
 from recipes.data.epochs import with_steps
+from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.options import CorpusOptions, Supervise
+from recipes.data.part import Samples
 from recipes.train.data import DataFactory, Streams
 
 
@@ -38,7 +38,7 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
     check_data(recipe)
     data = recipe.data
     return CorpusOptions(
-        _paths(data.path),
+        paths(data.path),
         recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
@@ -55,14 +55,12 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
     )
 
 
-def corpora(recipe: Recipe) -> tuple[Corpus, Corpus | None]:
-    """Open, and tokenise where that was not done before, what `data.path` and `data.eval_path` name.
+def corpora(recipe: Recipe) -> Opened:
+    """Open, and tokenise where that was not done before, what a recipe trains on and is evaluated on.
 
     Raises DataError and UsageError.
     """
-    folder, options, held_out = model_folder(recipe), corpus_options(recipe), recipe.data.eval_path
-    train = open_corpus(options, folder)
-    return train, None if held_out is None else open_corpus(replace(options, path=_paths(held_out)), folder)
+    return open_sets(recipe, corpus_options(recipe), partial(open_corpus, model=model_folder(recipe)))
 
 
 def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOptions:
@@ -86,7 +84,7 @@ def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:
     Raises DataError and UsageError.
     """
     opened = corpora(recipe)
-    settled = with_steps(recipe, Batches(opened[0], batch_options(recipe)))
+    settled = with_steps(recipe, Batches(opened.train, batch_options(recipe)))
     return settled, partial(streams, opened=opened)
 
 
@@ -101,20 +99,17 @@ def streams(
     geometry: Geometry,
     dp_rank: int,
     dp_size: int,
-    opened: tuple[Corpus, Corpus | None] | None = None,
+    opened: Opened | None = None,
 ) -> Streams:
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
-    corpus, held_out = opened or corpora(recipe)
+    opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
-    if held_out is None:
-        return Streams(Batches(corpus, batch, say))
+    # In order and once: `epochs` ends with rows without labels, as many microbatches on every rank.
+    once = replace(batch, shuffle=False, epochs=1)
 
-    def evaluation() -> Iterator[dict[str, Tensor]]:
-        with Batches(held_out, replace(batch, shuffle=False, packing=False, epochs=1)) as batches:
+    def begin(corpus: Samples) -> Iterator[dict[str, Tensor]]:
+        with Batches(corpus, once) as batches:
             yield from batches
 
-    return Streams(Batches(corpus, batch, say), evaluation)
-
-
-def _paths(value: Any) -> str | tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list | tuple | ListConfig) else str(value)
+    evaluation = {name: partial(begin, corpus) for name, corpus in opened.evaluation.items()}
+    return Streams(Batches(opened.train, batch, say), evaluation, opened.notes)

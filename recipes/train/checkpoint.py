@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from bridge.convert.atomic import staged
+from bridge.convert.atomic import check_target, staged
 from bridge.convert.folders import import_beside
 from bridge.convert.live import METADATA, load_from_megatron
 from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
@@ -54,7 +54,9 @@ class Progress:
 
     `sense_updates`: those of the towers, by sense: fewer than `updates` where steps were without media for them.
 
-    `sums` are what the logs count over the whole run: tokens.
+    `best_eval`, `best_step`: the least loss of an evaluation, and after which step it was; `evaluated`: the step of the
+    last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the last step's learning rate,
+    the next one's, and the number of steps that they were made for.
     """
 
     step: int = 0
@@ -66,6 +68,10 @@ class Progress:
     skipped_in_row: int = 0
     norm_mean: float = 0.0
     sense_updates: dict[str, int] = field(default_factory=dict)
+    best_step: int = 0
+    evaluated: int = 0
+    unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
+    schedule: dict[str, float] = field(default_factory=dict)
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
@@ -81,6 +87,10 @@ def prepare_output(run: Run) -> None:
 
     def write() -> None:
         output = Path(run.recipe.output)
+        if run.recipe.export.hf is not None:
+            # Said now, and not when there is a model to write.
+            source = run.bridge.hf_dir or run.bridge.megatron.hf  # type: ignore[union-attr]
+            check_target(Path.cwd() / run.recipe.export.hf, True, source.rglob("*"))
         output.mkdir(parents=True, exist_ok=True)
         _tidy(output)
         if run.lora is not None:
@@ -130,13 +140,14 @@ def save(run: Run, progress: Progress) -> Path:
         (partial / _PROGRESS_FILE).write_text(text + "\n", encoding="utf-8")
         sync_tree(partial)
         check_sole(output)
-        # The same step may have been saved before: by an interrupted run that was resumed from an earlier one.
+        # The same step may have been saved before: by an interrupted run that was resumed from an earlier one, or that
+        # still had to evaluate it.
         replace_folder(partial, target, output / f".{target.name}{_REPLACED}")
         tracker = output / f".{TRACKER_FILE}.partial"
         write_text(tracker, str(progress.step))
         tracker.rename(output / TRACKER_FILE)
         fsync_folder(output)
-        _prune(output, run.recipe.checkpoint.keep)
+        _prune(output, run.recipe.checkpoint.keep, progress.best_step if run.recipe.train.patience else 0)
 
     on_rank_0(finish)
     return target
@@ -157,12 +168,7 @@ def load(run: Run, folder: Path) -> Progress:
             "recipe does not; choose another output"
         )
     make_states(run.optimizer)
-    with DistReader(folder) as reader:
-        try:
-            run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
-        except MappingError as error:
-            raise CheckpointError(f"{error}; is {folder.parent} the run of another model or other adapters?") from None
-        load_from_megatron(run.models, run.table, reader)
+    load_weights(run, folder)
     state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)
@@ -184,6 +190,16 @@ def load(run: Run, folder: Path) -> Progress:
         _set_random_states(loaded["rng"])
     run.scheduler.step(progress.step)
     return progress
+
+
+def load_weights(run: Run, folder: Path) -> None:
+    """Give the models their weights (or adapters) of a checkpoint. Collective. Raises CheckpointError."""
+    with DistReader(folder) as reader:
+        try:
+            run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
+        except MappingError as error:
+            raise CheckpointError(f"{error}; is {folder.parent} the run of another model or other adapters?") from None
+        load_from_megatron(run.models, run.table, reader)
 
 
 def on_rank_0(function: Callable[[], None]) -> None:
@@ -209,8 +225,10 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _prune(output: Path, keep: int) -> None:
-    for folder in list(checkpoints(output).values())[: -keep if keep else 0]:
+def _prune(output: Path, keep: int, best: int) -> None:
+    for step, folder in list(checkpoints(output).items())[: -keep if keep else 0]:
+        if step == best:
+            continue
         # Renamed first: one that is half removed must not look complete.
         doomed = output / f".{folder.name}.removed"
         folder.rename(doomed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,10 +32,14 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True)
 class Streams:
-    """`evaluation()` begins the evaluation data anew: this rank's microbatches, as many on every rank."""
+    """`evaluation`: sets by their names ("": the only one). A call begins one: microbatches, as many on every rank.
+
+    `notes`: what has to be said of the data when a run starts.
+    """
 
     train: BatchStream
-    evaluation: Callable[[], Iterator[dict[str, Tensor]]] | None = None
+    evaluation: Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,33 +18,42 @@ from recipes.data.training import prepared
 from recipes.train import checkpoint
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
+from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
-from recipes.train.log import Log, Values
+from recipes.train.log import Log
 from recipes.train.lora import export_merged
 from recipes.train.media import sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
+from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import StopSignal, held_back
+from recipes.train.sinks import Values
 from recipes.train.step import Batch, clear_gradients, reduce_sums, run_microbatches, update
 from recipes.train.workload import training_flops
 
 # The exit code of a run that a signal ended, after its checkpoint: «try again» in sysexits.h.
 STOPPED = 75
+# The same where it was Ctrl-C: a queue would not start it again.
+INTERRUPTED = 130
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
 _NORM_MEMORY, _NORM_WARM = 0.95, 20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, with which mean loss of its last step, and whether a signal stopped it."""
+    """How a run ended: after which step, with which mean loss of its last step, and whether a signal stopped it.
+
+    `interrupted`: it was Ctrl-C.
+    """
 
     step: int
     loss: float
     stopped: bool = False
+    interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
-        return STOPPED if self.stopped else 0
+        return (INTERRUPTED if self.interrupted else STOPPED) if self.stopped else 0
 
 
 def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal | None = None) -> Outcome:
@@ -82,11 +90,17 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         with held_back():
             checkpoint.on_rank_0(open_log)
         try:
-            if log is not None and resumable:
-                log.say(f"resuming after step {progress.step}")
-            outcome = _Loop(run, streams, progress, log, signalled).run()
+            say = log.say if log is not None else _to_nobody
+            for note in (*streams.notes, *shortened(recipe)):
+                say(note)
+            if resumable:
+                say(f"resuming after step {progress.step}")
+                if change := rate_change(recipe, run.scheduler, progress.step, progress.schedule):
+                    say(change)
+            loop = _Loop(run, streams, progress, log, signalled)
+            outcome = loop.run()
             if recipe.export.hf is not None and not outcome.stopped:
-                _export(run, Path(recipe.export.hf), log)
+                _export(run, loop.best(), Path(recipe.export.hf), say)
         finally:
             if log is not None:
                 log.close()
@@ -95,13 +109,21 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
     return outcome
 
 
-def _export(run: Run, target: Path, log: Log | None) -> None:
-    """Write the model as an HF folder. Collective."""
+def _export(run: Run, best: Path | None, target: Path, say: Callable[[str], None]) -> None:
+    """Write the model of a checkpoint, or as it is now, as an HF folder. Collective."""
+    if best is not None:
+        say(f"exporting the best checkpoint, {best}")
     if run.lora is not None:
-        checkpoint.on_rank_0(lambda: export_merged(run.recipe, target, None if log is None else log.say))
+        checkpoint.on_rank_0(lambda: export_merged(run.recipe, best, target, say))
         return
     run.gather_weights()
+    if best is not None:
+        checkpoint.load_weights(run, best)
     run.bridge.save_hf(run.models, target, overwrite=True)
+
+
+def _to_nobody(text: str) -> None:
+    """What ranks without a log say."""
 
 
 class _Loop:
@@ -122,24 +144,58 @@ class _Loop:
         self._frozen = set(SENSES) - set(self._senses.values())
 
     def run(self) -> Outcome:
-        """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case."""
-        steps, every = self.recipe.train.steps, self.recipe.checkpoint.every
-        loss, stop, saved = math.nan, False, self.progress.step
-        patience = self.recipe.train.patience
-        if patience and self.progress.evals_since_best >= patience:
-            return Outcome(self.progress.step, loss)  # ended early before
-        while self.progress.step < steps and not stop:
-            loss, stop = self._step()
-            step = self.progress.step
-            evaluate = self.recipe.train.eval_every
-            if evaluate and (step % evaluate == 0 or step == steps) and self._evaluate():
-                break
-            if every and step % every == 0:
+        """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case.
+
+        A signal leaves an evaluation that is due, or under way, to the run that goes on.
+        """
+        progress, steps, every = self.progress, self.recipe.train.steps, self.recipe.checkpoint.every
+        loss, stop = math.nan, False
+        with self.signalled.noting_interrupts():
+            saved = asdict(progress)
+            if self._evaluation_is_due() and not self._ended():
+                stop = self._evaluate()
+            while progress.step < steps and not stop and not self._ended():
+                loss, stop = self._step()
+                if not stop and self._evaluation_is_due():
+                    stop = self._evaluate()
+                best = self.recipe.train.patience and progress.best_step == progress.step
+                if best or (every and progress.step % every == 0):
+                    self._save()
+                    saved = asdict(progress)
+            if saved != asdict(progress):
                 self._save()
-                saved = step
-        if saved != self.progress.step:
-            self._save()
-        return Outcome(self.progress.step, loss, stop)
+        if self._ended():
+            self._say_why()
+        return Outcome(progress.step, loss, stop, self.signalled.interrupted)
+
+    def best(self) -> Path | None:
+        """The checkpoint of the best evaluation, where an early stop is asked for and it is not the last one."""
+        progress = self.progress
+        if not self.recipe.train.patience or progress.best_step in (0, progress.step):
+            return None
+        found = checkpoint.checkpoints(Path(self.recipe.output)).get(progress.best_step)
+        if found is None:
+            self._say(f"the best checkpoint, of step {progress.best_step}, is not there any more: the last one counts")
+        return found
+
+    def _ended(self) -> bool:
+        """Whether evaluations have not become better for as long as `train.patience` says."""
+        patience = self.recipe.train.patience
+        return bool(patience) and self.progress.evals_since_best >= patience
+
+    def _say_why(self) -> None:
+        progress, patience = self.progress, self.recipe.train.patience
+        best = (
+            f"{progress.best_eval:.6g} of step {progress.best_step}" if progress.best_eval is not None else "a number"
+        )
+        self._say(
+            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was not better than "
+            f"{best} in {progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
+        )
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
 
     def _step(self) -> tuple[float, bool]:
         """One step; its loss, and whether any rank was told to stop."""
@@ -149,13 +205,13 @@ class _Loop:
         sums = run_microbatches(run, batches, train=True)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        total, supervised, real, slots, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
+        total, supervised, real, slots, squares, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
         if not supervised:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = total / supervised, math.nan, False
-        run.scheduler.step(1)
         progress.step += 1
         progress.tokens += int(real)
+        progress.unlogged = [a + b for a, b in zip(progress.unlogged, (total, squares, supervised), strict=True)]
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
             unused = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
@@ -163,7 +219,8 @@ class _Loop:
             norm, changed = update(run, self._largest_norm(), idle)
         self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
-            self._log(loss, norm, changed, int(supervised))
+            self._log(norm, changed)
+        progress.schedule = advance(self.recipe, run.scheduler)
         if progress.skipped_in_row >= self.recipe.train.nan_limit:
             raise TrainingError(
                 f"step {progress.step}: {progress.skipped_in_row} updates in a row were left out (loss {loss:.4g}, "
@@ -203,8 +260,11 @@ class _Loop:
             progress.sense_updates[sense] = progress.sense_updates.get(sense, 0) + bool(count)
         progress.skipped_in_row = 0
 
-    def _log(self, loss: float, norm: float, changed: bool, supervised: int) -> None:
+    def _log(self, norm: float, changed: bool) -> None:
+        """A line: losses since the last one (of an earlier process too), and what this process did since then."""
         run = self.run_
+        total, squares, supervised = self.progress.unlogged
+        self.progress.unlogged = [0.0] * 3
         geometry, steps = run.bridge.geometry, self.progress.step - self._logged
         self._logged = self.progress.step
         load = take_load(geometry, run.models, run.device)
@@ -214,14 +274,16 @@ class _Loop:
         if self.log is None:
             return
         values: Values = {
-            "loss": loss,
+            "loss": total / supervised,
             "lr": run.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,
-            "supervised": supervised,
+            "supervised": int(supervised),
             "memory_gb": peak_memory() / 1e9,
         }
+        if self.recipe.train.z_loss:
+            values["z_loss"] = squares / supervised
         if self.recipe.train.aux_loss:
             values["aux_loss"] = balance
         if load is not None:
@@ -230,31 +292,34 @@ class _Loop:
             values["skipped"] = 1.0
         self.log.write(self.progress.step, values)
 
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.progress.step, self.recipe.train.eval_every
+        at_end = step == self.recipe.train.steps
+        return bool(every and step) and (step % every == 0 or at_end) and self.progress.evaluated != step
+
     def _evaluate(self) -> bool:
-        """Mean loss over the evaluation data; whether it is time to stop early."""
-        if self.streams.evaluation is None:
-            raise TrainingError("train.eval_every is set, but there is no evaluation data; set data.eval_path")
+        """Mean loss over the evaluation data, and whether it is the best so far; whether a signal cut it off."""
         run, progress = self.run_, self.progress
-        batches = self.streams.evaluation()
-        sums = torch.zeros(4, dtype=torch.float64, device=run.device)
-        for _ in range(self.recipe.train.eval_batches):
-            group = list(islice(batches, run.microbatches))
-            if len(group) < run.microbatches:
-                break
-            sums += run_microbatches(run, group, train=False)
-        total, supervised, *_ = reduce_sums(sums)
-        loss = total / supervised if supervised else math.nan
+        if not self.streams.evaluation:
+            raise TrainingError("train.eval_every is set, but there is no evaluation data; set data.eval")
+        with self._meter.paused():
+            values = evaluate(run, self.streams, self.signalled)
+        if values is None:
+            return True
+        progress.evaluated = progress.step
         if self.log is not None:
-            self.log.write(progress.step, {"eval_loss": loss})
-        better = progress.best_eval is None or loss < progress.best_eval
-        if better:
-            progress.best_eval, progress.evals_since_best = loss, 0
+            self.log.write(progress.step, values)
+        loss, best = values["eval_loss"], progress.best_eval
+        # A loss that is no number is never the best; an older version may have noted one.
+        if math.isfinite(loss) and (best is None or not math.isfinite(best) or loss < best):
+            progress.best_eval, progress.best_step, progress.evals_since_best = loss, progress.step, 0
         else:
             progress.evals_since_best += 1
-        return bool(self.recipe.train.patience) and progress.evals_since_best >= self.recipe.train.patience
+        return False
 
     def _save(self) -> None:
         self.progress.data = self.streams.train.state_dict()
-        where = checkpoint.save(self.run_, self.progress)
+        with self._meter.paused():
+            where = checkpoint.save(self.run_, self.progress)
         if self.log is not None:
             self.log.say(f"saved {where}")

@@ -81,10 +81,11 @@ def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Se
         start_magnitudes(models)
 
 
-def export_merged(recipe: Recipe, target: Path, notify: Notify | None) -> None:
-    """Write the base of a run with the adapters of its latest checkpoint as an HF folder. On one rank."""
+def export_merged(recipe: Recipe, checkpoint: Path | None, target: Path, notify: Notify | None) -> None:
+    """Write the base of a run with the adapters of a checkpoint (the latest one) as an HF folder. On one rank."""
     with ExitStack() as stack:
-        base, adapter = open_both(stack, Path(recipe.output), recipe.model.hf or recipe.model.megatron)
+        run = checkpoint or Path(recipe.output)
+        base, adapter = open_both(stack, run, recipe.model.hf or recipe.model.megatron)
         merge_adapter(base, adapter, target, overwrite=True, notify=notify)
 
 

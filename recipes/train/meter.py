@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,6 +51,15 @@ class Meter:
 
     def _restart(self) -> None:
         self._start, self._real, self._slots, self._flops = time.perf_counter(), 0.0, 0.0, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block is no training: its time does not count."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - begun
 
     def add(self, real: float, slots: float, flops: float) -> None:
         """A step of all ranks: its real tokens, all tokens that were computed, and FLOPs that were needed."""

@@ -26,6 +26,7 @@ from bridge.megatron.provider import Gemma4Provider
 from recipes.check import check_recipe
 from recipes.config import Recipe
 from recipes.train import lora
+from recipes.train.schedule import make_scheduler
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -259,24 +260,3 @@ def make_optimizer(
             for group in part.optimizer.param_groups:
                 group["fused"] = True
     return optimizer
-
-
-def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron's schedule, counted in steps; `step(1)` goes before every update, so the first one has a rate."""
-    wanted, steps = recipe.optimizer, recipe.train.steps
-    wsd = wanted.schedule == "wsd"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=wanted.lr,
-        min_lr=wanted.min_lr,
-        lr_warmup_steps=wanted.warmup,
-        lr_decay_steps=steps,
-        lr_decay_style="WSD" if wsd else wanted.schedule,
-        start_wd=wanted.weight_decay,
-        end_wd=wanted.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        wsd_decay_steps=wanted.wsd_steps if wsd else None,
-        lr_wsd_decay_style=wanted.wsd_style if wsd else None,
-    )

@@ -30,6 +30,9 @@ Batch = dict[str, Tensor]
 # [b, s] each.
 _ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids"}
 _KNOWN = _ROWS | {"cu_seqlens"} | MEDIA_NAMES
+# What is summed over tokens: cross entropy (without the z-loss), how many have a label, how many are real, how many
+# there are, and the squared log-sum-exp, where there is a z-loss.
+SUMS = ("loss", "supervised", "real", "slots", "squares")
 # What processors give besides, for themselves.
 _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
 
@@ -37,9 +40,8 @@ _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
 def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches.
 
-    Returns this rank's part of [sum of token losses, tokens with a label, real tokens, all tokens], float64: zeros but
-    on one tensor-parallel rank of the last stage. Gradients are of the mean over the tokens with a label, of all
-    microbatches, data-parallel and context-parallel ranks.
+    Returns this rank's part of `SUMS`, float64: zeros but on one tensor-parallel rank of the last stage. Gradients are
+    of the mean over the tokens with a label, of all microbatches, data-parallel and context-parallel ranks.
     """
     prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
     lengths = {each.batch["input_ids"].shape for each in prepared}
@@ -63,7 +65,7 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
             micro_batch_size=rows,
             forward_only=not train,
         )
-    total = torch.zeros(4, dtype=torch.float64, device=run.device)
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=run.device)
     if run.groups.tp.rank() == 0:
         for report in reports:
             total += report["sums"]
@@ -150,6 +152,7 @@ def _forward_step(
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    squares = torch.zeros((), dtype=torch.float64, device=batch["labels"].device)
     losses = chunk(
         batch["input_ids"],
         batch.get("position_ids"),
@@ -160,6 +163,7 @@ def _forward_step(
         z_loss=z_loss,
         visibility=visibility,
         kept=kept,
+        squares=squares if z_loss else None,
         **({"placeholder_counts": placeholders} if placeholders else {}),
         **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
     )
@@ -171,8 +175,9 @@ def _forward_step(
         # Filled there: to send a number would be to wait for the device.
         slots = torch.full_like(tokens, losses.numel())
         real = slots if mask is None else take(mask, cp).sum()
-        # A copy: the schedule may scale the loss in place.
-        sums = torch.stack([x.double() for x in (loss.detach(), tokens, real, slots)])
+        # Float64: the sum of a large batch's float32 losses would round more than a layout may change them.
+        entropy = losses.detach().sum(dtype=torch.float64) - z_loss * squares
+        sums = torch.stack([x.double() for x in (entropy, tokens, real, slots, squares)])
         return loss, tokens.to(torch.int), {"sums": sums}
 
     return losses, total

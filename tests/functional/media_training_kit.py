@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from bridge.geometry import Geometry
 from bridge.megatron.visibility import GENERATE
 from bridge.verify.sample import Sample
 
-from .training_kit import CLIP, GLOBAL_BATCH, LR, MIN_LR, WARMUP, WEIGHT_DECAY, Trouble, fall_into
+from .training_kit import CLIP, GLOBAL_BATCH, LR, WEIGHT_DECAY, Trouble, fall_into, rate
 
 MEDIA_LENGTH = 168
 # What the four rows of a step are, step after step. One step has no picture at all, and in another only one of two
@@ -115,11 +114,8 @@ def plain_media_loop(
     for step in range(1, steps + 1):
         batch = next(corpus)
         labels = batch.pop("labels")
-        rate = LR * step / WARMUP
-        if step > WARMUP:
-            rate = MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)) + 1)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(step, steps)
         optimizer.zero_grad()
         logits = model(**(with_masks(model, batch) if vision_mask == GENERATE else batch), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

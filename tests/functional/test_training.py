@@ -17,7 +17,7 @@ from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
 
-from .training_kit import LENGTH, Plain, Trouble, losses, plain_loop, recipe, train_toy
+from .training_kit import LENGTH, LR, MIN_LR, WARMUP, Plain, Trouble, losses, plain_loop, recipe, train_toy
 
 STEPS, LAYOUT_STEPS = 30, 8
 PEAK_TFLOPS = 0.5
@@ -26,7 +26,7 @@ AGAINST_TRANSFORMERS, ANOTHER_LAYOUT = 1e-4, 1e-5
 # in step 1 all choices agree, and router logits to 1e-6 of the largest. After the first update logits of layer 0 differ
 # by 3e-5 (Adam's first step has the size of the learning rate whatever the gradient's: that may be why). In step 2,
 # layer 4, one token's last expert leads by 1.6e-5 and another one is chosen: the loss is 1.3e-4 away.
-SEEDS = {"26b-a4b": 77}
+SEEDS = {"26b-a4b": 34}
 # Of the router's largest logit. With a lead of 1.1e-5 (seed 4) runs with torch's attention and with the plain one part
 # in step 15; until then 1e-6 is between their losses.
 MARGIN = 2e-5
@@ -111,10 +111,10 @@ def test_trains_as_transformers_does(
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert_rates(Geometry.from_folder(toys[variant]), lines)
     assert worst([line["grad_norm"] for line in lines], plain.norms) <= 1e-3
-    assert lines[-1]["lr"] == pytest.approx(2e-4) and lines[2]["lr"] == pytest.approx(2e-3)
+    assert lines[-1]["lr"] > MIN_LR and lines[WARMUP]["lr"] == pytest.approx(LR) == max(line["lr"] for line in lines)
 
 
-BALANCE_STEPS, BALANCE, BALANCE_SEED = 5, 0.3, 4
+BALANCE_STEPS, BALANCE, BALANCE_SEED = 5, 0.3, 13
 
 
 @pytest.fixture(scope="module")
@@ -241,29 +241,34 @@ def test_resumed_in_other_layouts(
 
 
 def killed_while_saving(said: dict[str, Any], overrides: list[str], which: int) -> None:
-    """Train, and die when file number `which` of the checkpoints has been written."""
+    """Train, and die after step number `which` of saving: files durable, renamed, tracker written and renamed."""
     import os
 
     from recipes.train import checkpoint
 
     count = itertools.count(1)
-    sync = checkpoint._sync
 
-    def die(path: Path) -> None:
-        sync(path)
-        if next(count) == which:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(function: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            function(*arguments)
+            if next(count) == which:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._sync = die
+        return call
+
+    for name in ("sync_tree", "replace_folder", "write_text", "fsync_folder"):
+        setattr(checkpoint, name, deadly(getattr(checkpoint, name)))
     train_toy(said, overrides)
 
 
 def test_killed_while_saving(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
     said = toys.recipe("e2b", tmp_path / "killed", 4)
     overrides = ["checkpoint.every=2", "checkpoint.keep=1"]
-    for which in (2, 12):
+    for which in (1, 5):
         with pytest.raises(ParallelError, match="rank 0 "):
             ranks.run(killed_while_saving, said, overrides, which, world_size=1)
+    # As if step 2, saved again, had been killed between two renames: it is put back, and saved again once more.
+    (tmp_path / "killed" / "iter_0000002").rename(tmp_path / "killed" / ".iter_0000002.replaced")
     ranks.run(train_toy, said, overrides, world_size=1)
     ranks.run(train_toy, toys.recipe("e2b", tmp_path / "whole", 4), overrides, world_size=1)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -365,6 +370,7 @@ def test_a_step_that_is_not_a_number_is_left_out(ranks: RankPool, toys: Toys, tm
         (["model.freeze=[routr]"], "'routr' names no parameter"),
         (["parallel.pp=9"], "1 ranks are no multiple of tp × cp × pp"),
         (["train.eval_every=1", "model.hf=nowhere"], "nowhere"),
+        (["export.hf=/proc/self"], "does not look like a checkpoint alone"),
     ],
 )
 def test_refused(ranks: RankPool, toys: Toys, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,10 @@ class Corpus:
         self.taken = state["samples"]
 
 
-def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | None = None) -> tuple[bool, int]:
-    """Train a recipe on the corpus; (stopped, last step). Runs on every rank."""
-    from recipes.config import Recipe, resolve
+def toy_streams(trouble: Trouble | None = None) -> Callable[..., Any]:
+    """The corpus as the trainer takes data, `Streams` of a rank; evaluation is of one global batch of other samples."""
+    from recipes.config import Recipe
     from recipes.train.data import Streams
-    from recipes.train.loop import train
 
     def data(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
         rows = recipe.train.micro_batch_size
@@ -129,9 +128,17 @@ def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | Non
         stream.padded = not recipe.train.aux_loss
         if recipe.data.packing:
             stream.per_row = GLOBAL_BATCH // recipe.train.global_batch_size
-        return Streams(stream, evaluation)
+        return Streams(stream, {"": evaluation})
 
-    outcome = train(resolve(said, overrides), data)
+    return data
+
+
+def train_toy(said: dict[str, Any], overrides: list[str], trouble: Trouble | None = None) -> tuple[bool, int]:
+    """Train a recipe on the corpus; (stopped, last step). Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    outcome = train(resolve(said, overrides), toy_streams(trouble))
     return outcome.stopped, outcome.step
 
 
@@ -226,6 +233,13 @@ class Balance:
         return total
 
 
+def rate(step: int, steps: int) -> float:
+    """A cosine, by the step from 1: behind the warm-up transformers' `cosine_with_min_lr` (unit/test_schedules.py)."""
+    if step <= WARMUP:
+        return LR * step / (WARMUP + 1)
+    return MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * (step - 1 - WARMUP) / (steps - WARMUP)) + 1)
+
+
 def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Plain:
     """The same training with transformers and torch alone."""
     from bridge.verify.reference import load_hf
@@ -243,12 +257,8 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
     for step in range(1, steps + 1):
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
         margins.real = batch["attention_mask"].flatten().bool()
-        rate = LR * step / WARMUP
-        if step > WARMUP:
-            ratio = (step - WARMUP) / (steps - WARMUP)
-            rate = MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * ratio) + 1)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(step, steps)
         optimizer.zero_grad()
         logits = model(
             input_ids=batch["input_ids"],

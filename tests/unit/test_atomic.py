@@ -281,3 +281,30 @@ def test_two_at_once(tmp_path: Path) -> None:
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_nobody_listens_it_is_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="run the same command again"), pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with staged(tmp_path / "out", plan="p", sources=[]) as stage:
+            stage.journal.record("x", [1])
+            raise KeyboardInterrupt
+
+
+def test_a_file_system_that_syncs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then all that the machine has not written is brought to its disks: nothing is taken as durable that is not."""
+    real, synced = os.fsync, list[int]()
+
+    def fsync(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):  # noqa: PTH112
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "sync", lambda: synced.append(1))
+    with staged(tmp_path / "out", plan="p", sources=[]) as stage:
+        (stage.folder / "config.json").write_text("{}")
+    assert synced and (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(CheckpointError, match="Input/output error"), staged(tmp_path / "new", plan="p", sources=[]):
+        pass
+    assert not (tmp_path / "new").exists()

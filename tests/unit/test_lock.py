@@ -65,6 +65,25 @@ def test_a_live_process_is_named_and_a_killed_one_is_followed(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_waits_does_so_for_a_process_that_is_stopped(tmp_path: Path, hurried: None) -> None:
+    """It lives, though its record stands still."""
+    process, entered = hold(tmp_path / "lock"), threading.Event()
+
+    def wait() -> None:
+        with held(tmp_path / "lock", "busy", wait=True):
+            entered.set()
+
+    try:
+        process.send_signal(signal.SIGSTOP)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not entered.wait(1), "longer than a record from elsewhere may stand still here"
+    finally:
+        end(process)
+    assert entered.wait(60)
+    thread.join()
+
+
 def test_what_a_process_left_that_was_killed_while_it_waited(tmp_path: Path) -> None:
     dead = replace(Owner.new(), token="a" * 32, pid=2**22 + 1)
     for name in ("lock.one", "lock.two.old", "lock.empty"):
@@ -111,6 +130,18 @@ def test_an_owner_on_another_machine(tmp_path: Path, hurried: None, readable: bo
             f"{path}: held by {who}: waiting to see whether it is alive",
             f"{path}: taken over from {who}, which is gone",
         ]
+
+
+def test_a_lock_that_another_took_over_first_is_left_to_it(tmp_path: Path) -> None:
+    elsewhere(tmp_path / "lock")
+    seen = lock._read(tmp_path / "lock")
+    assert seen is not None
+    shutil.rmtree(tmp_path / "lock")
+    with held(tmp_path / "lock", "busy") as theirs:
+        late = lock.Lock(tmp_path / "lock")
+        assert not late._displace(seen)
+        theirs.check()
+    assert not late._displace(seen) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root for a PID namespace")

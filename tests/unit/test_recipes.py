@@ -10,7 +10,7 @@ import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
 from recipes.check import check_recipe, check_startable
-from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to_yaml
+from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 
@@ -31,6 +31,12 @@ MINIMAL = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 10, "glob
         (["lora.r=8"], "did you mean lora.rank?"),
         (["optimizer.learning_rate=1"], "did you mean optimizer.lr?"),
         (["lora_alpha=1"], "did you mean lora.alpha?"),
+        (["optimizer.type=adam"], "unknown key optimizer.type; there are lr, min_lr"),
+        (["train.val_split=0.1"], "did you mean data.val_fraction?"),
+        (["data.eval_path=x"], "did you mean data.eval?"),
+        (["train.eval_batches=4"], "did you mean train.eval_rows?"),
+        (["train.warmup_stps=3"], "did you mean optimizer.warmup?"),
+        (["trian.steps=3"], "did you mean train?"),
         (["export.zip=1"], "there are hf"),
         (["train.seed=3", "train.steps=many"], "train.steps=many: train.steps: Value 'many'"),
         (["train.steps="], "train.steps=: train.steps: Incompatible value 'None'"),
@@ -130,11 +136,12 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["model.dtype=float16"], 1, "bfloat16, float32"),
         (["optimizer.schedule=cosin"], 1, "constant, linear, cosine, wsd"),
         (["optimizer.schedule=wsd"], 1, "optimizer.wsd_steps=0"),
-        (["optimizer.warmup=10"], 1, "leaves nothing of train.steps=10"),
         (["optimizer.min_lr=1"], 1, "exceeds optimizer.lr"),
         (["train.steps=0"], 1, "train.steps=0: must be at least 1"),
         (["train.seed=-1"], 1, "train.seed=-1: must be at least 0"),
-        (["train.eval_batches=0"], 1, "train.eval_batches=0: must be at least 1"),
+        (["train.eval_rows=-1"], 1, "train.eval_rows=-1: must be at least 0"),
+        (["data.val_fraction=1"], 1, "data.val_fraction=1.0: must be below 1"),
+        (["data.val_fraction=-0.1"], 1, "data.val_fraction=-0.1: must be at least 0"),
         (["train.patience=2"], 1, "set train.eval_every"),
         (["train.spike_factor=nan"], 1, "train.spike_factor=nan: is no finite number"),
         (["optimizer.lr=nan"], 1, "optimizer.lr=nan: is no finite number"),
@@ -172,8 +179,14 @@ def test_refused_before_anything_is_built(overrides: list[str], world: int, mess
 def test_evaluation_needs_data() -> None:
     """Said before the first step, not at the first evaluation."""
     recipe = resolve(MINIMAL, ["data.path=chats.jsonl", "train.eval_every=5"])
-    with pytest.raises(UsageError, match=r"train.eval_every=5 needs data: set data.eval_path"):
+    with pytest.raises(UsageError, match=r"train.eval_every=5 needs data: set data.eval, data.eval_split, data.val_fr"):
         check_startable(recipe, 1)
+    for said in ("data.eval=more.jsonl", "data.eval.chats=more.jsonl", "data.eval_split=test", "data.val_fraction=0.1"):
+        check_startable(resolve(MINIMAL, ["data.path=chats.jsonl", "train.eval_every=5", said]), 1)
+        with pytest.raises(
+            UsageError, match=r"data.(eval|eval_split|val_fraction) is evaluated every train.eval_every"
+        ):
+            check_startable(resolve(MINIMAL, ["data.path=chats.jsonl", said]), 1)
 
 
 def test_keys_in_the_documentation_exist() -> None:
@@ -224,3 +237,47 @@ def test_steps_or_epochs() -> None:
 def test_microbatches() -> None:
     assert check_recipe(resolve(MINIMAL), 1) == 8
     assert check_recipe(resolve(MINIMAL, ["train.micro_batch_size=2"]), 2) == 2
+
+
+def test_smoke_recipes_bring_their_data(tmp_path: Path) -> None:
+    """A toy's folder is all that they need; every record fits and is learnt from. A path of one's own comes first."""
+    import tomllib
+
+    from recipes.data.training import corpora
+
+    from .data_helpers import model_folder
+
+    model = model_folder(tmp_path / "model")
+    for name in ("sft/smoke", "lora/smoke"):
+        recipe = load_recipe(name, [f"model.hf={model}", f"data.cache={tmp_path / 'cache'}"])
+        check_startable(recipe, 1)
+        statistics = corpora(recipe).train.statistics
+        assert statistics.read == statistics.kept >= 40
+    assert load_recipe("sft/smoke", ["data.path=mine.jsonl"]).data.path == "mine.jsonl"
+    assert "shipped:" not in to_yaml(recipe), "a resolved recipe is complete"
+    # And they are installed with the recipes.
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "package-data"
+    ]
+    assert Path(recipe.data.path) in {path for pattern in packaged["recipes"] for path in CONFIGS.parent.glob(pattern)}
+
+
+def test_an_adapter_takes_the_place_of_the_recipes_own() -> None:
+    recipe = load_recipe("lora/e2b", ["lora.adapter=somewhere"])
+    assert recipe.lora == LoraConfig(adapter="somewhere")
+    assert load_recipe("lora/e2b", ["lora.adapter=somewhere", "lora.rank=4"]).lora.rank == 4, "said, and so checked"
+    assert load_recipe("lora/e2b").lora.rank == 16
+    said = {**MINIMAL, "lora": {"rank": 4, "adapter": "somewhere"}}
+    assert resolve(said).lora.rank == 4
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
+    documented = set(re.findall(r"`([a-z_.0-9]+)`", text))
+    groups = {
+        name: [f.name for f in fields(value)]
+        for name, value in resolve(MINIMAL).__dict__.items()
+        if not isinstance(value, str)
+    }
+    keys = {"output", *(f"{group}.{key}" for group, names in groups.items() for key in names)}
+    assert not keys - documented, "add a row to docs/training.md, Keys"

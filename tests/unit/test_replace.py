@@ -78,6 +78,8 @@ def write(target: Path, text: str, said: list[str], journal: bool, at: At | None
     with staged(target, plan=text, sources=[], overwrite=True, notify=said.append) as stage:
         (stage.folder / "config.json").write_text(text)
         (stage.folder / "model.safetensors").write_text(text * 3)
+        if text == "old":
+            (stage.folder / "README.md").write_text(text)
         if journal:
             stage.journal.record("model.safetensors", [1])
         if at is not None and not at.whole:
@@ -97,6 +99,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 OLD, NEW = ({"config.json": text, "model.safetensors": text * 3} for text in ("old", "new"))
+OLD["README.md"] = "old"
 
 
 @pytest.fixture(params=["exchange", "two renames"])
@@ -110,7 +113,7 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_exception_at_every_line(place: Path, exchange: bool, kind: str, journal: bool, whole: bool) -> None:
-    target, number, outcomes = place / "out", 0, set()
+    target, number, outcomes, told = place / "out", 0, set(), False
     while True:
         number += 1
         shutil.rmtree(target, ignore_errors=True)
@@ -131,6 +134,7 @@ def test_an_exception_at_every_line(place: Path, exchange: bool, kind: str, jour
         outcomes.add(found == OLD)
         if found == NEW:
             assert not any("run the same command" in line for line in said), (number, said)
+            told = told or any("is complete and in its place" in line for line in said)
             # Where removing it fails that is said; an interrupt does not keep it from being removed.
             failed = kind != "interrupt" and any("cannot be removed" in line for line in said)
             assert not left.exists() or failed, (number, list(left.rglob("*")))
@@ -138,7 +142,7 @@ def test_an_exception_at_every_line(place: Path, exchange: bool, kind: str, jour
             assert not (left / "old").exists() and "old" not in contents(left / "data").values(), number
         write(target, "new", said, journal)
         assert contents(target) == NEW and [path.name for path in place.iterdir()] == ["out"], (number, said)
-    assert outcomes == {True, False} and number > 30
+    assert outcomes == {True, False} and number > 30 and told
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the end", "all of it"])
@@ -191,9 +195,12 @@ def test_a_bare_replacement_interrupted_at_every_line(place: Path, exchange: boo
     raise AssertionError("it never came to its end")
 
 
-def test_a_target_that_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
+def test_a_target_that_cannot_be_put_back_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: bool
+) -> None:
     target = tmp_path / "out"
-    write(target, "old", [], True)
+    write(target, "old", [], journal)
     monkeypatch.setattr(replace, "_exchange", lambda *_: False)
     real, calls = Path.rename, []
 
@@ -206,7 +213,7 @@ def test_a_target_that_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(CheckpointError, match=r"out: stands whole in .*/\.out\.partial/old"):
-            write(target, "new", [], True)
+            write(target, "new", [], journal)
     assert len(calls) == 2 and not target.exists() and contents(tmp_path / ".out.partial" / "old") == OLD
     with pytest.raises(UsageError, match="exists"), staged(target, plan="x", sources=[]):
         pass

@@ -273,7 +273,7 @@ def test_an_existing_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UsageError, match="does not look like a checkpoint"):
         write_toy("e2b", tmp_path / "mine", overwrite=True)
-    with pytest.raises(UsageError, match="pass --overwrite"):
+    with pytest.raises(UsageError, match="not a folder"):
         write_toy("e2b", tmp_path / "mine" / "letter.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "toy"]
 

@@ -1,0 +1,100 @@
+"""Some of the samples of a corpus, as a corpus of their own: rows held out from training, the first few rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from bridge.errors import DataError
+from recipes.data.chat import Encoded
+from recipes.data.corpus import Corpus
+from recipes.data.sample import Where
+
+
+class Part:
+    """The `samples` (int64, in order) of a corpus. What is not said here is as in `Corpus`."""
+
+    def __init__(self, corpus: Corpus, samples: np.ndarray) -> None:
+        self.corpus, self.samples = corpus, samples
+        self.folder, self.options = corpus.folder, corpus.options
+        self.pad_id, self.has_media = corpus.pad_id, corpus.has_media
+        which = hashlib.sha256(samples.tobytes()).hexdigest()[:16]
+        self.fingerprint = f"{corpus.fingerprint}/{which}"
+        self.inputs = {**corpus.inputs, "data.val_fraction": which}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample, int64 [samples]."""
+        lengths: np.ndarray = self.corpus.lengths[self.samples]
+        return lengths
+
+    def where(self, sample: int) -> Where:
+        """The file and line that a sample comes from."""
+        return self.corpus.where(int(self.samples[sample]))
+
+    def __getitem__(self, sample: int) -> Encoded:
+        return self.corpus[int(self.samples[sample])]
+
+    def media_tensors(self, sample: int) -> dict[str, Any]:
+        """As the processor makes them. Raises DataError."""
+        return self.corpus.media_tensors(int(self.samples[sample]))
+
+
+Samples = Corpus | Part
+
+
+def first(corpus: Samples, count: int) -> Samples:
+    """The first `count` samples; all, where `count` is 0 or there are no more."""
+    if not count or count >= len(corpus):
+        return corpus
+    if isinstance(corpus, Part):
+        return Part(corpus.corpus, corpus.samples[:count])
+    return Part(corpus, np.arange(count, dtype=np.int64))
+
+
+def held_out(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
+    """(the rest, about `fraction` of the samples): by the content of records alone, whatever their order or a seed.
+
+    Pieces of one record, and records that say the same, are on the same side. Raises DataError where nothing would be
+    left of either side.
+    """
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for samples in _records(corpus):
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in samples:
+            encoded = corpus[sample]
+            digest.update(encoded.ids.tobytes() + repr(encoded.media).encode())
+        groups[digest.digest()] += samples
+    wanted = max(1, round(fraction * len(corpus)))
+    taken: list[int] = []
+    for key in sorted(groups):
+        if len(taken) >= wanted:
+            break
+        taken += groups[key]
+    chosen = np.zeros(len(corpus), bool)
+    chosen[taken] = True
+    if chosen.all():
+        raise DataError(
+            f"{', '.join(corpus.options.paths)}: data.val_fraction={fraction:g} of {len(corpus)} samples "
+            f"({len(groups)} different ones) leaves none to train on"
+        )
+    return Part(corpus, np.flatnonzero(~chosen)), Part(corpus, np.flatnonzero(chosen))
+
+
+def _records(corpus: Corpus) -> list[list[int]]:
+    """The samples of each record, which stand together."""
+    records: list[list[int]] = []
+    before = None
+    for sample in range(len(corpus)):
+        where = corpus.where(sample)
+        if where != before:
+            records.append([])
+        records[-1].append(sample)
+        before = where
+    return records
