@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.case import Case
+from benchmarks.cases import cases as gpu_cases
+from benchmarks.cases import ladder
 from benchmarks.fake_device import DEVICE, FakeDevice, attend_as_transformers
 from benchmarks.random_model import RandomBridge
-from benchmarks.train_gpu import cases as gpu_cases
-from benchmarks.train_gpu import ladder
-from benchmarks.training_sides import Case, recipe_of, transformers_step
+from benchmarks.training_sides import recipe_of, transformers_step
 from bridge.flops import decoder_flops, head_flops
 from bridge.mapping import table_for
 from bridge.megatron.loss import linear_cross_entropy

@@ -25,6 +25,7 @@ _RANGES = (
 # Of kernels, and on a CPU of operators.
 _NAMES = (
     ("communication", r"nccl|c10d::|gloo"),
+    ("loss", r"cross_entropy"),
     ("attention", r"flash|fmha|flex_attention|attention|ffpa"),
     ("grouped gemm", r"grouped|group_gemm|GroupProblem|moe_gemm"),
     ("gemm", r"gemm|nvjet|xmma|cutlass|cublas|splitKreduce|aten::(mm|bmm|addmm|baddbmm|linear|matmul|conv)|_mm$|wgmma"),
@@ -32,7 +33,7 @@ _NAMES = (
     (
         "norm and elementwise",
         r"elementwise|reduce|triton|norm|Norm|gelu|silu|softmax|index|gather|scatter|cumsum|sort|topk|embedding|"
-        r"rope|Rope|RoPE|rotary|aten::|at::native|vectorized",
+        r"rope|Rope|RoPE|rotary|geglu|weigh_experts|sum_experts|quantize|aten::|at::native|vectorized",
     ),
 )
 

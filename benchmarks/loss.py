@@ -17,6 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 MEGABYTE = 1e6
 EXTRA_BOUND_MB = 400
@@ -29,6 +33,17 @@ def memory_bytes(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024
+
+
+def arguments(
+    tokens: int, hidden_size: int, vocab: int, device: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [tokens, 1, h], weight [V, h], labels [1, tokens], made on the device: of a weight of the published
+    size the host has 738 million numbers to draw, one after the other."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 1, hidden_size, device=device, dtype=dtype)
+    weight = torch.empty(vocab, hidden_size, device=device, dtype=dtype).normal_(0, 0.2)
+    return hidden, weight, torch.randint(vocab, (1, tokens), device=device)
 
 
 def measure(
@@ -46,17 +61,13 @@ def measure(
 
     `frozen`: the head takes no gradient, as with adapters.
     """
-    import torch
-
     from bridge.megatron.loss import linear_cross_entropy
 
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
     where = {"device": device, "dtype": getattr(torch, dtype)}
-    hidden = torch.randn(tokens, 1, hidden_size, generator=generator).to(**where).requires_grad_()
-    weight = torch.empty(vocab, hidden_size).normal_(0, 0.2, generator=generator).to(**where)
+    hidden, weight, labels = arguments(tokens, hidden_size, vocab, **where)
+    hidden.requires_grad_()
     weight.requires_grad_(not frozen)
-    labels = torch.randint(vocab, (1, tokens), generator=generator).to(device)
     on_gpu = device != "cpu"
 
     def run() -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,7 @@ class RandomModel:
         return model
 
     def _fill(self, tensor: Tensor, name: str) -> None:
-        values = torch.from_numpy(self.block(name, tuple(tensor.shape)))
-        values = (values if self.dtype is torch.float32 else values.view(torch.bfloat16)).to(tensor.device)
+        values = _block_on(self, tensor.device, name, tuple(tensor.shape))
         flat = tensor.detach().view(-1)
         whole = len(flat) // len(values) * len(values)
         flat[:whole].view(-1, len(values)).copy_(values)
@@ -99,25 +98,27 @@ class RandomModel:
 
 
 class _Rows:
-    """A random model as the loader reads a folder."""
+    """The tensors of a random model, made where they are wanted: a `bridge.convert.live.TensorSource`."""
 
-    def __init__(self, model: RandomModel) -> None:
+    def __init__(self, model: RandomModel, device: torch.device) -> None:
         self.tensors = model.tensors
         # Parts of a tensor are asked for one after the other.
-        self._block = lru_cache(maxsize=2)(model.block)
+        self._block = lru_cache(maxsize=2)(partial(_block_on, model, device))
 
-    def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
-        """See `bridge.hf.tensors.RowReader`."""
+    def tensor_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `TensorSource`."""
         shape = self.tensors[name].shape
-        values = self._block(name, shape)
-        width = math.prod(shape[1:])
-        target = np.frombuffer(out, dtype=values.dtype)
+        block = self._block(name, shape)
         # A scalar is one row.
-        done, place = 0, start * width % len(values)
-        while done < len(target):
-            count = min(len(values) - place, len(target) - done)
-            target[done : done + count] = values[place : place + count]
-            done, place = done + count, 0
+        width = math.prod(shape[1:])
+        first, count = start * width % len(block), (stop - start) * width
+        copies = -(-(first + count) // len(block))
+        return block.repeat(copies)[first : first + count].view(stop - start, *shape[1:])
+
+
+def _block_on(model: RandomModel, device: torch.device, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What a tensor of the model repeats, flat, on a device."""
+    return torch.from_numpy(model.block(name, shape)).view(model.dtype).to(device)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class RandomBridge(Gemma4Bridge):
         from bridge.convert.live import load_from_hf
 
         assert self.model is not None
-        load_from_hf(model, self.table, _Rows(self.model))
+        device = next(model[0].parameters()).device
+        load_from_hf(model, self.table, _Rows(self.model, device))
 
 
 def random_batches(geometry: Geometry, length: int, media: bool = False) -> Iterator[dict[str, Tensor]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-MEMORY = "out of memory"
+from benchmarks.lines import Row
+
 BEGIN, END = "<!-- train_gpu: begin -->", "<!-- train_gpu: end -->"
 
 # What it has to show on one GPU of the class of an H200 (docs/gpu.md): least MFU, by case.
@@ -107,14 +107,15 @@ def table(rows: Mapping[str, Row]) -> str:
     where = measured[0]
     versions = ", ".join(f"{key} {where[key]}" for key in where if key in _VERSIONS)
     lines = [
-        f"{where.get('device', '?')}, {where.get('date', '?')}; {versions}. «Waits»: host syncs of a step, profiled.",
+        f"{where.get('device', '?')}, {where.get('date', '?')}; {versions}. «Waits»: host syncs of a step, profiled;"
+        " «busy»: the part of it in which a kernel ran.",
         "",
-        "| case | tokens/s | TFLOP/s | MFU | peak GB | recompute | first loss | waits | where the time goes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | tokens/s | TFLOP/s | MFU | peak GB | recompute | first loss | waits | busy | where the time goes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         if row["status"] != "ok":
-            lines.append(f"| {name} | {row['status']} | | | | {row.get('recompute', '')} | | | |")
+            lines.append(f"| {name} | {row['status']} | | | | {row.get('recompute', '')} | | | | |")
             continue
         groups = sorted(row.get("breakdown", {}).items(), key=lambda item: -item[1])
         shares = ", ".join(f"{group} {100 * share:.0f} %" for group, share in groups if share >= 0.01)
@@ -127,9 +128,23 @@ def table(rows: Mapping[str, Row]) -> str:
             row.get("recompute", ""),
             _number(next(iter(row.get("losses", [])), None), ".4f"),
             _number(sum(row["waits"][wait] for wait in _WAITS) if "waits" in row else None, "d"),
+            _number(row["busy_ms"] / row["wall_ms"] if row.get("busy_ms") else None, ".2f"),
             shares,
         )
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kernel_table(rows: Mapping[str, Row], most: int = 12) -> str:
+    """Markdown: of each profiled case how long the device was busy, its longest kernels, and where the host waited."""
+    lines = []
+    for name, row in rows.items():
+        if "wall_ms" not in row:
+            continue
+        lines += [f"{name}: a step of {row['wall_ms']:.1f} ms, the device busy for {row['busy_ms']:.1f} ms", ""]
+        lines += ["| ms | times | kernel or call |", "|---:|---:|---|"]
+        lines += [f"| {ms:.2f} | {count} | `{kernel}` |" for ms, count, kernel in row["kernels"][:most] + row["host"]]
+        lines.append("")
     return "\n".join(lines)
 
 

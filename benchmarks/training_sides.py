@@ -3,80 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.random_model import RandomModel, random_batches
+from benchmarks.case import Case
 from bridge.errors import UsageError
 
-# Short rows go through in turn until there are so many tokens, so that one update serves as many of them everywhere.
-TOKENS_A_STEP = 16_384
 LR, CLIP = 1e-5, 1.0
-# What is kept for the backward pass, fullest first.
-RECOMPUTE = ("none", "selective", "full")
 # The decoder's linears by their names in the multimodal classes and in the text classes.
 TARGETS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # One step: the mean loss before its update.
 Step = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement. `side`: ours, transformers or liger; `size` as of `RandomModel`.
-
-    `mode`: sft, lora, or loss: there the side says whether the head takes a gradient. `recompute`: of ours; auto: as
-    little as fits. `kernels`: of ours; torch: without this project's own.
-    """
-
-    variant: str
-    mode: str
-    length: int
-    side: str = "ours"
-    media: bool = False
-    layer_spec: str = "local"
-    fp8: str = "none"
-    fp8_experts: bool = False
-    recompute: str = "auto"
-    kernels: str = "auto"
-    size: str = "published"
-    dtype: str = "bfloat16"
-
-    @property
-    def name(self) -> str:
-        """`lora/12b/8192/ours`."""
-        usual = ("local", "none", "auto")
-        fp8_experts = "fp8 experts" if self.fp8_experts else "none"
-        options = (self.layer_spec, self.fp8, fp8_experts, self.recompute, self.kernels)
-        side = "+".join([self.side, *(x for x in options if x not in usual)])
-        return "/".join([self.mode, self.variant + ("+media" if self.media else ""), str(self.length), side])
-
-    @property
-    def microbatches(self) -> int:
-        return max(1, TOKENS_A_STEP // self.length) if self.size == "published" else 1
-
-    @property
-    def model(self) -> RandomModel:
-        return RandomModel(self.variant, getattr(torch, self.dtype), self.size, text_only=not self.media)
-
-    @property
-    def lora(self) -> bool:
-        return self.mode == "lora"
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        return random_batches(self.model.geometry, self.length, self.media)
-
-    def flops(self) -> float:
-        """That a step has to do, whoever does it."""
-        from bridge.megatron.multimodal import SENSES
-        from recipes.train.workload import training_flops
-
-        batches = list(islice(self.batches(), self.microbatches))
-        return training_flops(self.model.geometry, batches, SENSES if self.lora else (), self.lora)
 
 
 def recipe_of(case: Case) -> Any:
@@ -182,6 +123,7 @@ def transformers_step(case: Case, device: torch.device, attention: str = "sdpa",
 
 
 def _apply_liger(model: Any) -> None:
+    """Put its classes and functions in the place of transformers', in this model and, for good, in this process."""
     from liger_kernel.transformers import monkey_patch
 
     kind = model.config.model_type
@@ -206,9 +148,17 @@ SIDES: dict[str, Callable[[Case], Step]] = {
 }
 
 
-def available(case: Case) -> str | None:
-    """Why a case cannot be run here, or None."""
-    needed = {"liger": "liger_kernel"}.get(case.side) or ("transformer_engine" if case.layer_spec == "te" else None)
-    if needed is not None and importlib.util.find_spec(needed) is None:
-        return f"{needed} is not installed"
-    return None
+def step_of(case: Case) -> Step:
+    """Build the case's side. Raises UsageError in a process that liger-kernel has changed for another side than its."""
+    if case.side != "liger" and changed_by_liger():
+        raise UsageError(
+            f"{case.name}: liger-kernel has replaced classes of transformers in this process; start another"
+        )
+    return SIDES[case.side](case)
+
+
+def changed_by_liger() -> bool:
+    """Whether a class of transformers' Gemma 4 is liger-kernel's in this process."""
+    module = sys.modules.get("transformers.models.gemma4.modeling_gemma4")
+    parts = () if module is None else (module.Gemma4RMSNorm, module.Gemma4TextMLP)
+    return any(part.__module__.startswith("liger_kernel") for part in parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -128,6 +130,8 @@ def inspect(
         listed = ", ".join(f"{token} ({number}, {table})" for number, token, table in result.unknown_tokens[:5])
         more = f" and {len(result.unknown_tokens) - 5} more" if len(result.unknown_tokens) > 5 else ""
         out.print(f"tokens that the model has no row for: {listed}{more}; text that holds one is refused")
+    for notice in result.notices:
+        err.print(notice)
 
 
 @app.command("import", epilog=epilog("import google/gemma-4-26B-A4B-it ckpt/26b-megatron"))
@@ -330,12 +334,24 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt("terminated")
 
 
+def _on_unraisable(lost: sys.UnraisableHookArgs) -> None:
+    # An interrupt may come where nothing can be raised: in a destructor, inside of a library's C code. It comes again,
+    # a little later, because it would be lost in here as well.
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.02, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> None:
     """The console script. A BridgeError becomes one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.unraisablehook = _on_unraisable
     try:
         if "" in arguments:
             # A path of "" would be the folder that one stands in.

@@ -33,6 +33,7 @@ class Inspection:
     """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error.
 
     `unknown_tokens`: (id, token, table) of the tokenizer beside the model that the table has no row for.
+    `notices`: what of the config is not followed, and the files that are no part of the model.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Inspection:
     carried: int
     files: int
     unknown_tokens: tuple[tuple[int, str, str], ...]
+    notices: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -82,6 +84,7 @@ class Inspection:
             "tokens_without_rows": [
                 {"id": number, "token": token, "table": table} for number, token, table in self.unknown_tokens
             ],
+            "notices": list(self.notices),
             "coverage": {"mapped": self.mapped, "carried": self.carried, "unaccounted": 0},
         }
 
@@ -99,7 +102,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             geometry, table = checkpoint.geometry, table_for(checkpoint.geometry)
             table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, checkpoint.weights)
             stored: dict[str, TensorLike] = dict(reader.tensors)
-            carried = 0
+            carried, notices = 0, tuple(f"{path}: config.json: {notice}" for notice in geometry.notices)
             if checkpoint.carried is not None:
                 beside = stack.enter_context(HfFolder(checkpoint.carried))
                 carried = len(beside.tensors)
@@ -109,7 +112,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             kind = "Megatron torch_dist"
         else:
             source = open_source(stack, path)
-            geometry, table = source.geometry, source.table
+            geometry, table, notices = source.geometry, source.table, source.notices
             table.check_folder({name: tensor.shape for name, tensor in source.folder.tensors.items()}, path)
             stored = dict(source.folder.tensors)
             carried = sum(table.is_carried(name) for name in stored)
@@ -129,6 +132,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         carried,
         files,
         tokens_without_rows(beside_weights, geometry),
+        notices,
     )
 
 

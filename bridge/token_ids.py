@@ -5,16 +5,15 @@ torch raises for an id behind its table. A table split over tensor-parallel rank
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bridge.errors import UsageError
+from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
+from bridge.hf.json_file import read_object
 
 IGNORE = -100  # the label of a position that has no loss, as in transformers
 
@@ -95,7 +94,10 @@ def tokens_without_rows(folder: Path, geometry: Geometry) -> tuple[tuple[int, st
 
 
 def _tokens(folder: Path) -> Iterable[tuple[int, str]]:
-    whole = _read(folder / "tokenizer.json")
+    try:
+        whole = read_object(folder / "tokenizer.json")
+    except CheckpointError:
+        return
     model = whole.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocabulary, Mapping):
@@ -104,11 +106,3 @@ def _tokens(folder: Path) -> Iterable[tuple[int, str]]:
     for entry in added if isinstance(added, list) else ():
         if isinstance(entry, Mapping) and type(entry.get("id")) is int:
             yield entry["id"], str(entry.get("content"))
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, Mapping) else {}

@@ -167,6 +167,7 @@ def staged(
                 # From here on no later run may take data/ for its own unfinished work: it may hold the old target.
                 (partial / _JOURNAL).rename(partial / _SWAPPING)
                 fsync_folder(partial)
+                journal.close()
                 replace_folder(data, path, partial / _OLD)
                 _discard(partial, say)
             except OSError as error:
@@ -246,6 +247,9 @@ def _settle(partial: Path, path: Path, journal: Journal | None, written: os.stat
     `written`: the folder that was to become the target, once that had begun.
     """
     landed = _is_folder(path, written)
+    if journal is not None:
+        # NFS keeps a file that is still open in its folder, under another name.
+        journal.close()
     if (partial / _OLD).is_dir() and not os.path.lexists(path):
         return
     if not landed and journal is None and (partial / _JOURNAL).exists():

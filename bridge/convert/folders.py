@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, co
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import num_rows
+from bridge.hf.json_file import read_object
+from bridge.hf.tensors import num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Table, table_for
 from bridge.torch_dist.reader import DistReader
@@ -34,6 +36,9 @@ from bridge.torch_dist.writer import DistWriter
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPES = {"keep": None, "bfloat16": "BF16", "float32": "F32"}
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# What PEFT calls the config of an adapter.
+PEFT_CONFIG = "adapter_config.json"
 # Assets that speak of images, video and audio only: a text-only import leaves them behind.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -50,7 +55,10 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Source:
-    """An HF folder as it is going to be imported: geometry and tables, and the config that goes beside the weights."""
+    """An HF folder as it is going to be imported: geometry and tables, and the config that goes beside the weights.
+
+    `notices`: what of the folder is not followed or left behind, a line each.
+    """
 
     folder: HfFolder
     geometry: Geometry
@@ -58,6 +66,7 @@ class Source:
     prefix: str
     config: dict[str, Any] | None
     text_only: bool
+    notices: tuple[str, ...]
 
 
 def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dtype: str = "keep") -> Source:
@@ -66,14 +75,29 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     if is_megatron_folder(path):
         raise UsageError(f"{path}: is a Megatron checkpoint already; `export` turns it into a Hugging Face folder")
-    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
-        raise UsageError(f"{path}: is an adapter, not a model; `adapter import` reads it")
+    if os.path.lexists(Path(path) / PEFT_CONFIG):
+        if not (Path(path) / "config.json").exists():
+            raise UsageError(f"{path}: is an adapter, not a model; `adapter import` reads it")
+        raise UsageError(
+            f"{path}: a model with an adapter beside it ({PEFT_CONFIG}), which transformers loads as one; move the "
+            f"adapter's files into a folder of their own: `adapter merge FOLDER OUT --base {path}` makes one model of "
+            "the two, and without them this is the base alone"
+        )
     geometry = Geometry.from_folder(path)
     folder = stack.enter_context(HfFolder(path))
+    geometry = geometry.named_as_in(folder.tensors)
+    notices = [f"{path}: config.json: {notice}" for notice in geometry.notices]
+    if folder.ignored:
+        notices.append(f"{path}: left behind, no part of the model: {', '.join(map(shown, folder.ignored))}")
+    for name, tensor in folder.tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
+            )
     prefix, config = geometry.prefix, None
     text_only = text_only and geometry.multimodal
     if text_only or dtype != "keep":
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = read_object(Path(path) / "config.json")
         if text_only:
             config = _text_config(config, geometry)
             geometry = Geometry.from_dict(config)
@@ -81,7 +105,7 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
     if geometry.tied and _differs_from_embedding(folder, prefix + "embed_tokens.weight"):
         # transformers loads such a folder untied, whatever its config says.
         geometry = replace(geometry, tied=False)
-    return Source(folder, geometry, table_for(geometry), prefix, config, text_only)
+    return Source(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
 
 
 def _differs_from_embedding(folder: HfFolder, embedding: str) -> bool:
@@ -95,12 +119,12 @@ def _differs_from_embedding(folder: HfFolder, embedding: str) -> bool:
 
 def _text_config(whole: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
     """The config of the text model inside a multimodal one, as transformers' text class reads it."""
-    text = dict(whole["text_config"])
+    text = dict(whole.get("text_config") or {})
     text["model_type"] = f"{geometry.model_type}_text"
     text["architectures"] = [geometry.text_architecture]
     # The multimodal classes obey the top-level value, the text classes their own.
     text["tie_word_embeddings"] = geometry.tied
-    for key in ("dtype", "transformers_version"):
+    for key in ("dtype", "torch_dtype", "transformers_version", "quantization_config"):
         if key in whole:
             text[key] = whole[key]
     return text
@@ -138,6 +162,9 @@ def import_hf(
         source = open_source(stack, hf_dir, text_only, dtype)
         plan = _import_plan(source, dtype)
         assets = _assets(source)
+        if notify is not None:
+            for notice in source.notices:
+                notify(notice)
         stage = stack.enter_context(
             staged(
                 megatron_dir,
@@ -222,6 +249,8 @@ def export_hf(
         checkpoint = MegatronFolder.open(megatron_dir)
         reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
         assets = listed_assets(checkpoint.hf)
+        if notify is not None and (checkpoint.hf / PEFT_CONFIG).exists():
+            notify(f"{checkpoint.hf}: {PEFT_CONFIG} is left behind: an earlier version imported it without its weights")
         stage = stack.enter_context(
             staged(
                 hf_dir,
@@ -282,7 +311,9 @@ def _assets(source: Source) -> list[Path]:
 def listed_assets(hf: Path) -> list[Path]:
     """The assets in the `hf/` folder of a checkpoint: all but the manifest and the carried tensors."""
     found = [path.relative_to(hf) for path in sorted(hf.rglob("*")) if path.is_file() and not path.is_symlink()]
-    return [path for path in found if str(path) != MANIFEST_FILE and path.parts[0] != CARRIED_FOLDER]
+    # Earlier imports kept the config of an adapter, and none of its weights: a folder that no program loads.
+    ours = (MANIFEST_FILE, PEFT_CONFIG)
+    return [path for path in found if str(path) not in ours and path.parts[0] != CARRIED_FOLDER]
 
 
 def copy_assets(source: Path, assets: list[Path], target: Path) -> None:

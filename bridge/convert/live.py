@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import MappingError
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import RowReader
+from bridge.hf.tensors import RowReader, TensorLike
 from bridge.mapping.table import Entry, Table
 from bridge.mapping.transforms import Block
 from bridge.together import together
@@ -31,6 +32,18 @@ CHUNK_BYTES = 64 << 20
 
 # What Megatron is asked for: one checkpoint key per layer, because layers differ in shape.
 METADATA = {"non_homogeneous_layers": True}
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """What has its rows as tensors, on whatever device: they go to the model without a copy in the host's memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorLike]: ...
+
+    def tensor_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in its dtype; of a 0-d tensor row 0."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def boxes(model: Sequence[torch.nn.Module], value: Callable[[Tensor], Tensor | N
     return found
 
 
-def load_from_hf(model: Sequence[torch.nn.Module], table: Table, reader: RowReader) -> None:
+def load_from_hf(model: Sequence[torch.nn.Module], table: Table, reader: RowReader | TensorSource) -> None:
     """Fill a live model from an HF folder; each rank reads the rows of its own boxes, in bounded chunks."""
 
     def pieces(entry: Entry) -> Iterator[tuple[Block, str]]:
@@ -96,7 +109,7 @@ def load_from_megatron(model: Sequence[torch.nn.Module], table: Table, reader: R
 def _load(
     model: Sequence[torch.nn.Module],
     table: Table,
-    reader: RowReader,
+    reader: RowReader | TensorSource,
     pieces: Callable[[Entry], Iterator[tuple[Block, str]]],
 ) -> None:
     by_key: dict[str, list[Box]] = defaultdict(list)
@@ -120,7 +133,7 @@ def _load(
         unwrap_model(chunk).clear_padding()
 
 
-def _columns(reader: RowReader, shape: tuple[int, ...], wanted: Sequence[Box]) -> range:
+def _columns(reader: RowReader | TensorSource, shape: tuple[int, ...], wanted: Sequence[Box]) -> range:
     """The part of axis 1 that the boxes span, where it can be read alone; else all of it."""
     if len(shape) < 2:
         return range(1)
@@ -131,7 +144,12 @@ def _columns(reader: RowReader, shape: tuple[int, ...], wanted: Sequence[Box]) -
 
 
 def _read(
-    reader: RowReader, name: str, first: int, count: int, row_shape: tuple[int, ...], columns: range
+    reader: RowReader | TensorSource,
+    name: str,
+    first: int,
+    count: int,
+    row_shape: tuple[int, ...],
+    columns: range,
 ) -> Iterator[tuple[int, Tensor]]:
     """Rows [first, first + count) of a stored tensor, `columns` of axis 1, in chunks: (offset from `first`, rows)."""
     dtype = TORCH_DTYPES[reader.tensors[name].dtype]
@@ -141,6 +159,9 @@ def _read(
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, count, step):
         rows = min(step, count - start)
+        if isinstance(reader, TensorSource):
+            yield start, reader.tensor_rows(name, first + start, first + start + rows).view(rows, *shape)
+            continue
         buffer = np.empty(rows * row_bytes, dtype=np.uint8)
         if not row_shape or len(columns) == row_shape[0]:
             reader.read_rows(name, first + start, first + start + rows, buffer)

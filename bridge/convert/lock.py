@@ -109,6 +109,7 @@ class Lock:
         self.owner = Owner.new()
         self._mine = path.with_name(f"{path.name}.{self.owner.token}")
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
         weakref.finalize(self, self._done.set)
 
     def is_ours(self) -> bool:
@@ -155,7 +156,8 @@ class Lock:
             # What is known at a look can be looked at often.
             time.sleep(_POLL_S if gone is None else _POLL_S / 10)
         self._sweep()
-        threading.Thread(target=_beat, args=(self.path / _RECORD, self._done), name="lock", daemon=True).start()
+        self._thread = threading.Thread(target=_beat, args=(self.path / _RECORD, self._done), name="lock", daemon=True)
+        self._thread.start()
 
     def _prepare(self) -> None:
         for attempt in reversed(range(10)):
@@ -183,7 +185,8 @@ class Lock:
         try:
             self._mine.rename(self.path)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            # Some file systems have other words for a folder that is in the way.
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or _read(self.path) is not None:
                 return False
             if error.errno in _ORDINARY:
                 raise
@@ -212,6 +215,9 @@ class Lock:
         """Give it back; what was not taken is tidied up. Raises nothing."""
         _held.pop(self.owner.token, None)
         self._done.set()
+        if self._thread is not None and self._thread.ident is not None:
+            # NFS keeps a file that is still open in its folder, under another name.
+            self._thread.join(_BEAT_S)
         with contextlib.suppress(OSError):
             if self.is_ours():
                 (self.path / _RECORD).unlink()

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import CheckpointError
 from bridge.geometry import Geometry
-from bridge.hf.tensors import ITEM_SIZES
+from bridge.hf.json_file import read_object
+from bridge.hf.tensors import ITEM_SIZES, shown
 from bridge.hf.writer import write_text
 from bridge.torch_dist.reader import is_dist_checkpoint
 
@@ -59,27 +61,50 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read `bridge.json` of `folder`. Raises CheckpointError."""
         path = folder / MANIFEST_FILE
+        if not path.exists():
+            raise CheckpointError(f"{path}: not found; was this Megatron checkpoint made by `import`?")
+        data = read_object(path)
+        version = data.get("version")
+        if type(version) is not int or version != _VERSION:
+            raise CheckpointError(f"{path}: version {shown(str(version))}, this program reads {_VERSION}")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version = data["version"]
-            tensors = tuple(_tensor(entry) for entry in data["tensors"])
-            manifest = cls(bool(data["tied"]), tensors, dict(data["file_metadata"]), version)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: not found; was this Megatron checkpoint made by `import`?") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
-        if version != _VERSION:
-            raise CheckpointError(f"{path}: version {version}, this program reads {_VERSION}")
-        return manifest
+            return cls._of(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a manifest: {error}") from None
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> Manifest:
+        """Raises ValueError that names the key."""
+        _check_keys(data, {f.name for f in fields(cls)}, "the manifest")
+        tied, listed, metadata = data["tied"], data["tensors"], data["file_metadata"]
+        if not isinstance(tied, bool):
+            raise ValueError("tied is neither true nor false")
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("file_metadata is not an object of texts")
+        if not isinstance(listed, list):
+            raise ValueError("tensors is not a list")
+        tensors = tuple(_tensor(entry) for entry in listed)
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            raise ValueError("tensors names one of them twice")
+        return cls(tied, tensors, metadata)
 
 
-def _tensor(entry: Mapping[str, object]) -> ManifestTensor:
-    name, dtype, shape = entry["name"], entry["dtype"], entry["shape"]
-    if not isinstance(name, str) or dtype not in ITEM_SIZES or not isinstance(shape, list):
-        raise ValueError(f"tensor {name!r}")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape of {name!r}")
-    return ManifestTensor(name, str(dtype), tuple(shape))
+def _check_keys(data: Mapping[str, Any], expected: Set[str], what: str) -> None:
+    for key in sorted(expected ^ set(data)):
+        raise ValueError(f"{what} {'lacks' if key in expected else 'has the unknown key'} {shown(key)}")
+
+
+def _tensor(entry: Any) -> ManifestTensor:
+    if not isinstance(entry, dict):
+        raise ValueError("tensors has an entry that is no object")
+    name = entry.get("name")
+    _check_keys(entry, {f.name for f in fields(ManifestTensor)}, f"tensor {shown(name)}")
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise ValueError(f"tensor {shown(name)}: its name or dtype")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"tensor {shown(name)}: its shape")
+    return ManifestTensor(name, dtype, tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,8 @@ class MegatronFolder:
             weights = _find_weights(path)
         hf = path / HF_FOLDER
         manifest = Manifest.read(hf)
-        geometry = replace(Geometry.from_folder(hf), tied=manifest.tied)
+        names = {tensor.name for tensor in manifest.tensors}
+        geometry = replace(Geometry.from_folder(hf), tied=manifest.tied).named_as_in(names)
         return cls(path, weights, hf, manifest, geometry)
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from bridge.geometry.towers import (
 )
 from bridge.hf.json_file import read_object
 
+_BASE = "model."
 # model_type of a multimodal config -> (its architecture, model_type of its text part, the text part's own architecture)
 _MULTIMODAL = {
     "gemma4": ("Gemma4ForConditionalGeneration", "gemma4_text", "Gemma4ForCausalLM"),
@@ -63,14 +64,14 @@ class HasToDict(Protocol):
 class Geometry:
     """A Gemma 4 model.
 
-    `prefix` starts the on-disk name of every language-model tensor but `lm_head.weight`. `notices`: what the config
-    says that the model does not follow, a line each, for whoever shows it to a user.
+    `base` starts the on-disk name of every tensor but `lm_head.weight`, `prefix` that of the language model's. `base`
+    is empty where the base class saved the folder, which transformers loads as well. `notices`: what the config says
+    that the model does not follow, a line each, for whoever shows it to a user.
     """
 
     model_type: str
     architecture: str
     multimodal: bool
-    prefix: str
     hidden_size: int
     vocab_size: int
     layers: tuple[LayerGeometry, ...]
@@ -86,7 +87,22 @@ class Geometry:
     placeholders: Placeholders | None
     vision: Vision | None
     audio: Audio | None
+    base: str = _BASE
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def prefix(self) -> str:
+        return self.base + ("language_model." if self.multimodal else "")
+
+    def named_as_in(self, names: Collection[str]) -> Geometry:
+        """This geometry with the names of a folder whose tensors these are."""
+        embedding = f"{self.prefix}embed_tokens.weight"
+        bare = embedding not in names and embedding.removeprefix(_BASE) in names
+        return replace(self, base="") if bare else self
+
+    def in_class(self, name: str) -> str:
+        """What the class with a head calls the tensor `name` of a folder, on disk."""
+        return name if name.startswith((_BASE, "lm_head.")) else _BASE + name
 
     @property
     def placeholder_ids(self) -> frozenset[int]:
@@ -172,7 +188,6 @@ class Geometry:
             model_type=model_type,
             architecture=architecture,
             multimodal=placeholders is not None,
-            prefix="model." if placeholders is None else "model.language_model.",
             hidden_size=text.positive("hidden_size"),
             vocab_size=vocab_size,
             layers=read_layers(text, notices),

@@ -59,8 +59,9 @@ class HfFolder(Closing):
 
     `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
     relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
-    stray shard). `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the
-    first weight file. `files`: the weight files. `single`: what the weight file is called where there is one only.
+    stray shard), and the files that go with them: they are carried nowhere, and whoever copies the folder says so.
+    `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the first weight
+    file. `files`: the weight files. `single`: what the weight file is called where there is one only.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
@@ -249,8 +250,13 @@ def _check_layout(tensors: dict[str, TensorInfo], base: int, size: int, path: Pa
 
 
 def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
-    """(files to carry along, weight files to leave), relative and sorted."""
-    assets, ignored = [], []
+    """(files to carry along, files to leave), relative and sorted.
+
+    Left are weights that are not the model's, and what would be wrong without them: a subfolder that holds some (of
+    another format, of a trainer) as a whole, and a JSON file at the top that names one.
+    """
+    assets: list[Path] = []
+    others: list[Path] = []
     for parent, folders, names in os.walk(folder):
         # Hidden folders are caches and version control, not part of the model.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -259,14 +265,35 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
                 raise CheckpointError(f"{shown(Path(parent) / name)}: a linked folder, which is not followed")
         for name in names:
             path = Path(parent) / name
-            if path in weights or name == INDEX_FILE:
+            if path in weights or (name == INDEX_FILE and parent == str(folder)):
                 continue
-            relative = path.relative_to(folder)
-            if path.suffix in _WEIGHT_SUFFIXES or name.endswith(tuple(f"{s}.index.json" for s in _WEIGHT_SUFFIXES)):
-                ignored.append(relative)
-                continue
-            check_link(folder, path)
-            if not path.is_file():
-                raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
-            assets.append(relative)
-    return sorted(assets), sorted(ignored)
+            (others if _is_weights(name) else assets).append(path.relative_to(folder))
+    foreign = {path.parts[0] for path in others if len(path.parts) > 1}
+    named = [f'"{path.name}"'.encode() for path in others if len(path.parts) == 1]
+    kept = []
+    for asset in assets:
+        path = folder / asset
+        if asset.parts[0] in foreign:
+            others.append(asset)
+            continue
+        check_link(folder, path)
+        if not path.is_file():
+            raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
+        if len(asset.parts) == 1 and asset.suffix == ".json" and _mentions(path, named):
+            if asset.name == "config.json":
+                raise CheckpointError(f"{shown(path)}: names a weight file that is not the model's")
+            others.append(asset)
+            continue
+        kept.append(asset)
+    return sorted(kept), sorted(others)
+
+
+def _is_weights(name: str) -> bool:
+    return Path(name).suffix in _WEIGHT_SUFFIXES or name.endswith(tuple(f"{s}.index.json" for s in _WEIGHT_SUFFIXES))
+
+
+def _mentions(path: Path, names: list[bytes]) -> bool:
+    if not names:
+        return False
+    data = path.read_bytes()
+    return any(name in data for name in names)

@@ -15,15 +15,17 @@ _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.m
 def resolve(name: str, *, config_only: bool = False) -> Path:
     """The local folder of `name`; a hub id is downloaded to its cache first, without weights if `config_only`.
 
-    Raises CheckpointError, UsageError.
+    A hub id is OWNER/NAME where there is no folder OWNER here. Raises CheckpointError, UsageError.
     """
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
         raise UsageError(f"{name}: a file; expected a model folder or a hub id such as google/gemma-4-E2B-it")
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such folder")
+    # The hub is asked for what can be nothing but one of its ids: it takes long to say no.
+    if not _HUB_ID.fullmatch(name) or path.parent.is_dir():
+        home = "; ~ stands for the home folder only where a shell expands it" if name.startswith("~") else ""
+        raise CheckpointError(f"{name}: no such folder{home}")
     from huggingface_hub import snapshot_download
 
     try:

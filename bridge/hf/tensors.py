@@ -218,8 +218,8 @@ def open_regular(path: Path) -> tuple[int, int]:
 def inside(folder: Path, relative: str) -> Path:
     """The path of a file that another file of the folder names.
 
-    Raises CheckpointError when the name is absolute, contains `..` or leads out of the folder through a link. Links
-    into the blobs of the Hugging Face cache are what its snapshots are made of, and allowed.
+    Raises CheckpointError when the name is absolute, contains `..` or leads out of the folder through a link that
+    `check_link` does not allow.
     """
     pure = PurePosixPath(relative)
     if not relative or "\0" in relative or "\\" in relative or pure.is_absolute() or ".." in pure.parts:
@@ -230,16 +230,29 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Raise CheckpointError when a link makes `path` lead out of `folder`, other than into the cache's blobs."""
+    """Raise CheckpointError when a link makes `path` lead out of `folder`, unless that is what it is for.
+
+    Allowed are the blobs of the Hugging Face cache, of which its snapshots are made, and a file of the same name in
+    another model folder (one with a config.json): a folder of links into another. Nothing else, since every file of a
+    folder is carried along: a link planted in a download must not take a stranger's file with it.
+    """
     try:
         root, target = folder.resolve(), path.resolve()
+        if target.is_relative_to(root):
+            return
+        if root.parent.name == "snapshots" and target.is_relative_to((root.parent.parent / "blobs").resolve()):
+            return
+        if path.is_symlink():
+            there = path.parent / path.readlink()
+            if there.name == path.name and (there.parent / "config.json").is_file():
+                check_link(there.parent, there)
+                return
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{shown(path)}: cannot be resolved ({shown(str(error))})") from None
-    if target.is_relative_to(root):
-        return
-    if root.parent.name == "snapshots" and target.is_relative_to(root.parent.parent / "blobs"):
-        return
-    raise CheckpointError(f"{shown(path)}: a link that leads out of the folder, to {shown(target)}")
+    raise CheckpointError(
+        f"{shown(path)}: a link that leads out of the folder, to {shown(target)}, which is no file of the same name in "
+        "another model folder"
+    )
 
 
 def fsync_folder(folder: Path) -> None:

@@ -21,9 +21,10 @@ The same rows drive import, export, live load and save of a sharded model, and t
 
 `{layer}` is the number of a layer, of the decoder or of the tower that the name says. HF names are relative to
 `model.language_model.` in the multimodal classes and to `model.` in the text classes; a leading slash means that the
-name stands alone. Shapes are in the words of the geometry: `q` is heads x head dim, `kv` is query groups x head dim,
-both of that layer; `vision_` and `audio_` start the words of the towers. Rows of a tower that are split by tp are so
-only where its heads and its FFN divide by the ranks; otherwise every rank holds the whole tower.
+name stands alone. Folders that the base class saved have the same names without `model.`. Shapes are in the words of
+the geometry: `q` is heads x head dim, `kv` is query groups x head dim, both of that layer; `vision_` and `audio_` start
+the words of the towers. Rows of a tower that are split by tp are so only where its heads and its FFN divide by the
+ranks; otherwise every rank holds the whole tower.
 """
 
 _TAIL = """\

@@ -41,12 +41,13 @@ class Row:
     """One line of a table.
 
     `megatron` and `hf` are name patterns; `{layer}` stands for the number of a layer of `part`. HF names are relative
-    to the language model's prefix, unless they start with a slash. `shapes` gives each HF tensor's dimensions by the
-    names of `dimensions()`. `shard` says which parallel group splits which axis of the Megatron tensor. A row without a
-    Megatron name is *carried*: kept beside the checkpoint and written back, because the model does not use it. An
-    `optional` row may be absent from a folder; when it has a Megatron name, it is another copy of what a row above
-    fills (a tied head written out), checked to be equal when it is imported. `trainable` is False for buffers.
-    `embedding` says that the tensor is looked up by row; every other matrix named `.weight` is that of a linear.
+    to the language model's prefix, unless they start with a slash (`model.` after it stands for `Geometry.base`).
+    `shapes` gives each HF tensor's dimensions by the names of `dimensions()`. `shard` says which parallel group splits
+    which axis of the Megatron tensor. A row without a Megatron name is *carried*: kept beside the checkpoint and
+    written back, because the model does not use it. An `optional` row may be absent from a folder; when it has a
+    Megatron name, it is another copy of what a row above fills (a tied head written out), checked to be equal when it
+    is imported. `trainable` is False for buffers. `embedding` says that the tensor is looked up by row; every other
+    matrix named `.weight` is that of a linear.
     """
 
     megatron: str | None
@@ -227,7 +228,11 @@ def table_for(geometry: Geometry) -> Table:
 def _sources(row: Row, geometry: Geometry, layer: LayerGeometry | None, number: int) -> Iterator[HfTensor]:
     sizes = dimensions(geometry, layer)
     for pattern, shape in zip(row.hf, row.shapes, strict=True):
-        name = pattern[1:] if pattern.startswith("/") else geometry.prefix + pattern
+        name = geometry.prefix + pattern
+        if pattern.startswith("/model."):
+            name = geometry.base + pattern.removeprefix("/model.")
+        elif pattern.startswith("/"):
+            name = pattern[1:]
         yield HfTensor(_name(name, number), tuple(sizes[size] for size in shape))
 
 

@@ -25,6 +25,7 @@ _RENAMED = (
 
 def in_memory(name: str, geometry: Geometry) -> str:
     """The name that a tensor on disk has in transformers' memory (its state dict)."""
+    name = geometry.in_class(name)
     if isinstance(geometry.vision, UnifiedVisionGeometry):
         for disk, memory in _RENAMED:
             if name.startswith(disk):

@@ -169,6 +169,7 @@ def _compare_gradients(task: ParityTask, gatherer: Gatherer) -> list[Check]:
     for name, gradient in iter_hf(gatherer):
         if torch.distributed.get_rank() != 0:
             continue
+        name = gatherer.table.geometry.in_class(name)
         seen.add(name)
         value = float("inf")
         if name in expected:

@@ -43,6 +43,7 @@ def check_round_trip(
         written = {tensor.name for tensor in tensors}
         wrong += [f"{name}: does not come back" for name in source.folder.tensors if name not in written]
         assets = compare_assets(checkpoint.hf, source.folder.path, source.folder.assets)
+        left = [str(path) for path in source.folder.ignored]
     dtypes = sorted({tensor.dtype for tensor in source.folder.tensors.values()})
 
     def row(metric: str, value: int, detail: str) -> Check:
@@ -53,6 +54,11 @@ def check_round_trip(
         row(
             "different_assets",
             len(assets),
-            assets[0] if assets else f"{len(source.folder.assets)} files equal in every byte",
+            assets[0] if assets else f"{len(source.folder.assets)} files equal in every byte" + _left_behind(left),
         ),
     ]
+
+
+def _left_behind(files: list[str]) -> str:
+    """What import leaves, since it is no part of the model."""
+    return f"; {len(files)} left behind, {files[0]} first" if files else ""

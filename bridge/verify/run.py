@@ -6,11 +6,13 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.convert.atomic import Notify
+from bridge.convert.folders import open_source
 from bridge.convert.manifest import MegatronFolder
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
@@ -51,7 +53,8 @@ def verify(
         raise UsageError(f"check {unknown[0] if unknown else ''!r}: known are {', '.join(CHECKS)}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
-    geometry = Geometry.from_folder(hf_dir)
+    with ExitStack() as stack:
+        geometry = open_source(stack, hf_dir).geometry
     variant = hf_dir.name
     rows: list[Check] = []
     if "round-trip" in checks:

@@ -18,6 +18,7 @@ import torch
 
 from bridge.errors import BridgeError, DataError, UsageError
 from bridge.geometry import Geometry
+from bridge.hf.json_file import read_object
 from bridge.token_ids import check_ids, embedding_tables
 from recipes.data import media as media_files
 from recipes.data.options import CorpusOptions, Supervise
@@ -37,6 +38,8 @@ from recipes.data.supervision import (
     with_prefix,
 )
 
+# Where processors of before transformers 4.57 keep the template that their tokenizer lacks.
+_PROCESSOR_TEMPLATE = "chat_template.json"
 _IMAGE_TOKEN, _VIDEO_TOKEN, _AUDIO_TOKEN = "<|image|>", "<|video|>", "<|audio|>"
 _PLACEHOLDERS = dict(zip(MEDIA_KINDS, (_IMAGE_TOKEN, _VIDEO_TOKEN, _AUDIO_TOKEN), strict=True))
 # Control tokens that a message of the role may hold, because the model's own documentation has people write them.
@@ -91,7 +94,7 @@ class ChatModel:
             raise UsageError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from error
         if not self.tokenizer.is_fast:
             raise UsageError(f"{folder}: has no tokenizer.json")
-        self.template = _template(self.tokenizer, options.chat_template)
+        self.template = _template(self.tokenizer, options.chat_template, self.folder)
         self._thinking_key = next((key for key in THINKING_KEYS if key in (self.template or "")), None)
         has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
         self.geometry = Geometry.from_folder(folder)
@@ -386,16 +389,20 @@ class ChatModel:
             raise UsageError(f"{self.folder}: its tokenizer adds something at the start of a text")
 
 
-def _template(tokenizer: Any, file: str | None) -> str | None:
+def _template(tokenizer: Any, file: str | None, folder: Path) -> str | None:
     if file is not None:
         try:
             return Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"data.chat_template: {file}: cannot be read ({_line(error)})") from None
     template = tokenizer.chat_template
+    if template is None and (folder / _PROCESSOR_TEMPLATE).exists():
+        template = read_object(folder / _PROCESSOR_TEMPLATE).get("chat_template")
     if isinstance(template, Mapping):
         template = template.get("default")
-    return None if template is None else str(template)
+    if template is not None and not isinstance(template, str):
+        raise UsageError(f"{folder}: its chat template is no text")
+    return template
 
 
 def _kinds(geometry: Geometry) -> frozenset[str]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.case import Case
 from benchmarks.random_model import RandomModel, random_batches
-from benchmarks.training_sides import Case, recipe_of
+from benchmarks.training_sides import recipe_of
 from bridge.verify.parity import kl_divergence
 
 ROOT = Path(__file__).parents[2]

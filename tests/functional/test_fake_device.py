@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training_sides import Case
+from benchmarks.case import Case
 from bridge.ranks import RankPool
 
 # What a step reads, behind its passes: its sums and the norm of its gradients.

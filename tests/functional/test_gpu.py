@@ -10,15 +10,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import train_gpu
+from benchmarks.case import Case
+from benchmarks.lines import rows_of
 from benchmarks.loss import measure as measure_loss
 from benchmarks.random_model import RandomModel
-from benchmarks.training_sides import Case
+from benchmarks.workers import Request, Workers
 from bridge.megatron import fp8_experts
 from bridge.toy.config import VARIANTS
 from bridge.verify.parity import BF16_KL
@@ -131,6 +133,7 @@ def test_memory_of_the_loss(frozen: bool) -> None:
     assert float(found["extra_mb"]) <= 600
 
 
-def test_lora_of_64k_tokens_of_12b() -> None:
-    row = train_gpu.run_child(Case("12b", "lora", 65_536, recompute="full"), 900)
-    assert row["status"] == "ok", row["status"]
+def test_lora_of_64k_tokens_of_12b(tmp_path: Path) -> None:
+    case, out = Case("12b", "lora", 65_536, recompute="full"), tmp_path / "rows.jsonl"
+    with Workers(tmp_path / "log") as workers:
+        assert workers.run(Request(case.name, case, out, 900.0, profile=False)) == "ok", rows_of(out)

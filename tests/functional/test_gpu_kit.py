@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
+from benchmarks.case import Case
 from benchmarks.random_model import RandomModel
-from benchmarks.training_sides import Case
 from bridge.ranks import RankPool
 from bridge.toy.config import VARIANTS, published, shallow
 from bridge.verify.parity import LOGITS_RELATIVE

@@ -2,103 +2,149 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import importlib.util
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import train_gpu
-from benchmarks.kernel_groups import breakdown, group_of
-from benchmarks.train_gpu_report import BEGIN, END, LEAST_MFU, misses, same_losses, table, write_between
-from benchmarks.training_sides import RECOMPUTE, Case
+from benchmarks import case_process, lines, train_gpu, training_sides, workers
+from benchmarks import cases as gpu_cases
+from benchmarks.case import RECOMPUTE, Case
+from benchmarks.cases import estimated, ladder, toy_cases
+from benchmarks.kernel_groups import GROUPS, breakdown, group_of
+from benchmarks.step_profile import profiled
+from benchmarks.train_gpu_report import BEGIN, END, LEAST_MFU, kernel_table, misses, same_losses, table, write_between
+from bridge.errors import UsageError
 from bridge.ranks import RankPool
 
 
-def measured(cases: list[Case]) -> list[dict[str, Any]]:
-    """Runs on a rank."""
-    return [train_gpu.measure(case) for case in cases]
+def measured(cases: list[Case]) -> list[list[tuple[str, dict[str, Any]]]]:
+    """The phases of each. Runs on a rank."""
+    found = []
+    for case in cases:
+        phases: list[tuple[str, dict[str, Any]]] = []
+        case_process.measure(case, lambda phase, phases=phases, **values: phases.append((phase, values)))
+        found.append(phases)
+    return found
 
 
-def test_both_sides_train_the_same_model(ranks: RankPool) -> None:
-    cases = [case for case in train_gpu.toy_cases() if case.mode != "loss"]
-    (found,) = ranks.run(measured, cases, world_size=1)
-    rows = {case.name: {"side": case.side, **row} for case, row in zip(cases, found, strict=True)}
+def rows_of_phases(case: Case, phases: list[tuple[str, dict[str, Any]]], folder: Path) -> dict[str, dict[str, Any]]:
+    """As they come out of a file."""
+    file = folder / "rows.jsonl"
+    lines.append(file, case.name, "start", **asdict(case))
+    for phase, values in phases:
+        lines.append(file, case.name, phase, **values)
+    return lines.rows_of(file)
+
+
+def test_both_sides_train_the_same_model(ranks: RankPool, tmp_path: Path) -> None:
+    both = [case for case in toy_cases() if case.mode != "loss"]
+    (found,) = ranks.run(measured, both, world_size=1)
+    rows: dict[str, dict[str, Any]] = {}
+    for case, phases in zip(both, found, strict=True):
+        assert [phase for phase, _ in phases] == ["built", "step", "step", "measured", "profile", "groups"]
+        rows = rows_of_phases(case, phases, tmp_path)
     assert same_losses(rows) == []
     for row in rows.values():
-        assert row["status"] == "ok" and row["tokens_per_s"] > 0 and row["peak_gb"] > 0
+        assert row["status"] == "ok" and row["tokens_per_s"] > 0 and row["peak_gb"] > 0 and row["wall_ms"] > 0
         assert sum(row["breakdown"].values()) == pytest.approx(1, abs=0.01)
         assert {"gemm", "norm and elementwise", "optimizer", "loss"} <= set(row["breakdown"])
-        # Three steps of the same batches: adapters begin with other values, and have moved little.
-        assert len(row["losses"]) == 3
+        assert len(row["losses"]) == len(row["step_seconds"]) == 2
+    # Adapters begin with other values, and have moved little.
     ours, theirs = (row["losses"] for row in rows.values())
     assert ours == pytest.approx(theirs, rel=1e-3) and ours[0] != ours[1]
+    assert "| lora/e2b/48/ours+full | " in table(rows) and "a step of " in kernel_table(rows)
 
 
-def as_child(case: Case, out: Path) -> None:
+def failing_profile() -> list[tuple[str, dict[str, Any]]]:
     """Runs on a rank."""
-    train_gpu.child(case, out)
 
-
-def test_a_case_is_a_process_and_a_line(ranks: RankPool, tmp_path: Path) -> None:
-    (loss,) = (case for case in train_gpu.toy_cases() if case.mode == "loss")
-    ranks.run(as_child, loss, tmp_path / "row.json", world_size=1)
-    row = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
-    # On a CPU it is what the process grew by, which is nothing where it has been larger before.
-    assert row["status"] == "ok" and row["peak_gb"] < 0.5 and row["torch"]
-    # A process of its own, which fails before it has imported much.
-    out, wrong = tmp_path / "rows.jsonl", Case("e2b", "lora", 48, "nobody", size="toy")
-    for _ in range(2):  # a failure is tried again
-        ((name, row),) = train_gpu.run_all([wrong], out, None, 60)
-        assert name == "lora/e2b/48/nobody" and row["status"] == "failed: KeyError: 'nobody'"
-    assert [json.loads(line)["case"] for line in out.read_text(encoding="utf-8").splitlines()] == [name] * 2
-    out.write_text(json.dumps({"case": name, "status": "ok"}) + "\n", encoding="utf-8")
-    assert list(train_gpu.run_all([wrong], out, None, 60)) == []  # what was measured is not
-
-
-def test_a_case_that_hangs_ends_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    started = tmp_path / "started"
-    program = f"import subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\nopen({str(started)!r}, 'w')."
-    program += "write(str(child.pid))\nchild.wait()"
-    (tmp_path / "hangs").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n', encoding="utf-8")
-    (tmp_path / "hangs").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "hangs"))
-    assert train_gpu.run_child(Case("e2b", "lora", 48), 5)["status"] == "failed: not done after 5 s"
-    status = Path(f"/proc/{started.read_text(encoding='utf-8')}/stat")
-    assert not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z"
-
-
-def test_a_profile_that_fails_costs_no_measurement() -> None:
     def run() -> None:
         raise RuntimeError("no profiler\nhere")
 
-    assert train_gpu.profiled(run) == {"not_profiled": "RuntimeError: no profiler here"}
+    return list(profiled(run))
+
+
+def test_a_profile_that_fails_costs_no_measurement(ranks: RankPool) -> None:
+    (((phase, said),),) = ranks.run(failing_profile, world_size=1)
+    assert phase == "profile" and said["not_profiled"].startswith("Traceback")
+    assert said["not_profiled"].endswith("RuntimeError: no profiler\nhere\n")
+
+
+def as_process(request: workers.Request) -> None:
+    """Runs on a rank."""
+    case_process.run(request)
+
+
+def test_a_case_is_a_process_and_lines(ranks: RankPool, tmp_path: Path) -> None:
+    (loss,) = (case for case in toy_cases() if case.mode == "loss")
+    out, wrong = tmp_path / "rows.jsonl", Case("e2b", "lora", 48, "nobody", size="toy")
+    ranks.run(as_process, workers.Request(loss.name, loss, out), world_size=1)
+    row = lines.rows_of(out)[loss.name]
+    # On a CPU it is what the process grew by, which is nothing where it has been larger before.
+    assert row["status"] == "ok" and row["peak_gb"] < 0.5 and row["torch"] and row["mode"] == "loss"
+    # A process of its own; a failure is said with its traceback, and tried again.
+    for _ in range(2):
+        ((name, row),) = train_gpu.run_all([wrong, loss], out, None)
+        assert name == "lora/e2b/48/nobody" and row["status"] == "failed: KeyError: 'nobody'"
+        assert "in step_of\n" in row["traceback"] and row["traceback"].endswith("KeyError: 'nobody'\n")
+    assert sorted(lines.done(out)) == [loss.name]
+    assert list(train_gpu.run_all([loss], out, None)) == []  # what was measured is not
+    before = out.read_text(encoding="utf-8")
+    assert list(train_gpu.run_all([wrong], out, None, budget=5)) == []  # nor what has no time left
+    assert lines.rows_of(out)[name]["status"] == workers.NO_TIME
+    assert out.read_text(encoding="utf-8").startswith(before)
 
 
 def test_out_of_memory_tries_more_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def run_child(case: Case, seconds: float) -> dict[str, Any]:
-        tried.append(case.recompute)
-        return {"status": "ok" if case.recompute == RECOMPUTE[-1] else train_gpu.MEMORY}
+    def run(self: workers.Workers, request: workers.Request, another: bool = False) -> str:
+        tried.append(request.case.recompute)
+        status = "ok" if request.case.recompute == RECOMPUTE[-1] else lines.MEMORY
+        lines.append(request.out, request.name, "start", **asdict(request.case), status=status)
+        return status
 
-    monkeypatch.setattr(train_gpu, "run_child", run_child)
+    monkeypatch.setattr(workers.Workers, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     case = Case("12b", "lora", 8192)
-    ((_, row),) = train_gpu.run_all([case], tmp_path / "rows.jsonl", None, 60)
+    ((_, row),) = train_gpu.run_all([case], tmp_path / "rows.jsonl", None)
     assert tried == list(RECOMPUTE) and row["status"] == "ok" and row["recompute"] == "full"
     # What the estimate rules out is not tried, and what is not installed is said to be.
     tried.clear()
-    rows = dict(train_gpu.run_all([case, Case("12b", "lora", 8192, "liger")], tmp_path / "b.jsonl", 20e9, 60))
+    rows = dict(train_gpu.run_all([case, Case("12b", "lora", 8192, "liger")], tmp_path / "b.jsonl", 20e9))
     assert tried == []
     assert rows["lora/12b/8192/ours"]["status"] == "not run: the estimate says it does not fit"
     assert rows["lora/12b/8192/liger"]["status"] == "not run: liger_kernel is not installed"
-    assert list(train_gpu.run_all([case], tmp_path / "c.jsonl", None, -1)) == []  # no time left
+
+
+def test_a_row_that_could_be_too_large_begins_with_more_recompute() -> None:
+    """The estimate may be 3 % off, and a process takes some of a GPU itself."""
+    case = Case("12b", "lora", 8192)
+    least, most = (estimated(replace(case, recompute=r)) for r in (RECOMPUTE[0], RECOMPUTE[-1]))
+    for memory, first in ((least + 1e9, "selective"), (1.03 * least + 2e9, "none")):
+        rungs, _ = ladder(case, memory)
+        assert rungs[0].recompute == first
+    assert [rung.recompute for rung in ladder(case, most + 1)[0]] == ["full"]  # there is nothing else to try
+    assert ladder(case, most - 1)[0] == []
+
+
+def test_liger_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs, _ = toy_cases()
+    assert not training_sides.changed_by_liger()
+    replaced = type("LigerRMSNorm", (), {"__module__": "liger_kernel.transformers.rms_norm"})
+    monkeypatch.setattr("transformers.models.gemma4.modeling_gemma4.Gemma4RMSNorm", replaced)
+    for case in (ours, theirs):
+        with pytest.raises(UsageError, match=f"{re.escape(case.name)}: liger-kernel has replaced"):
+            training_sides.step_of(case)
 
 
 def test_cases_are_what_is_asked_for() -> None:
-    cases = train_gpu.cases()
+    cases = gpu_cases.cases()
     names = [case.name for case in cases]
     assert len(set(names)) == len(names) and set(names[:4]) == set(LEAST_MFU)
     for length in (4096, 16_384, 65_536):
@@ -107,7 +153,7 @@ def test_cases_are_what_is_asked_for() -> None:
             assert {f"lora/{v}/{length}/{side}" for v in ("e2b", "e4b", "12b", "26b-a4b", "31b")} <= set(names)
             assert {f"lora/{variant}+media/{length}/{side}" for variant in ("e4b", "26b-a4b")} <= set(names)
     assert {f"{name}+torch" for name in LEAST_MFU} <= set(names)
-    estimates = {case.name: train_gpu.ladder(case, 141e9) for case in cases[:4]}
+    estimates = {case.name: ladder(case, 141e9) for case in cases[:4]}
     assert all(need is not None and need > 20e9 for _, need in estimates.values())
 
 
@@ -118,7 +164,7 @@ def good_rows() -> dict[str, dict[str, Any]]:
         said = {"side": case.side, "mode": case.mode, "length": case.length, "recompute": "full"}
         return case.name, {**said, "status": "ok", "mfu": mfu, "peak_gb": peak, "tokens_per_s": rate}
 
-    cases = {case.name: case for case in train_gpu.cases()}
+    cases = {case.name: case for case in gpu_cases.cases()}
     rows = dict(row(cases[name], 80.0) for name in LEAST_MFU)
     for length, peak in ((4096, 30.0), (16_384, 36.0), (65_536, 60.0)):
         rows |= dict([row(cases[f"lora/12b/{length}/ours"], peak)])
@@ -189,6 +235,15 @@ def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
 )
 def test_kernels_have_groups(kernel: str, ranges: list[str], group: str) -> None:
     assert group_of(kernel, ranges) == group
+
+
+def test_kernels_of_this_project_are_told_apart() -> None:
+    """A profile names a kernel by its function alone."""
+    folder = Path(train_gpu.ROOT) / "bridge" / "megatron" / "kernels"
+    names = re.findall(r"def (\w+_kernel)\(", "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py")))
+    assert len(names) == len(set(names)) > 10
+    groups = {name: group_of(name, ["aten::add", "_Anything"]) for name in names}
+    assert set(groups.values()) == {"norm and elementwise", "loss"} < set(GROUPS), groups
 
 
 def test_kernels_belong_to_what_launched_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import wave
@@ -420,6 +421,20 @@ def test_a_base_model(tmp_path: Path) -> None:
         corpus_of(tmp_path, model, [chat("a", "b")], on_error="skip")
     assert len(corpus_of(tmp_path, model, [{"text": "words"}])) == 1
     assert len(corpus_of(tmp_path, model, [chat("a", "b")], chat_template=str(tmp_path / "elsewhere.jinja"))) == 1
+
+
+def test_the_template_of_an_older_processor(tmp_path: Path) -> None:
+    """In chat_template.json, which transformers' processors read and its tokenizers do not."""
+    model = model_folder(tmp_path / "gemma")
+    expected = corpus_of(tmp_path, model, [chat("a", "b")])[0]
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    sample = corpus_of(tmp_path, model, [chat("a", "b")])[0]
+    assert sample.ids.tolist() == expected.ids.tolist()
+    (model / "chat_template.json").write_text('{"chat_template": 3}')
+    with pytest.raises(UsageError, match="its chat template is no text"):
+        corpus_of(tmp_path, model, [chat("a", "c")])
 
 
 @pytest.mark.parametrize(

@@ -53,21 +53,21 @@ NORM = {"N": 5376, "ROWS": 1, "COLUMNS": 8192}
 QKV, V_IS_K = HEADS | {"ROWS": 10, "V_IS_K": False}, HEADS | {"ROWS": 9, "V_IS_K": True}
 # Kernel, warps, constants, tensors that are not given: as the launches of the largest models have them.
 COMPILED: list[tuple[str, str, int, dict[str, Any], tuple[str, ...]]] = [
-    ("rms_norm", "forward_kernel", 16, NORM, ()),
-    ("rms_norm", "backward_kernel", 16, NORM, ()),
-    ("rms_norm", "backward_kernel", 4, {"N": 256, "ROWS": 8, "COLUMNS": 256}, ("weight", "dw")),
-    ("geglu", "forward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
-    ("geglu", "backward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
-    ("qkv_norm_rope", "forward_kernel", 4, QKV, ()),
-    ("qkv_norm_rope", "backward_kernel", 4, QKV, ("d_weight",)),
-    ("qkv_norm_rope", "backward_kernel", 4, V_IS_K, ()),
-    ("permute", "collect_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
-    ("weigh", "forward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
-    ("weigh", "backward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
-    ("fp8", "rows_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
-    ("fp8", "columns_kernel", 4, {"N": 1408, "M": 2816, "HEIGHT": 64, "WIDTH": 64}, ()),
-    ("cross_entropy", "statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),
-    ("cross_entropy", "gradient_kernel", 8, {"SOFTCAP": True, "BLOCK": 4096}, ("weights",)),
+    ("rms_norm", "rms_norm_forward_kernel", 16, NORM, ()),
+    ("rms_norm", "rms_norm_backward_kernel", 16, NORM, ()),
+    ("rms_norm", "rms_norm_backward_kernel", 4, {"N": 256, "ROWS": 8, "COLUMNS": 256}, ("weight", "dw")),
+    ("geglu", "geglu_forward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
+    ("geglu", "geglu_backward_kernel", 4, {"HEIGHT": 1, "WIDTH": 1024}, ()),
+    ("qkv_norm_rope", "qkv_norm_rope_forward_kernel", 4, QKV, ()),
+    ("qkv_norm_rope", "qkv_norm_rope_backward_kernel", 4, QKV, ("d_weight",)),
+    ("qkv_norm_rope", "qkv_norm_rope_backward_kernel", 4, V_IS_K, ()),
+    ("permute", "sum_experts_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
+    ("weigh", "weigh_experts_forward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("weigh", "weigh_experts_backward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("fp8", "quantize_rows_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("fp8", "quantize_columns_kernel", 4, {"N": 1408, "M": 2816, "HEIGHT": 64, "WIDTH": 64}, ()),
+    ("cross_entropy", "cross_entropy_statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),
+    ("cross_entropy", "cross_entropy_gradient_kernel", 8, {"SOFTCAP": True, "BLOCK": 4096}, ("weights",)),
 ]
 
 

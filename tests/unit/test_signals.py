@@ -76,3 +76,23 @@ def test_a_process_that_is_about_to_end_keeps_its_exit_code(number: int) -> None
     assert process.stdout is not None and process.stdout.readline() == b"going\n"
     process.send_signal(number)
     assert process.wait(10) == 75
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_where_nothing_can_be_raised_is_not_lost(number: str) -> None:
+    """Python prints what a destructor raises and goes on; so do libraries written in C."""
+    code = (
+        "import os, signal, time, bridge.cli\n"
+        "class Last:\n"
+        f"    def __del__(self): os.kill(os.getpid(), signal.{number}); sum(range(100))\n"
+        "def app(*_, **__):\n"
+        "    last = Last()\n"
+        "    del last\n"
+        "    for _ in range(1000): time.sleep(0.01)\n"
+        "    print('went on')\n"
+        "bridge.cli.app = app\n"
+        "bridge.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "Traceback" not in done.stderr and "interrupted: nothing is left half-written" in done.stderr

@@ -34,7 +34,7 @@ def _squashed(logits: tl.tensor, cap: tl.tensor, dtype: tl.constexpr) -> tl.tens
 
 
 @triton.jit
-def statistics_kernel(
+def cross_entropy_statistics_kernel(
     logits: tl.tensor,
     column: tl.tensor,
     top: tl.tensor,
@@ -74,7 +74,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def cross_entropy_gradient_kernel(
     logits: tl.tensor,
     column: tl.tensor,
     lse: tl.tensor,
@@ -115,7 +115,7 @@ def statistics(logits: Tensor, column: Tensor, softcap: float | None) -> tuple[T
     top, total, target = torch.empty(3, rows, parts, dtype=torch.float32, device=logits.device)
     if rows:
         with torch.cuda.device_of(logits):
-            statistics_kernel[(rows, parts)](
+            cross_entropy_statistics_kernel[(rows, parts)](
                 logits,
                 column,
                 top,
@@ -143,7 +143,7 @@ def differentiate(
     if not rows:
         return
     with torch.cuda.device_of(logits):
-        gradient_kernel[(rows, triton.cdiv(words, _BLOCK))](
+        cross_entropy_gradient_kernel[(rows, triton.cdiv(words, _BLOCK))](
             logits,
             column,
             lse,

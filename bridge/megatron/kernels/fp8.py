@@ -22,7 +22,7 @@ _HEIGHT, _WIDTH = 64, 64
 
 
 @triton.jit
-def rows_kernel(
+def quantize_rows_kernel(
     x: tl.tensor,
     values: tl.tensor,
     scales: tl.tensor,
@@ -44,7 +44,7 @@ def rows_kernel(
 
 
 @triton.jit
-def columns_kernel(
+def quantize_columns_kernel(
     x: tl.tensor,
     values: tl.tensor,
     scales: tl.tensor,
@@ -83,7 +83,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel():
         shape = row_tile(rows)
         with torch.cuda.device_of(x):
-            rows_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+            quantize_rows_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                 rows, values, scales, len(rows), rows.stride(0), **shape
             )
     return values, scales
@@ -97,7 +97,7 @@ def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(experts, m, dtype=torch.float32, device=weight.device)
     if weight.numel():
         with torch.cuda.device_of(weight):
-            columns_kernel[(experts * triton.cdiv(m, _WIDTH),)](
+            quantize_columns_kernel[(experts * triton.cdiv(m, _WIDTH),)](
                 weight, values, scales, N=n, M=m, HEIGHT=_HEIGHT, WIDTH=_WIDTH, num_warps=4
             )
     return values, scales

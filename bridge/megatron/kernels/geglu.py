@@ -38,7 +38,7 @@ def _share(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def forward_kernel(
+def geglu_forward_kernel(
     gate: tl.tensor,
     up: tl.tensor,
     output: tl.tensor,
@@ -61,7 +61,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def geglu_backward_kernel(
     gate: tl.tensor,
     up: tl.tensor,
     d_output: tl.tensor,
@@ -139,7 +139,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
         gate, up = as_rows(gate), as_rows(up)
         shape, programs = _tile(gate)
         with torch.cuda.device_of(gate):
-            forward_kernel[(programs,)](gate, up, output, *gate.shape, gate.stride(0), up.stride(0), **shape)
+            geglu_forward_kernel[(programs,)](gate, up, output, *gate.shape, gate.stride(0), up.stride(0), **shape)
     return output
 
 
@@ -149,7 +149,7 @@ def _backward(gate: Tensor, up: Tensor, d_output: Tensor, d_gate: Tensor, d_up: 
         tensors = [as_rows(x) for x in (gate, up, d_output, d_gate, d_up)]
         shape, programs = _tile(tensors[0])
         with torch.cuda.device_of(gate):
-            backward_kernel[(programs,)](*tensors, *tensors[0].shape, *(x.stride(0) for x in tensors), **shape)
+            geglu_backward_kernel[(programs,)](*tensors, *tensors[0].shape, *(x.stride(0) for x in tensors), **shape)
 
 
 def _tile(rows: Tensor) -> tuple[dict[str, int], int]:

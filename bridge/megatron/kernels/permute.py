@@ -18,7 +18,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def collect_kernel(
+def sum_experts_kernel(
     source: tl.tensor,
     places: tl.tensor,
     output: tl.tensor,
@@ -46,7 +46,7 @@ def collect(rows: Tensor, places: Tensor, copies: int) -> Tensor:
     if output.numel():
         block = min(_BLOCK, power_of_2(n))
         with torch.cuda.device_of(rows):
-            collect_kernel[(tokens * triton.cdiv(n, block),)](
+            sum_experts_kernel[(tokens * triton.cdiv(n, block),)](
                 rows, places, output, n, rows.stride(0), COPIES=copies, BLOCK=block, num_warps=4
             )
     return output

@@ -56,7 +56,7 @@ def _weights(
 
 
 @triton.jit
-def forward_kernel(
+def qkv_norm_rope_forward_kernel(
     mixed: tl.tensor,
     query_weight: tl.tensor,
     key_weight: tl.tensor,
@@ -118,7 +118,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def qkv_norm_rope_backward_kernel(
     mixed: tl.tensor,
     query_weight: tl.tensor,
     key_weight: tl.tensor,
@@ -246,7 +246,7 @@ class _QkvNormRope(torch.autograd.Function):
             tokens = _tokens(mixed)
             shape, blocks = _tile(tokens, own, kinds)
             with torch.cuda.device_of(mixed):
-                forward_kernel[(len(tokens) * blocks,)](
+                qkv_norm_rope_forward_kernel[(len(tokens) * blocks,)](
                     tokens,
                     query_weight,
                     key_weight,
@@ -276,7 +276,7 @@ class _QkvNormRope(torch.autograd.Function):
         gradients += [None] * (3 - len(gradients))
         if programs:
             with torch.cuda.device_of(mixed):
-                backward_kernel[(programs, blocks)](
+                qkv_norm_rope_backward_kernel[(programs, blocks)](
                     tokens,
                     query_weight,
                     key_weight,

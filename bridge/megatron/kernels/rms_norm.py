@@ -20,7 +20,7 @@ from bridge.megatron.kernels.rounding import narrow
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_forward_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     residual: tl.tensor,
@@ -50,7 +50,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     d_output: tl.tensor,
@@ -100,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
         if output.numel():
             shape = row_tile(rows)
             with torch.cuda.device_of(x):
-                forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                rms_norm_forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows,
                     weight,
                     added,
@@ -129,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
             parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device) if to_weight else None
             if programs:
                 with torch.cuda.device_of(x):
-                    backward_kernel[(programs,)](
+                    rms_norm_backward_kernel[(programs,)](
                         rows,
                         weight,
                         gradient,

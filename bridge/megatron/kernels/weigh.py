@@ -18,7 +18,7 @@ from bridge.megatron.kernels.rounding import narrow
 
 
 @triton.jit
-def forward_kernel(
+def weigh_experts_forward_kernel(
     x: tl.tensor,
     weights: tl.tensor,
     output: tl.tensor,
@@ -38,7 +38,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def weigh_experts_backward_kernel(
     x: tl.tensor,
     weights: tl.tensor,
     d_output: tl.tensor,
@@ -74,7 +74,7 @@ class _Weigh(torch.autograd.Function):
         if output.numel():
             shape = row_tile(rows)
             with torch.cuda.device_of(x):
-                forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                weigh_experts_forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows, weights.contiguous(), output, len(rows), rows.stride(0), **shape
                 )
         ctx.save_for_backward(x, weights)
@@ -90,7 +90,7 @@ class _Weigh(torch.autograd.Function):
         if dx.numel():
             shape = row_tile(rows)
             with torch.cuda.device_of(x):
-                backward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                weigh_experts_backward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows,
                     weights.contiguous(),
                     gradient,
