@@ -31,13 +31,14 @@ class Gemma4Bridge:
     Opening one reads no weights, but for a folder with a head beside an embedding that its config ties it to: they are
     compared, because transformers loads such a model untied where they differ.
 
-    Exactly one of `hf_dir` and `megatron` is set.
+    Exactly one of `hf_dir` and `megatron` is set. `notices`: what of the folder is not followed or left behind.
     """
 
     geometry: Geometry
     table: Table
     hf_dir: Path | None = None
     megatron: MegatronFolder | None = None
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def from_hf(cls, name: str | Path) -> Gemma4Bridge:
@@ -46,7 +47,7 @@ class Gemma4Bridge:
         with ExitStack() as stack:
             source = open_source(stack, path)
             source.table.check_folder({n: t.shape for n, t in source.folder.tensors.items()}, path)
-            return cls(source.geometry, source.table, hf_dir=path)
+            return cls(source.geometry, source.table, hf_dir=path, notices=source.notices)
 
     @classmethod
     def from_megatron(cls, path: str | Path) -> Gemma4Bridge:
@@ -76,12 +77,11 @@ class Gemma4Bridge:
         from megatron.core import parallel_state
 
         from bridge.megatron import cpu_runtime
-        from bridge.megatron.parallel import check_groups, initialize
+        from bridge.megatron.parallel import initialize
 
         cpu_runtime.enable()
         if not parallel_state.model_parallel_is_initialized():
             initialize(provider.parallel)
-        check_groups(provider.parallel, self.geometry.moe is not None)
         return provider.build()
 
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:

@@ -57,7 +57,7 @@ def import_command(
     from bridge.progress import shown_progress
 
     with shown_progress(err, "adapter import") as progress:
-        done = import_peft(peft_dir, megatron_dir, base, overwrite=overwrite, progress=progress)
+        done = import_peft(peft_dir, megatron_dir, base, overwrite=overwrite, progress=progress, notify=err.print)
     report(done, "imported", json_file)
 
 

@@ -76,7 +76,7 @@ def generate(
     Answers stream to the terminal, or go to --output as JSONL: index, prompt_tokens, tokens, text, logprobs,
     finish_reason. The log-probabilities are the model's own, before temperature and cuts.
     """
-    from bridge.generate.opened import open_model
+    from bridge.generate.opened import open_model, stop_token_ids
     from bridge.generate.sampling import SamplingOptions
     from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
@@ -110,7 +110,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         num_return_sequences=num_return_sequences,
-        stop_token_ids=() if ignore_eos else opened.stop_token_ids,
+        stop_token_ids=() if ignore_eos else stop_token_ids(opened.assets),
         stop_strings=tuple(stop or ()),
     )
     run = _Run(opened, options, raw, allow_urls, max_rows)

@@ -54,6 +54,8 @@ def _check_numbers(recipe: Recipe) -> None:
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.seq_length", train.seq_length, 2),
         ("train.nan_limit", train.nan_limit, 1),
+        ("train.sample_tokens", train.sample_tokens, 1),
+        ("train.sample_temperature", train.sample_temperature, 0),
         ("data.workers", recipe.data.workers, 1),
         ("data.val_fraction", recipe.data.val_fraction, 0),
         ("lora.rank", recipe.lora.rank, 0),
@@ -111,7 +113,7 @@ def _check_batch(recipe: Recipe, world_size: int) -> int:
             f"{train.micro_batch_size} × {dp}; {nearest} would work"
         )
     microbatches = train.global_batch_size // share
-    if layout.vpp > 1 and microbatches % layout.pp:
+    if microbatches % layout.microbatch_multiple:
         raise UsageError(
             f"parallel.vpp={layout.vpp} needs microbatches in multiples of parallel.pp={layout.pp}, there are "
             f"{microbatches}; train.global_batch_size={share * layout.pp * max(1, round(microbatches / layout.pp))} "
@@ -151,6 +153,19 @@ def _check_lora(recipe: Recipe) -> None:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
 
 
+def _check_samples(recipe: Recipe) -> None:
+    """What is answered while a model trains."""
+    train = recipe.train
+    if train.samples is None:
+        return
+    if not train.eval_every:
+        raise UsageError(f"train.samples={train.samples}: is answered at evaluations; set train.eval_every")
+    if recipe.parallel.cp > 1:
+        raise UsageError(f"train.samples: parallel.cp={recipe.parallel.cp} divides rows that are there; leave one out")
+    if not Path(train.samples).is_file():
+        raise UsageError(f"train.samples={train.samples}: not a file")
+
+
 def _check_export(recipe: Recipe) -> None:
     """The export replaces the folder that it names, when all is done."""
     if recipe.export.hf is None:
@@ -181,5 +196,6 @@ def check_data(recipe: Recipe) -> None:
     given = [key for key, value in named.items() if value]
     if every and not given:
         raise UsageError(f"train.eval_every={every} needs data: set {', '.join(named)}")
+    _check_samples(recipe)
     if given and not every:
         raise UsageError(f"{given[0]} is evaluated every train.eval_every steps, which is 0; set it")

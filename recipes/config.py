@@ -118,6 +118,8 @@ class TrainConfig:
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
+    `samples`: a JSONL file of prompts (as `generate` takes them) that the model answers at each evaluation, with at
+    most `sample_tokens` tokens; greedily, or at `sample_temperature`.
     """
 
     steps: int = 0
@@ -134,6 +136,9 @@ class TrainConfig:
     nan_limit: int = 3
     spike_factor: float = 0.0
     deterministic: bool = False
+    samples: str | None = None
+    sample_tokens: int = 128
+    sample_temperature: float = 0.0
 
 
 @dataclass

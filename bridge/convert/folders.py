@@ -85,6 +85,7 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         )
     geometry = Geometry.from_folder(path)
     folder = stack.enter_context(HfFolder(path))
+    check_listed(folder.path, folder.assets)
     geometry = geometry.named_as_in(folder.tensors)
     notices = [f"{path}: config.json: {notice}" for notice in geometry.notices]
     if folder.ignored:
@@ -313,7 +314,15 @@ def listed_assets(hf: Path) -> list[Path]:
     found = [path.relative_to(hf) for path in sorted(hf.rglob("*")) if path.is_file() and not path.is_symlink()]
     # Earlier imports kept the config of an adapter, and none of its weights: a folder that no program loads.
     ours = (MANIFEST_FILE, PEFT_CONFIG)
-    return [path for path in found if str(path) not in ours and path.parts[0] != CARRIED_FOLDER]
+    assets = [path for path in found if str(path) not in ours and path.parts[0] != CARRIED_FOLDER]
+    check_listed(hf, assets)
+    return assets
+
+
+def check_listed(folder: Path, assets: list[Path]) -> None:
+    """Raise CheckpointError where the config, which was read before the files were listed, is not among them."""
+    if Path("config.json") not in assets:
+        raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
 
 
 def copy_assets(source: Path, assets: list[Path], target: Path) -> None:

@@ -301,7 +301,7 @@ def _evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
     for chunk in chunks:
         chunk.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         for module, training in modes:

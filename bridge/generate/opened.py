@@ -24,20 +24,20 @@ class OpenedModel:
     task: ModelTask
     assets: Path
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer: `eos_token_id` of generation_config.json. Raises CheckpointError."""
-        path = self.assets / "generation_config.json"
-        if not path.is_file():
-            return _STOP_IDS
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON with an eos_token_id ({error})") from None
-        ids = [found] if isinstance(found, int) else found or []
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected token ids")
-        return tuple(ids)
+
+def stop_token_ids(assets: Path) -> tuple[int, ...]:
+    """What ends an answer: `eos_token_id` of a folder's generation_config.json. Raises CheckpointError."""
+    path = assets / "generation_config.json"
+    if not path.is_file():
+        return _STOP_IDS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON with an eos_token_id ({error})") from None
+    ids = [found] if isinstance(found, int) else found or []
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected token ids")
+    return tuple(ids)
 
 
 def open_model(

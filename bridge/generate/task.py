@@ -41,6 +41,7 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
     from bridge.convert.live import load_from_hf, load_from_megatron
     from bridge.hf.folder import HfFolder
     from bridge.lora.inject import attach, fill
+    from bridge.lora.merge import check_copies, open_base
     from bridge.lora.peft_folder import open_peft
     from bridge.lora.source import is_peft_folder, open_megatron
     from bridge.lora.table import adapter_table
@@ -62,6 +63,8 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
         if task.adapter is not None:
             peft = is_peft_folder(task.adapter)
             adapter = open_peft(stack, task.adapter, table) if peft else open_megatron(stack, task.adapter)
+            if adapter.copies:
+                check_copies(adapter, open_base(stack, task.weights).reader)
             adapters = adapter_table(table, adapter.targets)
             attach(model, adapters)
             fill(model, adapters, adapter.value)

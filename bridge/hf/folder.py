@@ -61,14 +61,15 @@ class HfFolder(Closing):
     relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
     stray shard), and the files that go with them: they are carried nowhere, and whoever copies the folder says so.
     `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the first weight
-    file. `files`: the weight files. `single`: what the weight file is called where there is one only.
+    file. `files`: the weight files. `single`: what the weight file is called where there is one only, and `index` that
+    of several.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
 
-    def __init__(self, path: str | Path, *, single: str = SINGLE_FILE) -> None:
+    def __init__(self, path: str | Path, *, single: str = SINGLE_FILE, index: str = INDEX_FILE) -> None:
         self.path = Path(path)
-        self._single = single
+        self._single, self._index = single, index
         self.tensors: dict[str, TensorInfo] = {}
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
@@ -84,9 +85,9 @@ class HfFolder(Closing):
             raise
 
     def _open_weights(self) -> None:
-        single, index = self.path / self._single, self.path / INDEX_FILE
+        single, index = self.path / self._single, self.path / self._index
         if os.path.lexists(single) and os.path.lexists(index):
-            raise CheckpointError(f"{shown(self.path)}: has both {single.name} and {INDEX_FILE}; remove the wrong one")
+            raise CheckpointError(f"{shown(self.path)}: has both {single.name} and {index.name}; remove the wrong one")
         if os.path.lexists(single):
             self._open_file(inside(self.path, single.name), None)
             return
@@ -96,8 +97,8 @@ class HfFolder(Closing):
                     raise CheckpointError(
                         f"{shown(self.path)}: has only {name}, a pickle, which is not read; convert it first"
                     )
-            raise CheckpointError(f"{shown(self.path)}: has neither {single.name} nor {INDEX_FILE}")
-        weight_map, self.index_metadata = _read_index(inside(self.path, INDEX_FILE))
+            raise CheckpointError(f"{shown(self.path)}: has neither {single.name} nor {index.name}")
+        weight_map, self.index_metadata = _read_index(inside(self.path, index.name))
         by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             by_file.setdefault(file, set()).add(name)

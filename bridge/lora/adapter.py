@@ -10,8 +10,18 @@ from pathlib import Path
 from torch import Tensor
 
 from bridge.errors import CheckpointError
+from bridge.hf.tensors import RowReader
 from bridge.lora.spec import LoraSpec, Part, Target
 from bridge.mapping import Table
+
+
+@dataclass(frozen=True)
+class BaseCopy:
+    """A weight of the base that is stored beside its factors: `key` of `reader` is `name` on disk in the base."""
+
+    name: str
+    key: str
+    reader: RowReader
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Adapter:
     `files` are those it is read from. `base` is where the model is that it adapts, if that is known: a Hugging Face
     folder or hub id, or a Megatron folder. `notes`: what was left out or read otherwise than it is written, for whoever
     uses the adapter to say. `assets`: what tokenizes and renders for the model, relative to `assets_folder`.
+    `copies`: what has to be the same in the base; `revision`: of a base on the hub.
     """
 
     path: Path
@@ -34,9 +45,11 @@ class Adapter:
     dtype: Callable[[Target, Part], str]
     files: tuple[Path, ...]
     base: str | None
+    revision: str | None = None
     notes: tuple[str, ...] = ()
     assets_folder: Path | None = None
     assets: tuple[Path, ...] = ()
+    copies: tuple[BaseCopy, ...] = ()
 
     def common_dtype(self) -> str:
         """The dtype of all but whole weights. Raises CheckpointError where they differ: an adapter here has one."""

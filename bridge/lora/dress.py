@@ -49,8 +49,15 @@ class Piece:
     again: bool = False
 
 
-def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piece]:
-    """The stored tensors of an adapter in one dress, target after target. Raises UsageError for an unknown dress."""
+# How the factors of experts are stored: (target, part) -> their pieces.
+Experts = Callable[[Target, Part], Iterator[Piece]]
+
+
+def pieces(dress: str, targets: Sequence[Target], table: Table, experts: Experts | None = None) -> Iterator[Piece]:
+    """The stored tensors of an adapter in one dress, target after target. Raises UsageError for an unknown dress.
+
+    `experts`: how those are stored, where another tool has names of its own for them.
+    """
     if dress not in FORMATS:
         raise UsageError(f"format {dress!r}: expected one of {', '.join(FORMATS)}")
     wrapped = {t.module for t in targets}
@@ -63,14 +70,16 @@ def pieces(dress: str, targets: Sequence[Target], table: Table) -> Iterator[Piec
                     yield Piece(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
                 continue
             if target.kind == "experts":
-                if dress == "peft":
+                if experts is not None:
+                    yield from experts(target, part)
+                elif dress == "peft":
                     yield _stacked(target, part, nested=target.module.removesuffix(_GATE_UP) + _DOWN in wrapped)
                 elif dress == "sglang":
-                    yield _plain(target, part)
+                    yield plain(target, part)
                 else:
-                    yield from _each_expert(target, part)
+                    yield from each_expert(target, part)
                 continue
-            yield _plain(target, part)
+            yield plain(target, part)
             if dress != "peft":
                 yield from _value(target, part, table, wrapped if dress == "sglang" else None)
 
@@ -103,7 +112,8 @@ def engine_targets(dress: str, targets: Sequence[Target], table: Table) -> list[
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def _plain(target: Target, part: Part, module: str | None = None, again: bool = False) -> Piece:
+def plain(target: Target, part: Part, module: str | None = None, again: bool = False) -> Piece:
+    """A tensor that is stored as it is, under the name of its module or of `module`."""
     kind = f"lora_embedding_{part}" if target.kind == "embedding" else f"lora_{part}.weight"
     kind = "lora_magnitude_vector" if part == "magnitude" else kind
     return Piece(
@@ -120,21 +130,36 @@ def _stacked(target: Target, part: Part, nested: bool) -> Piece:
     return Piece(key, (first, second * experts), target, part, lambda whole: whole.permute(1, 2, 0))
 
 
-def _each_expert(target: Target, part: Part) -> Iterator[Piece]:
+def each_expert(
+    target: Target, part: Part, room: str = "moe.experts", fused: bool = False, own: bool = False
+) -> Iterator[Piece]:
+    """The factors of every expert for itself, under `room`, gate and up apart unless they are `fused`.
+
+    `own`: gate and up have an A each, which are halves of the rank here: B is zero where one would meet the other's.
+    """
     layer, _, name = target.module.rpartition(".experts.")
     experts, first, second = target.shape_of(part)
-    fused = "." + name == _GATE_UP
+    whole = "." + name != _GATE_UP or fused
+    names = (name,) if whole else ("gate_proj", "up_proj")
     for expert in range(experts):
-        for index, projection in enumerate(("gate_proj", "up_proj") if fused else ("down_proj",)):
-            rows = slice(index * first // 2, (index + 1) * first // 2) if fused and part == "B" else slice(0, first)
+        for index, projection in enumerate(names):
+            rows, columns = slice(0, first), slice(0, second)
+            if not whole and (part == "B" or own):
+                rows = _half(first, index)
+            if not whole and part == "B" and own:
+                columns = _half(second, index)
             yield Piece(
-                f"{PREFIX}{layer}.moe.experts.{expert}.{projection}.lora_{part}.weight",
-                (rows.stop - rows.start, second),
+                f"{PREFIX}{layer}.{room}.{expert}.{projection}.lora_{part}.weight",
+                (rows.stop - rows.start, columns.stop - columns.start),
                 target,
                 part,
-                lambda whole, expert=expert, rows=rows: whole[expert, rows],  # type: ignore[misc]
-                again=part == "A" and index > 0,
+                lambda whole, at=(expert, rows, columns): whole[at],  # type: ignore[misc]
+                again=part == "A" and index > 0 and not own,
             )
+
+
+def _half(size: int, index: int) -> slice:
+    return slice(index * size // 2, (index + 1) * size // 2)
 
 
 def _value(target: Target, part: Part, table: Table, filled: set[str] | None) -> Iterator[Piece]:
@@ -148,7 +173,7 @@ def _value(target: Target, part: Part, table: Table, filled: set[str] | None) ->
     if layer is None or name not in ("q_proj", "k_proj"):
         return
     if layer.k_eq_v and target.module == k:
-        yield _plain(target, part, v, again=True)
+        yield plain(target, part, v, again=True)
         return
     if filled is None or v in filled or (layer.k_eq_v and k in filled):
         return

@@ -6,7 +6,8 @@ gradient buffer. Which rows of which weight a rank holds is what the model's sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,23 @@ class _Reader:
             self._last = (name, whole)
         rows = self._last[1][start:stop].contiguous().view(torch.uint8).flatten()
         torch.from_numpy(np.frombuffer(out, dtype=np.uint8)).copy_(rows)
+
+
+@contextmanager
+def disabled(models: Sequence[Gemma4Model]) -> Iterator[None]:
+    """The base alone, in the same weights, while the context lasts: what it says needs no second copy of it.
+
+    Raises UsageError where weights of the base are trained themselves.
+    """
+    parameters = [(name, p) for model in models for name, p in model.named_parameters()]
+    trained = [name for name, p in parameters if p.requires_grad and ".adapters." not in name]
+    if trained:
+        raise UsageError(f"{trained[0]} is trained itself (lora.modules_to_save): the base's values are no more")
+    held = [(m, m.adapters) for model in models for m in model.modules() if len(getattr(m, "adapters", ()))]
+    for module, _ in held:
+        module.adapters = torch.nn.ModuleDict()
+    try:
+        yield
+    finally:
+        for module, adapters in held:
+            module.adapters = adapters

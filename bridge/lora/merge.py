@@ -23,6 +23,7 @@ from bridge.convert.atomic import Notify, check_apart, staged
 from bridge.convert.folders import (
     DEFAULT_SHARD_BYTES,
     Conversion,
+    compare_assets,
     copy_assets,
     listed_assets,
     open_checkpoint,
@@ -32,7 +33,7 @@ from bridge.convert.manifest import MegatronFolder, is_megatron_folder
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest
 from bridge.convert.stream import CHUNK_BYTES, Progress, copy
 from bridge.convert.torch_dtypes import TORCH_DTYPES
-from bridge.errors import MappingError
+from bridge.errors import CheckpointError, MappingError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader, TensorLike, as_bytes, num_rows
 from bridge.hf.writer import HfWriter
@@ -180,17 +181,15 @@ class MergedReader:
                 dtype = TORCH_DTYPES[self.tensors[target.name].dtype]
                 factors = Factors.of(target, dtype, [self._adapter.value(target, part) for part in target.parts])
                 if target.kind == "embedding" and factors.magnitude is not None:
-                    factors = factors.with_column_norms(self._base_rows(target, dtype))
+                    factors = factors.with_column_norms(self._base_rows(target))
                 self._factors[target.name] = factors
             return self._factors[target.name]
 
-    def _base_rows(self, target: Target, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def _base_rows(self, target: Target) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of all of a tensor without its adapter."""
-        rows, columns = target.shape
+        rows = target.shape[0]
         for start in range(0, rows, _ROWS):
-            part = torch.empty(min(_ROWS, rows - start), columns, dtype=dtype)
-            self._base.read_rows(target.name, start, start + len(part), part.view(torch.uint8).numpy())
-            yield start, part
+            yield start, _rows(self._base, target.name, start, min(start + _ROWS, rows))
 
 
 def merge_adapter(
@@ -206,6 +205,8 @@ def merge_adapter(
 ) -> Conversion:
     """Write base and adapter as a Hugging Face folder. Raises a BridgeError; the target is then as it was before."""
     reader = MergedReader(base.reader, base.table, adapter)
+    check_copies(adapter, base.reader)
+    say_notes(adapter, base.assets_folder, notify)
     check_apart(Path.cwd() / hf_dir, adapter.path)
     tensors = _same(base.reader)
     for target in adapter.targets:
@@ -230,6 +231,44 @@ def merge_adapter(
         writer.finish()
         copy_assets(base.assets_folder, list(base.assets), stage.folder)
         return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
+
+
+def check_copies(adapter: Adapter, base: RowReader) -> None:
+    """Raise CheckpointError where a weight of the base that is stored beside the factors is not what the base has."""
+    for copied in adapter.copies:
+        ours, theirs = base.tensors[copied.name], copied.reader.tensors[copied.key]
+        rows = num_rows(tuple(ours.shape))
+        for start in range(0, rows, _ROWS):
+            stop = min(start + _ROWS, rows)
+            pair = [
+                _rows(reader, name, start, stop) for reader, name in ((base, copied.name), (copied.reader, copied.key))
+            ]
+            if not torch.equal(*pair):
+                raise CheckpointError(
+                    f"{adapter.path}: {copied.key} ({theirs.dtype}) is not the {copied.name} ({ours.dtype}) of this "
+                    "base: trained on another one; or trained as well, and then modules_to_save has to name it, with "
+                    "ensure_weight_tying where the head is tied to it"
+                )
+
+
+def _rows(reader: RowReader, name: str, start: int, stop: int) -> Tensor:
+    info = reader.tensors[name]
+    rows = torch.empty((stop - start, *info.shape[1:]), dtype=TORCH_DTYPES[info.dtype])
+    reader.read_rows(name, start, stop, rows.view(torch.uint8).numpy())
+    return rows.float()
+
+
+def say_notes(adapter: Adapter, assets: Path, notify: Notify | None) -> None:
+    """Say what was left out of an adapter; `assets`: the folder whose tokenizer is used in the place of its own."""
+    if notify is None:
+        return
+    for note in adapter.notes:
+        notify(note)
+    home = adapter.assets_folder
+    if home is not None and home != assets:
+        other = compare_assets(assets, home, list(adapter.assets))
+        if other:
+            notify(f"{home}: {', '.join(other)} differ from those of the base, which are used")
 
 
 def _same(reader: RowReader) -> Sequence[CopyTensor]:

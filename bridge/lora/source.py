@@ -8,18 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bridge.convert.atomic import Notify
 from bridge.convert.folders import Conversion, listed_assets
 from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
 from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
-from bridge.errors import UsageError
+from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from bridge.hf.tensors import ITEM_SIZES
 from bridge.lora.adapter import Adapter, adapter_assets
 from bridge.lora.checkpoint import AdapterFolder, write_adapter
-from bridge.lora.merge import Base, open_base
-from bridge.lora.peft_folder import CONFIG_FILE, PeftConfig, open_peft
+from bridge.lora.merge import Base, check_copies, open_base, say_notes
+from bridge.lora.peft_config import CONFIG_FILE, PeftConfig, other_adapters
+from bridge.lora.peft_folder import open_peft
 from bridge.lora.spec import Part, Target
 from bridge.lora.table import part_name
 from bridge.mapping import Table, table_for
@@ -38,7 +40,7 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
     """
     if is_peft_folder(path):
         raise UsageError(f"{path}: is a PEFT folder already; `adapter convert` writes it in another dress")
-    folder = AdapterFolder.open(path)
+    folder = _megatron(path)
     reader = stack.enter_context(DistReader(folder.checkpoint.weights))
 
     def dtype(target: Target, part: Part) -> str:
@@ -58,7 +60,7 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
 
 def open_with_table(stack: ExitStack, path: Path, base: str | None) -> Adapter:
     """Open a PEFT folder for the model at `base` (default: where its config says it is). Reads no weights of it."""
-    return open_peft(stack, path, table_of(base_of(path, base)))
+    return open_peft(stack, path, table_of(base_of(path, base), revision_of(path, base)))
 
 
 def base_of(path: Path, base: str | None) -> str:
@@ -67,23 +69,36 @@ def base_of(path: Path, base: str | None) -> str:
         if is_peft_folder(path):
             base = PeftConfig.read(path).base
         else:
-            manifest = AdapterFolder.open(path).manifest
+            manifest = _megatron(path).manifest
             base = manifest.hf or manifest.megatron
     if base is None:
         raise UsageError(f"{path}: does not say which model it adapts; pass --base")
     return base
 
 
-def table_of(name: str) -> Table:
+def revision_of(path: Path, base: str | None) -> str | None:
+    """The revision of its base on the hub that an adapter names; of another `base` there is none to know."""
+    return PeftConfig.read(path).revision if base is None and is_peft_folder(path) else None
+
+
+def _megatron(path: str | Path) -> AdapterFolder:
+    """A Megatron adapter. Raises CheckpointError; of a folder of folders with adapters it names those."""
+    others = "" if is_megatron_folder(path) else other_adapters(Path(path))
+    if others:
+        raise CheckpointError(f"{path}: holds no adapter itself{others}")
+    return AdapterFolder.open(path)
+
+
+def table_of(name: str, revision: str | None = None) -> Table:
     """The mapping table of a model, from its config alone."""
-    path = resolve(name, config_only=True)
+    path = resolve(name, config_only=True, revision=revision)
     geometry = MegatronFolder.open(path).geometry if is_megatron_folder(path) else Geometry.from_folder(path)
     return table_for(geometry)
 
 
 def open_both(stack: ExitStack, path: Path, base: str | None) -> tuple[Base, Adapter]:
     """An adapter, PEFT's or Megatron's, and the model that it adapts."""
-    opened = open_base(stack, resolve(base_of(path, base)))
+    opened = open_base(stack, resolve(base_of(path, base), revision=revision_of(path, base)))
     adapter = open_peft(stack, path, opened.table) if is_peft_folder(path) else open_megatron(stack, path)
     return opened, adapter
 
@@ -95,11 +110,16 @@ def import_peft(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    notify: Notify | None = None,
 ) -> Conversion:
     """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
     with ExitStack() as stack:
-        adapter = open_peft(stack, path, table_for(MegatronFolder.open(base).geometry))
+        model = MegatronFolder.open(base)
+        adapter = open_peft(stack, path, table_for(model.geometry))
         adapter.common_dtype()
+        if adapter.copies:
+            check_copies(adapter, open_base(stack, base).reader)
+        say_notes(adapter, model.hf, notify)
         total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in target.parts)
         done = 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -178,6 +179,31 @@ class Target:
         if self.kind == "embedding":
             return (self.shape[1], self.rank)
         return (*self.shape[:-1], self.rank)
+
+
+def spelled_out(spec: LoraSpec, targets: Sequence[Target]) -> LoraSpec:
+    """A spec that means just these targets in a model that names its modules so, whatever `spec` called them."""
+    adapted = [target for target in targets if target.kind != "saved"]
+    common = {name: Counter(getattr(t, name) for t in adapted).most_common(1)[0][0] for name in ("rank", "alpha")}
+    # PEFT has no dropout beside experts, and so it is the linears that are named.
+    common["dropout"] = 0.0 if any(t.kind == "experts" for t in adapted) else spec.dropout
+
+    def pattern(name: str) -> dict[str, Any]:
+        return {re.escape(t.module): getattr(t, name) for t in adapted if getattr(t, name) != common[name]}
+
+    return LoraSpec(
+        rank=common["rank"],
+        alpha=common["alpha"],
+        targets=tuple(target.module for target in adapted if target.kind != "experts"),
+        dropout=common["dropout"],
+        parameters=tuple(target.module for target in adapted if target.kind == "experts"),
+        rank_pattern=pattern("rank"),
+        alpha_pattern=pattern("alpha"),
+        rslora=spec.rslora,
+        dora=spec.dora,
+        modules_to_save=tuple(dict.fromkeys(t.module.rpartition(".")[0] for t in targets if t.kind == "saved")),
+        dropout_pattern=pattern("dropout"),
+    )
 
 
 def endings(name: str) -> Iterator[str]:

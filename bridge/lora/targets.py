@@ -40,7 +40,7 @@ def resolve(spec: LoraSpec, table: Table) -> tuple[Target, ...]:
     candidates = _candidates(table)
     modules = {c.module: c for c in candidates if c.kind != "experts"}
     parameters = {c.module: c for c in candidates if c.kind == "experts"}
-    everything = _module_names(table)
+    everything = module_names(table)
     chosen: dict[str, str] = {}
     for name, wanted in _matches(spec.parameters, "parameters", [], parameters):
         chosen[name] = wanted
@@ -126,7 +126,7 @@ def _saved(spec: LoraSpec, table: Table) -> Iterator[Target]:
 
 def named_parameters(spec: LoraSpec, table: Table) -> tuple[str, ...]:
     """Those of `spec.targets` that mean expert parameters: endings that no module has."""
-    modules = _by_ending(_module_names(table))
+    modules = _by_ending(module_names(table))
     listed = () if isinstance(spec.targets, str) else spec.targets
     return tuple(item for item in listed if item.lower() != ALL_LINEAR and item not in modules)
 
@@ -154,7 +154,7 @@ def _candidates(table: Table) -> list[_Candidate]:
     return found
 
 
-def _module_names(table: Table) -> dict[str, None]:
+def module_names(table: Table) -> dict[str, None]:
     """Every module that holds a tensor, itself or in a module below; a tied head is one too."""
     tensors = [*table.by_hf_name, *table.copies]
     return {m: None for t in tensors for m in _above(in_memory(t, table.geometry).rpartition(".")[0])}

@@ -140,6 +140,7 @@ class CachedStep:
     # Layers whose new keys and values are in the caches already.
     written: set[int] = field(default_factory=set)
     masks: dict[object, Mask] = field(default_factory=dict)
+    unseen: dict[int, Tensor | None] = field(default_factory=dict)
     narrowed: bool = False
 
     @classmethod
@@ -213,15 +214,15 @@ class CachedStep:
 
         They are written once a step; n' is n, or that of the step that this is the `last` of. Padding gives zeros.
         """
-        output = torch.zeros_like(query)
         if not self.rows:
-            return output
+            return torch.zeros_like(query)
         cache = self.caches.of(source, key)
-        cache.reserve(1 + max(row.slot for row in self.rows), max(row.stop for row in self.rows))
+        cache.reserve(*self._size)
         if self.one_each:
             self._write(source, cache, key, value)
-            output[: len(self.rows), 0] = self._attend_last(cache, query[: len(self.rows), 0])
-            return output
+            attended = self._attend_last(cache, query[: len(self.rows), 0])[:, None]
+            return torch.nn.functional.pad(attended, (0, 0) * 3 + (0, self.padding)) if self.padding else attended
+        output = torch.zeros_like(query)
         start = 0
         for row in self.rows:
             tokens = slice(start, start := start + len(row))
@@ -249,12 +250,9 @@ class CachedStep:
 
     def _attend_last(self, cache: LayerCache, query: Tensor) -> Tensor:
         """`query` [rows, heads, d], one token a row, over all that the rows' slots hold -> the same."""
-        longest = max(row.stop for row in self.rows)
+        longest = self._size[1]
         columns = longest if cache.window is None else min(cache.window, longest)
-        slots = [row.slot for row in self.rows]
-        in_order = slots == list(range(slots[0], slots[0] + len(slots)))
-        chosen = slice(slots[0], slots[0] + len(slots)) if in_order else self._slots
-        key, value = (x[chosen, :, :columns] for x in (cache.key, cache.value))
+        key, value = (x[self._chosen, :, :columns] for x in (cache.key, cache.value))
         groups = key.shape[1]
         scores = (query.unflatten(1, (groups, -1)) @ key.transpose(2, 3)).float()
         unseen = self._unseen(columns)
@@ -264,9 +262,24 @@ class CachedStep:
 
     def _unseen(self, columns: int) -> Tensor | None:
         """[rows, 1, 1, columns] bool: columns that a row has not filled yet; None where all have filled all."""
-        if min(row.stop for row in self.rows) >= columns:
-            return None
-        return (torch.arange(columns, device=self.device) > self._positions[:, None])[:, None, None]
+        if columns not in self.unseen:
+            found = None
+            if min(row.stop for row in self.rows) < columns:
+                found = (torch.arange(columns, device=self.device) > self._positions[:, None])[:, None, None]
+            self.unseen[columns] = found
+        return self.unseen[columns]
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        """Slots, and positions of the longest row, that the caches need."""
+        return 1 + max(row.slot for row in self.rows), max(row.stop for row in self.rows)
+
+    @cached_property
+    def _chosen(self) -> slice | Tensor:
+        """The slots of the rows: where they are in order, without a copy of their caches."""
+        slots = [row.slot for row in self.rows]
+        run = range(slots[0], slots[0] + len(slots))
+        return slice(run.start, run.stop) if slots == list(run) else self._slots
 
     @cached_property
     def _slots(self) -> Tensor:

@@ -22,6 +22,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
         from bridge.megatron.kernels import rms_norm as triton
 
         return triton.rms_norm(x, weight, eps, residual)
+    if torch.is_inference_mode_enabled() and (weight is None or weight.dtype is x.dtype):
+        # torch's own, which has no backward pass to prepare: a token at a time, what a norm costs is its calls.
+        output = torch.rms_norm(x, x.shape[-1:], weight, eps)
+        return output if residual is None else output.add_(residual)
     normed: Tensor = _RMSNorm.apply(x, weight, eps, residual)
     return normed
 

@@ -63,6 +63,11 @@ class Log:
         else:
             self._console.print(text)
 
+    def texts(self, step: int, texts: dict[str, str]) -> None:
+        """Note what the model said at a step, by the names of the prompts, where there is a place for it."""
+        for sink in self._sinks:
+            sink.texts(step, texts)
+
     def say(self, text: str) -> None:
         """A line for who watches."""
         self._console.print(text)

@@ -24,6 +24,7 @@ from recipes.train.log import Log
 from recipes.train.lora import export_merged
 from recipes.train.media import sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
+from recipes.train.samples import Samples
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import StopSignal, held_back
@@ -74,6 +75,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             raise UsageError(
                 f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
             )
+        samples = Samples.of(recipe)
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
         progress = Progress()
@@ -91,13 +93,13 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             checkpoint.on_rank_0(open_log)
         try:
             say = log.say if log is not None else _to_nobody
-            for note in (*streams.notes, *shortened(recipe)):
+            for note in (*run.bridge.notices, *streams.notes, *shortened(recipe)):
                 say(note)
             if resumable:
                 say(f"resuming after step {progress.step}")
                 if change := rate_change(recipe, run.scheduler, progress.step, progress.schedule):
                     say(change)
-            loop = _Loop(run, streams, progress, log, signalled)
+            loop = _Loop(run, streams, progress, log, signalled, samples)
             outcome = loop.run()
             if recipe.export.hf is not None and not outcome.stopped:
                 _export(run, loop.best(), Path(recipe.export.hf), say)
@@ -129,8 +131,17 @@ def _to_nobody(text: str) -> None:
 class _Loop:
     """One run of the loop on one rank. Every decision is made from numbers that all ranks share."""
 
-    def __init__(self, run: Run, streams: Streams, progress: Progress, log: Log | None, signalled: StopSignal) -> None:
+    def __init__(
+        self,
+        run: Run,
+        streams: Streams,
+        progress: Progress,
+        log: Log | None,
+        signalled: StopSignal,
+        samples: Samples | None = None,
+    ) -> None:
         self.run_ = run
+        self._samples = samples
         self.recipe = run.recipe
         self.streams = streams
         self.progress = progress
@@ -185,12 +196,12 @@ class _Loop:
 
     def _say_why(self) -> None:
         progress, patience = self.progress, self.recipe.train.patience
-        best = (
-            f"{progress.best_eval:.6g} of step {progress.best_step}" if progress.best_eval is not None else "a number"
-        )
+        was = "no number"
+        if progress.best_eval is not None:
+            was = f"not better than {progress.best_eval:.6g} of step {progress.best_step}"
         self._say(
-            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was not better than "
-            f"{best} in {progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
+            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was {was} in "
+            f"{progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
         )
 
     def _say(self, text: str) -> None:
@@ -309,6 +320,13 @@ class _Loop:
         progress.evaluated = progress.step
         if self.log is not None:
             self.log.write(progress.step, values)
+        if self._samples is not None:
+            with self._meter.paused():
+                found = self._samples.answer(run, progress.step, self.signalled, self._say)
+            if found is None:
+                return True
+            if self.log is not None:
+                self.log.texts(progress.step, {str(answer.index): answer.text for answer in found})
         loss, best = values["eval_loss"], progress.best_eval
         # A loss that is no number is never the best; an older version may have noted one.
         if math.isfinite(loss) and (best is None or not math.isfinite(best) or loss < best):

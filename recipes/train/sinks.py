@@ -27,9 +27,10 @@ _ANSWER_S = 10.0
 
 @dataclass(frozen=True)
 class Sink:
-    """Where the values of a step also go."""
+    """Where the values of a step also go, and the answers to `train.samples`, by the numbers of the prompts."""
 
     write: Callable[[int, Values], None]
+    texts: Callable[[int, dict[str, str]], None]
     close: Callable[[], None]
 
 
@@ -82,7 +83,11 @@ def open_tensorboard(output: Path, resumed_at: int) -> Sink:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(write, writer.close)
+    def texts(step: int, answers: dict[str, str]) -> None:
+        for name, text in answers.items():
+            writer.add_text(f"samples/{name}", text, step)
+
+    return Sink(write, texts, writer.close)
 
 
 def open_wandb(recipe: Recipe, output: Path, say: Callable[[str], None]) -> Sink:
@@ -118,4 +123,8 @@ def open_wandb(recipe: Recipe, output: Path, say: Callable[[str], None]) -> Sink
     def write(step: int, values: Values) -> None:
         run.log(values, step=step)
 
-    return Sink(write, run.finish)
+    def texts(step: int, answers: dict[str, str]) -> None:
+        table = wandb.Table(columns=["prompt", "answer"], data=[list(row) for row in answers.items()])
+        run.log({"samples": table}, step=step)
+
+    return Sink(write, texts, run.finish)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 
@@ -16,9 +18,12 @@ from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.generate.task import ModelTask, build_model
 from bridge.geometry import Geometry
+from bridge.lora.inject import disabled
 from bridge.megatron.parallel import Parallel
 from bridge.verify.media import REQUESTS, drawing, kinds_of, load_processor
 from bridge.verify.reference import load_hf, with_masks
+
+from .adapter_kit import make_adapter
 
 _TEXT = {"input_ids", "attention_mask", "mm_token_type_ids"}
 LENGTHS = (3, 25, 8, 9, 40, 1, 17)  # the window is 8: shorter, at its edge, of five windows
@@ -51,11 +56,26 @@ def task(folder: Path, parallel: Parallel = Parallel(), **changes: Any) -> Model
     return replace(ModelTask(geometry, folder, False, parallel, "float32"), **changes)
 
 
-def answer(asked: ModelTask, prompts: Sequence[Prompt], options: SamplingOptions, **settings: Any) -> Answers:
-    """On a rank: the answers of the whole world, and the logits of the rows that this rank's replica answered."""
+def letters(tokens: Sequence[int]) -> str:
+    """A text that has a letter for every token."""
+    return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
+def answer(
+    asked: ModelTask,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    without: bool = False,
+    **settings: Any,
+) -> Answers:
+    """On a rank: the answers of the whole world, and the logits of the rows that this rank's replica answered.
+
+    `without`: its adapters, though the model has them.
+    """
     model, groups = build_model(asked)
-    generator = _Recorder(model, groups, **settings)
-    completions = generator.generate(prompts, options)
+    generator = _Recorder(model, groups, decode=letters, **settings)
+    with disabled(model) if without else contextlib.nullcontext():
+        completions = generator.generate(prompts, options)
     return Answers(completions, {index: torch.stack(rows) for index, rows in generator.recorded.items()})
 
 
@@ -95,10 +115,14 @@ def generate_with_transformers(
     return found
 
 
-def teacher_forced(folder: Path, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+def teacher_forced(
+    folder: Path, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], adapter: Path | None = None
+) -> list[Tensor]:
     """On a rank: transformers' logits [tokens, vocab] of every step of given answers, in one forward pass each."""
     geometry = Geometry.from_folder(folder)
     model = load_hf(folder, geometry, torch.float32).eval()
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
     found = []
     for prompt, tokens in zip(prompts, answers, strict=True):
         with torch.no_grad():
@@ -137,3 +161,23 @@ def media_prompts(folder: Path, seed: int = 0) -> dict[str, Prompt]:
             behind, ids=behind.ids[:length], mm_token_type_ids=behind.mm_token_type_ids[:length]
         )
     return prompts
+
+
+def save_adapter(folder: Path, target: Path, **options: Any) -> None:
+    """On a rank: an adapter as PEFT saves it, of random values."""
+    make_adapter(folder, target, **options)
+
+
+def encode_prompts(folder: Path, file: Path) -> list[Prompt]:
+    """On a rank: the prompts of a file, as the command reads them."""
+    from recipes.data.prompts import PromptEncoder, read_prompts
+
+    return list(read_prompts(file, PromptEncoder(folder)))
+
+
+def run_recipe(said: dict[str, Any], keys: list[str]) -> None:
+    """On a rank: train."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    train(resolve(said, keys))

@@ -18,7 +18,8 @@ from bridge.convert.folders import export_hf, import_hf
 from bridge.errors import BridgeError, UsageError
 from bridge.lora.checkpoint import write_adapter
 from bridge.lora.initial import initial_values
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE
 from bridge.lora.spec import LoraSpec
 from tests.functional.adapter_kit import EXPERTS, load_model, make_adapter
 from tests.functional.conftest import Toy
@@ -106,7 +107,7 @@ def test_errors_name_what_is_wrong(folders: Path, tmp_path: Path) -> None:
         ),
         (["import", folders / "peft", tmp_path / "out", "--base", folders / "hf"], "holds no complete distributed"),
         (["convert", folders / "peft", tmp_path / "out", "--format", "gguf"], "format 'gguf': expected one of peft"),
-        (["convert", folders / "peft", folders / "peft", "--format", "vllm"], "exists"),
+        (["convert", folders / "peft", folders / "peft", "--format", "vllm"], "is the source itself"),
         (["merge", folders / "peft", folders / "peft", "--overwrite"], "is the source itself"),
         (["merge", folders / "peft", folders / "hf", "--overwrite"], "is not a folder|is the source itself"),
     ]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.adapter import Adapter
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, open_peft, write_peft
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft, write_peft
 from bridge.mapping import Table, table_for
 from bridge.toy import VARIANTS
 from tests.functional import adapter_kit
@@ -316,7 +317,7 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"r": "absent"}, "r is missing"),
         ({"r": 5}, r"lora_A.weight has the shape \[4, 64\], expected \[5, 64\] \(rank 5\)"),
         ({"r": -1}, "rank is -1"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "some"}, "bias is 'some', expected one of none, all, lora_only"),
         ({"use_dora": True}, "dora does not work where experts are targeted"),
         ({"use_dora": 1}, "dora is 1"),
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.* is tied to the head, without ensure_weight_tying"),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from bridge.convert.folders import import_hf
 from bridge.errors import CheckpointError
 from bridge.geometry import Geometry
-from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, write_peft
+from bridge.lora.peft_config import CONFIG_FILE
+from bridge.lora.peft_folder import WEIGHTS_FILE, write_peft
 from bridge.lora.source import import_peft, open_megatron
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool

@@ -144,6 +144,18 @@ def test_the_best_checkpoint_stays_and_is_exported(
     assert [path.name for path in run.glob("iter_*")] == ["iter_0000006"]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    """It was, and the run ended by it with a good conscience, and said «resuming» when it was started again."""
+    said = training_kit.recipe(toy("e2b"), tmp_path, 4)
+    script = dict.fromkeys(range(1, 5), float("nan"))
+    (ended,) = ranks.run(train_scripted, said, ["train.eval_every=1", "train.patience=2"], script, world_size=1)
+    assert ended.step == 2 and ended.said[-1] == (
+        "ended early after step 2 of 4: eval_loss was no number in 2 evaluations "
+        "(train.patience=2; with more it goes on)"
+    )
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"], "nothing is kept as the best"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_an_evaluation_and_it_is_made_up_for(
     ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, number: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
 
+from .adapter_kit import OPTIONS
 from .conftest import Toy
 from .generation_kit import (
     Answers,
     answer,
     generate_with_transformers,
+    letters,
     media_prompts,
     random_prompts,
+    save_adapter,
     task,
     teacher_forced,
 )
@@ -70,9 +74,11 @@ def tokens_of(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [completion.tokens for completion in completions]
 
 
-def assert_teacher_forced(ranks: RankPool, folder: Path, prompts: Sequence[Prompt], found: Answers) -> None:
+def assert_teacher_forced(
+    ranks: RankPool, folder: Path, prompts: Sequence[Prompt], found: Answers, adapter: Path | None = None
+) -> None:
     """Each step's logits are those of transformers on the same tokens, and the token is their highest."""
-    (theirs,) = ranks.run(teacher_forced, folder, prompts, tokens_of(found.completions), world_size=1)
+    (theirs,) = ranks.run(teacher_forced, folder, prompts, tokens_of(found.completions), adapter, world_size=1)
     for index, (completion, wanted) in enumerate(zip(found.completions, theirs, strict=True)):
         ours = found.logits[index]
         assert ours.shape == wanted.shape
@@ -125,3 +131,61 @@ def test_media_with_a_static_cache(ranks: RankPool, toy: Toy) -> None:
     found = ask(ranks, folder, prompts, GREEDY)
     (theirs,) = ranks.run(generate_with_transformers, folder, prompts, TOKENS, True, world_size=1)
     assert [list(completion.tokens) for completion in found.completions] == theirs
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_adapters(ranks: RankPool, toy: Toy, tmp_path: Path, variant: str) -> None:
+    """With an adapter as PEFT's model answers; without it, in the same weights, as the base does."""
+    folder, adapter = toy(variant), tmp_path / "adapter"
+    ranks.run(save_adapter, folder, adapter, world_size=1, **OPTIONS.get(variant, {"target_modules": "all-linear"}))
+    prompts = random_prompts(Geometry.from_folder(folder), (5, 30))
+    found = ask(ranks, folder, prompts, GREEDY, changes={"adapter": adapter})
+    assert_teacher_forced(ranks, folder, prompts, found, adapter)
+    base = ask(ranks, folder, prompts, GREEDY)
+    assert tokens_of(base.completions) != tokens_of(found.completions)
+    without = ask(ranks, folder, prompts, GREEDY, changes={"adapter": adapter}, without=True)
+    assert tokens_of(without.completions) == tokens_of(base.completions)
+
+
+def test_rows_end_by_themselves(ranks: RankPool, toy: Toy) -> None:
+    """At a stop id; the place of a row that has ended is taken, and nobody else's answer changes."""
+    folder = toy("e4b")
+    prompts = random_prompts(Geometry.from_folder(folder), (3, 9, 20, 4, 12, 7))
+    whole = ask(ranks, folder, prompts, SAMPLED)
+    stops = tuple(
+        {completion.tokens[n] for completion, n in zip(whole.completions, (0, 11, 3, 30, 20, 5), strict=True)}
+    )
+    found = ask(ranks, folder, prompts, replace(SAMPLED, stop_token_ids=stops), max_rows=2, prefill_tokens=8)
+    for ended, completion in zip(found.completions, whole.completions, strict=True):
+        first = next(i for i, token in enumerate(completion.tokens) if token in stops)
+        assert ended.tokens == completion.tokens[: first + 1]
+        assert ended.finish_reason == "stop"
+    assert {completion.finish_reason for completion in whole.completions} == {"length"}
+    assert len({len(completion.tokens) for completion in found.completions}) > 3
+
+
+def test_a_stop_string_ends_a_row_in_its_middle(ranks: RankPool, toy: Toy) -> None:
+    """Of two letters, which are two tokens: the tokens go up to its end, the text up to its beginning."""
+    folder = toy("e4b")
+    prompts = random_prompts(Geometry.from_folder(folder), (3, 9, 20))
+    whole = ask(ranks, folder, prompts, SAMPLED).completions
+    stop = whole[1].text[10:12]
+    found = ask(ranks, folder, prompts, replace(SAMPLED, stop_strings=(stop, "no letter")), max_rows=2).completions
+    for ended, completion in zip(found, whole, strict=True):
+        assert completion.text == letters(completion.tokens)
+        at = completion.text.find(stop)
+        assert ended.text == (completion.text[:at] if at >= 0 else completion.text)
+        assert ended.tokens == (completion.tokens[: at + 2] if at >= 0 else completion.tokens)
+        assert ended.finish_reason == ("stop" if at >= 0 else "length")
+    assert found[1].finish_reason == "stop" and len(found[1].tokens) <= 12
+
+
+def test_several_answers(ranks: RankPool, toy: Toy) -> None:
+    """Of one prompt: each has its own draws, and a prompt's do not depend on the others."""
+    folder = toy("31b")
+    prompts = random_prompts(Geometry.from_folder(folder), (4, 6))
+    options = replace(SAMPLED, num_return_sequences=3, max_new_tokens=12)
+    found = ask(ranks, folder, prompts, options).completions
+    assert [(c.index, c.sample) for c in found] == [(i, j) for i in range(2) for j in range(3)]
+    assert len({c.tokens for c in found}) == 6
+    assert tokens_of(ask(ranks, folder, prompts[:1], options).completions) == tokens_of(found[:3])

@@ -199,7 +199,7 @@ def disturb(world: World, seam: Seam, kind: str, dice: random.Random) -> list[tu
     full = kind == "full disk" and world.place.set(f"size={world.place.used() + dice.randrange(4096, seam.nbytes)}")
     read_only = kind == "read-only" and world.place.set("ro")
     missing = dice.choice(seam.needs) if kind == "missing file" else None
-    away = None if missing is None else missing.with_name(missing.name + ".away")
+    away = None if missing is None else world.logs.with_name(f"away-{missing.name}")
     running = [world.start(seam, **limits)]
     try:
         if kind == "second process":

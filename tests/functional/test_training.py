@@ -370,7 +370,7 @@ def test_a_step_that_is_not_a_number_is_left_out(ranks: RankPool, toys: Toys, tm
         (["model.freeze=[routr]"], "'routr' names no parameter"),
         (["parallel.pp=9"], "1 ranks are no multiple of tp × cp × pp"),
         (["train.eval_every=1", "model.hf=nowhere"], "nowhere"),
-        (["export.hf=/proc/self"], "does not look like a checkpoint alone"),
+        (["export.hf=/proc/1"], "does not look like a checkpoint alone"),
     ],
 )
 def test_refused(ranks: RankPool, toys: Toys, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -23,6 +23,7 @@ import bridge
 from bridge.convert.folders import export_hf, import_hf
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import BridgeError, CheckpointError
+from bridge.geometry import Geometry
 from bridge.toy import VARIANTS, write_toy
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -344,3 +345,18 @@ def test_a_conversion_imports_neither_torch_nor_megatron(made: Make, tmp_path: P
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_config_that_vanishes_after_it_was_read(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are listed later: the import was complete, but for its config."""
+    real = Geometry.from_folder
+
+    def read(path: str | Path) -> Geometry:
+        geometry = real(path)
+        (Path(path) / "config.json").unlink()
+        return geometry
+
+    monkeypatch.setattr(Geometry, "from_folder", read)
+    with pytest.raises(CheckpointError, match=r"config\.json: vanished while the folder was being read"):
+        import_hf(toy, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -265,6 +265,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "full_attention",
     ),
     "rope theta": ({"rope_parameters": {"sliding_attention": {"rope_theta": 0}}}, "rope_theta"),
+    "a number for a flag": ({"use_double_wide_mlp": 1}, "use_double_wide_mlp"),
+    "null for a flag": ({"attention_k_eq_v": None}, "attention_k_eq_v"),
     "tie no boolean": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
 }
 

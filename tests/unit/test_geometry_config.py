@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding, Gemma4VisionRotaryEmbedding
 
 from bridge.errors import BridgeError
-from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry
+from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry, decoder, fields, towers
 from bridge.toy.config import VARIANTS, toy_config
 
 Config = dict[str, Any]
@@ -360,7 +363,10 @@ CHANGES: dict[str, Change] = {
         [None, [], ["config.5.0.0.json"], "other.safetensors", ""])),
     "top: attribute_map": put(None, "attribute_map", values=st.sampled_from(
         [{}, {"image_token_id": "audio_token_id"}, None])),
-    "text: attribute_map": put("text_config", "attribute_map", values=st.sampled_from([{}, {"head_dim": "eps"}])),
+    "text: attribute_map": put("text_config", "attribute_map", values=st.sampled_from(
+        [{}, {"pad_token_id": "bos_token_id"}])),
+    "text: quantization": put("text_config", "quantization_config", values=st.sampled_from(
+        [None, {}, {"quant_method": "gptq"}, {"bits": 4}])),
     "vision: section": put(None, "vision_config", values=st.sampled_from([None, {}, [], "x", {"hidden_size": 64}])),
     "vision: sizes": put("vision_config", "hidden_size", "intermediate_size", "num_hidden_layers", "patch_size",
         "num_attention_heads", "num_key_value_heads", "head_dim", "pooling_kernel_size", "position_embedding_size",
@@ -454,6 +460,11 @@ ROPE = {
 }
 OLD_NAMES: dict[str, Config] = {
     "rope_scaling replaces rope_parameters": changed("e2b", "text_config", rope_scaling=ROPE),
+    "attention for full_attention": changed(
+        "31b",
+        "text_config",
+        layer_types=[name.removeprefix("full_") for name in TOYS["31b"]["text_config"]["layer_types"]],
+    ),
     "a fraction beside them": changed("e2b", "text_config", rope_parameters=ROPE, partial_rotary_factor=0.5),
     "rope_scaling of a tower": changed("e2b", "vision_config", rope_scaling={"rope_theta": 50.0}),
     "the tower's rope is axial, whatever it says": changed(
@@ -496,3 +507,37 @@ def test_the_first_published_configs_are_read_without_a_notice(variant: str) -> 
 def test_what_does_not_count_is_said(section: str | None, values: Config, notice: str) -> None:
     notices = Geometry.from_dict(changed("e2b", section, **values)).notices
     assert len(notices) == 1 and notice in notices[0], notices
+
+
+# --- Keys that no config class declares, and that transformers looks for all the same. ---
+
+# Names that it looks for in a config and that change nothing of what a model of these classes computes: other tasks'
+# heads, MTP and classification; what a loaded model is told, not its file; attributes that cannot be set from a file.
+HARMLESS = {
+    "_post_init_done", "_rope_type_labels", "base_model", "chain_hidden_post_norm", "classifier_dropout",
+    "compile_config", "embed_dim", "first_k_dense_replace", "gradient_checkpointing", "hidden_dropout", "init_std",
+    "initializer_factor", "is_quantized", "kv_sharing_modes", "logits_mup_width_multiplier", "loss_type",
+    "mlp_layer_types", "mtp_hidden_states_first", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config",
+    "num_heads", "num_mtp_layers", "number_of_conv_states", "original_max_position_embeddings", "quantization_method",
+    "sep_token_id", "tie_last_hidden_states", "token_classification_bias", "unpadded_vocab_size", "validate",
+}  # fmt: skip
+SOURCES = [
+    "masking_utils", "modeling_utils", "cache_utils", "utils/generic", "utils/output_capturing",
+    "modeling_rope_utils", "quantizers/auto", "configuration_utils", "modeling_layers",
+    "models/gemma4/modeling_gemma4", "models/gemma4_unified/modeling_gemma4_unified",
+]  # fmt: skip
+
+
+def test_every_key_that_transformers_looks_for_is_known() -> None:
+    """A new version that obeys another key fails here, before a config with that key is read otherwise in silence."""
+    root, looked_for = Path(transformers.__file__).parent, set[str]()
+    for name in SOURCES:
+        holder = r"(?:self\.)?\w*config" + ("|self" if name in ("configuration_utils", "modeling_rope_utils") else "")
+        pattern = rf'(?:getattr|hasattr)\(\s*(?:{holder})(?:\.get_text_config\([^)]*\))?,\s*"(\w+)"'
+        looked_for |= set(re.findall(pattern, (root / f"{name}.py").read_text()))
+    families = [f"Gemma4{u}{part}Config" for u in ("", "Unified") for part in ("", "Text", "Vision", "Audio")]
+    declared = {field.name for name in families for field in dataclasses.fields(getattr(transformers, name))}
+    known = declared | fields._IGNORED | set(fields._OBEYED) | {"dtype", "torch_dtype"}
+    known |= set(decoder._DEFAULTS) | set(towers._VISION_DEFAULTS)
+    assert {"is_causal", "attention_chunk_size", "transformers_weights", "partial_rotary_factor"} <= looked_for
+    assert looked_for - known - HARMLESS == set()
