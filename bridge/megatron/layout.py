@@ -8,6 +8,7 @@ from dataclasses import replace
 from bridge.errors import ParallelError
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
+from bridge.token_ids import embedding_tables
 
 # Sizes below are offered in the place of one that does not fit.
 _LARGEST_OFFERED = 64
@@ -48,6 +49,9 @@ def check_layout(geometry: Geometry, parallel: Parallel) -> None:
 def _misfits(geometry: Geometry, parallel: Parallel) -> Iterator[tuple[str, str]]:
     """Sizes (fields of `Parallel`) that this model does not divide by, and why not."""
     tp, ep, etp = parallel.tp, parallel.ep, parallel.etp
+    for table in embedding_tables(geometry):
+        if table.rows <= (tp - 1) * -(-table.rows // tp):
+            yield "tp", f"tp={tp}: the {table.rows} rows of {table.name} leave the last rank none"
     for what, size in _split_by_tp(geometry):
         if size % tp:
             yield "tp", f"tp={tp} does not divide {what} ({size})"
@@ -71,8 +75,6 @@ def _misfits(geometry: Geometry, parallel: Parallel) -> Iterator[tuple[str, str]
 
 
 def _split_by_tp(geometry: Geometry) -> Sequence[tuple[str, int]]:
-    sizes = [("the vocabulary", geometry.vocab_size), ("the attention heads", geometry.layers[0].num_attention_heads)]
-    if geometry.ple is not None:
-        sizes.append(("the per-layer vocabulary", geometry.ple.vocab_size))
+    sizes = [("the attention heads", geometry.layers[0].num_attention_heads)]
     sizes += [(f"the FFN of layer {layer.index}", layer.ffn_hidden_size) for layer in geometry.layers]
     return sizes

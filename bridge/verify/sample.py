@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bridge.geometry import Geometry
+from bridge.token_ids import embedding_tables
 
 # Ids below are special tokens in every Gemma 4 tokenizer.
 _FIRST_ORDINARY_ID = 8
@@ -102,9 +103,8 @@ def random_sample(
     length = (5 if images else 2) * window + multiple_of
     length += -length % multiple_of
     generator = torch.Generator().manual_seed(seed)
-    allowed = torch.tensor(
-        [i for i in range(_FIRST_ORDINARY_ID, geometry.vocab_size) if i not in geometry.placeholder_ids]
-    )
+    rows = min(table.rows for table in embedding_tables(geometry))
+    allowed = torch.tensor([i for i in range(_FIRST_ORDINARY_ID, rows) if i not in geometry.placeholder_ids])
     ids = allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
     ids[:, 2] = geometry.pad_token_id or 0
     mask = torch.ones_like(ids)
