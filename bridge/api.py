@@ -19,13 +19,17 @@ from bridge.megatron.parallel import Parallel
 if TYPE_CHECKING:
     import torch
 
+    from bridge.lora.live import Adapters
     from bridge.megatron.model import Gemma4Model
     from bridge.megatron.provider import Gemma4Provider
 
 
 @dataclass(frozen=True)
 class Gemma4Bridge:
-    """Geometry and tables of one model, and where its weights are. Opening one reads no weights.
+    """Geometry and tables of one model, and where its weights are.
+
+    Opening one reads no weights, but for a folder with a head beside an embedding that its config ties it to: they are
+    compared, because transformers loads such a model untied where they differ.
 
     Exactly one of `hf_dir` and `megatron` is set. `notices`: what of the folder is not followed or left behind.
     """
@@ -73,12 +77,11 @@ class Gemma4Bridge:
         from megatron.core import parallel_state
 
         from bridge.megatron import cpu_runtime
-        from bridge.megatron.parallel import check_groups, initialize
+        from bridge.megatron.parallel import initialize
 
         cpu_runtime.enable()
         if not parallel_state.model_parallel_is_initialized():
             initialize(provider.parallel)
-        check_groups(provider.parallel, self.geometry.moe is not None)
         return provider.build()
 
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None:
@@ -93,23 +96,32 @@ class Gemma4Bridge:
             with DistReader(self.megatron.weights) as reader:
                 load_from_megatron(model, self.table, reader)
 
-    def iter_hf_weights(self, model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    def iter_hf_weights(
+        self, model: Sequence[torch.nn.Module], *, adapters: Adapters = "merge"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, whole tensor on the CPU), on every rank, one Megatron tensor in memory at a time.
 
-        Collective: every rank must exhaust it. Weight sync to an inference engine loops over it.
+        `adapters` of a model that has some: "merge" adds them to the weights, "leave" gives the base. `model`: this
+        rank's chunks, in DDP or without. Collective: every rank must exhaust it. Weight sync to an inference engine
+        loops over it. Raises what any rank raises, on all of them.
         """
-        from bridge.convert.live import Gatherer, iter_hf
+        from bridge.convert.live import iter_hf
+        from bridge.lora.live import open_gatherer
 
-        yield from iter_hf(Gatherer(model, self.table))
+        yield from iter_hf(open_gatherer(model, self.table, adapters))
 
     def save_hf(
         self, model: Sequence[torch.nn.Module], target: str | Path, *, max_shard_size: int = DEFAULT_SHARD_BYTES,
-        overwrite: bool = False,
+        overwrite: bool = False, adapters: Adapters = "merge",
     ) -> None:  # fmt: skip
         """A live model as a complete HF folder: tensors of the model, carried tensors and assets of this bridge.
 
-        Collective; rank 0 writes, a bounded chunk at a time, and the folder appears when it is complete.
+        A model of one dtype makes a folder of that dtype. `model` and `adapters` as of `iter_hf_weights`. Collective;
+        rank 0 writes, a bounded chunk at a time, and the folder appears when it is complete. Raises what any rank
+        raises, on all of them; the target is then as it was before.
         """
         from bridge.convert.live_save import save_live
+        from bridge.lora.live import open_gatherer
 
-        save_live(model, self, Path(target), max_shard_size, overwrite)
+        gatherer = open_gatherer(model, self.table, adapters)
+        save_live(gatherer, self, Path(target), max_shard_size, overwrite)

@@ -59,6 +59,8 @@ def toy(
     full_size: Annotated[bool, typer.Option("--full-size", help="The published geometry, streamed to disk.")] = False,
     untied: Annotated[bool, typer.Option("--untied", help="With a head of its own.")] = False,
     mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of embedding and head.")] = None,
+    ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a small random checkpoint with every structural feature of the real model, tokenizer and all."""
@@ -75,6 +77,8 @@ def toy(
             full_size=full_size,
             untied=untied,
             mixed_dtypes=mixed_dtypes,
+            vocab_size=vocab_size,
+            ple_vocab_size=ple_vocab_size,
             overwrite=overwrite,
             progress=lambda done, total: progress(done, total, variant),
         )
@@ -122,6 +126,10 @@ def inspect(
         )
     out.print(table)
     out.print(f"tables: {result.mapped} tensors mapped, {result.carried} carried beside, none unaccounted for")
+    if result.unknown_tokens:
+        listed = ", ".join(f"{token} ({number}, {table})" for number, token, table in result.unknown_tokens[:5])
+        more = f" and {len(result.unknown_tokens) - 5} more" if len(result.unknown_tokens) > 5 else ""
+        out.print(f"tokens that the model has no row for: {listed}{more}; text that holds one is refused")
     for notice in result.notices:
         err.print(notice)
 

@@ -16,6 +16,7 @@ from bridge.geometry import Geometry, LayerGeometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import ITEM_SIZES, TensorLike
 from bridge.mapping import table_for
+from bridge.token_ids import tokens_without_rows
 from bridge.torch_dist.reader import DistReader
 
 
@@ -31,6 +32,7 @@ class LayerRow:
 class Inspection:
     """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error.
 
+    `unknown_tokens`: (id, token, table) of the tokenizer beside the model that the table has no row for.
     `notices`: what of the config is not followed, and the files that are no part of the model.
     """
 
@@ -45,6 +47,7 @@ class Inspection:
     mapped: int
     carried: int
     files: int
+    unknown_tokens: tuple[tuple[int, str, str], ...]
     notices: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +81,9 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "dtypes": dict(self.dtypes),
+            "tokens_without_rows": [
+                {"id": number, "token": token, "table": table} for number, token, table in self.unknown_tokens
+            ],
             "notices": list(self.notices),
             "coverage": {"mapped": self.mapped, "carried": self.carried, "unaccounted": 0},
         }
@@ -101,6 +107,7 @@ def inspect_folder(path: str | Path) -> Inspection:
                 beside = stack.enter_context(HfFolder(checkpoint.carried))
                 carried = len(beside.tensors)
                 stored |= beside.tensors
+            beside_weights = checkpoint.hf
             files = len({chunk.file for tensor in reader.tensors.values() for chunk in tensor.chunks})
             kind = "Megatron torch_dist"
         else:
@@ -110,6 +117,7 @@ def inspect_folder(path: str | Path) -> Inspection:
             stored = dict(source.folder.tensors)
             carried = sum(table.is_carried(name) for name in stored)
             files, kind = len(source.folder.files), "Hugging Face safetensors"
+            beside_weights = source.folder.path
     sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
     return Inspection(
         path,
@@ -123,6 +131,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         len(stored) - carried,
         carried,
         files,
+        tokens_without_rows(beside_weights, geometry),
         notices,
     )
 

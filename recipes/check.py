@@ -113,7 +113,7 @@ def _check_batch(recipe: Recipe, world_size: int) -> int:
             f"{train.micro_batch_size} × {dp}; {nearest} would work"
         )
     microbatches = train.global_batch_size // share
-    if layout.vpp > 1 and microbatches % layout.pp:
+    if microbatches % layout.microbatch_multiple:
         raise UsageError(
             f"parallel.vpp={layout.vpp} needs microbatches in multiples of parallel.pp={layout.pp}, there are "
             f"{microbatches}; train.global_batch_size={share * layout.pp * max(1, round(microbatches / layout.pp))} "

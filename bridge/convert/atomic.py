@@ -141,34 +141,27 @@ def staged(
     busy = f"{shown(path)}: another process is writing it right now"
     with held(path.parent / f".{path.name}.lock", busy, notify=say) as lock:
         journal: Journal | None = None
-        written: os.stat_result | None = None
+        ours: os.stat_result | None = None
         try:
             try:
                 recover(path, partial / _OLD)
                 check_target(path, overwrite, sources)
-                if partial.is_symlink():
-                    raise CheckpointError(f"{shown(partial)}: is a link, which is not followed; remove it")
-                partial.mkdir(exist_ok=True)
                 journal = _open_journal(partial, fingerprint, say)
                 _check_disk(path, partial, needed_bytes)
-                data = partial / _DATA
-                data.mkdir(exist_ok=True)
-                yield Stage(path, data, journal)
+                stage = Stage(path, partial / _DATA, journal)
+                stage.folder.mkdir(exist_ok=True)
+                ours = stage.folder.stat()
+                yield stage
                 if source_fingerprint(plan, sources) != fingerprint:
                     journal.finished.clear()
                     raise CheckpointError(
                         f"{shown(path)}: not written, because the source changed while it was being read"
                     )
-                sync_tree(data)
+                sync_tree(stage.folder)
                 # Again, because it may have appeared since.
                 check_target(path, overwrite, sources)
                 lock.check()
-                written = data.stat()
-                # From here on no later run may take data/ for its own unfinished work: it may hold the old target.
-                (partial / _JOURNAL).rename(partial / _SWAPPING)
-                fsync_folder(partial)
-                journal.close()
-                replace_folder(data, path, partial / _OLD)
+                _replace(stage, partial)
                 _discard(partial, say)
             except OSError as error:
                 # Whatever else was written here (assets, config): one line as well.
@@ -176,7 +169,7 @@ def staged(
         except BaseException:
             # What stands there is another's where the lock was taken over.
             if lock.is_ours():
-                _settle(partial, path, journal, written, say)
+                _settle(partial, path, journal, ours, say)
             raise
         finally:
             if journal is not None:
@@ -214,6 +207,9 @@ def check_apart(target: Path, source: Path) -> None:
 
 
 def _open_journal(partial: Path, fingerprint: str, say: Notify) -> Journal:
+    if partial.is_symlink():
+        raise CheckpointError(f"{shown(partial)}: is a link, which is not followed; remove it")
+    partial.mkdir(exist_ok=True)
     stale = (partial / _JOURNAL).exists() or (partial / _SWAPPING).exists()
     (partial / _SWAPPING).unlink(missing_ok=True)
     journal = Journal(partial / _JOURNAL, fingerprint)
@@ -241,12 +237,20 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.3f} MB"
 
 
-def _settle(partial: Path, path: Path, journal: Journal | None, written: os.stat_result | None, say: Notify) -> None:
+def _replace(stage: Stage, partial: Path) -> None:
+    # From here on no later run may take data/ for its own unfinished work: it may hold the old target.
+    (partial / _JOURNAL).rename(partial / _SWAPPING)
+    fsync_folder(partial)
+    stage.journal.close()
+    replace_folder(stage.folder, stage.target, partial / _OLD)
+
+
+def _settle(partial: Path, path: Path, journal: Journal | None, ours: os.stat_result | None, say: Notify) -> None:
     """After an exception: `partial` goes, unless there is work in it to go on with, or a target not put back yet.
 
-    `written`: the folder that was to become the target, once that had begun.
+    `ours`: the folder that was being written, once there was one.
     """
-    landed = _is_folder(path, written)
+    landed = _is_folder(path, ours)
     if journal is not None:
         # NFS keeps a file that is still open in its folder, under another name.
         journal.close()
@@ -254,8 +258,7 @@ def _settle(partial: Path, path: Path, journal: Journal | None, written: os.stat
         return
     if not landed and journal is None and (partial / _JOURNAL).exists():
         return
-    whole = written is None or _is_folder(partial / _DATA, written)
-    if not landed and journal is not None and journal.finished and whole:
+    if not landed and journal is not None and journal.finished and (ours is None or _is_folder(partial / _DATA, ours)):
         with contextlib.suppress(FileNotFoundError):
             (partial / _SWAPPING).rename(partial / _JOURNAL)
         say(f"{len(journal.finished)} finished files are kept in {partial}: run the same command again to go on")

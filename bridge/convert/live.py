@@ -25,6 +25,7 @@ from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader, TensorLike
 from bridge.mapping.table import Entry, Table
 from bridge.mapping.transforms import Block
+from bridge.together import together
 
 # How much is read, sent or written at once.
 CHUNK_BYTES = 64 << 20
@@ -128,6 +129,8 @@ def _load(
             columns = _columns(reader, entry.shape, wanted)
             for start, tensor in _read(reader, name, first, high - low, entry.shape[1:], columns):
                 _scatter(tensor, low + start, columns.start, wanted)
+    for chunk in model:
+        unwrap_model(chunk).clear_padding()
 
 
 def _columns(reader: RowReader | TensorSource, shape: tuple[int, ...], wanted: Sequence[Box]) -> range:
@@ -206,7 +209,10 @@ class _Owner:
 
 
 class Gatherer:
-    """Rows of whole Megatron tensors out of a live sharded model. Every rank of the world takes part in every call."""
+    """Rows of whole Megatron tensors out of a live sharded model. Every rank of the world takes part in every call.
+
+    What fails on one rank before anything is sent is raised on all of them.
+    """
 
     def __init__(
         self,
@@ -216,9 +222,10 @@ class Gatherer:
     ) -> None:
         self.table = table
         self._mine: dict[str, list[Box]] = defaultdict(list)
-        for box in boxes(model, value):
-            if box.main and table.covers(box.key):
-                self._mine[box.key].append(box)
+        with together():
+            for box in boxes(model, value):
+                if box.main and table.covers(box.key):
+                    self._mine[box.key].append(box)
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.owners = self._gather_owners()
         for key, owners in self.owners.items():
@@ -252,42 +259,58 @@ class Gatherer:
 
         The result is on the CPU.
         """
-        owners = self.owners[key]
-        entry = self.table.entries[key]
         receives = dst is None or dst == self._rank
-        whole = torch.empty(stop - start, *entry.shape[1:], dtype=owners[0].dtype) if receives else None
+        shape = self.table.entries[key].shape[1:]
+        with together():
+            whole = torch.empty(stop - start, *shape, dtype=self.owners[key][0].dtype) if receives else None
+        # A device that trains has no room for all of it at once.
+        step = self.chunk_rows(key)
+        for low in range(start, stop, step):
+            self._fill(whole, key, start, range(low, min(low + step, stop)), dst)
+        return whole
+
+    def chunk_rows(self, key: str) -> int:
+        """How many rows of a tensor are sent at once, one at least."""
+        size = math.prod(self.table.entries[key].shape[1:]) * self.owners[key][0].dtype.itemsize
+        return max(1, CHUNK_BYTES // max(1, size))
+
+    def _fill(self, whole: Tensor | None, key: str, start: int, rows: range, dst: int | None) -> None:
+        """`rows` of a tensor into `whole`, which begins at row `start`, where this rank receives them."""
+        with together():
+            # All memory that this takes: from there on nothing is left that one rank alone might fail at.
+            pieces = list(self._pieces(key, rows.start, rows.stop, whole is not None))
+        for owner, low, piece in pieces:
+            self._move(piece, owner.rank, dst)
+            if whole is not None:
+                columns = tuple(slice(o, o + n) for o, n in zip(owner.offset[1:], owner.shape[1:], strict=True))
+                whole[(slice(low - start, low - start + len(piece)), *columns)].copy_(piece)
+
+    def _pieces(self, key: str, start: int, stop: int, receives: bool) -> Iterator[tuple[_Owner, int, Tensor]]:
+        """(owner, first row, values or room for them) of what this rank sends or receives of rows [start, stop)."""
         position: dict[int, int] = defaultdict(int)
-        for owner in owners:
+        for owner in self.owners[key]:
             box_number = position[owner.rank]
             position[owner.rank] += 1
             low, high = max(start, owner.offset[0]), min(stop, owner.offset[0] + owner.shape[0])
             if low >= high:
                 continue
-            piece = None
             if owner.rank == self._rank:
                 box = self._mine[key][box_number]
-                piece = box.tensor[low - box.rows.start : high - box.rows.start].detach().contiguous()
-            piece = self._move(piece, owner, (high - low, *owner.shape[1:]), dst)
-            if whole is not None and piece is not None:
-                columns = tuple(slice(o, o + n) for o, n in zip(owner.offset[1:], owner.shape[1:], strict=True))
-                whole[(slice(low - start, high - start), *columns)] = piece.to("cpu")
-        return whole
+                yield owner, low, box.tensor[low - box.rows.start : high - box.rows.start].detach().contiguous()
+            elif receives:
+                device = torch.cuda.current_device()
+                yield owner, low, torch.empty((high - low, *owner.shape[1:]), dtype=owner.dtype, device=device)
 
-    def _move(self, piece: Tensor | None, owner: _Owner, shape: tuple[int, ...], dst: int | None) -> Tensor | None:
-        if not torch.distributed.is_initialized() or owner.rank == dst:
-            return piece
-        if dst is not None and self._rank not in (dst, owner.rank):
-            return None
-        if piece is None:
-            piece = torch.empty(shape, dtype=owner.dtype, device=torch.cuda.current_device())
+    def _move(self, piece: Tensor, owner: int, dst: int | None) -> None:
+        """From the rank `owner` to `dst`, or to all."""
+        if not torch.distributed.is_initialized() or owner == dst:
+            return
         if dst is None:
-            torch.distributed.broadcast(piece, src=owner.rank)
+            torch.distributed.broadcast(piece, src=owner)
         elif self._rank == dst:
-            torch.distributed.recv(piece, src=owner.rank)
+            torch.distributed.recv(piece, src=owner)
         else:
             torch.distributed.send(piece, dst=dst)
-            return None
-        return piece
 
 
 def iter_hf(gatherer: Gatherer) -> Iterator[tuple[str, Tensor]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import staged
+from bridge.convert.dtypes import FLOATS
 from bridge.convert.folders import copy_assets, listed_assets, with_dtype
 from bridge.convert.live import CHUNK_BYTES, Gatherer
+from bridge.convert.pieces import CopyTensor, Piece, PlannedReader
 from bridge.convert.torch_dtypes import DTYPE_NAMES
-from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader, TensorSpec, num_rows, row_bytes
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Entry
+from bridge.together import together
 
 if TYPE_CHECKING:
     from bridge.api import Gemma4Bridge
@@ -29,87 +30,97 @@ if TYPE_CHECKING:
 import numpy as np
 
 
-def save_live(
-    model: Sequence[torch.nn.Module], bridge: Gemma4Bridge, target: Path, max_shard_size: int, overwrite: bool
-) -> None:
-    """Every rank takes part. What fails on rank 0 is raised on every rank, after the others have sent their part."""
-    gatherer = Gatherer(model, bridge.table)
-    distributed = torch.distributed.is_initialized()
-    failure: list[str | None] = [None]
-    if distributed and torch.distributed.get_rank() != 0:
+def save_live(gatherer: Gatherer, bridge: Gemma4Bridge, target: Path, max_shard_size: int, overwrite: bool) -> None:
+    """Rank 0 writes what `gatherer` gathers. Every rank takes part, and raises what any of them does."""
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    with ExitStack() as stack:
+        folder: _Folder | None = None
+        with together():
+            if writes:
+                folder = _Folder(stack, gatherer, bridge, target, max_shard_size, overwrite)
         for key, start, stop in _chunks(gatherer):
-            gatherer.rows(key, start, stop, dst=0)
-    else:
-        received = _chunks(gatherer)
-        try:
-            _write(gatherer, received, bridge, target, max_shard_size, overwrite)
-        except BridgeError as error:
-            failure[0] = str(error)
-            for key, start, stop in received:
-                gatherer.rows(key, start, stop, dst=0)
-    if distributed:
-        torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+            rows = gatherer.rows(key, start, stop, dst=0)
+            with together():
+                if folder is not None and rows is not None:
+                    folder.write(key, start, rows)
+        with together():
+            if folder is not None:
+                folder.finish()
+            stack.close()
 
 
 def _chunks(gatherer: Gatherer) -> Iterator[tuple[str, int, int]]:
     """(Megatron key, first row, end) of everything, in an order and in pieces that all ranks agree on."""
     for key, entry in gatherer.table.entries.items():
-        size = math.prod(entry.shape[1:]) * gatherer.owners[key][0].dtype.itemsize
-        step, rows = max(1, CHUNK_BYTES // max(1, size)), num_rows(entry.shape)
+        step, rows = gatherer.chunk_rows(key), num_rows(entry.shape)
         for start in range(0, rows, step):
             yield key, start, min(start + step, rows)
 
 
-def _write(
-    gatherer: Gatherer,
-    received: Iterator[tuple[str, int, int]],
-    bridge: Gemma4Bridge,
-    target: Path,
-    max_shard_size: int,
-    overwrite: bool,
-) -> None:
-    table = bridge.table
-    with ExitStack() as stack:
-        beside, order, assets_folder, metadata = _source(stack, bridge)
-        assets = listed_assets(assets_folder) if bridge.megatron is not None else HfFolder(assets_folder).assets
-        specs, rest = [], []
+class _Folder:
+    """The folder that rank 0 writes, whole when `stack` is closed after `finish`."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        gatherer: Gatherer,
+        bridge: Gemma4Bridge,
+        target: Path,
+        max_shard_size: int,
+        overwrite: bool,
+    ) -> None:
+        self._table = table = bridge.table
+        self._beside, order, self._assets_folder, metadata = _source(stack, bridge)
+        whole = bridge.megatron is not None
+        self._assets = listed_assets(self._assets_folder) if whole else HfFolder(self._assets_folder).assets
+        dtypes = {owners[0].dtype for owners in gatherer.owners.values()}
+        # A model of one dtype makes a folder of one dtype, as `import --dtype` does.
+        self._dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+        specs: list[TensorSpec] = []
+        self._carried: list[CopyTensor] = []
         for name, shape in order:
             if name in table.by_hf_name or name in table.copies:
                 entry = table.by_hf_name[name][0] if name in table.by_hf_name else table.copies[name]
                 specs.append(TensorSpec(name, DTYPE_NAMES[gatherer.owners[entry.key][0].dtype], shape))
-            elif beside is not None:
-                specs.append(TensorSpec(name, beside.tensors[name].dtype, shape))
-                rest.append(specs[-1])
+            elif self._beside is not None:
+                stored = self._beside.tensors[name].dtype
+                dtype = DTYPE_NAMES[self._dtype] if self._dtype is not None and stored in FLOATS else stored
+                self._carried.append(CopyTensor(name, dtype, shape, (Piece(0, name, 0, num_rows(shape)),)))
+                specs.append(self._carried[-1].spec)
         stage = stack.enter_context(
             staged(
                 target,
                 plan=f"live {uuid.uuid4()}",
-                sources=[assets_folder / asset for asset in assets],
+                sources=[self._assets_folder / asset for asset in self._assets],
                 needed_bytes=sum(spec.nbytes for spec in specs),
                 overwrite=overwrite,
             )
         )
-        writer = stack.enter_context(HfWriter(stage.folder, specs, max_shard_size, metadata))
-        copies = {entry.key: name for name, entry in table.copies.items() if name in writer.specs}
-        for key, start, stop in received:
-            rows = gatherer.rows(key, start, stop, dst=0)
-            assert rows is not None
-            _write_rows(writer, table.entries[key], start, rows)
-            if key in copies:
-                writer.write_rows(copies[key], start, _bytes(rows))
-        for spec in rest:
-            assert beside is not None
-            step = max(1, CHUNK_BYTES // max(1, row_bytes(spec)))
-            for start in range(0, num_rows(spec.shape), step):
-                stop = min(start + step, num_rows(spec.shape))
-                buffer = np.empty((stop - start) * row_bytes(spec), dtype=np.uint8)
-                beside.read_rows(spec.name, start, stop, buffer)
-                writer.write_rows(spec.name, start, buffer)
-        writer.finish()
-        copy_assets(assets_folder, assets, stage.folder)
-        _fix_config(stage.folder / "config.json", gatherer)
+        self._path = stage.folder
+        self._writer = stack.enter_context(HfWriter(stage.folder, specs, max_shard_size, metadata))
+        self._copies = {entry.key: name for name, entry in table.copies.items() if name in self._writer.specs}
+
+    def write(self, key: str, start: int, rows: Tensor) -> None:
+        """Rows of a Megatron tensor, from `start` on."""
+        _write_rows(self._writer, self._table.entries[key], start, rows)
+        if key in self._copies:
+            self._writer.write_rows(self._copies[key], start, _bytes(rows))
+
+    def finish(self) -> None:
+        """Write what no rank holds: carried tensors, the index, assets, the config."""
+        if self._beside is not None:
+            reader = PlannedReader(self._carried, self._beside)
+            for spec in (tensor.spec for tensor in self._carried):
+                step = max(1, CHUNK_BYTES // max(1, row_bytes(spec)))
+                for start in range(0, num_rows(spec.shape), step):
+                    stop = min(start + step, num_rows(spec.shape))
+                    buffer = np.empty((stop - start) * row_bytes(spec), dtype=np.uint8)
+                    reader.read_rows(spec.name, start, stop, buffer)
+                    self._writer.write_rows(spec.name, start, buffer)
+        self._writer.finish()
+        copy_assets(self._assets_folder, self._assets, self._path)
+        if self._dtype is not None:
+            _fix_config(self._path / "config.json", str(self._dtype).removeprefix("torch."))
 
 
 def _source(
@@ -138,11 +149,8 @@ def _bytes(rows: Tensor) -> np.ndarray:
     return rows.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _fix_config(path: Path, gatherer: Gatherer) -> None:
+def _fix_config(path: Path, dtype: str) -> None:
     """A model of one dtype says so in its config, when that says another."""
-    dtypes = {owners[0].dtype for owners in gatherer.owners.values()}
     config = json.loads(path.read_text(encoding="utf-8"))
-    if len(dtypes) == 1:
-        dtype = str(next(iter(dtypes))).removeprefix("torch.")
-        if config.get("dtype", config.get("torch_dtype", dtype)) != dtype:
-            write_text(path, json.dumps(with_dtype(config, dtype), indent=2) + "\n")
+    if config.get("dtype", config.get("torch_dtype", dtype)) != dtype:
+        write_text(path, json.dumps(with_dtype(config, dtype), indent=2) + "\n")

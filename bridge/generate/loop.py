@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,6 +26,7 @@ from bridge.megatron.kv_cache import CachedStep, KeyValueCaches, NewTokens, padd
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
 from bridge.megatron.visibility import Visibility
+from bridge.token_ids import check_ids
 
 
 @dataclass
@@ -104,11 +106,7 @@ class Generator:
     def _row(self, index: int, sample: int, prompt: Prompt) -> _Row:
         if not prompt.ids:
             raise UsageError(f"prompt {index} has no tokens")
-        behind = [i for i in prompt.ids if not 0 <= i < self.geometry.vocab_size]
-        if behind:
-            raise UsageError(
-                f"prompt {index}: token id {behind[0]} is not in the vocabulary of {self.geometry.vocab_size}"
-            )
+        check_ids(np.asarray(prompt.ids), self.geometry, f"prompt {index}")
         ids = torch.tensor([prompt.ids])
         types = None if prompt.mm_token_type_ids is None else prompt.mm_token_type_ids.reshape(1, -1).cpu()
         return _Row(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))

@@ -38,3 +38,10 @@ def resolve(name: str, *, config_only: bool = False, revision: str | None = None
         # The hub's own errors are many; what they have in common is that the model could not be had.
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: neither a folder here nor to be had from the hub ({line})") from error
+
+
+def model_name(folder: Path) -> str:
+    """What a model folder is called: in the hub's cache by its id, not by the hash of its snapshot."""
+    folder = folder.absolute()
+    repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    return repository.removeprefix("models--").replace("--", "/") if repository.startswith("models--") else folder.name

@@ -35,6 +35,7 @@ def attach(models: Sequence[Gemma4Model], table: AdapterTable) -> None:
     Raises UsageError for a weight whose module has no place for one.
     """
     for model in models:
+        model.adapter_table = table
         model.requires_grad_(False)
         owners = {id(p): (m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False)}
         for item in model.sharded_state_dict(metadata=dict(METADATA)).values():

@@ -10,7 +10,7 @@ and on one adapter, and a tensor that is not adapted is copied byte by byte.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,11 +84,11 @@ def open_base(stack: ExitStack, path: Path) -> Base:
 
 
 @dataclass(frozen=True)
-class _Factors:
+class Factors:
     """The tensors of one target in float32. `column_scale` [hidden]: of an embedding with DoRA.
 
     `norm_dtype`: that of the weight promoted by that of its factors. Of a weight that was trained whole, `a` is that,
-    as it is stored, and there is no `b`.
+    as it is stored, and there is no `b`. `of` makes them of canonical tensors, in the order of the target's parts.
     """
 
     target: Target
@@ -97,6 +97,28 @@ class _Factors:
     b: Tensor | None = None
     magnitude: Tensor | None = None
     column_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, target: Target, weight_dtype: torch.dtype, values: Sequence[Tensor]) -> Factors:
+        first, *rest = values
+        whole = first if target.kind == "saved" else first.float()
+        return cls(target, torch.promote_types(weight_dtype, first.dtype), whole, *(value.float() for value in rest))
+
+    def with_column_norms(self, base: Iterable[tuple[int, Tensor]]) -> Factors:
+        """What an embedding with DoRA needs: `base` are all of its rows, (first row, rows)."""
+        squares = torch.zeros(self.target.shape[1], dtype=torch.float64)
+        for start, rows in base:
+            squares += self.added(rows, start, start + len(rows)).square().sum(0)
+        return replace(self, column_scale=self.scale(squares.sqrt().float()))
+
+    def merged(self, weight: Tensor, start: int) -> Tensor:
+        """Rows of the base, from `start` on, with the adapter in them: float32 (or as trained whole)."""
+        merged = self.added(weight, start, start + len(weight))
+        if self.column_scale is not None:
+            merged *= self.column_scale
+        elif self.magnitude is not None:
+            merged *= self.scale(torch.linalg.norm(merged, dim=1), start)[:, None]
+        return merged
 
     def scale(self, norms: Tensor, start: int = 0) -> Tensor:
         """What DoRA multiplies rows (of an embedding: columns) by that begin at `start` and have those norms [n]."""
@@ -128,7 +150,7 @@ class MergedReader:
         self.tensors: Mapping[str, TensorLike] = base.tensors
         self._base, self._adapter = base, adapter
         self._lock = threading.Lock()
-        self._factors: dict[str, _Factors] = {}
+        self._factors: dict[str, Factors] = {}
         self._targets: dict[str, Target] = {target.name: target for target in adapter.targets}
         for target in adapter.targets:
             # A tied head that is written out is the embedding once more.
@@ -149,37 +171,25 @@ class MergedReader:
             return
         weight = torch.frombuffer(as_bytes(out), dtype=TORCH_DTYPES[self.tensors[name].dtype])
         weight = weight.view(stop - start, *target.shape[1:])
-        factors = self._of(target)
-        merged = factors.added(weight, start, stop)
-        if factors.column_scale is not None:
-            merged *= factors.column_scale
-        elif factors.magnitude is not None:
-            merged *= factors.scale(torch.linalg.norm(merged, dim=1), start)[:, None]
-        weight.copy_(merged)
+        weight.copy_(self._of(target).merged(weight, start))
 
-    def _of(self, target: Target) -> _Factors:
+    def _of(self, target: Target) -> Factors:
         with self._lock:
             if target.name not in self._factors:
                 while len(self._factors) >= _KEPT:
                     del self._factors[next(iter(self._factors))]
-                first, *rest = (self._adapter.value(target, part) for part in target.parts)
-                dtype = torch.promote_types(TORCH_DTYPES[self.tensors[target.name].dtype], first.dtype)
-                whole = first if target.kind == "saved" else first.float()
-                factors = _Factors(target, dtype, whole, *(value.float() for value in rest))
+                dtype = TORCH_DTYPES[self.tensors[target.name].dtype]
+                factors = Factors.of(target, dtype, [self._adapter.value(target, part) for part in target.parts])
                 if target.kind == "embedding" and factors.magnitude is not None:
-                    factors = replace(factors, column_scale=factors.scale(self._column_norms(factors)))
+                    factors = factors.with_column_norms(self._base_rows(target))
                 self._factors[target.name] = factors
             return self._factors[target.name]
 
-    def _column_norms(self, factors: _Factors) -> Tensor:
-        """[hidden]: of the whole adapted embedding, which is read for it."""
-        target = factors.target
-        rows, columns = target.shape
-        squares = torch.zeros(columns, dtype=torch.float64)
+    def _base_rows(self, target: Target) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of all of a tensor without its adapter."""
+        rows = target.shape[0]
         for start in range(0, rows, _ROWS):
-            part = _rows(self._base, target.name, start, min(start + _ROWS, rows))
-            squares += factors.added(part, start, start + len(part)).square().sum(0)
-        return squares.sqrt().float()
+            yield start, _rows(self._base, target.name, start, min(start + _ROWS, rows))
 
 
 def merge_adapter(

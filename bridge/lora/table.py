@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bridge.errors import UsageError
@@ -120,6 +121,12 @@ def cut(tensor: Tensor, target: Target, part: Part) -> Tensor:
     if target.kind == "embedding":
         return tensor.T
     return tensor.narrow(-2 if part == "A" else -1, 0, target.rank)
+
+
+def canonical(entry: Entry, index: int, whole: Tensor, target: Target, part: Part) -> Tensor:
+    """Of a tensor of the table, all of it, the part of one target as PEFT has it; `index`: which of its sources."""
+    rows = [whole[block.row : block.row + block.num_rows] for block in entry.blocks if block.source == index]
+    return cut(torch.cat(rows), target, part).contiguous()
 
 
 def _entries(adapted: Adapted) -> Iterator[Entry]:

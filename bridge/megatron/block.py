@@ -94,33 +94,14 @@ class Gemma4Block(TransformerBlock):
         if isinstance(visibility, CachedStep):
             state, kv = self._run_cached(state, ple, kv, rotary, visibility)
         else:
-            state, kv = self._run_all(state, ple, kv, rotary, visibility)
+            for start, stop, recompute in self._groups():
+                state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, recompute)
 
         if self.final_layernorm is not None:
             state = self.final_layernorm(state)
         if not self.post_process:
             state = self.exit.pack(state, embeds, kv, slots)
         return make_viewless_tensor(state, requires_grad=state.requires_grad, keep_graph=True)
-
-    def _run_all(
-        self,
-        state: Tensor,
-        ple: Sequence[Tensor] | None,
-        kv: dict[int, KeyValue],
-        rotary: dict[LayerKind, Rotary],
-        visibility: Visibility,
-    ) -> tuple[Tensor, dict[int, KeyValue]]:
-        """Every layer of the stage, in groups that are recomputed together."""
-        step = len(self.layers)
-        recompute = self.config.recompute_granularity == "full" and self.training
-        if recompute:
-            step = self.config.recompute_num_layers or 1
-        for start in range(0, len(self.layers), step):
-            stop = min(start + step, len(self.layers))
-            # The `block` method recomputes only so many layers of a stage; `uniform` all of them, in groups.
-            once = recompute and (self.config.recompute_method != "block" or start < step)
-            state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, once)
-        return state, kv
 
     def _run_cached(
         self,
@@ -144,6 +125,17 @@ class Gemma4Block(TransformerBlock):
             state, kv = self._run(readers, count, state, ple, kv, step.rotary(rotary), step.last, False)
             return (state if self.post_process else step.put_back(state)), kv
         return (step.take_last(state) if self.post_process else state), kv
+
+    def _groups(self) -> list[tuple[int, int, bool]]:
+        """Layers that run together: the first, the one behind the last, and whether the backward pass repeats them."""
+        end = len(self.layers)
+        if self.config.recompute_granularity != "full" or not self.training:
+            return [(0, end, False)]
+        count = min(self.config.recompute_num_layers or 1, end)
+        if self.config.recompute_method == "block":  # so many layers of a stage, singly, and none of the others
+            rest = [(count, end, False)] if count < end else []
+            return [(i, i + 1, True) for i in range(count)] + rest
+        return [(i, min(i + count, end), True) for i in range(0, end, count)]
 
     def _run(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,6 +47,10 @@ class Gemma4TransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("hidden_dropout", "attention_dropout"):
+            # Megatron's hidden dropout would act on the embeddings alone, and that of attention on nothing.
+            if getattr(self, name):
+                raise UsageError(f"{name}={getattr(self, name)}: no Gemma 4 model has dropout, and no layer here")
         check_vision_mask(self.geometry, self.vision_mask)
         if self.kernels not in kernels.NAMES:
             raise UsageError(f"kernels={self.kernels}: known are {', '.join(kernels.NAMES)}")
@@ -62,12 +65,3 @@ class Gemma4TransformerConfig(TransformerConfig):
         config.num_query_groups = layer.num_query_groups
         config.ffn_hidden_size = layer.ffn_hidden_size
         return config
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Gemma4TransformerConfig:
-        # Megatron deep-copies configs; the geometry holds read-only mappings and is shared instead.
-        clone = copy.copy(self)
-        memo[id(self)] = clone
-        for name, value in vars(self).items():
-            if name != "geometry":
-                setattr(clone, name, copy.deepcopy(value, memo))
-        return clone

@@ -1,4 +1,8 @@
-"""The scaling of Gemma 4's embeddings (transformers `Gemma4TextScaledWordEmbedding`)."""
+"""Gemma 4's embeddings: their scaling (transformers `Gemma4TextScaledWordEmbedding`), and a vocabulary cut over ranks.
+
+Ranks of tensor parallelism hold equal numbers of rows, so a vocabulary that they do not divide is filled up with rows
+of zeros at its end. They are in no checkpoint, no id means them, and the loss and the logits are without them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,33 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+
+from bridge.errors import UsageError
+
+
+def padded_size(size: int, tp: int) -> int:
+    """The rows of a vocabulary of `size` words in a model whose `tp` ranks hold equal parts of it."""
+    return size + -size % tp
+
+
+def held_rows(size: int, local_rows: int, rank: int) -> int:
+    """How many of the `local_rows` of a rank are words of a vocabulary of `size`, and no padding."""
+    return min(local_rows, max(0, size - rank * local_rows))
+
+
+def require_rows(ids: Tensor, size: int, table: str, ignore: int | None = None) -> None:
+    """Let ids that a table of `size` rows has none for raise: one that is cut over ranks would give zeros.
+
+    On a CPU that is a UsageError which names the id. On a GPU it is an assertion of the device, as torch's own lookup
+    makes it: the host waits for nothing. An id of `ignore` is none.
+    """
+    inside = (ids >= 0) & (ids < size)
+    if ignore is not None:
+        inside |= ids == ignore
+    try:
+        torch._assert_async(inside.all(), f"a token id has no row in {table} ({size} rows)")
+    except RuntimeError:
+        raise UsageError(f"token id {int(ids[~inside][0])} has no row in {table} ({size} rows)") from None
 
 
 def scale_embeddings(

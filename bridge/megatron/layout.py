@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from bridge.errors import ParallelError
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
+from bridge.token_ids import embedding_tables
+
+# Sizes below are offered in the place of one that does not fit.
+_LARGEST_OFFERED = 64
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -29,33 +34,47 @@ def layout_string(stages: list[range]) -> str:
 
 
 def check_layout(geometry: Geometry, parallel: Parallel) -> None:
-    """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes."""
-    tp = parallel.tp
+    """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes, and those that fit."""
+    stage_layers(geometry.num_layers, parallel.pp * parallel.vpp)
+    for size, reason in _misfits(geometry, parallel):
+        others = (replace(parallel, **{size: n}, sequence_parallel=False) for n in range(1, _LARGEST_OFFERED + 1))
+        fit = [str(getattr(other, size)) for other in others if size not in dict(_misfits(geometry, other))]
+        raise ParallelError(f"{reason}; {size}={', '.join(fit)} would fit")
+    if geometry.moe is not None and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ParallelError(
+            f"tp={parallel.tp} with experts needs sequence_parallel: Megatron's dispatchers split the sequence"
+        )
+
+
+def _misfits(geometry: Geometry, parallel: Parallel) -> Iterator[tuple[str, str]]:
+    """Sizes (fields of `Parallel`) that this model does not divide by, and why not."""
+    tp, ep, etp = parallel.tp, parallel.ep, parallel.etp
+    for table in embedding_tables(geometry):
+        if table.rows <= (tp - 1) * -(-table.rows // tp):
+            yield "tp", f"tp={tp}: the {table.rows} rows of {table.name} leave the last rank none"
     for what, size in _split_by_tp(geometry):
         if size % tp:
-            raise ParallelError(f"tp={tp} does not divide {what} ({size})")
+            yield "tp", f"tp={tp} does not divide {what} ({size})"
     for layer in geometry.layers:
         if tp > layer.num_query_groups and tp % layer.num_query_groups:
-            raise ParallelError(
+            yield (
+                "tp",
                 f"tp={tp} is neither a divisor nor a multiple of the {layer.num_query_groups} query groups of layer "
-                f"{layer.index}"
+                f"{layer.index}",
             )
-    stage_layers(geometry.num_layers, parallel.pp * parallel.vpp)
-    if geometry.moe is None:
-        if parallel.ep > 1:
-            raise ParallelError(f"ep={parallel.ep}: this model has no experts")
+    moe = geometry.moe
+    if moe is None:
+        for name, value in (("ep", ep), ("etp", etp)):
+            if value > 1:
+                yield name, f"{name}={value}: this model has no experts"
         return
-    if geometry.moe.num_experts % parallel.ep:
-        raise ParallelError(f"ep={parallel.ep} does not divide {geometry.moe.num_experts} experts")
-    if geometry.moe.ffn_hidden_size % parallel.etp:
-        raise ParallelError(f"etp={parallel.etp} does not divide the experts' width {geometry.moe.ffn_hidden_size}")
-    if tp > 1 and not parallel.sequence_parallel:
-        raise ParallelError(f"tp={tp} with experts needs sequence_parallel: Megatron's dispatchers split the sequence")
+    if moe.num_experts % ep:
+        yield "ep", f"ep={ep} does not divide {moe.num_experts} experts"
+    if moe.ffn_hidden_size % etp:
+        yield "etp", f"etp={etp} does not divide the experts' width {moe.ffn_hidden_size}"
 
 
 def _split_by_tp(geometry: Geometry) -> Sequence[tuple[str, int]]:
-    sizes = [("the vocabulary", geometry.vocab_size), ("the attention heads", geometry.layers[0].num_attention_heads)]
-    if geometry.ple is not None:
-        sizes.append(("the per-layer vocabulary", geometry.ple.vocab_size))
+    sizes = [("the attention heads", geometry.layers[0].num_attention_heads)]
     sizes += [(f"the FFN of layer {layer.index}", layer.ffn_hidden_size) for layer in geometry.layers]
     return sizes

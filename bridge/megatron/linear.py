@@ -17,6 +17,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from bridge.megatron.norm import init_device
+from bridge.megatron.sharding import fill_up
 
 Split = Literal["column", "row"] | None
 
@@ -113,7 +114,7 @@ def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, An
 def _derived(
     item: ShardedTensor | ShardedTensorFactory, parameter: Tensor, key: str, lost: int
 ) -> ShardedTensor | ShardedTensorFactory:
-    """`parameter`, cut as `item` is along all axes but `lost`."""
+    """`parameter`, cut as `item` is along all axes but `lost`; without padding, where the item is (`sharding`)."""
     boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
     dims = len(boxes[0].global_shape)
     lost %= dims
@@ -124,11 +125,14 @@ def _derived(
     # All zeros is the main replica: a place further down the axis that is not there makes another.
     replica_id = (main, rest[0] + boxes[0].global_offset[lost], *rest[1:])
 
-    def axes(whole: tuple[int, ...], size: int) -> tuple[int, ...]:
+    def axes(whole: Sequence[int], size: int) -> tuple[int, ...]:
         full = tuple(size if axis == lost else value for axis, value in enumerate(whole))
         return tuple(full[axis] for axis in kept) if gone else full
 
     def sharded(key: str, part: Tensor, box: ShardedTensor, replica_id: ReplicaId) -> ShardedTensor:
+        shape = axes(box.local_shape, rank)
+        if tuple(part.shape) != shape:  # padding; elsewhere the parameter itself, which has a gradient beside it
+            part = part[tuple(slice(size) for size in shape)]
         return ShardedTensor(
             key,
             part,
@@ -136,23 +140,25 @@ def _derived(
             tuple(part.shape),
             axes(box.global_shape, rank),
             axes(box.global_offset, 0),
-            axes(box.axis_fragmentations, 1),
+            None if box.axis_fragmentations is None else axes(box.axis_fragmentations, 1),
             replica_id,
         )
 
     differ = [axis for axis in kept if len({box.global_offset[axis] for box in boxes}) > 1]
-    if not differ:
+    if not differ and tuple(parameter.shape) == axes(boxes[0].local_shape, rank):
         return sharded(key, parameter, boxes[0], replica_id)
-    dim = differ[0] - (gone and lost < differ[0])
-    sizes = [box.local_shape[differ[0]] for box in boxes]
+    axis = differ[0] if differ else kept[0]
+    dim = axis - (gone and lost < axis)
+    sizes = [box.local_shape[axis] for box in boxes] if differ else [parameter.shape[dim]]
 
     @torch.no_grad()
     def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
-        parts = zip(tensor.split(sizes, dim=dim), boxes, strict=True)
+        parts = zip(tensor.split(sizes, dim=dim), boxes if differ else boxes[:1], strict=True)
         return [sharded(key, part, box, replica_id) for part, box in parts]
 
     @torch.no_grad()
     def merge(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts), dim=dim)
+        shapes = ((*parameter.shape[:dim], size, *parameter.shape[dim + 1 :]) for size in sizes)
+        return torch.cat([fill_up(part, shape) for part, shape in zip(parts, shapes, strict=True)], dim=dim)
 
     return ShardedTensorFactory(key, parameter, build, merge, replica_id)

@@ -25,9 +25,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from bridge.megatron.embedding import held_rows, require_rows
 from bridge.megatron.kernels import fused
-
-IGNORE = -100  # the label of a position that has no loss, as in transformers
+from bridge.token_ids import IGNORE
 
 # Logits of so many bytes exist at a time, in the dtype of the model.
 _CHUNK_BYTES = 128 << 20
@@ -39,9 +39,13 @@ _SAME = 4 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class _Head:
-    """What does not change from chunk to chunk. `weight` [V / tp, h] holds the words from `first_word` on."""
+    """What does not change from chunk to chunk. `weight` [words, h] holds the words from `first_word` on.
+
+    `local_rows`: of the weight with its padding. They are alike on every rank, and so are the chunks.
+    """
 
     weight: Tensor
+    local_rows: int
     first_word: int
     softcap: float | None
     z_loss: float
@@ -50,7 +54,7 @@ class _Head:
 
     def chunks(self, positions: Tensor) -> Iterator[Tensor]:
         """`positions` [n] in pieces whose logits fit the budget."""
-        rows = _CHUNK_BYTES // (self.weight.shape[0] * self.weight.dtype.itemsize)
+        rows = _CHUNK_BYTES // (self.local_rows * self.weight.dtype.itemsize)
         return iter(positions.split(max(1, rows))) if len(positions) else iter(())
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -170,7 +174,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squares: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        head = _Head(weight.detach(), *options)
+        words, *rest = options
+        head = _Head(weight.detach()[:words], *rest)
         if kept is None:
             kept = (labels != IGNORE).nonzero()[:, 0]
         losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
@@ -189,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = _product(squashed, head.weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight.addmm_(squashed.t(), rows)
+                grad_weight[:words].addmm_(squashed.t(), rows)
             del squashed  # before the next chunk's are made
         if squares is not None:
             squares += lses.double().square_().sum()
@@ -217,8 +222,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = None  # before another is made
             total = torch.zeros_like(weight) if main_grad is None else main_grad
             if len(kept):
-                head = _Head(weight.detach(), *ctx.options)
-                _add_gradient(total, head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
+                words, *rest = ctx.options
+                head = _Head(weight.detach()[:words], *rest)
+                _add_gradient(total[:words], head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
             grad_weight = total
         return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None, None
 
@@ -236,6 +242,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    vocab_size: int | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
@@ -248,15 +255,17 @@ def linear_cross_entropy(
     """The loss of every token, float32 [b, s], without the logits [s, b, V] ever being there; 0 where ignored.
 
     `hidden` [s, b, h], or [s / tp, b, h] under `sequence_parallel`; `weight` [V / tp, h], this rank's rows of the head
-    in the order of the ranks of `tp_group`; `labels` [b, s] int64, shifted already, `IGNORE` where a position has no
-    loss. `softcap` c means c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss`
-    times the squared log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known.
-    `kernels` as in `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the
-    weight to it, and autograd gets none; of a weight that takes none it is not read. `squares`, float64 []: the forward
-    pass adds the squared log-sum-exp of every position that has a loss, what `z_loss` is the factor of.
+    in the order of the ranks of `tp_group`; of those of all ranks, what is behind `vocab_size` is padding: no word, and
+    without a gradient. `labels` [b, s] int64, shifted already, `IGNORE` where a position has no loss. `softcap` c means
+    c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss` times the squared
+    log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known. `kernels` as in
+    `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the weight to it, and
+    autograd gets none; of a weight that takes none it is not read. `squares`, float64 []: the forward pass adds the
+    squared log-sum-exp of every position that has a loss, what `z_loss` is the factor of.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). In float32 cheapest where every token weighs the same, as in a sum.
+    A label that is no word raises UsageError: see `require_rows`.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     if group is not None:
@@ -265,8 +274,12 @@ def linear_cross_entropy(
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-    first_word = weight.shape[0] * (group.rank() if group is not None else 0)
-    options = (first_word, softcap, z_loss, group, kernels)
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    local_rows = weight.shape[0]
+    vocab_size = local_rows * size if vocab_size is None else vocab_size
+    require_rows(labels, vocab_size, "the head", ignore=IGNORE)
+    words = held_rows(vocab_size, local_rows, rank)
+    options = (words, local_rows, rank * local_rows, softcap, z_loss, group, kernels)
     losses = _LinearCrossEntropy.apply(
         hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, squares, options
     )
@@ -309,6 +322,7 @@ def fused_loss(
         hidden_states,
         weight,
         labels,
+        vocab_size=config.geometry.vocab_size,
         softcap=config.geometry.logit_softcap,
         z_loss=context.z_loss,
         tp_group=output_layer.tp_group,  # type: ignore[arg-type]

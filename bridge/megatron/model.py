@@ -10,22 +10,29 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from bridge.errors import ParallelError
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
-from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.embedding import held_rows, padded_size, require_rows, scale_embeddings
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.linear import adapter_items
 from bridge.megatron.loss import LossContext, fused_loss
 from bridge.megatron.rope import rotary_tables
+from bridge.megatron.sharding import without_padding
 from bridge.megatron.visibility import Visibility
 from bridge.megatron.zigzag import Zigzag
 
 
 class Gemma4Model(GPTModel):
-    """One stage of a Gemma 4 decoder. `layers` are the numbers of its layers, 0-based."""
+    """One stage of a Gemma 4 decoder. `layers` are the numbers of its layers, 0-based.
+
+    `adapter_table`: of the adapters that the whole model has (`bridge.lora.inject`); an `AdapterTable`, or None.
+    """
+
+    adapter_table: Any = None
 
     def __init__(
         self,
@@ -41,7 +48,7 @@ class Gemma4Model(GPTModel):
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=[], layer_norm=None),
-            vocab_size=geometry.vocab_size,
+            vocab_size=padded_size(geometry.vocab_size, get_pg_size(pg_collection.tp)),
             max_sequence_length=geometry.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
@@ -54,10 +61,25 @@ class Gemma4Model(GPTModel):
             # As in `megatron.linear`.
             self.embedding.word_embeddings.adapters = torch.nn.ModuleDict()
         self.decoder = Gemma4Block(config, layers, pre_process, post_process, pg_collection, vp_stage)
+        self.clear_padding()
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Make the rows zeros that fill up vocabularies (`embedding.py`); whatever fills parameters calls it."""
+        geometry, tables = self.config.geometry, []
+        if self.pre_process:
+            tables.append((self.embedding.word_embeddings.weight, geometry.vocab_size))
+        if self.post_process and self.output_layer.weight is not None:
+            tables.append((self.output_layer.weight, geometry.vocab_size))
+        if self.decoder.ple is not None:
+            tables.append((self.decoder.ple.embed_tokens.weight, geometry.ple.vocab_size))
+        for weight, size in tables:
+            weight[held_rows(size, len(weight), get_pg_rank(self.pg_collection.tp)) :].zero_()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Scaled input embeddings [s (/tp), b, h] of `input_ids` [b, s]."""
+        """Scaled input embeddings [s (/tp), b, h] of `input_ids` [b, s]. Raises UsageError: see `require_rows`."""
         geometry = self.config.geometry
+        require_rows(input_ids, geometry.vocab_size, "embed_tokens")
         rows = self.embedding(input_ids=input_ids, position_ids=None)
         return scale_embeddings(
             rows,
@@ -85,6 +107,8 @@ class Gemma4Model(GPTModel):
         **kwargs: Any,
     ) -> Tensor:
         """Logits [b, s / cp, vocab / tp], or token losses [b, s / cp] where `labels` are given; a payload elsewhere.
+
+        A vocabulary that `tp` does not divide is filled up at its end, on the last rank, with logits of -inf.
 
         Losses are float32, 0 where the label is -100, and made without the logits (see `loss.py`); `z_loss` is a
         factor for them, and the sum of what it is a factor of is added to `squares` (float64 []). An `output_processor`
@@ -137,19 +161,31 @@ class Gemma4Model(GPTModel):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Without the empty `_extra_state` entries of Megatron's own linears: they hold nothing, checkpoints need not
-        have them, and strict loading asks for whatever is named here. Adapters are cut as their weights are."""
+        have them, and strict loading asks for whatever is named here. Without the rows that fill up the vocabulary.
+        Adapters are cut as their weights are."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {
             key: item
             for key, item in state.items()
             if not (key.endswith("_extra_state") and isinstance(item, ShardedObject) and item.data is None)
         }
+        for name in (f"{prefix}embedding.word_embeddings.weight", f"{prefix}output_layer.weight"):
+            if name in state:
+                state[name] = without_padding(state[name], self.config.geometry.vocab_size)
         return state | adapter_items(self, state)
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
-        """The softcap, in the dtype of the logits; Megatron calls this between the head and the loss."""
-        cap = self.config.geometry.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """The softcap of [s, b, vocab / tp], in their dtype, and -inf for the columns that fill up the vocabulary.
+
+        Megatron calls this between the head and the loss.
+        """
+        geometry, columns = self.config.geometry, logits.shape[-1]
+        cap = geometry.logit_softcap
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        words = held_rows(geometry.vocab_size, columns, get_pg_rank(self.pg_collection.tp))
+        if words == columns:
+            return logits
+        return logits.masked_fill(torch.arange(columns, device=logits.device) >= words, float("-inf"))
 
 
 def _bounds(packed: PackedSeqParams) -> Tensor:

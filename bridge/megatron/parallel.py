@@ -51,6 +51,11 @@ class Parallel:
         split = math.lcm(2 if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1)
         return self.cp * split
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches of a step must be a multiple of: interleaved stages take them by `pp`."""
+        return self.pp if self.vpp > 1 else 1
+
     def dp(self, world_size: int) -> int:
         """How many data-parallel replicas of the dense layers `world_size` ranks hold. Raises ParallelError."""
         dense, experts = self.tp * self.cp * self.pp, self.etp * self.ep * self.pp
@@ -73,22 +78,15 @@ class Parallel:
         return " ".join(parts) or "1 rank"
 
 
-def check_groups(parallel: Parallel, experts: bool) -> None:
-    """Raise ParallelError where Megatron's groups, made before, are of another layout; `experts`: theirs count too."""
-    from megatron.core import parallel_state as made
-
-    have = {
-        "tp": made.get_tensor_model_parallel_world_size(),
-        "pp": made.get_pipeline_model_parallel_world_size(),
-        "cp": made.get_context_parallel_world_size(),
-    }
+def check_groups(parallel: Parallel, groups: ProcessGroupCollection, experts: bool) -> None:
+    """Raise ParallelError where process groups are of another layout; `experts`: those of experts count too."""
+    have = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp}
     if experts:
-        have["ep"] = made.get_expert_model_parallel_world_size()
-        have["etp"] = made.get_expert_tensor_parallel_world_size()
-    for name, size in have.items():
-        if size != getattr(parallel, name):
+        have |= {"ep": groups.ep, "etp": groups.expt_tp}
+    for name, group in have.items():
+        if group.size() != getattr(parallel, name):
             raise ParallelError(
-                f"{name}={getattr(parallel, name)}: Megatron's groups were made with {name}={size}; "
+                f"{name}={getattr(parallel, name)}: Megatron's groups were made with {name}={group.size()}; "
                 "`bridge.megatron.parallel.initialize` makes others"
             )
 

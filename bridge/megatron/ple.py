@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import ModuleDict
 
 from bridge.megatron.config import Gemma4TransformerConfig
-from bridge.megatron.embedding import scale_embeddings
+from bridge.megatron.embedding import padded_size, require_rows, scale_embeddings
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.norm import RMSNorm
-from bridge.megatron.sharding import split_parameter
+from bridge.megatron.sharding import split_parameter, without_padding
 
 
 def share_over_stages(parameter: Tensor, first: bool) -> None:
@@ -41,7 +41,7 @@ class PerLayerEmbedding(MegatronModule):
         self.pg_collection = pg_collection
         self.pad_token_id = config.geometry.pad_token_id
         self.embed_tokens = tensor_parallel.VocabParallelEmbedding(
-            ple.vocab_size,
+            padded_size(ple.vocab_size, get_pg_size(pg_collection.tp)),
             len(layers) * ple.dim,
             init_method=config.init_method,
             reduce_scatter_embeddings=config.sequence_parallel,
@@ -54,7 +54,8 @@ class PerLayerEmbedding(MegatronModule):
         share_over_stages(self.projection_norm.weight, first=layers.start == 0)
 
     def forward(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
-        """`input_ids` [b, s] and the scaled input embeddings [s (/tp), b, h]."""
+        """`input_ids` [b, s] and the scaled input embeddings [s (/tp), b, h]. Raises UsageError: see `require_rows`."""
+        require_rows(input_ids, self.ple.vocab_size, "embed_tokens_per_layer")
         tokens = self.embed_tokens(input_ids)
         if not self.config.sequence_parallel:
             tokens = tokens.transpose(0, 1)
@@ -80,15 +81,16 @@ class PerLayerEmbedding(MegatronModule):
         norm_tensor = make_sharded_tensor_for_checkpoint(
             self.projection_norm.weight, norm, replica_id=(self.layers.start, tp_rank, dp_rank)
         )
+        tokens = split_parameter(
+            table,
+            self.embed_tokens.weight,
+            1,
+            lambda i: ((0, tp_rank, tp_size), layer_axis(1, i)),
+            len(self.layers),
+            (0, 0, dp_rank),
+        )
         return {
-            table: split_parameter(
-                table,
-                self.embed_tokens.weight,
-                1,
-                lambda i: ((0, tp_rank, tp_size), layer_axis(1, i)),
-                len(self.layers),
-                (0, 0, dp_rank),
-            ),
+            table: without_padding(tokens, self.ple.vocab_size),
             projection: split_parameter(
                 projection,
                 self.model_projection.weight,

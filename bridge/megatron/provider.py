@@ -11,14 +11,14 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
-from bridge.errors import ParallelError, UsageError
+from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.megatron import attention_backends, parts
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
-from bridge.megatron.parallel import Parallel
+from bridge.megatron.parallel import Parallel, check_groups
 from bridge.megatron.pipeline import Boundary
 
 # What Megatron's selective recompute can name and this model's layers honour.
@@ -144,10 +144,7 @@ class Gemma4Provider:
         Megatron's groups must be initialised. Raises ParallelError where they are not of this provider's layout.
         """
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "cp": groups.cp.size()}
-        for name, size in sizes.items():
-            if size != getattr(self.parallel, name):
-                raise ParallelError(f"the process groups have {name}={size}, the provider {self.parallel}")
+        check_groups(self.parallel, groups, self.geometry.moe is not None)
         stage = (vp_stage or 0) * self.parallel.pp + get_pg_rank(groups.pp)
         if pre_process is None:
             pre_process = is_pp_first_stage(groups.pp) and not vp_stage

@@ -140,7 +140,23 @@ def _cut(config: Config, layers: Config) -> Config:
     return {**config, "text_config": text | {"layer_types": text["layer_types"][:count], "per_layer_config": own}}
 
 
-def toy_config(variant: str, *, text_only: bool = False, full_size: bool = False, untied: bool = False) -> ToyConfig:
-    """The config of a toy, or of the published size. Raises UsageError for an unknown variant."""
+def toy_config(
+    variant: str,
+    *,
+    text_only: bool = False,
+    full_size: bool = False,
+    untied: bool = False,
+    vocab_size: int | None = None,
+    ple_vocab_size: int | None = None,
+) -> ToyConfig:
+    """The config of a toy, or of the published size. Raises UsageError for an unknown variant.
+
+    `vocab_size` is that of all tables; `ple_vocab_size` of the per-layer one, where that is to be another.
+    """
     config = published(variant)
-    return ToyConfig(config if full_size else shrink(config, variant), text_only, untied)
+    config = config if full_size else shrink(config, variant)
+    text = dict(config["text_config"])
+    for field, size in (("vocab_size", vocab_size), ("vocab_size_per_layer_input", ple_vocab_size or vocab_size)):
+        if size is not None and text.get(field):
+            text[field] = size
+    return ToyConfig({**config, "text_config": text}, text_only, untied)

@@ -32,6 +32,8 @@ def write_toy(
     untied: bool = False,
     mixed_dtypes: bool = False,
     dead_kv: bool = True,
+    vocab_size: int | None = None,
+    ple_vocab_size: int | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
@@ -49,6 +51,8 @@ def write_toy(
         mixed_dtypes: norms, router scales and some projections in float32, the rest in bfloat16.
         dead_kv: with the k_proj, v_proj and k_norm that published E2B and E4B files carry in KV-shared layers, and
             that no model reads.
+        vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
+        ple_vocab_size: rows of the per-layer table, where they are to be others.
         overwrite: replace an existing folder.
         max_shard_size: of a weight file, in bytes.
         progress: called with (bytes written, bytes in all).
@@ -61,7 +65,17 @@ def write_toy(
         raise UsageError(f"unknown dtype {dtype!r}, expected one of {', '.join(_ON_DISK)}")
     if mixed_dtypes and dtype != "bfloat16":
         raise UsageError(f"mixed_dtypes adds float32 tensors to bfloat16 ones, which dtype {dtype!r} excludes")
-    toy = toy_config(variant, text_only=text_only, full_size=full_size, untied=untied)
+    for name, size in (("vocab_size", vocab_size), ("ple_vocab_size", ple_vocab_size)):
+        if size is not None and size < 1:
+            raise UsageError(f"{name} {size}: a table has a row or more")
+    toy = toy_config(
+        variant,
+        text_only=text_only,
+        full_size=full_size,
+        untied=untied,
+        vocab_size=vocab_size,
+        ple_vocab_size=ple_vocab_size,
+    )
     config, shapes = build(toy, dtype, dead_kv=dead_kv)
     specs = [
         TensorSpec(name, "F32" if mixed_dtypes and is_float32_in_mixed(name) else _ON_DISK[dtype], shape)

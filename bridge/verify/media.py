@@ -18,13 +18,13 @@ from bridge.verify.sample import IGNORE, Sample
 SAMPLING_RATE = 16_000
 
 
-def kinds_of(geometry: Geometry) -> tuple[str, ...]:
-    """The rows of a batch with everything that the model takes: an even number, text at the end."""
+def kinds_of(geometry: Geometry, multiple_of: int = 2) -> tuple[str, ...]:
+    """The rows of a batch with everything that the model takes: a multiple of `multiple_of`, text at the end."""
     seen = ("image", "two images", "two videos") if geometry.vision is not None else ()
     heard = ("audio",) if geometry.audio is not None else ()
     both = ("image, audio, text",) if seen and heard else ()
     kinds = (*seen, *both, *heard, "text")
-    return kinds + ("text",) * (len(kinds) % 2)
+    return kinds + ("text",) * (-len(kinds) % multiple_of)
 
 
 def media_sample(

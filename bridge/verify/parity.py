@@ -80,7 +80,7 @@ def run_parity(task: ParityTask) -> list[Check]:
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             # A copy: Megatron's cross entropy works in place, and in a batch of one row on these very numbers.
             whole = gather(gather_from_tensor_model_parallel_region(logits.detach().clone()), groups.cp)
-            captured.append(whole)
+            captured.append(whole[..., : task.geometry.vocab_size])  # behind it are logits of no word
             counted = take(batch.counted, groups.cp)
             labels = take(batch.labels.clamp(min=0), groups.cp)
             # The last stage's own loss, on [s, b, vocab / tp].

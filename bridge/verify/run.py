@@ -17,6 +17,7 @@ from bridge.convert.manifest import MegatronFolder
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.hf.hub import model_name
 from bridge.megatron.parallel import Parallel
 from bridge.verify.result import Check
 from bridge.verify.round_trip import check_round_trip
@@ -55,7 +56,7 @@ def verify(
         raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
     with ExitStack() as stack:
         geometry = open_source(stack, hf_dir).geometry
-    variant = hf_dir.name
+    variant = model_name(hf_dir)
     rows: list[Check] = []
     if "round-trip" in checks:
         rows += check_round_trip(hf_dir, megatron_dir, variant, workdir=workdir, progress=progress)
@@ -84,16 +85,17 @@ def _parity(
 
     from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
-    from bridge.verify.media import media_sample
+    from bridge.verify.media import kinds_of, media_sample
     from bridge.verify.sample import random_sample
-    from bridge.verify.task import ParityTask, run, run_reference
+    from bridge.verify.task import ParityTask, row_count_multiple, run, run_reference
 
     check_layout(geometry, parallel)
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
     if checkpoint is not None:
         geometry = replace(geometry, tied=checkpoint.geometry.tied)
-    # Context and sequence parallelism divide a row.
-    multiple_of = math.lcm(8, 2 * parallel.cp * parallel.tp)
+    # What the layout asks of the length of a row, and of the number of rows.
+    length, rows_of = math.lcm(8, parallel.row_multiple), row_count_multiple(parallel)
+    batch = 4 + -4 % rows_of
     images = geometry.multimodal
     run_dtype = getattr(torch, dtype)
     results: list[Check] = []
@@ -101,15 +103,16 @@ def _parity(
         ranks = pool or RankPool(parallel.world_size)
         try:
             samples = [
-                ("", random_sample(geometry, seed, multiple_of=multiple_of)),
+                ("", random_sample(geometry, seed, batch, length)),
                 (
                     "packed, image blocks" if images else "packed",
-                    random_sample(geometry, seed, multiple_of=multiple_of, images=images),
+                    random_sample(geometry, seed, batch, length, images=images),
                 ),
             ]
             missing = _cannot_compare_media(geometry)
             if missing is None:
-                media = ranks.run(media_sample, hf_dir, geometry, seed, None, multiple_of, world_size=1)
+                kinds = kinds_of(geometry, rows_of)
+                media = ranks.run(media_sample, hf_dir, geometry, seed, kinds, length, world_size=1)
                 samples += [("", sample) for sample in media]
             elif missing:
                 results.append(Check("logits", variant, parallel, dtype, "media", math.nan, None, missing))

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from bridge.geometry import Geometry
+from bridge.token_ids import embedding_tables
 
 # Ids below are special tokens in every Gemma 4 tokenizer.
 _FIRST_ORDINARY_ID = 8
 IGNORE = -100
+# Rows have this many lengths, and places of images, in turn.
+_ALIKE = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def pad_frames(x: Tensor, length: int) -> Tensor:
 def random_sample(
     geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8, *, images: bool = False
 ) -> Sample:
-    """Random tokens, longer than two windows, every row but the first padded on the right by another length.
+    """Random tokens, longer than two windows, three of every four rows padded on the right by another length each.
 
     Placeholder ids of images, video and audio do not occur: `geometry.placeholder_ids` are skipped. The padding id
     stands once at a real position of every row, because its embedding gets no gradient. With `images` every row is
@@ -100,14 +103,13 @@ def random_sample(
     length = (5 if images else 2) * window + multiple_of
     length += -length % multiple_of
     generator = torch.Generator().manual_seed(seed)
-    allowed = torch.tensor(
-        [i for i in range(_FIRST_ORDINARY_ID, geometry.vocab_size) if i not in geometry.placeholder_ids]
-    )
+    rows = min(table.rows for table in embedding_tables(geometry))
+    allowed = torch.tensor([i for i in range(_FIRST_ORDINARY_ID, rows) if i not in geometry.placeholder_ids])
     ids = allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
     ids[:, 2] = geometry.pad_token_id or 0
     mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, length - row * 3 :] = 0
+    for row in range(batch):
+        mask[row, length - row % _ALIKE * 3 :] = 0
     ids = torch.where(mask.bool(), ids, geometry.pad_token_id or 0)
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORE)
@@ -117,10 +119,11 @@ def random_sample(
 def _image_runs(mask: Tensor, window: int) -> Tensor:
     types = torch.zeros_like(mask)
     for row in range(len(mask)):
-        first = 3 + row
+        shift = row % _ALIKE
+        first = 3 + shift
         second = first + window + window // 2 + 1
         third = second + 2 * window
         types[row, first : second - 1] = 1
         types[row, second : second + window // 2] = 2
-        types[row, third : third + window // 2 + row] = 1
+        types[row, third : third + window // 2 + shift] = 1
     return types * mask

@@ -17,6 +17,14 @@ from bridge.verify.sample import Sample
 if TYPE_CHECKING:
     import torch
 
+# Rows of a microbatch.
+MICRO_BATCH = 2
+
+
+def row_count_multiple(parallel: Parallel) -> int:
+    """What the rows of a batch must be a multiple of, for whole microbatches, as many as Megatron's schedule takes."""
+    return parallel.dp(parallel.world_size) * parallel.microbatch_multiple * MICRO_BATCH
+
 
 @dataclass(frozen=True)
 class ParityTask:
@@ -37,7 +45,7 @@ class ParityTask:
     references: dict[str, Path]
     gradients: bool = True
     logits: bool = True
-    micro_batch_size: int = 2
+    micro_batch_size: int = MICRO_BATCH
     overrides: dict[str, Any] = field(default_factory=dict)
     overlap_grad_reduce: bool = False
     steps: int = 1

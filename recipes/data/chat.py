@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from bridge.errors import BridgeError, DataError, UsageError
+from bridge.geometry import Geometry
 from bridge.hf.json_file import read_object
+from bridge.token_ids import check_ids, embedding_tables
 from recipes.data import media as media_files
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.sample import MEDIA_KINDS, THINKING_KEYS, Blob, Media, Message, Sample
@@ -95,7 +97,8 @@ class ChatModel:
         self.template = _template(self.tokenizer, options.chat_template, self.folder)
         self._thinking_key = next((key for key in THINKING_KEYS if key in (self.template or "")), None)
         has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
-        self.kinds = _kinds(folder) if has_processor else frozenset()
+        self.geometry = Geometry.from_folder(folder)
+        self.kinds = _kinds(self.geometry) if has_processor else frozenset()
         self._control = tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *MARKERS, *_PLACEHOLDERS.values()]))
         self._check_tokenizer()
         self.prefix = "" if options.generation_prefix is False else self._generation_prefix(options.generation_prefix)
@@ -135,13 +138,23 @@ class ChatModel:
             files.update(f"\0{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
         template = hashlib.sha256((self.template or "").encode())
         kinds = ", ".join(sorted(self.kinds))
+        # What `encode` refuses must not be found in a cache of before.
+        rows = ", ".join(str(table.rows) for table in embedding_tables(self.geometry))
         return {
+            "the model's vocabulary": rows,
             "the chat template": template.hexdigest(),
             "the model's tokenizer or processor": hashlib.sha256(f"{files.hexdigest()} {kinds}".encode()).hexdigest(),
         }
 
     def encode(self, sample: Sample, read: ReadMedia) -> Encoded:
-        """A sample as tokens. Raises DataError that names the record; UsageError where nothing could be encoded."""
+        """A sample as tokens. Raises DataError that names the record; UsageError where nothing could be encoded, or a
+        token that the model has no row for.
+        """
+        encoded = self._encode(sample, read)
+        check_ids(encoded.ids, self.geometry, sample.where, self.tokenizer.convert_ids_to_tokens)
+        return encoded
+
+    def _encode(self, sample: Sample, read: ReadMedia) -> Encoded:
         self._check_control(sample)
         if sample.text is not None:
             return self._encode_text(sample.text)
@@ -392,11 +405,8 @@ def _template(tokenizer: Any, file: str | None, folder: Path) -> str | None:
     return template
 
 
-def _kinds(folder: Path) -> frozenset[str]:
+def _kinds(geometry: Geometry) -> frozenset[str]:
     """The media that the model itself takes; its processor may know more."""
-    from bridge.geometry import Geometry
-
-    geometry = Geometry.from_folder(folder)
     vision = {"image", "video"} if geometry.vision is not None else set()
     return frozenset(vision | ({"audio"} if geometry.audio is not None else set()))
 

@@ -152,7 +152,7 @@ def loss_bytes(sizes: Sizes, train_head: bool, added: bool) -> tuple[int, int]:
     `added`: the gradient of the head goes straight to DDP's buffer, as that of a tied one on the same stage does.
     """
     e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
-    vocab = sizes.geometry.vocab_size // tp
+    vocab = -(-sizes.geometry.vocab_size // tp)
     head = vocab * hidden_size if train_head else 0
     kept = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size
     chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))

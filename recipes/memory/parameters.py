@@ -87,10 +87,9 @@ def _copies(entry: Entry, table: Table, number: int, layers: range, last: int) -
 def _local(entry: Entry, parallel: Parallel, layer_share: float) -> int:
     """Elements of this rank's part of a tensor. `layer_share`: of an axis that stages split, layer by layer."""
     ways = {"tp": parallel.tp, "ep": parallel.ep, "etp": parallel.etp}
-    numel = math.prod(entry.shape)
-    for group in entry.row.shard:
-        if group == "pp":
-            numel = round(numel * layer_share)
-        elif group is not None:
-            numel //= ways[group]
-    return numel
+    sizes = list(entry.shape)
+    for axis, group in enumerate(entry.row.shard):
+        if group in ways:
+            sizes[axis] = -(-sizes[axis] // ways[group])  # a vocabulary is filled up to equal parts
+    numel = math.prod(sizes)
+    return round(numel * layer_share) if "pp" in entry.row.shard else numel

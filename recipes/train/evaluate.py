@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 
 from bridge.errors import TrainingError
-from bridge.megatron.loss import IGNORE
+from bridge.token_ids import IGNORE
 from recipes.train.data import Streams
 from recipes.train.setup import Run
 from recipes.train.signals import StopSignal

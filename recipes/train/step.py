@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.megatron.context_parallel import take
-from bridge.megatron.loss import IGNORE, positions_with_labels
+from bridge.megatron.loss import positions_with_labels
 from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
+from bridge.token_ids import IGNORE, check_ids, check_labels
 from recipes.check import row_multiple
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import MEDIA_NAMES, leave_out
@@ -91,6 +92,9 @@ def prepare(batch: Batch, run: Run, length: int) -> Prepared:
     media = MEDIA_NAMES & set(batch)
     if media and not run.bridge.geometry.multimodal:
         raise UsageError(f"the data yields {min(media)}, but this model reads text alone")
+    if batch["input_ids"].device.type == "cpu":
+        check_ids(batch["input_ids"].numpy(), run.bridge.geometry, "the data")
+        check_labels(batch["labels"].numpy(), run.bridge.geometry, "the data's labels")
     taken = _KNOWN if run.groups.pp.rank() == 0 else _KNOWN - MEDIA_NAMES
     batch = {name: tensor for name, tensor in batch.items() if name in taken}
     have, parallel = batch["input_ids"].shape[1], run.provider.parallel

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
 from bridge.geometry import Geometry
-from bridge.megatron.loss import IGNORE
 from bridge.megatron.multimodal import SENSES
 from bridge.megatron.visibility import GENERATE, Visibility, mask_rule
+from bridge.token_ids import IGNORE
 
 
 def training_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from bridge.errors import ParallelError
 from bridge.geometry import Geometry
 from bridge.megatron.layout import check_layout
-from bridge.megatron.parallel import Parallel
+from bridge.megatron.parallel import Parallel, initialize
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
 from bridge.verify.result import Check
@@ -137,6 +138,34 @@ def test_bf16(ranks: RankPool, references: References, toy: Toy, variant: str) -
     assert own and own[0] > 0, "the float32 run beside it is missing"
 
 
+def provided_in_other_groups(folder: Path, made: Parallel, wanted: Parallel) -> str:
+    """On a rank: what the provider of one layout says to Megatron's groups of another."""
+    from bridge.megatron.provider import Gemma4Provider
+
+    initialize(made)
+    try:
+        Gemma4Provider(Geometry.from_folder(folder), wanted, torch.float32).provide()
+    except ParallelError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "said"),
+    [
+        (Parallel(ep=2), Parallel(), "ep=1: Megatron's groups were made with ep=2"),
+        (Parallel(tp=2, sequence_parallel=True), Parallel(tp=2, etp=2, sequence_parallel=True), "etp=2: .* etp=1"),
+        (Parallel(), Parallel(cp=2), "cp=2: .* cp=1"),
+        (Parallel(ep=2), Parallel(ep=2), "^$"),
+    ],
+)
+def test_groups_of_another_layout_are_refused(
+    ranks: RankPool, toy: Toy, made: Parallel, wanted: Parallel, said: str
+) -> None:
+    for message in ranks.run(provided_in_other_groups, toy("26b-a4b"), made, wanted, world_size=2):
+        assert re.search(said, message), message
+
+
 # --- each of these must be caught -------------------------------------------------------------------------------------
 
 
@@ -219,12 +248,13 @@ def test_a_gradient_for_the_padding_row_is_caught(ranks: RankPool, references: R
 @pytest.mark.parametrize(
     ("variant", "sizes", "named"),
     [
-        ("e2b", {"tp": 3}, "tp=3"),
+        ("e2b", {"tp": 3}, "tp=3 does not divide .*; tp=1, 2, 4, 8 would fit"),
         ("e2b", {"pp": 6, "vpp": 2}, "12 pipeline stages"),
-        ("e2b", {"ep": 2}, "no experts"),
-        ("26b-a4b", {"ep": 3}, "ep=3"),
+        ("e2b", {"ep": 2}, "ep=2: this model has no experts; ep=1 would fit"),
+        ("31b", {"etp": 2}, "etp=2: this model has no experts; etp=1 would fit"),
+        ("26b-a4b", {"ep": 3}, "ep=3 does not divide 8 experts; ep=1, 2, 4, 8 would fit"),
         ("26b-a4b", {"tp": 2}, "sequence_parallel"),
-        ("26b-a4b", {"etp": 5}, "etp=5"),
+        ("26b-a4b", {"etp": 5}, "etp=5 .*; etp=1, 2, 3, 4, 6, 8, 12, 24 would fit"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(toy: Toy, variant: str, sizes: dict[str, int], named: str) -> None:

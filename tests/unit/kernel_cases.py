@@ -380,17 +380,20 @@ def test_rotation_is_that_of_transformers() -> None:
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("vocabulary", "weighted", "z_loss", "softcap"),
+    ("vocabulary", "weighted", "z_loss", "softcap", "padding"),
     [
-        (20_000, False, 0.0, 30.0),
-        (20_000, True, 1e-2, 30.0),
-        (4096, True, 0.0, None),
-        (37, False, 1e-2, None),
-        (37, False, 0.0, 2.0),
+        (20_000, False, 0.0, 30.0, 0),
+        (20_000, True, 1e-2, 30.0, 0),
+        (4096, True, 0.0, None, 0),
+        (37, False, 1e-2, None, 0),
+        (37, False, 0.0, 2.0, 0),
+        (4099, True, 1e-2, 30.0, 5),
     ],
 )
-def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, dtype: torch.dtype) -> None:
-    """From the hidden states on, with labels that are ignored."""
+def test_loss(
+    vocabulary: int, weighted: bool, z_loss: float, softcap: float | None, padding: int, dtype: torch.dtype
+) -> None:
+    """From the hidden states on, with labels that are ignored, and rows of the weight that are no words."""
     torch.manual_seed(0)
     labels = torch.randint(vocabulary, (2, 3), device=DEVICE)
     labels[0, 1] = loss.IGNORE
@@ -399,13 +402,18 @@ def test_loss(vocabulary: int, weighted: bool, z_loss: float, softcap: float | N
 
     def run(kernels: str) -> Function:
         def losses(hidden: Tensor, weight: Tensor) -> Tensor:
-            options = {"softcap": softcap, "z_loss": z_loss, "kernels": kernels}
+            options = {"softcap": softcap, "z_loss": z_loss, "kernels": kernels, "vocab_size": vocabulary}
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, padding), value=9.0)
             return loss.linear_cross_entropy(hidden, weight, labels, **options)
 
         return losses
 
     inputs = [random(3, 2, 16, dtype=dtype, scale=4.0), random(vocabulary, 16, dtype=dtype, scale=4.0)]
     found, expected = (both(run(kernels), inputs, [factors]) for kernels in ("triton", "torch"))
+    if padding:
+        padding = 0  # as if there were none
+        for a, b in zip(expected, both(run("torch"), inputs, [factors]), strict=True):
+            assert torch.equal(a, b)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype is b.dtype
         bound = 2e-6 if dtype is torch.float32 else 2**-9

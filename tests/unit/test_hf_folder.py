@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bridge.errors import BridgeError, CheckpointError, UsageError
 from bridge.hf.folder import HfFolder
+from bridge.hf.hub import model_name
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import HfWriter, parse_size
 
@@ -271,3 +272,15 @@ def test_columns_are_read_alone(folder: Path) -> None:
         for bad in ((0, rows + 1, 0, 1), (0, 1, 0, columns + 1), (0, 1, 2, 2), (-1, 1, 0, 1)):
             with pytest.raises(CheckpointError, match="elements"):
                 opened.read_columns(name, *bad, np.empty(8, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("hub/models--google--gemma-4-E2B-it/snapshots/0f1e2d3c", "google/gemma-4-E2B-it"),
+        ("toys/e2b", "e2b"),
+        ("snapshots/mine", "mine"),
+    ],
+)
+def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path, folder: str, name: str) -> None:
+    assert model_name(tmp_path / folder) == name
