@@ -189,3 +189,15 @@ def test_several_answers(ranks: RankPool, toy: Toy) -> None:
     assert [(c.index, c.sample) for c in found] == [(i, j) for i in range(2) for j in range(3)]
     assert len({c.tokens for c in found}) == 6
     assert tokens_of(ask(ranks, folder, prompts[:1], options).completions) == tokens_of(found[:3])
+
+
+@pytest.mark.parametrize("variant", ["e4b", "12b"])
+def test_a_vocabulary_that_ranks_do_not_divide(ranks: RankPool, toy: Toy, variant: str) -> None:
+    """What fills it up is never chosen, though every other word is as likely as can be."""
+    folder = toy(variant, vocab_size=515)
+    prompts = random_prompts(Geometry.from_folder(folder), (3, 20, 9))
+    hot = replace(SAMPLED, temperature=1e4, top_k=None, top_p=None)
+    one = ask(ranks, folder, prompts, hot)
+    many = ask(ranks, folder, prompts, hot, Parallel(tp=4, sequence_parallel=True))
+    assert tokens_of(many.completions) == tokens_of(one.completions)
+    assert max(token for completion in one.completions for token in completion.tokens) > 500
