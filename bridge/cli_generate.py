@@ -170,6 +170,8 @@ class _Run:
         task = self._opened.task
         world = task.parallel.world_size
         threads = max(1, (os.cpu_count() or 1) // world)
+        for notice in self._opened.notices:
+            err.print(notice)
         err.print(f"loading {task.weights}{f' with {task.adapter}' if task.adapter else ''} ({task.parallel})")
         with (
             RankPool(world, threads_per_rank=threads) as pool,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bridge.api import Gemma4Bridge
 from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
 from bridge.errors import CheckpointError, UsageError
 from bridge.generate.task import ModelTask
-from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
+from bridge.mapping import table_for
 from bridge.megatron.parallel import Parallel
 
 # Without a generation_config.json: end of text, end of a turn.
@@ -19,10 +21,14 @@ _STOP_IDS = (1, 106)
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """`assets`: the folder with tokenizer, processor, template and generation config."""
+    """`assets`: the folder with tokenizer, processor, template and generation config.
+
+    `notices`: what of the model's folder is not followed, and of the adapter's left out.
+    """
 
     task: ModelTask
     assets: Path
+    notices: tuple[str, ...] = ()
 
 
 def stop_token_ids(assets: Path) -> tuple[int, ...]:
@@ -53,11 +59,26 @@ def open_model(
 
         if held is not None:
             raise UsageError(f"{name}: is an adapter itself; with --adapter name its base, {base_of(path, None)}")
-        base = open_model(base_of(path, None), parallel=parallel, dtype=dtype)
-        return replace(base, task=replace(base.task, adapter=path))
+        return _with_adapter(open_model(base_of(path, None), parallel=parallel, dtype=dtype), path)
     layout = parallel or Parallel()
     if is_megatron_folder(path):
         checkpoint = MegatronFolder.open(path)
-        task = ModelTask(checkpoint.geometry, checkpoint.weights, True, layout, dtype, held)
-        return OpenedModel(task, checkpoint.hf)
-    return OpenedModel(ModelTask(Geometry.from_folder(path), path, False, layout, dtype, held), path)
+        opened = OpenedModel(ModelTask(checkpoint.geometry, checkpoint.weights, True, layout, dtype), checkpoint.hf)
+    else:
+        # It compares a head on disk with the embedding: where they differ the model is untied, whatever its config says.
+        bridge = Gemma4Bridge.from_hf(path)
+        opened = OpenedModel(ModelTask(bridge.geometry, path, False, layout, dtype), path, bridge.notices)
+    return opened if held is None else _with_adapter(opened, held)
+
+
+def _with_adapter(opened: OpenedModel, path: Path) -> OpenedModel:
+    """With an adapter that was looked at: what is wrong with it is said before ranks start."""
+    from bridge.lora.peft_folder import open_peft
+    from bridge.lora.source import is_peft_folder, open_megatron
+
+    with ExitStack() as stack:
+        if is_peft_folder(path):
+            adapter = open_peft(stack, path, table_for(opened.task.geometry))
+        else:
+            adapter = open_megatron(stack, path)
+    return replace(opened, task=replace(opened.task, adapter=path), notices=(*opened.notices, *adapter.notes))
