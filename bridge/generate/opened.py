@@ -65,7 +65,7 @@ def open_model(
         checkpoint = MegatronFolder.open(path)
         opened = OpenedModel(ModelTask(checkpoint.geometry, checkpoint.weights, True, layout, dtype), checkpoint.hf)
     else:
-        # It compares a head on disk with the embedding: where they differ the model is untied, whatever its config says.
+        # A head on disk is compared with the embedding: where they differ the model is untied, as in transformers.
         bridge = Gemma4Bridge.from_hf(path)
         opened = OpenedModel(ModelTask(bridge.geometry, path, False, layout, dtype), path, bridge.notices)
     return opened if held is None else _with_adapter(opened, held)
