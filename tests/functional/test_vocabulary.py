@@ -149,6 +149,7 @@ def never_wins(folder: Path, parallel: Parallel) -> tuple[float, bool]:
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # as memory may be, where nothing is initialised
     bridge.load_hf_weights([model])
+    assert all(bool(p.isfinite().all()) for p in model.parameters()), "what fills it up was not cleared"
     rows = bridge.geometry.vocab_size
     ids = torch.arange(8, 24)[None]
     model(ids, labels=ids).sum().backward()
