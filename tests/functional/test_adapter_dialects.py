@@ -72,7 +72,14 @@ def test_factors_of_layers_that_share_kv(toy: Toy, tmp_path: Path) -> None:
     assert not any("sharing" in module for module in opened(base, adapter).spec.targets)
 
 
-@pytest.mark.parametrize(("variant", "text_only"), [("e2b", False), ("12b", False), ("26b-a4b", True)])
+@pytest.mark.parametrize(
+    ("variant", "text_only"),
+    [
+        ("e2b", False),
+        pytest.param("12b", False, marks=pytest.mark.slow),
+        pytest.param("26b-a4b", True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_of_the_other_class(variant: str, text_only: bool, toy: Toy, tmp_path: Path) -> None:
     """PEFT saved it for the text class and the base has towers, or the reverse."""
     base, other = toy(variant, text_only=text_only), toy(variant, text_only=not text_only)
@@ -97,7 +104,7 @@ def test_towers_that_the_base_has_not(toy: Toy, tmp_path: Path) -> None:
     refused(toy("e2b"), folder.save(tmp_path / "both"), "several classes of models")
 
 
-@pytest.mark.parametrize("room", ["experts", "moe.experts"])
+@pytest.mark.parametrize("room", ["experts", pytest.param("moe.experts", marks=pytest.mark.slow)])
 def test_experts_one_by_one(room: str, toy: Toy, tmp_path: Path) -> None:
     """Gate and up with an A each, against sums made by hand; rsLoRA and ranks and alphas by their own names."""
     base = toy("26b-a4b", text_only=True)
@@ -153,7 +160,13 @@ def test_fields_that_make_another_adapter(changes: dict[str, Any], words: str, t
     refused(toy("31b", text_only=True), tmp_path, words)
 
 
-@pytest.mark.parametrize("options", [{"bias": "lora_only"}, {"bias": "all"}, {"init_lora_weights": "mica"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "lora_only"},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"bias": "all"}, {"init_lora_weights": "mica"})),
+    ],
+)
 def test_options_without_tensors_of_their_own(options: dict[str, Any], toy: Toy, tmp_path: Path) -> None:
     """No linear of the decoder has a bias; and factors are factors however they began."""
     base = toy("31b", text_only=True)
