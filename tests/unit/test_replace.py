@@ -111,7 +111,9 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the end", "all of it"])
 @pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
-@pytest.mark.parametrize("kind", ["interrupt", "disk", pytest.param("bug", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["interrupt", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("disk", "bug"))]
+)
 def test_an_exception_at_every_line(place: Path, exchange: bool, kind: str, journal: bool, whole: bool) -> None:
     target, number, outcomes, told = place / "out", 0, set(), False
     while True:
