@@ -283,7 +283,7 @@ def signalled_while_saving(said: dict[str, Any], overrides: list[str]) -> tuple[
 
     from recipes.train import checkpoint
 
-    sync, told = checkpoint._sync, []
+    sync, told = checkpoint.sync_tree, []
 
     def tell(path: Path) -> None:
         if not told:
@@ -291,11 +291,11 @@ def signalled_while_saving(said: dict[str, Any], overrides: list[str]) -> tuple[
             os.kill(os.getpid(), signal.SIGTERM)
         sync(path)
 
-    checkpoint._sync = tell
+    checkpoint.sync_tree = tell
     try:
         return train_toy(said, overrides)
     finally:
-        checkpoint._sync = sync
+        checkpoint.sync_tree = sync
 
 
 def test_a_signal_while_saving_is_the_end_of_the_run(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
