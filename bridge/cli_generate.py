@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from bridge.generate.sampling import SamplingOptions
     from bridge.generate.session import Session
     from recipes.data.prompts import PromptEncoder
-
-# How many prompts ranks are given at once: what is read of a file before the first answer.
-_AT_ONCE = 4096
 
 
 def register(app: typer.Typer) -> None:
@@ -96,6 +92,8 @@ def generate(
         raise UsageError(
             "--image, --video, --audio and --system go with --prompt; in --input they stand in the messages"
         )
+    if chat and (output is not None or num_return_sequences > 1):
+        raise UsageError("--chat shows one answer, on the terminal: leave --output and --num-return-sequences away")
     if dtype not in ("float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
@@ -258,7 +256,6 @@ class _Run:
 
         if self._raw:
             raise UsageError("--chat speaks through the template: leave --raw away")
-        self._options = replace(self._options, num_return_sequences=1)
         encoder = self._encoder()
         messages: list[dict[str, Any]] = []
         with self._session() as session:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.convert.manifest import MegatronFolder
+from bridge.errors import UsageError
 from bridge.generate.loop import Generator
 from bridge.generate.opened import stop_token_ids
 from bridge.generate.output import record
@@ -37,7 +38,8 @@ class Samples:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Samples | None:
-        """None where a recipe asks for none. Raises DataError that names the line of a prompt that cannot be read."""
+        """None where a recipe asks for none. Raises DataError that names the line of a prompt that cannot be read, and
+        UsageError for a file without one."""
         path = recipe.train.samples
         if path is None:
             return None
@@ -50,7 +52,10 @@ class Samples:
             seed=recipe.train.seed,
             stop_token_ids=stop_token_ids(Path(folder)),
         )
-        return cls(tuple(read_prompts(Path(path), encoder)), options, encoder)
+        prompts = tuple(read_prompts(Path(path), encoder))
+        if not prompts:
+            raise UsageError(f"train.samples={path}: holds no prompts")
+        return cls(prompts, options, encoder)
 
     def answer(self, run: Run, step: int, signalled: StopSignal, say: Callable[[str], None]) -> list[Completion] | None:
         """Answer, and write `samples/step-N.jsonl` on rank 0. Collective; training goes on as if nothing had been.

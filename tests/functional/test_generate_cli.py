@@ -74,6 +74,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(toy: Toy, prompts
         (("--prompt", "a", "--dtype", "int8"), "--dtype"),
         (("--prompt", "a", "--tp", 3), "tp=3"),
         (("--prompt", "a", "--adapter", tmp_path / "no"), "not a folder"),
+        (("--chat", "--output", tmp_path / "out.jsonl"), "leave --output"),
         (("--input", tmp_path / "no.jsonl"), "not a file"),
         (("--input", bad), "bad.jsonl:2.*the model answers a user or a tool"),
         (("--input", prompts), "takes no image"),
