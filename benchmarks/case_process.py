@@ -125,7 +125,7 @@ def measure(case: Case, say: Say, until: float = math.inf, profile: bool = True)
 def _timed(step: Step, sync: Callable[[], None], say: Say, most: int, until: float, profile: bool) -> list[float]:
     """Seconds of each step: one, and as many more, up to `most`, as fit with the profile behind them."""
     times: list[float] = []
-    while not times or (len(times) < most and time.monotonic() + _needed(times[-1], profile) < until):
+    while not times or (len(times) < most and time.monotonic() + _needed(times, profile) < until):
         start = time.perf_counter()
         loss = step()
         sync()
@@ -134,8 +134,9 @@ def _timed(step: Step, sync: Callable[[], None], say: Say, most: int, until: flo
     return times
 
 
-def _needed(step: float, profile: bool) -> float:
-    """Seconds from here to the end of a case, with one more step."""
+def _needed(times: list[float], profile: bool) -> float:
+    """Seconds from here to the end of a case, with one more step. The first one, which compiles, foretells little."""
+    step = times[-1] if len(times) > 1 else times[0] / 8
     return 1.3 * step + (2.5 * step + _PROFILE_SECONDS if profile else _END_SECONDS)
 
 
