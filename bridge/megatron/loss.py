@@ -136,7 +136,7 @@ class _Head:
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:
-    """`rows` [n, h] and zeros behind them, up to a multiple of `_TILE`. In float32, which is no matter of speed, as is."""
+    """`rows` [n, h] and zeros behind them, up to a multiple of `_TILE`; of float32, not for speed, the rows."""
     missing = -len(rows) % _TILE
     return rows if rows.dtype is torch.float32 or not missing else torch.nn.functional.pad(rows, (0, 0, 0, missing))
 
