@@ -23,7 +23,7 @@ from bridge.convert.manifest import (
     is_megatron_folder,
 )
 from bridge.convert.pieces import CopyTensor, Piece, plan_digest
-from bridge.convert.plan import ImportPlan, JoinedReader, plan_beside, plan_export, plan_import
+from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
@@ -339,7 +339,15 @@ def open_checkpoint(
                 raise CheckpointError(f"{chunk.file}: {key} is damaged (its checksum differs)")
         if notify is not None:
             notify("every stored item agrees with its checksum")
-    return JoinedReader(readers), plan_export(table, checkpoint.manifest), files
+    plan = plan_export(table, checkpoint.manifest)
+    if notify is not None:
+        for (have, written), count in narrowed(table, checkpoint.manifest, dist.tensors).items():
+            notify(
+                f"{checkpoint.weights}: {count} tensors are {have} and are written as {written}, which is what "
+                f"{checkpoint.hf / MANIFEST_FILE} says; where that is a run of an earlier version, its `train` command "
+                "once more makes it the dtype of the run"
+            )
+    return JoinedReader(readers), plan, files
 
 
 def _assets(source: Source) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,6 +106,16 @@ def plan_export(table: Table, manifest: Manifest) -> tuple[CopyTensor, ...]:
     if lost:
         raise MappingError(f"the manifest does not name {lost[0]}, which the model has")
     return tuple(tensors)
+
+
+def narrowed(table: Table, manifest: Manifest, stored: Mapping[str, TensorLike]) -> Counter[tuple[str, str]]:
+    """How many weights `plan_export` writes in a dtype that does not hold them, by (that of `stored`, that written)."""
+    kinds, found = {tensor.name: tensor.dtype for tensor in manifest.tensors}, Counter[tuple[str, str]]()
+    for entry in table.entries.values():
+        have = stored[entry.key].dtype
+        written = _widest({source.name: kinds[source.name] for source in entry.sources}, entry.key)
+        found[have, written] += _widest({"stored": have, "written": written}, entry.key) != written
+    return +found
 
 
 class JoinedReader:

@@ -95,7 +95,9 @@ def test_verify_runs(request: pytest.FixtureRequest, toy: Toy, variant: str, lay
         assert check.passed, check
 
 
-@pytest.mark.parametrize(("variant", "text_only"), [("e2b", False), ("12b", False), ("26b-a4b", True)])
+@pytest.mark.parametrize(
+    ("variant", "text_only"), [("e2b", False), ("26b-a4b", True), pytest.param("12b", False, marks=pytest.mark.slow)]
+)
 def test_a_folder_that_the_base_class_saved(
     ranks: RankPool, toy: Toy, tmp_path: Path, variant: str, text_only: bool
 ) -> None:

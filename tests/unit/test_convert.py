@@ -162,6 +162,23 @@ def test_a_run_has_what_goes_beside_its_weights_in_its_own_dtype(made: Make, tmp
     assert _files(hf) == _files(imported.hf)
 
 
+def test_weights_that_are_narrowed_are_said(made: Make, tmp_path: Path) -> None:
+    """Of a checkpoint whose `hf/` is of fewer bits, as float32 runs of 0.1 had it; not of mixed dtypes."""
+    import_hf(made("e2b"), tmp_path / "narrow")
+    import_hf(made("e2b"), tmp_path / "wide", dtype="float32")
+    for name, beside, lines in (("wide", "wide", 0), ("narrow", "wide", 0), ("wide", "narrow", 1)):
+        folder, said = Path(shutil.copytree(tmp_path / name, tmp_path / f"{name}-{beside}")), list[str]()
+        shutil.rmtree(folder / "hf")
+        shutil.copytree(tmp_path / beside / "hf", folder / "hf")
+        export_hf(folder, tmp_path / f"{name}-{beside}-hf", notify=said.append)
+        found = [line for line in said if "tensors are F32 and are written as BF16" in line]
+        assert len(found) == lines and all(str(folder / "hf" / "bridge.json") in line for line in found), said
+    import_hf(made("e2b", "mixed untied"), tmp_path / "mixed")
+    said = []
+    export_hf(tmp_path / "mixed", tmp_path / "mixed-hf", notify=said.append)
+    assert not said
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
