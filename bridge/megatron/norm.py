@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
 
 
 def _norm_in_few_calls(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """In float32 by the norm of a row, which is one call of torch; its own `rms_norm` on a CPU is five, and slow ones."""
+    """In float32 by the length of a row, one call of torch; its own `rms_norm` is five on a CPU, and slow ones."""
     if x.dtype is not torch.float32 or x.is_cuda:
         return torch.rms_norm(x, x.shape[-1:], weight, eps)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -109,7 +109,7 @@ def _parity(
                     random_sample(geometry, seed, batch, length, images=images),
                 ),
             ]
-            missing = _cannot_compare_media(geometry)
+            missing = cannot_compare_media(geometry)
             if missing is None:
                 kinds = kinds_of(geometry, rows_of)
                 media = ranks.run(media_sample, hf_dir, geometry, seed, kinds, length, world_size=1)
@@ -150,7 +150,7 @@ def _parity(
     return results
 
 
-def _cannot_compare_media(geometry: Geometry) -> str | None:
+def cannot_compare_media(geometry: Geometry) -> str | None:
     """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
     if geometry.vision is None and geometry.audio is None:
         return ""
