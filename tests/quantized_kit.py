@@ -236,7 +236,7 @@ def write_modelopt(
 def write_fp8_blocks(
     plain: Path, target: Path, dtype: torch.dtype = torch.bfloat16, block: tuple[int, int] = (40, 24)
 ) -> Quantized:
-    """FP8 with block scales as DeepSeek's; experts as transformers stacks them, with scales that are stacked as well."""
+    """FP8 with block scales as DeepSeek's; experts as transformers stacks them, their scales too."""
     stored: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     converter = FP8BlockDequantizer(weight_block_size=block, dtype=dtype)

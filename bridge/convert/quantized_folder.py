@@ -31,7 +31,7 @@ _SUFFIXES = ("_packed", "_scale_inv", "_scale_2", "_global_scale", "_scale", "_z
 # Written beside quantized weights, wrong beside plain ones.
 _RECIPES = (MODELOPT_FILE, "recipe.yaml")
 # How tools name experts that they quantize one by one; the stacked names are transformers'.
-_EXPERT = re.compile(r"(.*\.)(?:moe\.)?experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj)\.weight")
+_EXPERT = re.compile(r"(.*?\.)(?:moe\.)?experts\.(\d{1,5})\.(gate_proj|up_proj|down_proj)\.weight")
 _TORCH_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 Read = Callable[[str, int, int, Any], None]
 
