@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from bridge.geometry import Geometry
-from bridge.ranks import RankPool
+from bridge.ranks import PRELOAD, RankPool
 from bridge.toy import write_toy
 from bridge.verify.sample import Sample, random_sample
 from bridge.verify.task import run_reference
 
 Toy = Callable[..., Path]
 
+# What most of them use. Ranks that a test kills, or that raise, are replaced: the new ones need not import it again.
+WITH = ("recipes.train.loop", "recipes.data.training", "bridge.verify.task", "bridge.lora.source", "peft")
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Importing torch and Megatron takes longer than most tests: it is done once."""
-    with RankPool(4) as pool:
+    with RankPool(4, preload=(*PRELOAD, *WITH)) as pool:
         yield pool
 
 
