@@ -18,13 +18,20 @@ from bridge.verify.task import run_reference
 Toy = Callable[..., Path]
 
 # What most of them use. Ranks that a test kills, or that raise, are replaced: the new ones need not import it again.
-WITH = ("recipes.train.loop", "recipes.data.training", "bridge.verify.task", "bridge.lora.source", "peft")
+PRELOADED = ("recipes.train.loop", "recipes.data.training", "bridge.verify.task", "bridge.lora.source", "peft")
+
+# Files that wait for other processes more than they compute: first, while unit tests use the cores (see the Makefile).
+WAITING = ("test_slurm.py", "test_interrupts.py", "test_killed.py", "test_seams.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in WAITING)
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Importing torch and Megatron takes longer than most tests: it is done once."""
-    with RankPool(4, preload=(*PRELOAD, *WITH)) as pool:
+    with RankPool(4, preload=(*PRELOAD, *PRELOADED)) as pool:
         yield pool
 
 
