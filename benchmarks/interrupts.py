@@ -5,7 +5,8 @@
 
 First a run is left alone, for how long each phase takes. Then, for each phase and signal, others are started and told
 at moments of the phase, which are parts of its time. All ranks are told, as Slurm does; the seconds are until the last
-of them has ended. A step is finished and saved before the run ends, a checkpoint is finished: their seconds contain it.
+of them has ended. A step is finished and saved before the run ends, and so is an evaluation broken off: their seconds
+contain a checkpoint, which is as large as the model (`--table-rows 512`: next to nothing).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType
 
-BOUND_S = 10.0
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 # A phase begins with a call of this function, and lasts to the next beginning or end of one. The second step: the first
 # one is longer. The last is of a run that goes on.
@@ -41,7 +41,7 @@ PHASES = {
     "export": ("recipes/train/loop.py", "_export", 1),
     "resuming": ("recipes/train/checkpoint.py", "load", 1),
 }
-STEPS, RECORDS, EVALUATED, ROWS_OF_THE_TABLE = 4, 12_000, 400, 400_000
+STEPS, RECORDS, EVALUATED = 4, 12_000, 400
 _MARK, _ROOT = "phase: ", f"{Path(__file__).resolve().parents[1]}/"
 
 
@@ -86,13 +86,14 @@ class Place:
 
     folder: Path
     ranks: int
+    table_rows: int
     finished: Path | None = None
     runs: int = 0
 
     def make(self) -> None:
         from bridge.toy import write_toy
 
-        write_toy("e2b", self.folder / "toy", dtype="float32", ple_vocab_size=ROWS_OF_THE_TABLE)
+        write_toy("e2b", self.folder / "toy", dtype="float32", ple_vocab_size=self.table_rows)
         answer = " ".join(f"word {number}" for number in range(60))
         rows = [json.dumps({"prompt": f"say {number}", "completion": answer}) + "\n" for number in range(RECORDS)]
         (self.folder / "data.jsonl").write_text("".join(rows))
@@ -209,26 +210,25 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--moments", nargs="+", type=float, default=(0.1, 0.6), help="parts of a phase's time")
+    parser.add_argument("--table-rows", type=int, default=400_000, help="of 448 bytes, and as much twice for Adam")
     parser.add_argument("--workdir", type=Path, help="where a model and runs are written (about 5 GB)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="interrupts-", dir=options.workdir) as folder:
-        place = Place(Path(folder), options.ranks)
+        place = Place(Path(folder), options.ranks, options.table_rows)
         place.make()
         lengths = durations(place.start("data preparation"))
         durations(place.start(""))  # which fills the cache
         place.finished = Path(folder) / "run2" / "run"
         lengths |= {"resuming": durations(place.start("resuming"))["resuming"]}
+        print({name: round(length, 2) for name, length in lengths.items()}, flush=True)
         for phase in options.phases:
             for name in options.signals:
                 figures.append(measure(place, phase, name, lengths[phase], options.moments))
                 print(figures[-1], flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
-    worst = max(second for figure in figures for second in figure.seconds)
-    print(f"longest: {worst:.2f} s, bound: {BOUND_S:g} s")
-    sys.exit(worst > BOUND_S)
 
 
 if __name__ == "__main__":
