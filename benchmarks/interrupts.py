@@ -160,23 +160,33 @@ class Run:
                 name, event, at = json.loads(line.removeprefix(_MARK))
                 yield name, event, at
 
-    def told(self, number: int) -> tuple[list[int], float]:
-        """Exit codes, and the seconds until the last process has ended."""
+    def told(self, number: int) -> tuple[list[int], float, float]:
+        """Exit codes, the seconds until the last process has ended, and those until a checkpoint was written (or 0)."""
         started = time.monotonic()
         for process in self.processes:
             process.send_signal(number)
-        self.text += self.processes[0].communicate()[1]
-        return [process.wait() for process in self.processes], time.monotonic() - started
+        rest = self.processes[0].communicate()[1]
+        codes = [process.wait() for process in self.processes]
+        seconds, saved = time.monotonic() - started, 0.0
+        for line in rest.splitlines():
+            if line.startswith(_MARK):
+                name, event, at = json.loads(line.removeprefix(_MARK))
+                saved = at - started if (name, event) == ("saving", "ends") else saved
+        return codes, seconds, saved
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds to end, by the moments (parts of the phase's time) at which a signal came, and the exit codes."""
+    """Seconds to end, by the moments (parts of the phase's time) at which a signal came, and the exit codes.
+
+    `saved`: by when, of those seconds, a checkpoint was written; 0 where none was.
+    """
 
     phase: str
     signal: str
     phase_seconds: float
     seconds: tuple[float, ...]
+    saved: tuple[float, ...]
     codes: tuple[tuple[int, ...], ...]
 
 
@@ -192,16 +202,17 @@ def durations(run: Run) -> dict[str, float]:
 
 def measure(place: Place, phase: str, name: str, length: float, moments: Sequence[float]) -> Figure:
     """Tell a run of each moment."""
-    seconds, codes = [], []
+    seconds, until_saved, codes = [], [], []
     for moment in moments:
         run = place.start(phase)
         began = next(at for found, event, at in run.marks() if (found, event) == (phase, "begins"))
         time.sleep(max(0.0, began + moment * length - time.monotonic()))
-        ended, took = run.told(signal.Signals[name])
+        ended, took, saved = run.told(signal.Signals[name])
         seconds.append(round(took, 2))
+        until_saved.append(round(saved, 2))
         codes.append(tuple(ended))
         shutil.rmtree(place.folder / f"run{place.runs}")
-    return Figure(phase, name, round(length, 2), tuple(seconds), tuple(codes))
+    return Figure(phase, name, round(length, 2), tuple(seconds), tuple(until_saved), tuple(codes))
 
 
 def main() -> None:
