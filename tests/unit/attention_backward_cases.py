@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -94,6 +95,14 @@ def dense(case: Case, given: list[Tensor], rounded: torch.dtype) -> tuple[Tensor
     d_key = d_scores.transpose(2, 3) @ query
     sums = (x.unflatten(1, case.heads[:2]).sum(2) for x in (d_key, d_value))
     return output.permute(2, 0, 1, 3), lse, [x.permute(2, 0, 1, 3) for x in (d_scores @ key, *sums)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_chance() -> Iterator[None]:
+    """What is not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def errors(case: Case, dtype: torch.dtype) -> list[float]:
