@@ -76,6 +76,7 @@ class World:
 
     def start(self, seam: Seam, **limits: Any) -> tuple[int, Path]:
         log = self.logs / f"{len(list(self.logs.iterdir()))}.log"
+        log.touch()  # a signal may come before the command has opened it
         target = self.place.given / "out"
         pid = self.nursery.ask(command=seam.arguments(target), log=str(log), **limits)["pid"]
         return pid, log
