@@ -123,7 +123,9 @@ def errors(case: Case, dtype: torch.dtype) -> list[float]:
 def test_gradients_in_float32(name: str, small: bool) -> None:
     """Also a tile of queries at a time."""
     with mock.patch.object(flex_triton, "WORKSPACE", 1 if small else flex_triton.WORKSPACE):
-        assert max(errors(CASES[name], torch.float32)) <= FLOAT32
+        found = errors(CASES[name], torch.float32)
+        # One by one: NaN is not below a bound, and may be the largest of nothing.
+        assert all(error <= FLOAT32 for error in found), found
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_gradients_in_float32(name: str, small: bool) -> None:
 def test_gradients_in_bf16(name: str) -> None:
     """Weights and gradients of scores are rounded once, gradients once; all sums are float32."""
     found = errors(CASES[name], torch.bfloat16)
-    assert max(found) <= BFLOAT16, found
+    assert all(error <= BFLOAT16 for error in found), found
 
 
 def test_forward_and_backward() -> None:
