@@ -55,7 +55,7 @@ def evaluations(said: dict[str, Any], layout: list[str], batches: list[list[str]
     for keys in batches:
         recipe = resolve(said, [*layout, *keys])
         streams = open_streams(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
-        found = evaluate(run, streams, StopSignal())
+        found = evaluate(run, streams.evaluation, StopSignal())
         assert found is not None
         values.append(found)
     return values
