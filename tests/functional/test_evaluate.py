@@ -25,7 +25,12 @@ from .evaluation_kit import reference
 from .generation_kit import answer, encode_prompts, run_recipe, task
 
 ROWS, TOKENS = 10, 12
-QUESTIONS = {f"the {animal} in the {place}": f"{place} {animal}" for animal in ("cat", "dog") for place in "abcde"}
+_PAIRS = [(animal, place) for animal in ("cat", "dog") for place in "abcde"]
+# Numbers without a rule: what a few steps do not teach.
+QUESTIONS = {
+    f"the {animal} in the {place}": f"{place} {animal} {7919 * number % 97}"
+    for number, (animal, place) in enumerate(_PAIRS)
+}
 LAYOUTS = {
     "one rank": Parallel(),
     "TP2+SP": Parallel(tp=2, sequence_parallel=True),
@@ -67,7 +72,7 @@ def trained(ranks: RankPool, toy: Toy, tmp_path_factory: pytest.TempPathFactory)
         "output": str(found.run),
         "model": {"hf": str(toy("26b-a4b")), "dtype": "float32"},
         "data": {"path": str(data), "eval": str(data), "cache": str(found.cache)},
-        "train": {"steps": 12, "global_batch_size": 10, "micro_batch_size": 5, "seq_length": 64, "eval_every": 6},
+        "train": {"steps": 10, "global_batch_size": 10, "micro_batch_size": 5, "seq_length": 64, "eval_every": 5},
         "eval": {"metrics": ["exact_match", "token_f1"], "metric_tokens": TOKENS},
         "optimizer": {"lr": 4e-3},
         "export": {"hf": str(found.hf)},
@@ -129,14 +134,14 @@ def test_a_run_logs_what_evaluate_says(trained: Trained, expected: dict[str, flo
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     evaluations = [line for line in trained.log if "eval_loss" in line]
-    assert [line["step"] for line in evaluations] == [6, 12]
+    assert [line["step"] for line in evaluations] == [5, 10]
     assert evaluations[-1]["eval_exact_match"] == pytest.approx(expected["exact_match"])
     assert evaluations[-1]["eval_token_f1"] == pytest.approx(expected["token_f1"]) and expected["token_f1"] > 0
     events = EventAccumulator(str(trained.run / "tensorboard"))
     events.Reload()
     shown = [event.value for event in events.Scalars("eval_token_f1")]
     assert shown == pytest.approx([line["eval_token_f1"] for line in evaluations], rel=1e-6)
-    lines = [json.loads(line) for line in (trained.run / "samples" / "step-12.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained.run / "samples" / "step-10.jsonl").read_text().splitlines()]
     assert [line["reference"] for line in lines] == list(QUESTIONS.values())[:3]
 
 
