@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from bridge.convert.manifest import (
     MANIFEST_FILE,
     RELEASE_FOLDER,
     TRACKER_FILE,
+    Manifest,
     MegatronFolder,
     is_megatron_folder,
 )
 from bridge.convert.pieces import CopyTensor, Piece, plan_digest
-from bridge.convert.plan import ImportPlan, JoinedReader, plan_export, plan_import
+from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
+from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
@@ -83,11 +86,17 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
             f"adapter's files into a folder of their own: `adapter merge FOLDER OUT --base {path}` makes one model of "
             "the two, and without them this is the base alone"
         )
+    check_format(Path(path))
     geometry = Geometry.from_folder(path)
-    folder = stack.enter_context(HfFolder(path))
+    folder = stack.enter_context(open_hf_folder(path, _DTYPES[dtype]))
     check_listed(folder.path, folder.assets)
     geometry = geometry.named_as_in(folder.tensors)
     notices = [f"{path}: config.json: {notice}" for notice in geometry.notices]
+    if isinstance(folder, DequantizedFolder):
+        notices += [
+            f"{path}: quantized weights, read as the plain ones that they stand for ({line})" for line in folder.storage
+        ]
+        notices += folder.notices
     if folder.ignored:
         notices.append(f"{path}: left behind, no part of the model: {', '.join(map(shown, folder.ignored))}")
     for name, tensor in folder.tensors.items():
@@ -95,10 +104,10 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
             )
-    prefix, config = geometry.prefix, None
+    prefix, config = geometry.prefix, folder.config
     text_only = text_only and geometry.multimodal
     if text_only or dtype != "keep":
-        config = read_object(Path(path) / "config.json")
+        config = read_object(Path(path) / "config.json") if config is None else config
         if text_only:
             config = _text_config(config, geometry)
             geometry = Geometry.from_dict(config)
@@ -109,11 +118,21 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
     return Source(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
 
 
+def check_format(folder: Path) -> None:
+    """Raise CheckpointError for a folder of GGUF files, which hold no weights that this program reads."""
+    found = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else []
+    if found and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: holds {shown(found[0])}, which is GGUF and not read; take the safetensors that it was made of "
+            "(of google's QAT models those named qat-q4_0-unquantized)"
+        )
+
+
 def _differs_from_embedding(folder: HfFolder, embedding: str) -> bool:
     head = folder.tensors.get("lm_head.weight")
     if head is None or embedding not in folder.tensors:
         return False
-    expected = CopyTensor(head.name, head.dtype, head.shape, (Piece(0, embedding, 0, num_rows(head.shape)),))
+    expected = CopyTensor("lm_head.weight", head.dtype, head.shape, (Piece(0, embedding, 0, num_rows(head.shape)),))
     same_form = (head.dtype, head.shape) == (folder.tensors[embedding].dtype, folder.tensors[embedding].shape)
     return not same_form or not all(equal for _, equal, _ in compare([expected], folder, folder))
 
@@ -162,7 +181,7 @@ def import_hf(
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, text_only, dtype)
         plan = _import_plan(source, dtype)
-        assets = _assets(source)
+        beside = _beside(source, plan)
         if notify is not None:
             for notice in source.notices:
                 notify(notice)
@@ -170,7 +189,7 @@ def import_hf(
             staged(
                 megatron_dir,
                 plan=plan_digest([*plan.tensors, *plan.carried], "import", CHUNK_BYTES),
-                sources=[*source.folder.files, *(source.folder.path / asset for asset in assets)],
+                sources=beside.sources,
                 source_folder=source.folder.path,
                 needed_bytes=sum(tensor.spec.nbytes for tensor in [*plan.tensors, *plan.carried]),
                 overwrite=overwrite,
@@ -183,51 +202,87 @@ def import_hf(
         writer = stack.enter_context(DistWriter(release, [tensor.spec for tensor in plan.tensors]))
         result = copy(plan.tensors, source.folder, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish({"iteration": 0, "checkpoint_version": 3.0})
-        carried = _write_beside(stack, source, plan, hf, stage.journal, workers)
+        carried = beside.write(stack, hf, stage.journal, workers)
         total, resumed = result.bytes_total + carried.bytes_total, result.bytes_resumed + carried.bytes_resumed
         write_text(stage.folder / TRACKER_FILE, RELEASE_FOLDER)
         return Conversion(Path(megatron_dir), len(plan.tensors), total, resumed)
 
 
-def _write_beside(
-    stack: ExitStack, source: Source, plan: ImportPlan, hf: Path, journal: Journal, workers: int
-) -> CopyResult:
-    """Everything that export needs besides the weights, into the folder `hf`; what it took to copy carried tensors."""
-    result = CopyResult(0, 0, 0, {})
-    if plan.carried:
-        (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
-        # One file: a journal knows files by their names.
-        writer = stack.enter_context(
-            HfWriter(hf / CARRIED_FOLDER, [t.spec for t in plan.carried], max_shard_size=1 << 62)
-        )
-        result = copy(plan.carried, source.folder, writer, journal=journal, workers=workers)
-        writer.finish()
-    copy_assets(source.folder.path, _assets(source), hf)
-    if source.config is not None:
-        write_text(hf / "config.json", json.dumps(source.config, indent=2, sort_keys=True) + "\n")
-    plan.manifest.write(hf)
-    return result
+@dataclass(frozen=True)
+class _Beside:
+    """What goes beside the weights.
+
+    `reader`: of the carried tensors. `assets`: of `folder`, relative to it. `config`: where it is not as there.
+    """
+
+    plan: ImportPlan
+    reader: HfFolder | None
+    folder: Path
+    assets: list[Path]
+    config: dict[str, Any] | None
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that are read."""
+        return [
+            *(self.reader.files if self.reader is not None else ()),
+            *(self.folder / asset for asset in self.assets),
+        ]
+
+    def write(self, stack: ExitStack, hf: Path, journal: Journal, workers: int) -> CopyResult:
+        """Everything that export needs besides the weights, into the folder `hf`; what carried tensors took."""
+        result = CopyResult(0, 0, 0, {})
+        if self.plan.carried:
+            assert self.reader is not None
+            (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
+            # One file: a journal knows files by their names.
+            writer = stack.enter_context(
+                HfWriter(hf / CARRIED_FOLDER, [t.spec for t in self.plan.carried], max_shard_size=1 << 62)
+            )
+            result = copy(self.plan.carried, self.reader, writer, journal=journal, workers=workers)
+            writer.finish()
+        copy_assets(self.folder, self.assets, hf, self.config)
+        self.plan.manifest.write(hf)
+        return result
 
 
-def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -> None:
+def _beside(source: Source, plan: ImportPlan) -> _Beside:
+    return _Beside(plan, source.folder, source.folder.path, _assets(source), source.config)
+
+
+def write_beside(origin: str | Path | MegatronFolder, run: str | Path, *, dtype: str) -> None:
     """What `import` writes besides the weights, as `hf/` of the folder `run`, which a trainer fills with checkpoints.
 
-    Complete or absent; one that is there is replaced. `dtype` as of `import_hf`: export will write the weights in it.
+    `origin`: the HF folder, or the imported checkpoint, that it begins from. `dtype` as of `import_hf`: export will
+    write the weights in it. Complete or absent; one that is there stays if it is in this dtype, else it is replaced.
     """
+    target = Path(run) / HF_FOLDER
+    if (target / MANIFEST_FILE).is_file():
+        there = Manifest.read(target)
+        if plan_beside(there, {}, _DTYPES[dtype]).manifest == there:
+            return
     with ExitStack() as stack:
-        source = open_source(stack, hf_dir, dtype=dtype)
-        plan = _import_plan(source, dtype)
+        if isinstance(origin, MegatronFolder):
+            carried = None if origin.carried is None else stack.enter_context(HfFolder(origin.carried))
+            plan = plan_beside(origin.manifest, {} if carried is None else carried.tensors, _DTYPES[dtype])
+            stored = read_object(origin.hf / "config.json")
+            config = with_dtype(stored, dtype)
+            changed = None if config == stored else config
+            beside = _Beside(plan, carried, origin.hf, listed_assets(origin.hf), changed)
+        else:
+            source = open_source(stack, origin, dtype=dtype)
+            beside = _beside(source, _import_plan(source, dtype))
         stage = stack.enter_context(
             staged(
-                Path(run) / HF_FOLDER,
-                plan=plan_digest(plan.carried, "beside", CHUNK_BYTES),
-                sources=[*source.folder.files, *(source.folder.path / asset for asset in _assets(source))],
-                source_folder=source.folder.path,
-                needed_bytes=sum(tensor.spec.nbytes for tensor in plan.carried),
+                target,
+                plan=plan_digest(beside.plan.carried, "beside", CHUNK_BYTES),
+                sources=beside.sources,
+                source_folder=beside.folder,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in beside.plan.carried),
                 overwrite=True,
             )
         )
-        _write_beside(stack, source, plan, stage.folder, stage.journal, workers=2)
+        beside.write(stack, stage.folder, stage.journal, workers=2)
 
 
 def export_hf(
@@ -300,7 +355,15 @@ def open_checkpoint(
                 raise CheckpointError(f"{chunk.file}: {key} is damaged (its checksum differs)")
         if notify is not None:
             notify("every stored item agrees with its checksum")
-    return JoinedReader(readers), plan_export(table, checkpoint.manifest), files
+    plan = plan_export(table, checkpoint.manifest)
+    if notify is not None:
+        for (have, written), count in narrowed(table, checkpoint.manifest, dist.tensors).items():
+            notify(
+                f"{checkpoint.weights}: {count} tensors are {have} and are written as {written}, which is what "
+                f"{checkpoint.hf / MANIFEST_FILE} says; where that is a run of an earlier version, its `train` command "
+                "once more makes it the dtype of the run"
+            )
+    return JoinedReader(readers), plan, files
 
 
 def _assets(source: Source) -> list[Path]:
@@ -325,18 +388,22 @@ def check_listed(folder: Path, assets: list[Path]) -> None:
         raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
 
 
-def copy_assets(source: Path, assets: list[Path], target: Path) -> None:
-    """Copy files, given relative to `source`."""
+def copy_assets(source: Path, assets: list[Path], target: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Copy files, given relative to `source`; `config` is what config.json is to say where it is not as it was."""
     for asset in assets:
         destination = target / asset
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / asset, destination)
+    if config is not None:
+        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def compare_assets(ours: Path, theirs: Path, assets: list[Path]) -> list[str]:
-    """Assets of `theirs` that `ours` lacks or has with other bytes."""
-    return [
-        str(asset)
-        for asset in assets
-        if not (ours / asset).is_file() or (ours / asset).read_bytes() != (theirs / asset).read_bytes()
-    ]
+def compare_assets(ours: Path, theirs: Path, assets: list[Path], config: Mapping[str, Any] | None = None) -> list[str]:
+    """Assets of `theirs` that `ours` lacks or has with other bytes; `config` as of `copy_assets`."""
+
+    def equal(asset: Path) -> bool:
+        if config is not None and str(asset) == "config.json":
+            return read_object(ours / asset) == config
+        return (ours / asset).read_bytes() == (theirs / asset).read_bytes()
+
+    return [str(asset) for asset in assets if not (ours / asset).is_file() or not equal(asset)]

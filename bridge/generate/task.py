@@ -48,7 +48,7 @@ def provider_of(task: ModelTask) -> Gemma4Provider:
 def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollection]:
     """This rank's chunks, with their weights and adapters. torch.distributed must be initialised. Collective."""
     from bridge.convert.live import load_from_hf, load_from_megatron
-    from bridge.hf.folder import HfFolder
+    from bridge.convert.quantized_folder import open_hf_folder
     from bridge.lora.inject import attach, fill
     from bridge.lora.merge import check_copies, open_base
     from bridge.lora.peft_folder import open_peft
@@ -65,7 +65,7 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
         if task.megatron:
             load_from_megatron(model, table, stack.enter_context(DistReader(task.weights)))
         else:
-            load_from_hf(model, table, stack.enter_context(HfFolder(task.weights)))
+            load_from_hf(model, table, stack.enter_context(open_hf_folder(task.weights)))
         if task.adapter is not None:
             peft = is_peft_folder(task.adapter)
             adapter = open_peft(stack, task.adapter, table) if peft else open_megatron(stack, task.adapter)
