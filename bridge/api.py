@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.convert.folders import DEFAULT_SHARD_BYTES, open_source
 from bridge.convert.manifest import MegatronFolder
+from bridge.convert.quantized_folder import open_hf_folder
 from bridge.geometry import Geometry
-from bridge.hf.folder import HfFolder
 from bridge.hf.hub import resolve
 from bridge.mapping import Table, table_for
 from bridge.megatron.parallel import Parallel
@@ -90,7 +90,7 @@ class Gemma4Bridge:
         from bridge.torch_dist.reader import DistReader
 
         if self.hf_dir is not None:
-            with HfFolder(self.hf_dir) as folder:
+            with open_hf_folder(self.hf_dir) as folder:
                 load_from_hf(model, self.table, folder)
         elif self.megatron is not None:
             with DistReader(self.megatron.weights) as reader:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.convert.folders import open_source
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
+from bridge.convert.quantized_folder import DequantizedFolder
 from bridge.geometry import Geometry, LayerGeometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import ITEM_SIZES, TensorLike
@@ -33,6 +34,7 @@ class Inspection:
     """What `inspect` prints. Coverage counts tensors: mapped, carried beside, not used; a gap is raised as an error.
 
     `unknown_tokens`: (id, token, table) of the tokenizer beside the model that the table has no row for.
+    `storage`: how quantized weights are stored, a line each; sizes and dtypes are then those of the plain tensors.
     `notices`: what of the config is not followed, and the files that are no part of the model.
     """
 
@@ -49,6 +51,7 @@ class Inspection:
     files: int
     unknown_tokens: tuple[tuple[int, str, str], ...]
     notices: tuple[str, ...]
+    storage: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -85,6 +88,7 @@ class Inspection:
                 {"id": number, "token": token, "table": table} for number, token, table in self.unknown_tokens
             ],
             "notices": list(self.notices),
+            "quantized": list(self.storage),
             "coverage": {"mapped": self.mapped, "carried": self.carried, "unaccounted": 0},
         }
 
@@ -95,6 +99,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     Raises MappingError naming what the tables do not account for, and whatever opening the folder raises.
     """
     path = Path(path)
+    storage: tuple[str, ...] = ()
     with ExitStack() as stack:
         if is_megatron_folder(path):
             checkpoint = MegatronFolder.open(path)
@@ -118,6 +123,9 @@ def inspect_folder(path: str | Path) -> Inspection:
             carried = sum(table.is_carried(name) for name in stored)
             files, kind = len(source.folder.files), "Hugging Face safetensors"
             beside_weights = source.folder.path
+            if isinstance(source.folder, DequantizedFolder):
+                storage = source.folder.storage
+                kind += f" of quantized weights ({'; '.join(storage)})"
     sizes = {name: math.prod(tensor.shape) for name, tensor in stored.items()}
     return Inspection(
         path,
@@ -133,6 +141,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         files,
         tokens_without_rows(beside_weights, geometry),
         notices,
+        storage,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from bridge.convert.manifest import (
 )
 from bridge.convert.pieces import CopyTensor, Piece, plan_digest
 from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
+from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
@@ -84,11 +86,17 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
             f"adapter's files into a folder of their own: `adapter merge FOLDER OUT --base {path}` makes one model of "
             "the two, and without them this is the base alone"
         )
+    check_format(Path(path))
     geometry = Geometry.from_folder(path)
-    folder = stack.enter_context(HfFolder(path))
+    folder = stack.enter_context(open_hf_folder(path, _DTYPES[dtype]))
     check_listed(folder.path, folder.assets)
     geometry = geometry.named_as_in(folder.tensors)
     notices = [f"{path}: config.json: {notice}" for notice in geometry.notices]
+    if isinstance(folder, DequantizedFolder):
+        notices += [
+            f"{path}: quantized weights, read as the plain ones that they stand for ({line})" for line in folder.storage
+        ]
+        notices += folder.notices
     if folder.ignored:
         notices.append(f"{path}: left behind, no part of the model: {', '.join(map(shown, folder.ignored))}")
     for name, tensor in folder.tensors.items():
@@ -96,10 +104,10 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
             )
-    prefix, config = geometry.prefix, None
+    prefix, config = geometry.prefix, folder.config
     text_only = text_only and geometry.multimodal
     if text_only or dtype != "keep":
-        config = read_object(Path(path) / "config.json")
+        config = read_object(Path(path) / "config.json") if config is None else config
         if text_only:
             config = _text_config(config, geometry)
             geometry = Geometry.from_dict(config)
@@ -110,11 +118,21 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
     return Source(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
 
 
+def check_format(folder: Path) -> None:
+    """Raise CheckpointError for a folder of GGUF files, which hold no weights that this program reads."""
+    found = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else []
+    if found and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: holds {shown(found[0])}, which is GGUF and not read; take the safetensors that it was made of "
+            "(of google's QAT models those named qat-q4_0-unquantized)"
+        )
+
+
 def _differs_from_embedding(folder: HfFolder, embedding: str) -> bool:
     head = folder.tensors.get("lm_head.weight")
     if head is None or embedding not in folder.tensors:
         return False
-    expected = CopyTensor(head.name, head.dtype, head.shape, (Piece(0, embedding, 0, num_rows(head.shape)),))
+    expected = CopyTensor("lm_head.weight", head.dtype, head.shape, (Piece(0, embedding, 0, num_rows(head.shape)),))
     same_form = (head.dtype, head.shape) == (folder.tensors[embedding].dtype, folder.tensors[embedding].shape)
     return not same_form or not all(equal for _, equal, _ in compare([expected], folder, folder))
 
@@ -223,9 +241,7 @@ class _Beside:
             )
             result = copy(self.plan.carried, self.reader, writer, journal=journal, workers=workers)
             writer.finish()
-        copy_assets(self.folder, self.assets, hf)
-        if self.config is not None:
-            write_text(hf / "config.json", json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        copy_assets(self.folder, self.assets, hf, self.config)
         self.plan.manifest.write(hf)
         return result
 
@@ -372,18 +388,22 @@ def check_listed(folder: Path, assets: list[Path]) -> None:
         raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
 
 
-def copy_assets(source: Path, assets: list[Path], target: Path) -> None:
-    """Copy files, given relative to `source`."""
+def copy_assets(source: Path, assets: list[Path], target: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Copy files, given relative to `source`; `config` is what config.json is to say where it is not as it was."""
     for asset in assets:
         destination = target / asset
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / asset, destination)
+    if config is not None:
+        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def compare_assets(ours: Path, theirs: Path, assets: list[Path]) -> list[str]:
-    """Assets of `theirs` that `ours` lacks or has with other bytes."""
-    return [
-        str(asset)
-        for asset in assets
-        if not (ours / asset).is_file() or (ours / asset).read_bytes() != (theirs / asset).read_bytes()
-    ]
+def compare_assets(ours: Path, theirs: Path, assets: list[Path], config: Mapping[str, Any] | None = None) -> list[str]:
+    """Assets of `theirs` that `ours` lacks or has with other bytes; `config` as of `copy_assets`."""
+
+    def equal(asset: Path) -> bool:
+        if config is not None and str(asset) == "config.json":
+            return read_object(ours / asset) == config
+        return (ours / asset).read_bytes() == (theirs / asset).read_bytes()
+
+    return [str(asset) for asset in assets if not (ours / asset).is_file() or not equal(asset)]

@@ -17,9 +17,10 @@ from bridge.convert.dtypes import FLOATS
 from bridge.convert.folders import copy_assets, listed_assets, with_dtype
 from bridge.convert.live import CHUNK_BYTES, Gatherer
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader
+from bridge.convert.quantized_folder import open_hf_folder
 from bridge.convert.torch_dtypes import DTYPE_NAMES
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import RowReader, TensorSpec, num_rows, row_bytes
+from bridge.hf.tensors import TensorSpec, num_rows, row_bytes
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Entry
 from bridge.together import together
@@ -72,7 +73,9 @@ class _Folder:
         self._table = table = bridge.table
         self._beside, order, self._assets_folder, metadata = _source(stack, bridge)
         whole = bridge.megatron is not None
-        self._assets = listed_assets(self._assets_folder) if whole else HfFolder(self._assets_folder).assets
+        from_hf = None if whole else self._beside
+        self._assets = listed_assets(self._assets_folder) if from_hf is None else from_hf.assets
+        self._config = None if from_hf is None else from_hf.config
         dtypes = {owners[0].dtype for owners in gatherer.owners.values()}
         # A model of one dtype makes a folder of one dtype, as `import --dtype` does.
         self._dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
@@ -118,17 +121,17 @@ class _Folder:
                     reader.read_rows(spec.name, start, stop, buffer)
                     self._writer.write_rows(spec.name, start, buffer)
         self._writer.finish()
-        copy_assets(self._assets_folder, self._assets, self._path)
+        copy_assets(self._assets_folder, self._assets, self._path, self._config)
         if self._dtype is not None:
             _fix_config(self._path / "config.json", str(self._dtype).removeprefix("torch."))
 
 
 def _source(
     stack: ExitStack, bridge: Gemma4Bridge
-) -> tuple[RowReader | None, list[tuple[str, tuple[int, ...]]], Path, dict[str, str]]:
+) -> tuple[HfFolder | None, list[tuple[str, tuple[int, ...]]], Path, dict[str, str]]:
     """Where carried tensors are read, all HF tensors in order, the folder of assets, the files' own metadata."""
     if bridge.hf_dir is not None:
-        folder = stack.enter_context(HfFolder(bridge.hf_dir))
+        folder = stack.enter_context(open_hf_folder(bridge.hf_dir))
         return folder, [(n, t.shape) for n, t in folder.tensors.items()], bridge.hf_dir, dict(folder.file_metadata)
     assert bridge.megatron is not None
     manifest, carried = bridge.megatron.manifest, bridge.megatron.carried

@@ -45,6 +45,14 @@ class CopyTensor:
         return TensorSpec(self.name, self.dtype, self.shape)
 
 
+def same_tensors(reader: RowReader) -> list[CopyTensor]:
+    """The plan that copies every tensor as it is."""
+    return [
+        CopyTensor(name, info.dtype, tuple(info.shape), (Piece(0, name, 0, num_rows(tuple(info.shape))),))
+        for name, info in reader.tensors.items()
+    ]
+
+
 def plan_digest(tensors: Iterable[CopyTensor], *options: object) -> str:
     """A digest of a plan and of whatever else decides the result, to recognise an interrupted copy by."""
     digest = hashlib.blake2b(digest_size=20)

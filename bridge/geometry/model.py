@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from bridge.errors import GeometryError
+from bridge.errors import CheckpointError, GeometryError
 from bridge.geometry.decoder import (
     LayerGeometry,
     MoeGeometry,
@@ -28,6 +28,7 @@ from bridge.geometry.towers import (
     read_vision,
 )
 from bridge.hf.json_file import read_object
+from bridge.hf.quantization import is_marker, read_quantization
 
 _BASE = "model."
 # model_type of a multimodal config -> (its architecture, model_type of its text part, the text part's own architecture)
@@ -208,14 +209,13 @@ class Geometry:
 
 
 def _check_quantization(config: Any, notices: list[str]) -> None:
-    """Refuse quantized weights. A q4_0 without a method is how 16-bit weights were trained to be quantized later."""
-    if config is None or config == {}:
+    """Refuse what no reader of folders reads. A q4_0 without a method is how 16-bit weights were trained for it."""
+    try:
+        read_quantization(config)
+    except CheckpointError as error:
+        raise GeometryError(str(error)) from None
+    if not config or not is_marker(config):
         return
-    if not isinstance(config, Mapping):
-        raise GeometryError(f"quantization_config is {short(config)}, expected an object")
-    if config.get("quant_type") != "q4_0" or any(k in config for k in ("quant_method", "load_in_4bit", "load_in_8bit")):
-        method = short(config.get("quant_method"))
-        raise GeometryError(f"quantization_config.quant_method is {method}; take the checkpoint that is not quantized")
     notices.append(
         "quantization_config (q4_0, without a quant_method) says what the weights were trained for, not how they are "
         "stored; it stays in config.json as it is: transformers loads no folder that has it until the key is removed"

@@ -18,6 +18,7 @@ from bridge.hf.descriptors import RegularFiles
 from bridge.hf.json_file import parse_object, read_object
 from bridge.hf.tensors import (
     ITEM_SIZES,
+    TensorLike,
     as_bytes,
     check_link,
     check_rows,
@@ -57,12 +58,13 @@ class TensorInfo:
 class HfFolder(Closing):
     """An open HF model folder. Thread-safe; a context manager.
 
-    `tensors`: by name, in the order of the files and of their headers. `assets`: every file that is not weights,
-    relative to the folder, sorted. `ignored`: weight files that the model does not consist of (another format, a
-    stray shard), and the files that go with them: they are carried nowhere, and whoever copies the folder says so.
+    `assets`: every file that is not weights, relative to the folder, sorted. `ignored`: weight files that the model
+    does not consist of (another format, a stray shard), and the files that go with them: they are carried nowhere, and
+    whoever copies the folder says so.
     `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the first weight
     file. `files`: the weight files. `single`: what the weight file is called where there is one only, and `index` that
-    of several.
+    of several. `config`: what stands for config.json where the file says more than is meant (of weights that are read
+    as if they were not quantized), else None.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
@@ -70,7 +72,8 @@ class HfFolder(Closing):
     def __init__(self, path: str | Path, *, single: str = SINGLE_FILE, index: str = INDEX_FILE) -> None:
         self.path = Path(path)
         self._single, self._index = single, index
-        self.tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, TensorInfo] = {}
+        self.config: dict[str, Any] | None = None
         self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
         self.files: list[Path] = []
@@ -83,6 +86,11 @@ class HfFolder(Closing):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tensors(self) -> Mapping[str, TensorLike]:
+        """By name, in the order of the files and of their headers."""
+        return self._stored
 
     def _open_weights(self) -> None:
         single, index = self.path / self._single, self.path / self._index
@@ -123,14 +131,14 @@ class HfFolder(Closing):
                 raise CheckpointError(
                     f"{shown(path)}: holds the tensor {shown(name)} that the index does not list there"
                 )
-        self.tensors.update(tensors)
+        self._stored.update(tensors)
 
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
         """Fill `out` (contiguous, writable, of exactly that size) with rows [start, stop) of a tensor.
 
         Raises CheckpointError: no such tensor, rows that do not exist, a file that became shorter.
         """
-        info = self.tensors.get(name)
+        info = self._stored.get(name)
         if info is None:
             raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
         view = as_bytes(out)
@@ -143,7 +151,7 @@ class HfFolder(Closing):
 
         Raises CheckpointError like `read_rows`.
         """
-        info = self.tensors.get(name)
+        info = self._stored.get(name)
         if info is None:
             raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
         view, whole = as_bytes(out), row_bytes(info)

@@ -30,7 +30,7 @@ from bridge.convert.folders import (
     open_source,
 )
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
-from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest
+from bridge.convert.pieces import PlannedReader, plan_digest, same_tensors
 from bridge.convert.stream import CHUNK_BYTES, Progress, copy
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import CheckpointError, MappingError
@@ -50,7 +50,10 @@ _ROWS = 8192
 
 @dataclass(frozen=True)
 class Base:
-    """A model to merge into: its tensors by their Hugging Face names, and the files that go beside them."""
+    """A model to merge into: its tensors by their Hugging Face names, and the files that go beside them.
+
+    `config`: what config.json is to say, where not what the one among `assets` does.
+    """
 
     path: Path
     table: Table
@@ -59,6 +62,7 @@ class Base:
     assets_folder: Path
     assets: tuple[Path, ...]
     metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
 
 
 def open_base(stack: ExitStack, path: Path) -> Base:
@@ -79,7 +83,14 @@ def open_base(stack: ExitStack, path: Path) -> Base:
     folder: HfFolder = source.folder
     source.table.check_folder({name: info.shape for name, info in folder.tensors.items()}, path)
     return Base(
-        folder.path, source.table, folder, tuple(folder.files), folder.path, tuple(folder.assets), folder.file_metadata
+        folder.path,
+        source.table,
+        folder,
+        tuple(folder.files),
+        folder.path,
+        tuple(folder.assets),
+        folder.file_metadata,
+        folder.config,
     )
 
 
@@ -208,7 +219,7 @@ def merge_adapter(
     check_copies(adapter, base.reader)
     say_notes(adapter, base.assets_folder, notify)
     check_apart(Path.cwd() / hf_dir, adapter.path)
-    tensors = _same(base.reader)
+    tensors = same_tensors(base.reader)
     for target in adapter.targets:
         if notify is not None and target.kind == "embedding" and base.table.copies_of(target.name):
             # PEFT warns of it and does the same.
@@ -229,7 +240,7 @@ def merge_adapter(
         writer = stack.enter_context(HfWriter(stage.folder, specs, max_shard_size, base.metadata or None))
         result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish()
-        copy_assets(base.assets_folder, list(base.assets), stage.folder)
+        copy_assets(base.assets_folder, list(base.assets), stage.folder, base.config)
         return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
 
 
@@ -269,11 +280,3 @@ def say_notes(adapter: Adapter, assets: Path, notify: Notify | None) -> None:
         other = compare_assets(assets, home, list(adapter.assets))
         if other:
             notify(f"{home}: {', '.join(other)} differ from those of the base, which are used")
-
-
-def _same(reader: RowReader) -> Sequence[CopyTensor]:
-    """The plan that copies every tensor as it is."""
-    return [
-        CopyTensor(name, info.dtype, tuple(info.shape), (Piece(0, name, 0, num_rows(tuple(info.shape))),))
-        for name, info in reader.tensors.items()
-    ]

@@ -23,7 +23,7 @@ from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import INDEX_FILE, HfFolder
-from bridge.hf.tensors import TensorSpec, num_rows, shown
+from bridge.hf.tensors import TensorSpec, num_rows, row_bytes, shown
 from bridge.hf.writer import HfWriter, write_text
 from bridge.lora.adapter import Adapter, BaseCopy, adapter_assets
 from bridge.lora.dress import Piece, check_servable, pieces
@@ -104,9 +104,10 @@ def _assembled(source: HfFolder, parts: Sequence[Piece], keys: Mapping[str, str]
     target, part = parts[0].target, parts[0].part
     whole = torch.zeros(target.shape_of(part), dtype=TORCH_DTYPES[source.tensors[keys[parts[0].key]].dtype])
     for piece in parts:
-        info = source.tensors[keys[piece.key]]
-        buffer = np.empty(info.nbytes, dtype=np.uint8)
-        source.read_rows(info.name, 0, num_rows(info.shape), buffer)
+        name = keys[piece.key]
+        info = source.tensors[name]
+        buffer = np.empty(num_rows(info.shape) * row_bytes(info), dtype=np.uint8)
+        source.read_rows(name, 0, num_rows(info.shape), buffer)
         view = piece.view(whole)
         stored = torch.from_numpy(buffer).view(whole.dtype).view(view.shape)
         if piece.again and not torch.equal(_bits(view), _bits(stored)):

@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megatron
+from bridge.convert.quantized_folder import open_hf_folder
 from bridge.errors import VerificationError
-from bridge.hf.folder import HfFolder
 from bridge.lora.checkpoint import AdapterFolder
 from bridge.lora.inject import attach, fill
 from bridge.mapping import table_for
@@ -47,7 +47,7 @@ def run_parity(task: ParityTask) -> list[Check]:
         with DistReader(task.checkpoint) as reader:
             load_from_megatron(model, table, reader)
     else:
-        with HfFolder(task.checkpoint) as folder:
+        with open_hf_folder(task.checkpoint) as folder:
             load_from_hf(model, table, folder)
     if task.adapter is not None:
         adapter = AdapterFolder.open(task.adapter)

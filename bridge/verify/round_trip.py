@@ -42,7 +42,7 @@ def check_round_trip(
         ]
         written = {tensor.name for tensor in tensors}
         wrong += [f"{name}: does not come back" for name in source.folder.tensors if name not in written]
-        assets = compare_assets(checkpoint.hf, source.folder.path, source.folder.assets)
+        assets = compare_assets(checkpoint.hf, source.folder.path, source.folder.assets, source.folder.config)
         left = [str(path) for path in source.folder.ignored]
     dtypes = sorted({tensor.dtype for tensor in source.folder.tensors.values()})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.convert.atomic import Notify
 from bridge.convert.folders import open_source
 from bridge.convert.manifest import MegatronFolder
+from bridge.convert.plain import write_plain
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
@@ -55,20 +56,34 @@ def verify(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
     with ExitStack() as stack:
-        geometry = open_source(stack, hf_dir).geometry
+        source = open_source(stack, hf_dir)
+        geometry, quantized = source.geometry, source.folder.config is not None
     variant = model_name(hf_dir)
     rows: list[Check] = []
     if "round-trip" in checks:
         rows += check_round_trip(hf_dir, megatron_dir, variant, workdir=workdir, progress=progress)
     if "logits" in checks or "gradients" in checks:
         rows += _parity(
-            hf_dir, megatron_dir, geometry, variant, checks, parallel, dtype, seed, workdir, notify, pool, overrides
+            hf_dir,
+            quantized,
+            megatron_dir,
+            geometry,
+            variant,
+            checks,
+            parallel,
+            dtype,
+            seed,
+            workdir,
+            notify,
+            pool,
+            overrides,
         )
     return rows
 
 
 def _parity(
     hf_dir: Path,
+    quantized: bool,
     megatron_dir: Path | None,
     geometry: Geometry,
     variant: str,
@@ -100,6 +115,12 @@ def _parity(
     run_dtype = getattr(torch, dtype)
     results: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="gemma4-bridge-", dir=workdir) as folder:
+        reference_dir = hf_dir
+        if quantized:
+            reference_dir = Path(folder) / "plain"
+            if notify is not None:
+                notify(f"transformers computes with the dequantized weights, written to {reference_dir} for the while")
+            write_plain(hf_dir, reference_dir)
         ranks = pool or RankPool(parallel.world_size)
         try:
             samples = [
@@ -109,7 +130,7 @@ def _parity(
                     random_sample(geometry, seed, batch, length, images=images),
                 ),
             ]
-            missing = _cannot_compare_media(geometry)
+            missing = cannot_compare_media(geometry)
             if missing is None:
                 kinds = kinds_of(geometry, rows_of)
                 media = ranks.run(media_sample, hf_dir, geometry, seed, kinds, length, world_size=1)
@@ -123,10 +144,10 @@ def _parity(
             for number, (note, sample) in enumerate(samples, 1):
                 if notify is not None:
                     notify(f"comparing batch {number} of {len(samples)}{f' ({note})' if note else ''}")
-                ranks.run(run_reference, hf_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
+                ranks.run(run_reference, reference_dir, sample, run_dtype, gradients, references["dtype"], world_size=1)
                 if "float32" in references:
                     truth = references["float32"]
-                    ranks.run(run_reference, hf_dir, sample, torch.float32, False, truth, world_size=1)
+                    ranks.run(run_reference, reference_dir, sample, torch.float32, False, truth, world_size=1)
                 task = ParityTask(
                     variant,
                     geometry,
@@ -150,7 +171,7 @@ def _parity(
     return results
 
 
-def _cannot_compare_media(geometry: Geometry) -> str | None:
+def cannot_compare_media(geometry: Geometry) -> str | None:
     """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
     if geometry.vision is None and geometry.audio is None:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -96,6 +97,14 @@ def dense(case: Case, given: list[Tensor], rounded: torch.dtype) -> tuple[Tensor
     return output.permute(2, 0, 1, 3), lse, [x.permute(2, 0, 1, 3) for x in (d_scores @ key, *sums)]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_chance() -> Iterator[None]:
+    """What is not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def errors(case: Case, dtype: torch.dtype) -> list[float]:
     given = tensors(case, dtype)
     output, lse, expected = dense(case, given, torch.float64 if dtype is torch.float32 else dtype)
@@ -114,7 +123,9 @@ def errors(case: Case, dtype: torch.dtype) -> list[float]:
 def test_gradients_in_float32(name: str, small: bool) -> None:
     """Also a tile of queries at a time."""
     with mock.patch.object(flex_triton, "WORKSPACE", 1 if small else flex_triton.WORKSPACE):
-        assert max(errors(CASES[name], torch.float32)) <= FLOAT32
+        found = errors(CASES[name], torch.float32)
+        # One by one: NaN is not below a bound, and may be the largest of nothing.
+        assert all(error <= FLOAT32 for error in found), found
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,7 @@ def test_gradients_in_float32(name: str, small: bool) -> None:
 def test_gradients_in_bf16(name: str) -> None:
     """Weights and gradients of scores are rounded once, gradients once; all sums are float32."""
     found = errors(CASES[name], torch.bfloat16)
-    assert max(found) <= BFLOAT16, found
+    assert all(error <= BFLOAT16 for error in found), found
 
 
 def test_forward_and_backward() -> None:
