@@ -6,7 +6,7 @@ and on what went into the same layer of transformers, so that its own error is s
 
 from __future__ import annotations
 
-import sys
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class StreamedTask:
     """What to compare: an HF folder with itself, or with the weights folder of its Megatron checkpoint.
 
     `layers`: those that are compared, and run at all; None: all. `theirs`: the file of transformers' side.
+    `progress`: a file that gets a line now and then.
     """
 
     variant: str
@@ -48,6 +49,7 @@ class StreamedTask:
     sample: Sample
     layers: tuple[int, ...] | None
     theirs: Path
+    progress: Path
 
     @property
     def run(self) -> frozenset[int]:
@@ -64,7 +66,7 @@ def run_transformers(task: StreamedTask) -> None:
         weights = TheirWeights(model, folder)
         decoder = next(m for m in model.modules() if type(m).__name__.endswith("TextModel"))
         found: dict[str, Tensor] = {}
-        say = _Progress("transformers", len(task.run))
+        say = _Progress("transformers", task)
 
         def begins(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any) -> None:
@@ -75,7 +77,7 @@ def run_transformers(task: StreamedTask) -> None:
         def ends(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Tensor) -> None:
                 found[f"out.{i}"] = output.clone()
-                say.layer(i)
+                say.layer()
 
             return hook
 
@@ -106,7 +108,7 @@ def compare(task: StreamedTask) -> list[Check]:
     overrides = {"perform_initialization": False}
     [model] = Gemma4Provider(task.geometry, Parallel(), torch.float32, overrides=overrides).build(groups)
     model.eval()
-    say = _Progress("ours", len(task.run))
+    say = _Progress("Megatron", task)
     checks: list[Check] = []
     shared: dict[int, KeyValue] = {}
 
@@ -132,7 +134,7 @@ def compare(task: StreamedTask) -> list[Check]:
             value = _apart(alone.transpose(0, 1)[real], expected[real])
             if task.layers is None or i in task.layers:
                 row(f"layer {i}", value, f"{module.layer.kind}; {own:.1e} on our own layers' output")
-            say.layer(i)
+            say.layer()
 
         return hook
 
@@ -164,6 +166,9 @@ def compare(task: StreamedTask) -> list[Check]:
         expected = theirs[LOGITS]
         largest = expected[real].abs().max().item()
         row(LOGITS, (ours[real] - expected[real]).abs().max().item() / largest, f"of {largest:.3g} at most")
+    # In KiB; of both sides, where one process ran them.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    checks.append(Check("memory", task.variant, Parallel(), "float32", "peak GB", peak, None, "of the process"))
     return checks
 
 
@@ -219,16 +224,14 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 class _Progress:
-    """A line on the terminal that says where a side is."""
+    """Says in a file where a side is: the process that asked reads it, a rank has no terminal."""
 
-    def __init__(self, side: str, layers: int) -> None:
-        self.side, self.layers, self.done = side, layers, 0
+    def __init__(self, side: str, task: StreamedTask) -> None:
+        self.side, self.layers, self.file, self.done = side, len(task.run), task.progress, 0
 
-    def layer(self, number: int) -> None:
-        """Layer `number` has run."""
+    def layer(self) -> None:
+        """Another layer has run."""
         self.done += 1
-        end = "\n" if self.done == self.layers else ""
-        if sys.stderr.isatty():
-            print(f"\r{self.side}: layer {number}, {self.done} of {self.layers} ", end=end, file=sys.stderr, flush=True)
-        elif end or self.done % 10 == 0:
-            print(f"{self.side}: {self.done} of {self.layers} layers", file=sys.stderr, flush=True)
+        if self.done % 5 == 0 or self.done == self.layers:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{self.side}: {self.done} of {self.layers} layers\n")
