@@ -15,7 +15,17 @@ from rich.table import Table
 
 from bridge import __version__, cli_generate, cli_launch
 from bridge.cli_adapter import adapter
-from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
+from bridge.cli_kit import (
+    JsonOption,
+    OverwriteOption,
+    QuantizeOption,
+    WorkersOption,
+    epilog,
+    err,
+    out,
+    report,
+    wrote_json,
+)
 from bridge.errors import BridgeError, UsageError
 
 app = typer.Typer(
@@ -171,6 +181,7 @@ def export_command(
     check_files: Annotated[
         bool, typer.Option("--check-files", help="First hold every stored item against its checksum.")
     ] = False,
+    quantize: QuantizeOption = None,
     overwrite: OverwriteOption = False,
     workers: WorkersOption = 2,
     json_file: JsonOption = None,
@@ -188,6 +199,7 @@ def export_command(
             max_shard_size=size,
             overwrite=overwrite,
             check_files=check_files,
+            quantize=quantize,
             workers=workers,
             progress=progress,
             notify=err.print,

@@ -73,13 +73,21 @@ class Quantized:
     expected: Mapping[str, Tensor]
 
 
-def quantize(weight: Tensor, scheme: QuantizationScheme, scale_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """One weight by the compressor of its format; scales of its smallest and largest values, as without data."""
+def quantize(
+    weight: Tensor,
+    scheme: QuantizationScheme,
+    scale_dtype: torch.dtype | None = None,
+    top: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """One weight by the compressor of its format; scales of its smallest and largest values, as without data.
+
+    `top` [1]: the largest absolute value of all that share its global scale.
+    """
     args = scheme.weights
     assert args is not None
     flat = _blocks(weight, args)
     low, high = flat.amin(-1), flat.amax(-1)
-    top = torch.maximum(low.min().abs(), high.max().abs()).reshape(1)
+    top = torch.maximum(low.min().abs(), high.max().abs()).reshape(1) if top is None else top
     global_scale = generate_gparam(-top, top) if args.strategy == "tensor_group" else None
     scale, zero = calculate_qparams(low, high, args, global_scale=global_scale)
     scale = scale.to(scale_dtype or weight.dtype)
