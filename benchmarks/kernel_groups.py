@@ -26,7 +26,7 @@ _RANGES = (
 _NAMES = (
     ("communication", r"nccl|c10d::|gloo"),
     ("loss", r"cross_entropy"),
-    ("attention", r"flash|fmha|flex_attention|attention|ffpa"),
+    ("attention", r"flash|fmha|triton_tem|attention|ffpa"),
     ("grouped gemm", r"grouped|group_gemm|GroupProblem|moe_gemm"),
     ("gemm", r"gemm|nvjet|xmma|cutlass|cublas|splitKreduce|aten::(mm|bmm|addmm|baddbmm|linear|matmul|conv)|_mm$|wgmma"),
     ("copies", r"^Mem(cpy|set)|aten::(copy_|_to_copy|contiguous|clone|fill_|zero_)|CatArray|direct_copy"),
@@ -50,14 +50,16 @@ def breakdown(profile: Any) -> dict[str, float]:
     """The share of each group in the time that kernels took (on a CPU: operators), of a `torch.profiler.profile`."""
     events = list(profile.events())
     on_gpu = any(event.kernels for event in events)
+    # Ranges of the program are listed among their kernels, with their time again. Operators are not, though Inductor
+    # launches each of its kernels within one of the same name.
+    annotations = {event.name for event in events if event.is_user_annotation}
     times: Counter[str] = Counter()
     for event in events:
         ranges = list(_around(event))
         if not on_gpu:
             times[group_of(event.name, ranges)] += event.self_cpu_time_total
         for kernel in event.kernels:
-            # A range of the program may be listed beside its kernels, with their time again.
-            if kernel.name not in ranges:
+            if kernel.name not in annotations:
                 times[group_of(kernel.name, ranges)] += kernel.duration
     total = sum(times.values()) or 1
     return {group: round(times[group] / total, 4) for group in GROUPS if times[group]}

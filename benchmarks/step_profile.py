@@ -46,9 +46,9 @@ def summary(events: Iterable[Any]) -> Row:
     device: list[Any] = []
     for event in events:
         (device if event.device_type() == DeviceType.CUDA else host).append(event)
-    # A range of the program is listed beside its kernels too, with their time again.
-    ranges = {event.name() for event in host}
-    kernels = [event for event in device if event.name() not in ranges]
+    # A range of the program is listed beside its kernels too, with their time again. Its name alone does not tell:
+    # Inductor launches each of its kernels within an operator of the same name.
+    kernels = [event for event in device if not event.is_user_annotation()]
     calls = [event for event in host if event.name().startswith((*_WAITS, *_LAUNCHES))]
     busy = until = 0
     for start, stop in sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in kernels):

@@ -19,11 +19,12 @@ from bridge.convert.manifest import (
     MANIFEST_FILE,
     RELEASE_FOLDER,
     TRACKER_FILE,
+    Manifest,
     MegatronFolder,
     is_megatron_folder,
 )
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest, same_tensors
-from bridge.convert.plan import ImportPlan, JoinedReader, plan_export, plan_import
+from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
 from bridge.convert.quantized_export import QuantizedReader
 from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
@@ -181,7 +182,7 @@ def import_hf(
     with ExitStack() as stack:
         source = open_source(stack, hf_dir, text_only, dtype)
         plan = _import_plan(source, dtype)
-        assets = _assets(source)
+        beside = _beside(source, plan)
         if notify is not None:
             for notice in source.notices:
                 notify(notice)
@@ -189,7 +190,7 @@ def import_hf(
             staged(
                 megatron_dir,
                 plan=plan_digest([*plan.tensors, *plan.carried], "import", CHUNK_BYTES),
-                sources=[*source.folder.files, *(source.folder.path / asset for asset in assets)],
+                sources=beside.sources,
                 source_folder=source.folder.path,
                 needed_bytes=sum(tensor.spec.nbytes for tensor in [*plan.tensors, *plan.carried]),
                 overwrite=overwrite,
@@ -202,70 +203,87 @@ def import_hf(
         writer = stack.enter_context(DistWriter(release, [tensor.spec for tensor in plan.tensors]))
         result = copy(plan.tensors, source.folder, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish({"iteration": 0, "checkpoint_version": 3.0})
-        carried = _write_beside(stack, source, plan, hf, stage.journal, workers)
+        carried = beside.write(stack, hf, stage.journal, workers)
         total, resumed = result.bytes_total + carried.bytes_total, result.bytes_resumed + carried.bytes_resumed
         write_text(stage.folder / TRACKER_FILE, RELEASE_FOLDER)
         return Conversion(Path(megatron_dir), len(plan.tensors), total, resumed)
 
 
-def _write_beside(
-    stack: ExitStack, source: Source, plan: ImportPlan, hf: Path, journal: Journal, workers: int
-) -> CopyResult:
-    """Everything that export needs besides the weights, into the folder `hf`; what it took to copy carried tensors."""
-    result = CopyResult(0, 0, 0, {})
-    if plan.carried:
-        (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
-        # One file: a journal knows files by their names.
-        writer = stack.enter_context(
-            HfWriter(hf / CARRIED_FOLDER, [t.spec for t in plan.carried], max_shard_size=1 << 62)
-        )
-        result = copy(plan.carried, source.folder, writer, journal=journal, workers=workers)
-        writer.finish()
-    copy_assets(source.folder.path, _assets(source), hf, source.config)
-    plan.manifest.write(hf)
-    return result
+@dataclass(frozen=True)
+class _Beside:
+    """What goes beside the weights.
+
+    `reader`: of the carried tensors. `assets`: of `folder`, relative to it. `config`: where it is not as there.
+    """
+
+    plan: ImportPlan
+    reader: HfFolder | None
+    folder: Path
+    assets: list[Path]
+    config: dict[str, Any] | None
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that are read."""
+        return [
+            *(self.reader.files if self.reader is not None else ()),
+            *(self.folder / asset for asset in self.assets),
+        ]
+
+    def write(self, stack: ExitStack, hf: Path, journal: Journal, workers: int) -> CopyResult:
+        """Everything that export needs besides the weights, into the folder `hf`; what carried tensors took."""
+        result = CopyResult(0, 0, 0, {})
+        if self.plan.carried:
+            assert self.reader is not None
+            (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
+            # One file: a journal knows files by their names.
+            writer = stack.enter_context(
+                HfWriter(hf / CARRIED_FOLDER, [t.spec for t in self.plan.carried], max_shard_size=1 << 62)
+            )
+            result = copy(self.plan.carried, self.reader, writer, journal=journal, workers=workers)
+            writer.finish()
+        copy_assets(self.folder, self.assets, hf, self.config)
+        self.plan.manifest.write(hf)
+        return result
 
 
-def write_plain(hf_dir: str | Path, target: str | Path, *, progress: Progress | None = None) -> None:
-    """A folder of quantized weights as the plain folder that it stands for. Raises a BridgeError."""
+def _beside(source: Source, plan: ImportPlan) -> _Beside:
+    return _Beside(plan, source.folder, source.folder.path, _assets(source), source.config)
+
+
+def write_beside(origin: str | Path | MegatronFolder, run: str | Path, *, dtype: str) -> None:
+    """What `import` writes besides the weights, as `hf/` of the folder `run`, which a trainer fills with checkpoints.
+
+    `origin`: the HF folder, or the imported checkpoint, that it begins from. `dtype` as of `import_hf`: export will
+    write the weights in it. Complete or absent; one that is there stays if it is in this dtype, else it is replaced.
+    """
+    target = Path(run) / HF_FOLDER
+    if (target / MANIFEST_FILE).is_file():
+        there = Manifest.read(target)
+        if plan_beside(there, {}, _DTYPES[dtype]).manifest == there:
+            return
     with ExitStack() as stack:
-        source = open_source(stack, hf_dir)
-        tensors = same_tensors(source.folder)
+        if isinstance(origin, MegatronFolder):
+            carried = None if origin.carried is None else stack.enter_context(HfFolder(origin.carried))
+            plan = plan_beside(origin.manifest, {} if carried is None else carried.tensors, _DTYPES[dtype])
+            stored = read_object(origin.hf / "config.json")
+            config = with_dtype(stored, dtype)
+            changed = None if config == stored else config
+            beside = _Beside(plan, carried, origin.hf, listed_assets(origin.hf), changed)
+        else:
+            source = open_source(stack, origin, dtype=dtype)
+            beside = _beside(source, _import_plan(source, dtype))
         stage = stack.enter_context(
             staged(
                 target,
-                plan=plan_digest(tensors, "plain", CHUNK_BYTES),
-                sources=[*source.folder.files, *(source.folder.path / asset for asset in source.folder.assets)],
-                source_folder=source.folder.path,
-                needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
-                overwrite=False,
-            )
-        )
-        writer = stack.enter_context(HfWriter(stage.folder, [tensor.spec for tensor in tensors], DEFAULT_SHARD_BYTES))
-        copy(tensors, source.folder, writer, journal=stage.journal, progress=progress)
-        writer.finish()
-        copy_assets(source.folder.path, source.folder.assets, stage.folder, source.folder.config)
-
-
-def import_beside(hf_dir: str | Path, run: str | Path, *, dtype: str = "keep") -> None:
-    """What `import` writes besides the weights, as `hf/` of the folder `run`, which a trainer fills with checkpoints.
-
-    Complete or absent; one that is there is replaced. `dtype` as of `import_hf`: export will write the weights in it.
-    """
-    with ExitStack() as stack:
-        source = open_source(stack, hf_dir, dtype=dtype)
-        plan = _import_plan(source, dtype)
-        stage = stack.enter_context(
-            staged(
-                Path(run) / HF_FOLDER,
-                plan=plan_digest(plan.carried, "beside", CHUNK_BYTES),
-                sources=[*source.folder.files, *(source.folder.path / asset for asset in _assets(source))],
-                source_folder=source.folder.path,
-                needed_bytes=sum(tensor.spec.nbytes for tensor in plan.carried),
+                plan=plan_digest(beside.plan.carried, "beside", CHUNK_BYTES),
+                sources=beside.sources,
+                source_folder=beside.folder,
+                needed_bytes=sum(tensor.spec.nbytes for tensor in beside.plan.carried),
                 overwrite=True,
             )
         )
-        _write_beside(stack, source, plan, stage.folder, stage.journal, workers=2)
+        beside.write(stack, stage.folder, stage.journal, workers=2)
 
 
 def export_hf(
@@ -345,7 +363,15 @@ def open_checkpoint(
                 raise CheckpointError(f"{chunk.file}: {key} is damaged (its checksum differs)")
         if notify is not None:
             notify("every stored item agrees with its checksum")
-    return JoinedReader(readers), plan_export(table, checkpoint.manifest), files
+    plan = plan_export(table, checkpoint.manifest)
+    if notify is not None:
+        for (have, written), count in narrowed(table, checkpoint.manifest, dist.tensors).items():
+            notify(
+                f"{checkpoint.weights}: {count} tensors are {have} and are written as {written}, which is what "
+                f"{checkpoint.hf / MANIFEST_FILE} says; where that is a run of an earlier version, its `train` command "
+                "once more makes it the dtype of the run"
+            )
+    return JoinedReader(readers), plan, files
 
 
 def _assets(source: Source) -> list[Path]:

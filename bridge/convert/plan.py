@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bridge.convert.manifest import Manifest, ManifestTensor
@@ -50,8 +51,7 @@ def plan_import(
     table.check_folder({name: tuple(stored[original].shape) for name, original in kept.items()}, where)
 
     def written(name: str) -> str:
-        have = stored[kept[name]].dtype
-        return dtype if dtype is not None and have in _WIDTH else have
+        return _written(stored[kept[name]].dtype, dtype)
 
     tensors = []
     for entry in table.entries.values():
@@ -72,6 +72,16 @@ def plan_import(
         file_metadata,
     )
     return ImportPlan(tuple(tensors), carried, manifest)
+
+
+def plan_beside(manifest: Manifest, carried: Mapping[str, TensorLike], dtype: str | None) -> ImportPlan:
+    """Plan what stands beside a trainer's weights, of the checkpoint that they began from: all but the weights.
+
+    `carried`: its carried tensors. `dtype` as of `plan_import`.
+    """
+    tensors = tuple(replace(tensor, dtype=_written(tensor.dtype, dtype)) for tensor in manifest.tensors)
+    copies = (CopyTensor(t.name, t.dtype, t.shape, (_whole(t.name, t.shape),)) for t in tensors if t.name in carried)
+    return ImportPlan((), tuple(copies), replace(manifest, tensors=tensors))
 
 
 def plan_export(table: Table, manifest: Manifest) -> tuple[CopyTensor, ...]:
@@ -98,6 +108,16 @@ def plan_export(table: Table, manifest: Manifest) -> tuple[CopyTensor, ...]:
     return tuple(tensors)
 
 
+def narrowed(table: Table, manifest: Manifest, stored: Mapping[str, TensorLike]) -> Counter[tuple[str, str]]:
+    """How many weights `plan_export` writes in a dtype that does not hold them, by (that of `stored`, that written)."""
+    kinds, found = {tensor.name: tensor.dtype for tensor in manifest.tensors}, Counter[tuple[str, str]]()
+    for entry in table.entries.values():
+        have = stored[entry.key].dtype
+        written = _widest({source.name: kinds[source.name] for source in entry.sources}, entry.key)
+        found[have, written] += _widest({"stored": have, "written": written}, entry.key) != written
+    return +found
+
+
 class JoinedReader:
     """Several row readers as one; no name may occur twice."""
 
@@ -114,6 +134,11 @@ class JoinedReader:
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
         """See `RowReader`."""
         self._owner[name].read_rows(name, start, stop, out)
+
+
+def _written(stored: str, dtype: str | None) -> str:
+    """What is stored as `stored` becomes `dtype`, if it is a float and one is asked for."""
+    return dtype if dtype is not None and stored in _WIDTH else stored
 
 
 def _whole(name: str, shape: Sequence[int], source: str | None = None) -> Piece:

@@ -33,6 +33,9 @@ from bridge.token_ids import IGNORE
 _CHUNK_BYTES = 128 << 20
 # Intermediate float32 values are made for so many bytes of logits at a time.
 _BLOCK_BYTES = 8 << 20
+# Products are made of rows and words in multiples of this: for 255 rows of bf16 a GPU's library took 100 times as long
+# as for 256 (docs/benchmarks.md), and for words that do not lie at multiples of 16 bytes three times.
+_TILE = 64
 # Gradients of token losses that differ by less (relative, float32 rounding) are one number.
 _SAME = 4 * torch.finfo(torch.float32).eps
 
@@ -54,8 +57,8 @@ class _Head:
 
     def chunks(self, positions: Tensor) -> Iterator[Tensor]:
         """`positions` [n] in pieces whose logits fit the budget."""
-        rows = _CHUNK_BYTES // (self.local_rows * self.weight.dtype.itemsize)
-        return iter(positions.split(max(1, rows))) if len(positions) else iter(())
+        rows = max(1, _CHUNK_BYTES // (self.local_rows * self.weight.dtype.itemsize))
+        return iter(positions.split(rows - rows % _TILE or rows)) if len(positions) else iter(())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of [n, h]: tanh(logits / cap); raw logits without a softcap, and for kernels, which apply it. [n, V / tp]."""
@@ -132,6 +135,12 @@ class _Head:
             block.copy_(gradient)
 
 
+def _whole_tiles(rows: Tensor) -> Tensor:
+    """`rows` [n, h] and zeros behind them, up to a multiple of `_TILE`; of float32, not for speed, the rows."""
+    missing = -len(rows) % _TILE
+    return rows if rows.dtype is torch.float32 or not missing else torch.nn.functional.pad(rows, (0, 0, 0, missing))
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] @ right [k, n], summed in float32; on a GPU also returned so: bf16 results may be summed in bf16."""
     if left.is_cuda and left.dtype is not torch.float32:
@@ -153,11 +162,12 @@ def _add_gradient(total: Tensor, head: _Head, hidden: Tensor, labels: Tensor, ls
             total.addmm_(squashed.t(), rows)
             del squashed  # before the next chunk's are made
         return
-    words = max(1, _CHUNK_BYTES // (n * hidden.dtype.itemsize + h * 4))
+    words = max(_TILE, _CHUNK_BYTES // (n * hidden.dtype.itemsize + h * 4) // _TILE * _TILE)
+    hidden = _whole_tiles(hidden)  # rows of zeros add nothing
     for first, (rows, part) in enumerate(zip(head.weight.split(words), total.split(words), strict=True)):
         some = replace(head, weight=rows, first_word=head.first_word + first * words)
         squashed = some.logits(hidden)
-        some.differentiate(squashed, labels, lse, weights)
+        some.differentiate(squashed[:n], labels, lse, weights)
         part += _product(squashed.t(), hidden)
         del squashed  # before the next words' are made
 
@@ -185,17 +195,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if to_weight and weight.dtype is torch.float32 else None
         for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
             rows, targets = hidden.detach()[chunk], labels[chunk]
-            squashed = head.logits(rows)
+            tiles = head.logits(_whole_tiles(rows))
+            squashed = tiles[: len(rows)]
             z, target = head.measure(squashed, targets)
             lse.copy_(z)
             losses[chunk] = z - target + head.z_loss * z * z if head.z_loss else z - target
             if grad_hidden is not None or grad_weight is not None:
                 head.differentiate(squashed, targets, z)
             if grad_hidden is not None:
-                grad_hidden[chunk] = _product(squashed, head.weight).to(hidden.dtype)
+                grad_hidden[chunk] = _product(tiles, head.weight)[: len(rows)].to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight[:words].addmm_(squashed.t(), rows)
-            del squashed  # before the next chunk's are made
+            del squashed, tiles  # before the next chunk's are made
         if squares is not None:
             squares += lses.double().square_().sum()
         ctx.save_for_backward(hidden, weight, labels, kept, lses)

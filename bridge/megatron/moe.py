@@ -144,6 +144,18 @@ def weigh(output: Tensor, probs: Tensor, kernels: str) -> Tensor:
     return (output * probs.unsqueeze(-1)).to(output.dtype)
 
 
+def forget_graph(dispatcher: object) -> None:
+    """Let go of what a dispatcher kept of a forward pass that is over, where it hangs on the graph of that pass.
+
+    Megatron's dispatchers keep the router's probabilities. Their graph ends in the nodes that accumulate gradients, and
+    hooks of these hold Megatron's DDP, which holds the model: a circle through nodes that Python's collector cannot
+    see through, so that neither the model nor its process groups, with their threads, would ever be freed.
+    """
+    for name, value in list(vars(dispatcher).items()):
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            setattr(dispatcher, name, None)
+
+
 class Gemma4MoE(MoELayer):
     """Router and experts. Takes the raw residual: the router and the experts norm it each in its own way."""
 
@@ -160,3 +172,9 @@ class Gemma4MoE(MoELayer):
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Norm what goes to the experts, after the router has seen the residual."""
         return super().preprocess(self.pre_layernorm(hidden_states), probs, routing_map)
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """The last step of a forward pass, with which the dispatcher is done."""
+        output = super().postprocess(output, shared_expert_output)
+        forget_graph(self.token_dispatcher)
+        return output

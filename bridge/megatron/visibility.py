@@ -52,6 +52,11 @@ def mask_rule(geometry: Geometry, layer: LayerGeometry, vision_mask: str = GENER
     return MaskRule(layer.window, "windowed" if layer.kind == "sliding" else "causal")
 
 
+def vision_masks(geometry: Geometry) -> tuple[str, ...]:
+    """The values of `vision_mask` that there are for a model (`check_vision_mask`)."""
+    return VISION_MASKS if geometry.unified and geometry.bidirectional_vision else (GENERATE,)
+
+
 def check_vision_mask(geometry: Geometry, vision_mask: str) -> None:
     """Raise UsageError for a `vision_mask` that there is not, or not for this model.
 
@@ -60,7 +65,7 @@ def check_vision_mask(geometry: Geometry, vision_mask: str) -> None:
     """
     if vision_mask not in VISION_MASKS:
         raise UsageError(f"vision_mask={vision_mask}: is one of {', '.join(VISION_MASKS)}")
-    if vision_mask == FORWARD and not (geometry.unified and geometry.bidirectional_vision):
+    if vision_mask not in vision_masks(geometry):
         raise UsageError(
             f"vision_mask={FORWARD}: in transformers' {geometry.architecture} `forward` masks as generation does; "
             f"leave it at {GENERATE}"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.convert.atomic import Notify
-from bridge.convert.folders import open_source, write_plain
+from bridge.convert.folders import open_source
 from bridge.convert.manifest import MegatronFolder
+from bridge.convert.plain import write_plain
 from bridge.convert.stream import Progress
 from bridge.errors import UsageError
 from bridge.geometry import Geometry

@@ -28,10 +28,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from bridge.convert.atomic import check_target, staged
-from bridge.convert.folders import import_beside
+from bridge.convert.atomic import check_target
+from bridge.convert.folders import write_beside
 from bridge.convert.live import METADATA, load_from_megatron
-from bridge.convert.manifest import ADAPTER_FILE, HF_FOLDER, MANIFEST_FILE, TRACKER_FILE
+from bridge.convert.manifest import ADAPTER_FILE, TRACKER_FILE
 from bridge.convert.replace import recover, replace_folder, sync_tree
 from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
 from bridge.hf.tensors import fsync_folder
@@ -56,7 +56,7 @@ class Progress:
 
     `best_eval`, `best_step`: the least loss of an evaluation, and after which step it was; `evaluated`: the step of the
     last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the last step's learning rate,
-    the next one's, and the number of steps that they were made for.
+    the next one's, and the number of steps that they were made for. `vision_mask`: of the last step.
     """
 
     step: int = 0
@@ -72,6 +72,7 @@ class Progress:
     evaluated: int = 0
     unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
     schedule: dict[str, float] = field(default_factory=dict)
+    vision_mask: str | None = None
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
@@ -83,7 +84,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 
 def prepare_output(run: Run) -> None:
-    """Write `hf/` of the run's folder, once. Collective; raises what rank 0 raised, on every rank."""
+    """Write `hf/` of the run's folder, where it is not there. Collective; raises what rank 0 raised, on every rank."""
 
     def write() -> None:
         output = Path(run.recipe.output)
@@ -95,14 +96,9 @@ def prepare_output(run: Run) -> None:
         _tidy(output)
         if run.lora is not None:
             describe(run.recipe, run.lora, output)
-        if (output / HF_FOLDER / MANIFEST_FILE).is_file():
-            return
-        if run.bridge.hf_dir is not None:
-            import_beside(run.bridge.hf_dir, output, dtype=run.recipe.model.dtype)
-            return
-        assert run.bridge.megatron is not None
-        with staged(output / HF_FOLDER, plan="beside", sources=[], overwrite=True) as stage:
-            shutil.copytree(run.bridge.megatron.hf, stage.folder, dirs_exist_ok=True)
+        origin = run.bridge.hf_dir or run.bridge.megatron
+        assert origin is not None
+        write_beside(origin, output, dtype=run.recipe.model.dtype)
 
     on_rank_0(write)
 

@@ -22,7 +22,7 @@ from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.log import Log
 from recipes.train.lora import export_merged
-from recipes.train.media import sense_of, senses_in
+from recipes.train.media import mask_change, sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.samples import Samples
 from recipes.train.schedule import advance, rate_change, shortened
@@ -90,6 +90,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         try:
             say = log.say if log is not None else _to_nobody
             checkpoint.on_rank_0(lambda: _say_first(run, streams, progress, say))
+            progress.vision_mask = recipe.model.vision_mask
             loop = _Loop(run, streams, progress, log, signalled, samples)
             with signalled.noted():
                 outcome = loop.run()
@@ -112,6 +113,9 @@ def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[st
     if progress.step:
         say(f"resuming after step {progress.step}")
         if change := rate_change(run.recipe, run.scheduler, progress.step, progress.schedule):
+            say(change)
+        seen = progress.sense_updates.get("vision", 0)
+        if change := mask_change(run.bridge.geometry, run.recipe.model.vision_mask, progress.vision_mask, seen):
             say(change)
 
 

@@ -15,8 +15,10 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from bridge.geometry import Geometry
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import SENSES, Gemma4MultimodalModel, Media
+from bridge.megatron.visibility import FORWARD, vision_masks
 
 # What of a batch only the first pipeline stage takes.
 MEDIA_NAMES = frozenset(field.name for field in fields(Media))
@@ -26,6 +28,22 @@ _GIVEN_BY = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input
 def senses_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
     """For every one of `SENSES`, 1 where any of this rank's microbatches has media for it, else 0."""
     return [float(any(name in batch for batch in batches for name in _GIVEN_BY[sense])) for sense in SENSES]
+
+
+def mask_change(geometry: Geometry, now: str, before: str | None, updates: int) -> str | None:
+    """What has to be said where a run goes on under another `model.vision_mask` than its images had.
+
+    `before`: None of checkpoints of 0.1, which did not note it and had no other than `forward`'s. `updates`: so many
+    that images or video took part in.
+    """
+    was = FORWARD if before is None else before
+    if not updates or was == now or was not in vision_masks(geometry):
+        return None
+    why = ", the only one of release 0.1" if before is None else ""
+    return (
+        f"model.vision_mask: images and video of the updates so far were under {was}{why}; from here on they are under "
+        f"{now}, which masks differently (docs/attention.md); model.vision_mask={was} goes on as before"
+    )
 
 
 def sense_of(models: Sequence[Gemma4Model]) -> dict[Tensor, str]:

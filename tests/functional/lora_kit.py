@@ -319,6 +319,11 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
     return result if dist.get_rank() == 0 else None
 
 
+def threads() -> int:
+    """How many threads this rank has; Linux only."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def compare(ours: Result, theirs: Result) -> dict[str, Any]:
     """Largest relative differences: of losses and norms per step, of each gradient and trained factor by its norm."""
 

@@ -43,6 +43,8 @@ def _child(request: dict[str, Any]) -> None:
     code: Any = 99
     try:
         os.setpgid(0, 0)
+        # Whoever started the tests in the background has it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
         for number, fd in enumerate((null, log, log)):

@@ -87,7 +87,10 @@ def train(case: Case) -> list[tuple[float, float]]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from bridge.megatron.moe import forget_graph
 
     parallel, device = case.parallel, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     groups = initialize(parallel)
@@ -192,6 +195,8 @@ def train(case: Case) -> list[tuple[float, float]]:
         # the last stages hold the loss, each data-parallel replica a part, each tensor-parallel rank a copy
         dist.all_reduce(loss)
         history.append((loss.item() / parallel.tp, float(norm)))
+    for dispatcher in (m.token_dispatcher for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer)):
+        forget_graph(dispatcher)
     return history
 
 

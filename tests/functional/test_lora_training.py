@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 import signal
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from recipes.memory.recipe import plan_of
 from recipes.train.lora import spec_of, table_of
 
 from .conftest import Toy
-from .lora_kit import EPS, Result, Training, compare, our_training, peft_training, whole_spec
+from .lora_kit import EPS, Result, Training, compare, our_training, peft_training, threads, whole_spec
 from .training_kit import Trouble, losses, recipe, train_toy
 
 STEPS, FEW = 30, 3
@@ -144,6 +145,18 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def test_every_layout_has_its_gradients(trainings: Trainings, record_property: Any, name: str) -> None:
     variant, world, parallel = LAYOUTS[name]
     check(trainings.compared(variant, FEW, 2, parallel, world), record_property)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted through /proc")
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_a_training_leaves_nothing_behind(trainings: Trainings, ranks: RankPool, dispatcher: str) -> None:
+    """Of its process groups, each of which has threads: so no more of them after the third than after the first."""
+    counts = []
+    for _ in range(3):
+        layout = {"ep": 2, "dispatcher": dispatcher}
+        ranks.run(our_training, trainings.training("26b-a4b", 1, 1), layout, 1, world_size=2)
+        counts.append(max(ranks.run(threads, world_size=2)))
+    assert counts[2] <= counts[0], counts
 
 
 @pytest.mark.parametrize(

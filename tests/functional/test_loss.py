@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import UsageError
 from bridge.megatron.parallel import Parallel, initialize
@@ -287,3 +288,39 @@ def _small_budget_peak(*what: Any) -> int:
 
     with mock.patch.object(loss, "_CHUNK_BYTES", 1 << 20), mock.patch.object(loss, "_BLOCK_BYTES", 1 << 18):
         return peak_above_inputs(*what)
+
+
+class _Products(TorchDispatchMode):
+    """Sizes (m, k, n) of products, and the distances of rows of both operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int, int]] = []
+        self.strides: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.sizes.append((*left.shape, right.shape[1]))
+            self.strides |= {max(left.stride()), max(right.stride())}
+        return func(*args, **kwargs or {})
+
+
+def _products(positions: int) -> _Products:
+    from bridge.megatron import loss
+
+    hidden = torch.randn(positions, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1024, 64, dtype=torch.bfloat16, requires_grad=True)
+    with mock.patch.object(loss, "_CHUNK_BYTES", 300 * 1024), _Products() as found:
+        loss.linear_cross_entropy(hidden, weight, torch.ones(1, positions, dtype=torch.int64)).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("positions", [1, 63, 255, 4095])
+def test_products_that_a_gpu_does_fast(positions: int) -> None:
+    """On an H200 the logits of 255 positions took 109 ms, those of 256 0.5 ms; words in pieces of 7,282 three times as
+    long as of 7,168."""
+    found = _products(positions)
+    assert len(found.sizes) >= 4
+    assert all(size % 64 == 0 for sizes in found.sizes for size in sizes), found.sizes
+    assert all(stride % 8 == 0 for stride in found.strides), found.strides

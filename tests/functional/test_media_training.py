@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -81,3 +84,36 @@ def test_media_resume_elsewhere(
     theirs = plain("e4b", True)
     record_property("worst", worst(losses(tmp_path), theirs))
     assert worst(losses(tmp_path), theirs) <= AGAINST_TRANSFORMERS
+
+
+def said_by(*arguments: Any) -> tuple[tuple[bool, int], str]:
+    """`train_media`, and what it said on this rank."""
+    with contextlib.redirect_stderr(io.StringIO()) as stream:
+        return train_media(*arguments), stream.getvalue()
+
+
+def test_another_vision_mask_is_said_when_a_run_goes_on(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a run of 0.1, which did not note whose mask it had, and of one whose key was changed."""
+    said, record = recipe(toy("12b"), tmp_path, STEPS), tmp_path / "iter_0000001" / "progress.json"
+    stop = Trouble(1, 0, signal.SIGTERM)
+    ranks.run(train_media, said, ["model.vision_mask=forward"], PICTURES, stop, world_size=1)
+    noted = json.loads(record.read_text())
+    assert noted["vision_mask"] == FORWARD and noted["sense_updates"] == {"vision": 1, "audio": 0}
+    del noted["vision_mask"]
+    record.write_text(json.dumps(noted))
+    line = (
+        "model.vision_mask: images and video of the updates so far were under {}; from here on they are under {}, "
+        "which masks differently (docs/attention.md); model.vision_mask={} goes on as before\n"
+    )
+    for step, override, expected in (
+        (2, "generate", ("forward, the only one of release 0.1", "generate", "forward")),
+        (3, "generate", None),
+        (4, "forward", ("generate", "forward", "generate")),
+    ):
+        stop = Trouble(step, 0, signal.SIGTERM)
+        overrides = [f"model.vision_mask={override}"]
+        ((ended, text),) = ranks.run(said_by, said, overrides, PICTURES, stop, world_size=1)
+        assert ended == (True, step) and text.count("model.vision_mask") == (2 if expected else 0), text
+        assert expected is None or line.format(*expected) in text, text

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bridge.convert.folders import write_plain
+from bridge.convert.plain import write_plain
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.verify.run import verify

@@ -2,7 +2,7 @@
 
 After each the target is what it was or what it was to become, and whole; no traceback, no hang; and the same command,
 undisturbed, ends well and leaves nothing beside it. A short run is part of `make test`; 300 sequences:
-`pytest -m slow tests/functional/test_seams.py`.
+`pytest -m slow tests/functional/test_seams.py`, one of them: `-k 10015`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class World:
 
     def start(self, seam: Seam, **limits: Any) -> tuple[int, Path]:
         log = self.logs / f"{len(list(self.logs.iterdir()))}.log"
+        log.touch()  # a signal may come before the command has opened it
         target = self.place.given / "out"
         pid = self.nursery.ask(command=seam.arguments(target), log=str(log), **limits)["pid"]
         return pid, log
@@ -277,13 +278,7 @@ def test_a_few_sequences(world: World) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(6))
-def test_three_hundred_sequences(world: World, part: int) -> None:
+@pytest.mark.parametrize("seed", range(10_000, 10_300))
+def test_three_hundred_sequences(world: World, seed: int) -> None:
     names = ["import", "export", "merge", "import", "export", "merge", "save_hf", "train"]
-    wrong = []
-    for seed in range(part * 50, part * 50 + 50):
-        try:
-            print(sequence(world, 10_000 + seed, names), flush=True)
-        except AssertionError as error:
-            wrong.append(f"seed {10_000 + seed}: {error}")
-    assert not wrong, "\n".join(wrong)
+    print(sequence(world, seed, names), flush=True)

@@ -249,7 +249,13 @@ def test_kernels_of_this_project_are_told_apart() -> None:
 def test_kernels_belong_to_what_launched_them() -> None:
     def event(name: str, parent: Any = None, kernels: dict[str, float] | None = None) -> Any:
         listed = [SimpleNamespace(name=kernel, duration=time) for kernel, time in (kernels or {}).items()]
-        return SimpleNamespace(name=name, cpu_parent=parent, kernels=listed, self_cpu_time_total=1000.0)
+        return SimpleNamespace(
+            name=name,
+            cpu_parent=parent,
+            kernels=listed,
+            self_cpu_time_total=1000.0,
+            is_user_annotation=name == "optimizer",
+        )
 
     optimizer = event("optimizer", None, {"optimizer": 5.0})  # a range, timed on the device too
     loss = event("_LinearCrossEntropy")
@@ -259,6 +265,8 @@ def test_kernels_belong_to_what_launched_them() -> None:
         event("aten::mm", loss, {"nvjet_x": 2.0}),
         event("aten::mm", None, {"nvjet_x": 6.0}),
         event("aten::add", None, {"vectorized_elementwise_kernel": 1.0}),
+        # Inductor's operators have the names of their kernels.
+        event("triton_tem_fused_0", None, {"triton_tem_fused_0": 10.0}),
     ]
     found = breakdown(SimpleNamespace(events=lambda: events))
-    assert found == {"gemm": 0.6, "norm and elementwise": 0.1, "loss": 0.2, "optimizer": 0.1}
+    assert found == {"attention": 0.5, "gemm": 0.3, "norm and elementwise": 0.05, "loss": 0.1, "optimizer": 0.05}

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,27 @@ def test_exports_what_it_trained(ranks: RankPool, toys: Toys, tmp_path: Path) ->
     evaluated = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [1, 2]
     assert evaluated[1]["eval_loss"] < evaluated[0]["eval_loss"]
+
+
+def test_a_run_from_a_checkpoint_of_another_dtype_exports_its_own(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of float32 from 16 bits: trained weights, carried tensors and config, written live and by `export`."""
+    from bridge.convert.folders import export_hf, import_hf
+    from bridge.hf.folder import HfFolder
+
+    import_hf(toy("e2b", dtype="bfloat16"), tmp_path / "imported")
+    said = recipe(tmp_path, tmp_path / "run", 2) | {
+        "model": {"megatron": str(tmp_path / "imported"), "dtype": "float32"}
+    }
+    ranks.run(train_toy, said, [f"export.hf={tmp_path / 'live'}"], world_size=1)
+    export_hf(tmp_path / "run", tmp_path / "exported")
+    with HfFolder(tmp_path / "live") as live, HfFolder(tmp_path / "exported") as exported:
+        assert {tensor.dtype for folder in (live, exported) for tensor in folder.tensors.values()} == {"F32"}
+        assert list(live.tensors) == list(exported.tensors)
+        assert [n for n in live.tensors if _bytes(live, n) != _bytes(exported, n)] == []
+    for folder in ("live", "exported"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "float32"
 
 
 def _bytes(folder: Any, name: str) -> bytes:

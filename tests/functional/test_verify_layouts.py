@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from bridge.hf.folder import HfFolder
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
@@ -89,3 +93,30 @@ def test_verify_runs(request: pytest.FixtureRequest, toy: Toy, variant: str, lay
     for check in bounded:
         print(check.variant, check.parallel, check.name, f"{check.value:.2e}", check.detail)
         assert check.passed, check
+
+
+@pytest.mark.parametrize(
+    ("variant", "text_only"), [("e2b", False), ("26b-a4b", True), pytest.param("12b", False, marks=pytest.mark.slow)]
+)
+def test_a_folder_that_the_base_class_saved(
+    ranks: RankPool, toy: Toy, tmp_path: Path, variant: str, text_only: bool
+) -> None:
+    """`AutoModel.save_pretrained`: names without `model.`, which transformers loads; every check of `verify`."""
+    source, folder = toy(variant, text_only=text_only), tmp_path / variant
+    ranks.run(save_base_class, source, folder, world_size=1)
+    with HfFolder(folder) as saved:
+        assert not [name for name in saved.tensors if name.startswith("model.")]
+    checks = verify(folder, parallel=tp(2), pool=ranks)
+    assert {check.name for check in checks} == {"round-trip", "logits", "gradients"}
+    for check in checks:
+        assert check.passed, check
+
+
+def save_base_class(source: Path, folder: Path) -> None:
+    """What is in `source`, saved by transformers' class without a head; the processor's files beside it."""
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)

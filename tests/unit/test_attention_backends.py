@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, flex, select
+from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, flex, flex_triton, select
 from bridge.megatron.attention_backends.flex import block_mask
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
@@ -199,6 +199,32 @@ def test_sparse_structures_leave_out_nothing_that_is_seen(
                 assert masked or dense[:, rows, start:stop].all()
         assert covered[dense.any(0)].all()
         check_block_mask(mask, dense, size)
+        check_runs(mask, dense, size)
+
+
+def check_runs(mask: Mask, dense: Tensor, size: int) -> None:
+    """Columns of every query, and the same tiles by queries and by columns, which hold all that is seen."""
+    runs = flex_triton.runs_of(mask, size)
+    _, rows, columns = dense.shape
+    place = torch.arange(columns)
+    seen = (runs.first[..., None] <= place) & (place < runs.stop[..., None])
+    assert torch.equal(seen & (runs.row_document[..., None] == runs.column_document[:, None]), dense)
+    row_tile, column_tile = (torch.arange(-(-n // size)) for n in (rows, columns))
+    by_rows = (runs.low[..., None] <= column_tile) & (column_tile < runs.high[..., None])
+    by_columns = (runs.row_low[..., None] <= row_tile) & (row_tile < runs.row_high[..., None])
+    assert torch.equal(by_rows, by_columns.mT)
+    assert runs.high.max() <= len(column_tile)
+    covered = by_rows.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :columns]
+    assert covered[dense].all()
+
+
+def test_the_backward_pass_computes_the_tiles_that_are_seen() -> None:
+    """And no others, where documents and windows are in order."""
+    bounds = torch.arange(0, 4097, 512)
+    visibility = Visibility.of(torch.zeros(1, 4096, dtype=torch.int64), cu_seqlens=bounds)
+    for rule, tiles_ in ((MaskRule(None, "causal"), 8 * 10), (MaskRule(128, "causal"), 8 * 7)):
+        runs = flex_triton.runs_of(mask_of(visibility, rule))
+        assert int((runs.high - runs.low).sum()) == tiles_
 
 
 def check_block_mask(mask: Mask, dense: Tensor, size: int) -> None:
@@ -295,6 +321,8 @@ def test_a_backend_that_cannot_honour_a_mask_is_refused_by_name() -> None:
         select(
             "dense", long, long, mask_of(Visibility.of(torch.zeros(1, 300, dtype=torch.int64)), MaskRule(8, "causal"))
         )
+    with pytest.raises(UsageError, match=r"flex_triton cannot honour the mask .* Hopper"):
+        select("flex_triton", q, k, mask_of(packed, MaskRule(None, "causal")))
     with pytest.raises(UsageError, match=r"ffpa cannot honour the mask .* Hopper"):
         select("ffpa", q, k, mask_of(packed, MaskRule(None, "causal")))
 

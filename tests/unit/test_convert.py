@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bridge
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.folders import export_hf, import_hf, write_beside
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import BridgeError, CheckpointError
 from bridge.geometry import Geometry
@@ -144,6 +144,43 @@ def test_import_in_another_dtype(made: Make, tmp_path: Path) -> None:
     original, back = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], tensor.float()) for name, tensor in original.items())
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_run_has_what_goes_beside_its_weights_in_its_own_dtype(made: Make, tmp_path: Path) -> None:
+    """Whatever the checkpoint is in that it begins from, or an earlier version had put there; what is right stays."""
+    import_hf(made("e2b"), tmp_path / "imported")
+    import_hf(made("e2b"), tmp_path / "wide", dtype="float32")
+    imported, hf = MegatronFolder.open(tmp_path / "imported"), tmp_path / "run" / "hf"
+    (tmp_path / "run").mkdir()
+    shutil.copytree(imported.hf, hf)
+    write_beside(imported, tmp_path / "run", dtype="float32")
+    assert _files(hf) == _files(tmp_path / "wide" / "hf")
+    inode = hf.stat().st_ino
+    write_beside(imported, tmp_path / "run", dtype="float32")
+    assert hf.stat().st_ino == inode
+    write_beside(imported, tmp_path / "run", dtype="bfloat16")
+    assert _files(hf) == _files(imported.hf)
+
+
+def test_weights_that_are_narrowed_are_said(made: Make, tmp_path: Path) -> None:
+    """Of a checkpoint whose `hf/` is of fewer bits, as float32 runs of 0.1 had it; not of mixed dtypes."""
+    import_hf(made("e2b"), tmp_path / "narrow")
+    import_hf(made("e2b"), tmp_path / "wide", dtype="float32")
+    for name, beside, lines in (("wide", "wide", 0), ("narrow", "wide", 0), ("wide", "narrow", 1)):
+        folder, said = Path(shutil.copytree(tmp_path / name, tmp_path / f"{name}-{beside}")), list[str]()
+        shutil.rmtree(folder / "hf")
+        shutil.copytree(tmp_path / beside / "hf", folder / "hf")
+        export_hf(folder, tmp_path / f"{name}-{beside}-hf", notify=said.append)
+        found = [line for line in said if "tensors are F32 and are written as BF16" in line]
+        assert len(found) == lines and all(str(folder / "hf" / "bridge.json") in line for line in found), said
+    import_hf(made("e2b", "mixed untied"), tmp_path / "mixed")
+    said = []
+    export_hf(tmp_path / "mixed", tmp_path / "mixed-hf", notify=said.append)
+    assert not said
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_head_that_differs_unties_the_model(toy: Path, tmp_path: Path) -> None:

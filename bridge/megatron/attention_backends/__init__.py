@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron.attention_backends import blockwise, dense, ffpa, flex, reference, sdpa
+from bridge.megatron.attention_backends import blockwise, dense, ffpa, flex, flex_triton, reference, sdpa
 from bridge.megatron.mask import Mask
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ BACKENDS: dict[str, Backend] = {
         ("blockwise", blockwise),
         ("sdpa", sdpa),
         ("flex", flex),
+        ("flex_triton", flex_triton),
         ("ffpa", ffpa),
     )
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from bridge.megatron.mask import Mask
 
@@ -52,6 +52,22 @@ def block_size(head_dim: int) -> int:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]."""
+    output: Tensor = _attend(_kernel(query.is_cuda), query, key, value, mask, None)
+    return output.permute(2, 0, 1, 3)
+
+
+def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """`attend`, and the log-sum-exp of scores [b, heads, sq] float32. Without gradient; dense on a CPU, for tests."""
+    dense: Callable[..., Any] = flex_attention
+    kernel = _kernel(True) if query.is_cuda else dense
+    with torch.no_grad():
+        output, aux = _attend(kernel, query, key, value, mask, AuxRequest(lse=True))
+    return output.permute(2, 0, 1, 3), aux.lse
+
+
+def _attend(
+    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Mask, aux: AuxRequest | None
+) -> Any:
     head_dim = query.shape[-1]
     options = None
     if query.is_cuda:
@@ -61,14 +77,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         query, key, value = query.detach(), key.detach(), value.detach()
     # Two kinds of layers, with and without a gradient, and the shapes of evaluation are more than torch's default.
     with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
-        output = _kernel(query.is_cuda)(
+        return kernel(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
             block_mask=block_mask(mask, block_size(head_dim)),
             scale=1.0,
             enable_gqa=query.shape[2] != key.shape[2],
             kernel_options=options,
+            return_aux=aux,
         )
-    return output.permute(2, 0, 1, 3)
 
 
 def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
@@ -114,9 +130,9 @@ def _block_mask(mask: Mask, size: int) -> BlockMask:
         return (first[batch, row] <= here) & (here < stop[batch, row]) & same
 
     # Each query sees one run of places, so the ends of the runs of a block decide what it needs and what is whole.
-    lowest, least = _blocks(first, size, "amin"), _blocks(stop, size, "amin")
-    greatest, furthest = _blocks(first, size, "amax"), _blocks(stop, size, "amax")
-    head, tail = place[::size], _blocks(place[None], size, "amax")[0]
+    lowest, least = blocks(first, size, "amin"), blocks(stop, size, "amin")
+    greatest, furthest = blocks(first, size, "amax"), blocks(stop, size, "amax")
+    head, tail = place[::size], blocks(place[None], size, "amax")[0]
     needed = (head < furthest[..., None]) & (tail >= lowest[..., None])
     whole = (head >= greatest[..., None]) & (tail < least[..., None]) & mask.contiguous
     # The last block may be cut short; a full one is not looked at again.
@@ -130,7 +146,7 @@ def _block_mask(mask: Mask, size: int) -> BlockMask:
     )
 
 
-def _blocks(x: Tensor, size: int, reduce: str) -> Tensor:
+def blocks(x: Tensor, size: int, reduce: str) -> Tensor:
     """[b, s] -> [b, blocks], the least or greatest of each."""
     short = -x.shape[1] % size
     # A block that is cut short repeats its last entry.

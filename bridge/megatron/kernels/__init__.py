@@ -31,3 +31,10 @@ def fused(kernels: str, x: Tensor) -> bool:
 @cache
 def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU (`TRITON_INTERPRET=1`); Triton is installed."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 from bridge.megatron.kernels.launch import TILE, num_programs, num_warps, power_of_2
 from bridge.megatron.kernels.rounding import narrow
 
+# Products of bf16 that are rounded, then added and rounded, become one fused operation with one rounding otherwise.
+OPTIONS = {"enable_fp_fusion": False}
+
 
 @triton.jit
 def _kinds(
@@ -320,5 +323,6 @@ def _tile(tokens: Tensor, own: range, kinds: int) -> tuple[dict[str, Any], int]:
         "BLOCK": block,
         "HALF": half,
         "num_warps": num_warps(2 * block * half),
+        **OPTIONS,
     }
     return shape, triton.cdiv(groups * rows, block)

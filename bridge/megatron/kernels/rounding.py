@@ -1,4 +1,4 @@
-"""Float32 values in the dtype in which they are stored."""
+"""Float32 values in the dtype in which they are stored, and products of such."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         # The NaN of E4M3 has all bits set.
         x = tl.where(x == x, rounded, (bits | 0x7FF00000).to(tl.float32, bitcast=True))
     return x.to(dtype)
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """`total` float32 + a b; operands of one dtype, exact in float32. The interpreter has no product of bfloat16."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
