@@ -1,8 +1,9 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Both create .venv on first use.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test functional unit lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
 .venv/.ready: pyproject.toml
@@ -20,8 +21,16 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Unit tests take one core, and functional ones seldom two, as ranks wait for each other: both at a time. What unit tests
+# say comes when they are through.
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 functional unit
+
+functional: .venv/.ready
+	$(PYTEST) tests/functional
+
+unit: .venv/.ready
+	@said=$$(mktemp); $(PYTEST) -p no:cacheprovider tests/unit >"$$said" 2>&1; status=$$?; cat "$$said"; rm "$$said"; exit $$status
 
 docs: .venv/.ready
 	$(BIN)/python -m bridge.mapping.docs > docs/mapping.md

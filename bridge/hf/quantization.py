@@ -160,9 +160,6 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Quantization:
     for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
         if config.get(key):
             raise CheckpointError(f"quantization_config.{key} is set: sparse or rotated weights are not read")
-    status = config.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise CheckpointError(f"quantization_config.quantization_status is {shown(status)}, expected compressed")
     groups = []
     for name, group in _section(config, "config_groups", "quantization_config").items():
         where = f"quantization_config.config_groups.{shown(name)}"

@@ -10,18 +10,28 @@ import pytest
 import torch
 
 from bridge.geometry import Geometry
-from bridge.ranks import RankPool
+from bridge.ranks import PRELOAD, RankPool
 from bridge.toy import write_toy
 from bridge.verify.sample import Sample, random_sample
 from bridge.verify.task import run_reference
 
 Toy = Callable[..., Path]
 
+# What most of them use. Ranks that a test kills, or that raise, are replaced: the new ones need not import it again.
+PRELOADED = ("recipes.train.loop", "recipes.data.training", "bridge.verify.task", "bridge.lora.source", "peft")
+
+# Files that wait for other processes more than they compute: first, while unit tests use the cores (see the Makefile).
+WAITING = ("test_slurm.py", "test_interrupts.py", "test_killed.py", "test_seams.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in WAITING)
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Importing torch and Megatron takes longer than most tests: it is done once."""
-    with RankPool(4) as pool:
+    with RankPool(4, preload=(*PRELOAD, *PRELOADED)) as pool:
         yield pool
 
 

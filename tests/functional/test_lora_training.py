@@ -154,7 +154,7 @@ def test_a_training_leaves_nothing_behind(trainings: Trainings, ranks: RankPool,
     counts = []
     for _ in range(3):
         layout = {"ep": 2, "dispatcher": dispatcher}
-        ranks.run(our_training, trainings.training("26b-a4b", 1, 1), layout, 1, world_size=2)
+        ranks.run(our_training, trainings.training("26b-a4b", 1, 2), layout, 1, world_size=2)
         counts.append(max(ranks.run(threads, world_size=2)))
     assert counts[2] <= counts[0], counts
 

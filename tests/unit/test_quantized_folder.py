@@ -310,7 +310,7 @@ def int4_config(**weights: Any) -> dict[str, Any]:
         (int4_config(strategy="token"), "token"),
         (int4_config(strategy="channel", symmetric=False) | {"format": "mxfp4-pack-quantized"}, "mxfp4"),
         (int4_config() | {"format": "marlin-24"}, "marlin-24"),
-        (int4_config() | {"quantization_status": "frozen"}, "frozen"),
+        (int4_config() | {"format": "dense"}, "dense of 4-bit int"),
         (int4_config() | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config"),
         (int4_config() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (int4_config() | {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
