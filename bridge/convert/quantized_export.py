@@ -237,10 +237,11 @@ class QuantizedReader:
         said = [f"{modules} linears of decoder layers are quantized ({self.preset.name}), everything else is as it was"]
         if self.left:
             said.append(
-                f"{len(self.left)} are as they were: no groups of {self.preset.group} columns: {self.left[0]}, ..."
+                f"{len(self.left)} tensors of linears stay as they are, since groups of {self.preset.group} do not "
+                f"divide their columns: {_first(self.left)}"
             )
         if self.dropped:
-            said.append(f"{len(self.dropped)} that no model uses are left out: {self.dropped[0]}, ...")
+            said.append(f"{len(self.dropped)} tensors that no model uses are left out: {_first(self.dropped)}")
         for line in said if notify is not None else ():
             notify(line)  # type: ignore[misc]
         group = {
@@ -275,3 +276,7 @@ class QuantizedReader:
 
 def _is_linear(entry: Entry) -> bool:
     return entry.row.part is DECODER and entry.layer is not None and ".linear_" in entry.key
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (", ..." if len(names) > 1 else "")
