@@ -151,9 +151,10 @@ def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found.setdefault(match[1] + "experts.", {})[int(match[2]), match[3]] = tensor
     for prefix, parts in found.items():
         numbers = sorted({number for number, _ in parts})
-        both = [torch.cat([parts[n, "gate_proj"], parts[n, "up_proj"]]) for n in numbers]
-        result[prefix + "gate_up_proj"] = torch.stack(both)
-        result[prefix + "down_proj"] = torch.stack([parts[n, "down_proj"] for n in numbers])
+        for kinds, stack in ((("gate_proj", "up_proj"), "gate_up_proj"), (("down_proj",), "down_proj")):
+            if (0, kinds[0]) in parts:
+                whole = [torch.cat([parts[n, kind] for kind in kinds]) for n in numbers]
+                result[prefix + stack] = torch.stack(whole)
     return result
 
 
