@@ -67,7 +67,9 @@ def global_scale(largest: np.float32, dtype: str) -> np.float32:
     """What takes scales of groups into the range of E4M3, of the largest absolute value of a tensor."""
     with np.errstate(over="ignore"):
         size = np.maximum(largest, np.float32(_TINY[dtype]))
-        scale = rounded(np.array([_E4M3_MAX * _E2M1_MAX], dtype=np.float32) / size, dtype)[0]
+        # A number divided by a tensor is, in torch, that number times the reciprocal: rounded twice.
+        reciprocal = rounded(np.array([np.float32(1) / size], dtype=np.float32), dtype)
+        scale = rounded(reciprocal * np.float32(_E4M3_MAX * _E2M1_MAX), dtype)[0]
     return scale if np.isfinite(scale) else np.float32(1)
 
 

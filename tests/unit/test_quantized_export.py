@@ -170,7 +170,7 @@ def test_weights_that_no_model_uses_are_dropped(tmp_path: Path) -> None:
     export_hf(tmp_path / "lean-megatron", tmp_path / "lean-q", quantize="fp8-dynamic")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "lean-q"))
     check_same(ours, theirs)
-    assert any("k_proj" in line for line in said)
+    assert any("no model uses" in line for line in said)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
