@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bridge.geometry import Geometry, LayerGeometry
-from bridge.megatron.attention_backends import BACKENDS
+from bridge.megatron.attention_backends import BACKENDS, flex
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import Visibility, mask_rule
 from bridge.toy.config import VARIANTS, published
@@ -59,7 +59,31 @@ def transformer_engine(query: Tensor, key: Tensor, value: Tensor, mask: Mask) ->
     return output.unflatten(-1, query.shape[2:])
 
 
-PEERS: dict[str, Attend] = {"peer: SDPA math": sdpa_math, "peer: TE": transformer_engine}
+def flex_checked(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """FlexAttention as it comes to be where lengths change: bounds are checked, whether or not they need be."""
+    return flex.attend(query, key, value, mask, {"IS_DIVISIBLE": False})
+
+
+# Of one length, torch's kernel is made for that: at multiples of 128 `flex` checks no bounds.
+FLEX_CHECKED = "flex IS_DIVISIBLE=False"
+PEERS: dict[str, Attend] = {
+    "peer: SDPA math": sdpa_math,
+    "peer: TE": transformer_engine,
+    FLEX_CHECKED: flex_checked,
+}
+
+
+def attention(name: str) -> Attend:
+    """What computes, of a backend or a peer."""
+    return PEERS[name] if name in PEERS else BACKENDS[name].attend
+
+
+def refusal(name: str, query: Tensor, key: Tensor, mask: Mask) -> str | None:
+    """Why it cannot, or None."""
+    if name == "peer: TE" and (not query.is_cuda or mask.visibility.block is not None):
+        return "text on a GPU only"
+    backend = "flex" if name == FLEX_CHECKED else name
+    return None if backend in PEERS else BACKENDS[backend].refuse(query, key, mask)
 
 
 def describe(content: str, length: int, device: str) -> Visibility:
@@ -89,15 +113,9 @@ def measure(
 
     query = normal(layer.num_attention_heads, layer.head_dim**-0.5)
     key, value = normal(layer.num_query_groups), normal(layer.num_query_groups)
-    if name in PEERS:
-        if name == "peer: TE" and (device == "cpu" or content != "text"):
-            return {"skipped": "text on a GPU only"}
-        attend = PEERS[name]
-    else:
-        reason = BACKENDS[name].refuse(query, key, mask)
-        if reason is not None:
-            return {"skipped": reason}
-        attend = BACKENDS[name].attend
+    if (reason := refusal(name, query, key, mask)) is not None:
+        return {"skipped": reason}
+    attend = attention(name)
     first, stop = mask.reach
     flop = int((stop - first).sum()) * layer.num_attention_heads * layer.head_dim * 14
 

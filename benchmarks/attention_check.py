@@ -1,7 +1,7 @@
 """Attention on this device: what the card can do at best, whether the backends are right, and what they take.
 
 Accuracy is held against float32 in blocks, forward and backward, on eight packed documents with images; times are of
-one text. Every figure is a line of JSON at once.
+one text, at the same length: FlexAttention compiles once for both. Every figure is a line of JSON at once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.attention import describe, measure
+from benchmarks.attention import FLEX_CHECKED, attention, describe, measure, refusal
 from bridge.geometry import Geometry, LayerGeometry
-from bridge.megatron.attention_backends import BACKENDS
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import mask_rule
 from bridge.toy.config import published, toy_config
 
 # Largest relative error of outputs and gradients in bf16.
 BOUND = 1e-2
-VARIANTS = ("12b", "31b", "e4b")
+LAYERS = (
+    ("12b", "global"),
+    ("12b", "sliding"),
+    ("31b", "global"),
+    ("31b", "sliding"),
+    ("e4b", "global"),
+    ("e4b", "sliding"),
+)
 
 
 class Subject(NamedTuple):
@@ -41,18 +47,18 @@ class Subject(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Which backends, in which dtype, at how many tokens: for accuracy, for time."""
+    """Which backends, those of the first round for all layers first, in which dtype, at how many tokens."""
 
-    backends: tuple[str, ...]
+    rounds: tuple[tuple[str, ...], ...]
     dtype: torch.dtype
-    accuracy: int
-    time: int
+    length: int
 
     @staticmethod
     def of(toy: bool) -> Sizes:
         if toy:
-            return Sizes(("dense", "blockwise"), torch.float32, 96, 96)
-        return Sizes(("flex", "blockwise", "ffpa"), torch.bfloat16, 2304, 8192)
+            return Sizes((("dense", "blockwise", "flex_triton"),), torch.float32, 96)
+        rounds = (("flex", "flex_triton", FLEX_CHECKED), ("blockwise", "ffpa"))
+        return Sizes(rounds, torch.bfloat16, 8192)
 
 
 def check(out: Path, seconds: float, toy: bool = False) -> bool:
@@ -76,22 +82,23 @@ def _lines(sizes: Sizes, toy: bool) -> Iterator[dict[str, Any]]:
     if torch.cuda.is_available():
         yield from ceilings()
     subjects = list(_subjects(toy))
-    for subject in subjects:
-        yield from accuracy(subject, sizes)
-    for subject in subjects:
-        for name in sizes.backends:
-            line = {"what": "time", "layer": subject.name, "backend": name}
-            try:
-                yield line | measure(subject.layer, subject.geometry, "text", sizes.time, name, 3)
-            except Exception:
-                yield line | {"traceback": traceback.format_exc()}
+    for names in sizes.rounds:
+        for subject in subjects:
+            # Or sizes of the layer before would be unknowns of this one's kernel.
+            torch._dynamo.reset()
+            for name in names:
+                yield accuracy(subject, sizes, name)
+                line = {"what": "time", "layer": subject.name, "backend": name}
+                try:
+                    yield line | measure(subject.layer, subject.geometry, "text", sizes.length, name, 3)
+                except Exception:
+                    yield line | {"traceback": traceback.format_exc()}
 
 
 def _subjects(toy: bool) -> Iterator[Subject]:
-    for variant in VARIANTS:
+    for variant, kind in LAYERS:
         geometry = Geometry.from_dict(toy_config(variant).written if toy else published(variant))
-        for kind in ("global", "sliding"):
-            yield Subject(variant, geometry, next(x for x in geometry.layers if x.kind == kind))
+        yield Subject(variant, geometry, next(x for x in geometry.layers if x.kind == kind))
 
 
 def ceilings() -> Iterator[dict[str, Any]]:
@@ -104,9 +111,9 @@ def ceilings() -> Iterator[dict[str, Any]]:
     yield {"what": "ceiling", "copy_tb_s": 2 * x.nbytes / do_bench(lambda: y.copy_(x), return_mode="median") / 1e9}
 
 
-def accuracy(subject: Subject, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """A line for each backend: the relative errors of output and of the gradients of query, key and value."""
-    layer, length = subject.layer, sizes.accuracy
+def accuracy(subject: Subject, sizes: Sizes, name: str) -> dict[str, Any]:
+    """The line of a backend: the relative errors of output and of the gradients of query, key and value."""
+    layer, length = subject.layer, sizes.length
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mask = mask_of(describe("packed", length, device), mask_rule(subject.geometry, layer))
     torch.manual_seed(0)
@@ -117,26 +124,23 @@ def accuracy(subject: Subject, sizes: Sizes) -> Iterator[dict[str, Any]]:
     query *= layer.head_dim**-0.5
     # The exact result is of the rounded numbers.
     given = [x.to(sizes.dtype) for x in (query, key, value, upstream)]
-    exact = _forward_and_backward("blockwise", given, mask, torch.float32)
-    for name in sizes.backends:
-        line: dict[str, Any] = {"what": "accuracy", "layer": subject.name, "backend": name}
-        try:
-            leaf = given[0].clone().requires_grad_()
-            if (reason := BACKENDS[name].refuse(leaf, given[1], mask)) is not None:
-                yield line | {"skipped": reason}
-                continue
-            start = time.perf_counter()
-            found = _forward_and_backward(name, given, mask, sizes.dtype)
-            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-            # NaN is no error below the bound.
-            right = all(error < BOUND for error in errors)
-            yield line | {"errors": errors, "ok": right, "first_s": time.perf_counter() - start}
-        except Exception:
-            yield line | {"ok": False, "traceback": traceback.format_exc()}
+    line: dict[str, Any] = {"what": "accuracy", "layer": subject.name, "backend": name}
+    try:
+        if (reason := refusal(name, given[0].clone().requires_grad_(), given[1], mask)) is not None:
+            return line | {"skipped": reason}
+        exact = _forward_and_backward("blockwise", given, mask, torch.float32)
+        start = time.perf_counter()
+        found = _forward_and_backward(name, given, mask, sizes.dtype)
+        errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+        # NaN is no error below the bound.
+        right = all(error < BOUND for error in errors)
+        return line | {"errors": errors, "ok": right, "first_s": time.perf_counter() - start}
+    except Exception:
+        return line | {"ok": False, "traceback": traceback.format_exc()}
 
 
 def _forward_and_backward(name: str, given: list[Tensor], mask: Mask, dtype: torch.dtype) -> list[Tensor]:
     query, key, value, upstream = (x.detach().clone().to(dtype) for x in given)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    output = BACKENDS[name].attend(query, key, value, mask)
+    output = attention(name)(query, key, value, mask)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]

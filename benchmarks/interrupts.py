@@ -5,7 +5,8 @@
 
 First a run is left alone, for how long each phase takes. Then, for each phase and signal, others are started and told
 at moments of the phase, which are parts of its time. All ranks are told, as Slurm does; the seconds are until the last
-of them has ended. A step is finished and saved before the run ends, a checkpoint is finished: their seconds contain it.
+of them has ended. A step is finished and saved before the run ends, and so is an evaluation broken off: their seconds
+contain a checkpoint, which is as large as the model (`--table-rows 512`: next to nothing).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType
 
-BOUND_S = 10.0
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 # A phase begins with a call of this function, and lasts to the next beginning or end of one. The second step: the first
 # one is longer. The last is of a run that goes on.
@@ -41,7 +41,7 @@ PHASES = {
     "export": ("recipes/train/loop.py", "_export", 1),
     "resuming": ("recipes/train/checkpoint.py", "load", 1),
 }
-STEPS, RECORDS, EVALUATED, ROWS_OF_THE_TABLE = 4, 12_000, 400, 400_000
+STEPS, RECORDS, EVALUATED = 4, 12_000, 400
 _MARK, _ROOT = "phase: ", f"{Path(__file__).resolve().parents[1]}/"
 
 
@@ -86,13 +86,14 @@ class Place:
 
     folder: Path
     ranks: int
+    table_rows: int
     finished: Path | None = None
     runs: int = 0
 
     def make(self) -> None:
         from bridge.toy import write_toy
 
-        write_toy("e2b", self.folder / "toy", dtype="float32", ple_vocab_size=ROWS_OF_THE_TABLE)
+        write_toy("e2b", self.folder / "toy", dtype="float32", ple_vocab_size=self.table_rows)
         answer = " ".join(f"word {number}" for number in range(60))
         rows = [json.dumps({"prompt": f"say {number}", "completion": answer}) + "\n" for number in range(RECORDS)]
         (self.folder / "data.jsonl").write_text("".join(rows))
@@ -159,23 +160,33 @@ class Run:
                 name, event, at = json.loads(line.removeprefix(_MARK))
                 yield name, event, at
 
-    def told(self, number: int) -> tuple[list[int], float]:
-        """Exit codes, and the seconds until the last process has ended."""
+    def told(self, number: int) -> tuple[list[int], float, float]:
+        """Exit codes, the seconds until the last process has ended, and those until a checkpoint was written (or 0)."""
         started = time.monotonic()
         for process in self.processes:
             process.send_signal(number)
-        self.text += self.processes[0].communicate()[1]
-        return [process.wait() for process in self.processes], time.monotonic() - started
+        rest = self.processes[0].communicate()[1]
+        codes = [process.wait() for process in self.processes]
+        seconds, saved = time.monotonic() - started, 0.0
+        for line in rest.splitlines():
+            if line.startswith(_MARK):
+                name, event, at = json.loads(line.removeprefix(_MARK))
+                saved = at - started if (name, event) == ("saving", "ends") else saved
+        return codes, seconds, saved
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds to end, by the moments (parts of the phase's time) at which a signal came, and the exit codes."""
+    """Seconds to end, by the moments (parts of the phase's time) at which a signal came, and the exit codes.
+
+    `saved`: by when, of those seconds, a checkpoint was written; 0 where none was.
+    """
 
     phase: str
     signal: str
     phase_seconds: float
     seconds: tuple[float, ...]
+    saved: tuple[float, ...]
     codes: tuple[tuple[int, ...], ...]
 
 
@@ -191,16 +202,17 @@ def durations(run: Run) -> dict[str, float]:
 
 def measure(place: Place, phase: str, name: str, length: float, moments: Sequence[float]) -> Figure:
     """Tell a run of each moment."""
-    seconds, codes = [], []
+    seconds, until_saved, codes = [], [], []
     for moment in moments:
         run = place.start(phase)
         began = next(at for found, event, at in run.marks() if (found, event) == (phase, "begins"))
         time.sleep(max(0.0, began + moment * length - time.monotonic()))
-        ended, took = run.told(signal.Signals[name])
+        ended, took, saved = run.told(signal.Signals[name])
         seconds.append(round(took, 2))
+        until_saved.append(round(saved, 2))
         codes.append(tuple(ended))
         shutil.rmtree(place.folder / f"run{place.runs}")
-    return Figure(phase, name, round(length, 2), tuple(seconds), tuple(codes))
+    return Figure(phase, name, round(length, 2), tuple(seconds), tuple(until_saved), tuple(codes))
 
 
 def main() -> None:
@@ -209,26 +221,25 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--moments", nargs="+", type=float, default=(0.1, 0.6), help="parts of a phase's time")
+    parser.add_argument("--table-rows", type=int, default=400_000, help="of 448 bytes, and as much twice for Adam")
     parser.add_argument("--workdir", type=Path, help="where a model and runs are written (about 5 GB)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="interrupts-", dir=options.workdir) as folder:
-        place = Place(Path(folder), options.ranks)
+        place = Place(Path(folder), options.ranks, options.table_rows)
         place.make()
         lengths = durations(place.start("data preparation"))
         durations(place.start(""))  # which fills the cache
         place.finished = Path(folder) / "run2" / "run"
         lengths |= {"resuming": durations(place.start("resuming"))["resuming"]}
+        print({name: round(length, 2) for name, length in lengths.items()}, flush=True)
         for phase in options.phases:
             for name in options.signals:
                 figures.append(measure(place, phase, name, lengths[phase], options.moments))
                 print(figures[-1], flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
-    worst = max(second for figure in figures for second in figure.seconds)
-    print(f"longest: {worst:.2f} s, bound: {BOUND_S:g} s")
-    sys.exit(worst > BOUND_S)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import _thread
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from bridge import __version__, cli_generate, cli_launch
+from bridge import __version__, cli_evaluate, cli_generate, cli_launch
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import (
     JsonOption,
@@ -28,6 +29,11 @@ from bridge.cli_kit import (
 )
 from bridge.errors import BridgeError, UsageError
 
+if TYPE_CHECKING:
+    from bridge.verify.result import Check
+
+ALL_CHECKS = "round-trip,logits,gradients"
+
 app = typer.Typer(
     name="gemma4-bridge",
     help="Gemma 4 between Hugging Face and Megatron-Core: lossless conversion, and proof of parity.",
@@ -41,6 +47,7 @@ app.add_typer(_data, name="data")
 app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
 cli_generate.register(app)
+cli_evaluate.register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -211,7 +218,7 @@ def export_command(
 def verify(
     hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder or hub id.")],
     megatron: Annotated[Path | None, typer.Option(help="Its Megatron checkpoint; imported afresh if absent.")] = None,
-    check: Annotated[str, typer.Option(help="Which of these, with commas.")] = "round-trip,logits,gradients",
+    check: Annotated[str, typer.Option(help="Which of these, with commas.")] = ALL_CHECKS,
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
     vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
@@ -221,19 +228,41 @@ def verify(
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both models")] = "float32",
     seed: Annotated[int, typer.Option(help="of the tokens")] = 0,
-    workdir: Annotated[Path | None, typer.Option(help="For temporary files as large as the model.")] = None,
+    streamed: Annotated[
+        bool, typer.Option("--streamed", help="Layer by layer, one in memory at a time: a model of any size, float32.")
+    ] = False,
+    layers: Annotated[str | None, typer.Option(metavar="A-B", help="With --streamed: these alone, from 0.")] = None,
+    workdir: Annotated[
+        Path | None,
+        typer.Option(
+            help="For temporary files as large as the model; with --streamed, where transformers' side stays."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare with the source: every byte, the logits, the gradients. Starts its own ranks; fails if a row fails."""
+    """Compare with the source: every byte, the logits, the gradients. Starts its own ranks; fails if a row fails.
+
+    With --streamed one row a layer and the logits: the first layer that is wrong is the first that fails.
+    """
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
     from bridge.megatron.quiet import quiet
     from bridge.progress import shown_progress
-    from bridge.verify.result import print_checks, to_json
     from bridge.verify.run import verify as run
+    from bridge.verify.streamed_run import verify_streamed
 
     quiet()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
+    if layers is not None and not streamed:
+        raise UsageError("--layers is a part of --streamed")
+    if streamed:
+        if parallel != Parallel() or dtype != "float32" or check != ALL_CHECKS:
+            raise UsageError("--streamed runs on one rank, in float32, layer by layer: no layout, --dtype or --check")
+        checks = verify_streamed(
+            resolve(hf_dir), megatron_dir=megatron, layers=layers, seed=seed, workdir=workdir, notify=err.print
+        )
+        _report(checks, json_file)
+        return
     with shown_progress(err, "round trip") as progress:
         checks = run(
             resolve(hf_dir),
@@ -246,6 +275,13 @@ def verify(
             progress=progress,
             notify=err.print,
         )
+    _report(checks, json_file)
+
+
+def _report(checks: Sequence[Check], json_file: str | None) -> None:
+    """Print them or write them; exit with 1 where one failed."""
+    from bridge.verify.result import print_checks, to_json
+
     result = to_json(checks)
     if not wrote_json(json_file, result) or json_file != "-":
         print_checks(checks, out)

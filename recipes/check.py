@@ -9,6 +9,7 @@ from pathlib import Path
 from bridge.errors import UsageError
 from bridge.megatron.parts import FP8_MULTIPLE, check_names
 from recipes.config import LoraConfig, Recipe
+from recipes.metrics.named import find_metrics
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
@@ -19,6 +20,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_finite(recipe)
     _check_numbers(recipe)
     _check_schedule(recipe)
+    _check_metrics(recipe)
     _check_lora(recipe)
     _check_export(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
@@ -56,6 +58,8 @@ def _check_numbers(recipe: Recipe) -> None:
         ("train.nan_limit", train.nan_limit, 1),
         ("train.sample_tokens", train.sample_tokens, 1),
         ("train.sample_temperature", train.sample_temperature, 0),
+        ("eval.metric_rows", recipe.eval.metric_rows, 0),
+        ("eval.metric_tokens", recipe.eval.metric_tokens, 1),
         ("data.workers", recipe.data.workers, 1),
         ("data.val_fraction", recipe.data.val_fraction, 0),
         ("lora.rank", recipe.lora.rank, 0),
@@ -156,14 +160,40 @@ def _check_lora(recipe: Recipe) -> None:
 def _check_samples(recipe: Recipe) -> None:
     """What is answered while a model trains."""
     train = recipe.train
-    if train.samples is None:
-        return
-    if not train.eval_every:
-        raise UsageError(f"train.samples={train.samples}: is answered at evaluations; set train.eval_every")
-    if recipe.parallel.cp > 1:
-        raise UsageError(f"train.samples: parallel.cp={recipe.parallel.cp} divides rows that are there; leave one out")
-    if not Path(train.samples).is_file():
+    asked = {"train.samples": train.samples, "eval.metrics": recipe.eval.metrics}
+    for key, value in asked.items():
+        if value in (None, []):
+            continue
+        if not train.eval_every:
+            raise UsageError(f"{key}={value}: is answered at evaluations; set train.eval_every")
+        if recipe.parallel.cp > 1:
+            raise UsageError(f"{key}: parallel.cp={recipe.parallel.cp} divides rows that are there; leave one out")
+        if key == "eval.metrics" or isinstance(value, int):
+            _check_questions(recipe, key)
+    if isinstance(train.samples, str) and not Path(train.samples).is_file():
         raise UsageError(f"train.samples={train.samples}: not a file")
+    if (train.samples is not None and not isinstance(train.samples, str | int)) or train.samples is True:
+        raise UsageError(f"train.samples={train.samples}: is a file of prompts, or a number of samples")
+    if isinstance(train.samples, int) and train.samples < 1:
+        raise UsageError(f"train.samples={train.samples}: must be at least 1")
+
+
+def _check_questions(recipe: Recipe, key: str) -> None:
+    """Of prompts out of the evaluation data: an answer that is wanted is one that is learnt, from its beginning."""
+    for name in ("supervise_thinking", "supervise_tool_calls"):
+        if not getattr(recipe.data, name):
+            raise UsageError(f"{key}: what is learnt of an answer is what is asked for; leave data.{name}=false out")
+
+
+def _check_metrics(recipe: Recipe) -> None:
+    said = recipe.eval
+    find_metrics(said.metrics, "eval.metrics")
+    if said.best not in ("loss", *said.metrics):
+        raise UsageError(
+            f"eval.best={said.best}: is loss, or one of eval.metrics ({', '.join(said.metrics) or 'none'})"
+        )
+    if said.best != "loss" and not recipe.train.patience:
+        raise UsageError(f"eval.best={said.best}: is what train.patience goes by; set it")
 
 
 def _check_export(recipe: Recipe) -> None:

@@ -118,8 +118,8 @@ class TrainConfig:
     `nan_limit`: steps in a row whose loss or gradient is not finite before the run ends; their updates are left out.
     `spike_factor`: also leave out updates whose gradient norm exceeds this many times the recent mean; 0: none.
     `deterministic`: only algorithms that give the same bits every time, on the same layout and GPU; slower.
-    `samples`: a JSONL file of prompts (as `generate` takes them) that the model answers at each evaluation, with at
-    most `sample_tokens` tokens; greedily, or at `sample_temperature`.
+    `samples`: a JSONL file of prompts (as `generate` takes them) that the model answers at each evaluation, or how many
+    of the evaluation data; with at most `sample_tokens` tokens; greedily, or at `sample_temperature`.
     """
 
     steps: int = 0
@@ -136,9 +136,24 @@ class TrainConfig:
     nan_limit: int = 3
     spike_factor: float = 0.0
     deterministic: bool = False
-    samples: str | None = None
+    samples: Any = None
     sample_tokens: int = 128
     sample_temperature: float = 0.0
+
+
+@dataclass
+class EvalConfig:
+    """What is measured at evaluations beside the loss: on answers, greedy ones, to the evaluation data.
+
+    `metrics`: exact_match, token_f1, json_valid, json_tree, or `module:function` of (answer, reference).
+    `metric_rows`: of the first so many samples of each set; 0: of all. `metric_tokens`: the longest answer.
+    `best`: what `train.patience` goes by: loss (the least is the best), or one of the metrics (the highest).
+    """
+
+    metrics: list[str] = field(default_factory=list)
+    metric_rows: int = 0
+    metric_tokens: int = 256
+    best: str = "loss"
 
 
 @dataclass
@@ -235,6 +250,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

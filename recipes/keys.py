@@ -37,6 +37,8 @@ _ELSEWHERE = {
     "validation_split": "data.val_fraction",
     "test_size": "data.val_fraction",
     "early_stopping_patience": "train.patience",
+    "compute_metrics": "eval.metrics",
+    "metric_for_best_model": "eval.best",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -89,37 +89,31 @@ def boxes(model: Sequence[torch.nn.Module], value: Callable[[Tensor], Tensor | N
 
 def load_from_hf(model: Sequence[torch.nn.Module], table: Table, reader: RowReader | TensorSource) -> None:
     """Fill a live model from an HF folder; each rank reads the rows of its own boxes, in bounded chunks."""
-
-    def pieces(entry: Entry) -> Iterator[tuple[Block, str]]:
-        for block in entry.blocks:
-            yield block, entry.sources[block.source].name
-
-    _load(model, table, reader, pieces)
+    _load(model, table, reader, megatron=False)
 
 
 def load_from_megatron(model: Sequence[torch.nn.Module], table: Table, reader: RowReader) -> None:
     """Fill a live model from a Megatron distributed checkpoint, written at whatever layout."""
-
-    def pieces(entry: Entry) -> Iterator[tuple[Block, str]]:
-        yield Block(0, 0, 0, max(1, entry.shape[0])), entry.key
-
-    _load(model, table, reader, pieces)
+    _load(model, table, reader, megatron=True)
 
 
-def _load(
-    model: Sequence[torch.nn.Module],
-    table: Table,
-    reader: RowReader | TensorSource,
-    pieces: Callable[[Entry], Iterator[tuple[Block, str]]],
-) -> None:
+def _load(model: Sequence[torch.nn.Module], table: Table, reader: RowReader | TensorSource, *, megatron: bool) -> None:
+    fill_boxes([box for box in boxes(model) if table.covers(box.key)], table, reader, megatron)
+    for chunk in model:
+        unwrap_model(chunk).clear_padding()
+
+
+def fill_boxes(held: Iterable[Box], table: Table, reader: RowReader | TensorSource, megatron: bool) -> None:
+    """Fill boxes from a Megatron checkpoint (`megatron`) or a Hugging Face folder, in bounded chunks."""
     by_key: dict[str, list[Box]] = defaultdict(list)
-    for box in boxes(model):
-        if table.covers(box.key):
-            by_key[box.key].append(box)
-    for key, held in by_key.items():
-        entry = _entry(table, key, held[0].global_shape)
-        for block, name in pieces(entry):
-            wanted = [box for box in held if _overlap(box.rows, block)]
+    for box in held:
+        by_key[box.key].append(box)
+    for key, of_key in by_key.items():
+        entry = _entry(table, key, of_key[0].global_shape)
+        whole = Block(0, 0, 0, max(1, entry.shape[0]))
+        pieces = [(whole, key)] if megatron else [(block, entry.sources[block.source].name) for block in entry.blocks]
+        for block, name in pieces:
+            wanted = [box for box in of_key if _overlap(box.rows, block)]
             if not wanted:
                 continue
             # Boxes of one key (the layers of a per-layer table, say) share rows: read each row once for all of them.
@@ -129,8 +123,6 @@ def _load(
             columns = _columns(reader, entry.shape, wanted)
             for start, tensor in _read(reader, name, first, high - low, entry.shape[1:], columns):
                 _scatter(tensor, low + start, columns.start, wanted)
-    for chunk in model:
-        unwrap_model(chunk).clear_padding()
 
 
 def _columns(reader: RowReader | TensorSource, shape: tuple[int, ...], wanted: Sequence[Box]) -> range:

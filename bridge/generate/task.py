@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from bridge.megatron.model import Gemma4Model
+    from bridge.megatron.provider import Gemma4Provider
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,18 @@ class ModelTask:
     adapter: Path | None = None
 
 
-def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollection]:
-    """This rank's chunks, with their weights and adapters. torch.distributed must be initialised. Collective."""
+def provider_of(task: ModelTask) -> Gemma4Provider:
+    """What builds the model of a task. Raises ParallelError where the layout does not fit it."""
     import torch
 
+    from bridge.megatron.provider import Gemma4Provider
+
+    overrides: dict[str, Any] = {"perform_initialization": False}
+    return Gemma4Provider(task.geometry, task.parallel, getattr(torch, task.dtype), overrides=overrides)
+
+
+def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollection]:
+    """This rank's chunks, with their weights and adapters. torch.distributed must be initialised. Collective."""
     from bridge.convert.live import load_from_hf, load_from_megatron
     from bridge.convert.quantized_folder import open_hf_folder
     from bridge.lora.inject import attach, fill
@@ -47,13 +56,10 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
     from bridge.lora.table import adapter_table
     from bridge.mapping import table_for
     from bridge.megatron.parallel import initialize
-    from bridge.megatron.provider import Gemma4Provider
     from bridge.torch_dist.reader import DistReader
 
     groups = initialize(task.parallel)
-    overrides: dict[str, Any] = {"perform_initialization": False}
-    provider = Gemma4Provider(task.geometry, task.parallel, getattr(torch, task.dtype), overrides=overrides)
-    model = provider.build(groups)
+    model = provider_of(task).build(groups)
     table = table_for(task.geometry)
     with ExitStack() as stack:
         if task.megatron:

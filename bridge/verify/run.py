@@ -101,8 +101,9 @@ def _parity(
     from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
     from bridge.verify.media import kinds_of, media_sample
+    from bridge.verify.on_ranks import run, run_reference
     from bridge.verify.sample import random_sample
-    from bridge.verify.task import ParityTask, row_count_multiple, run, run_reference
+    from bridge.verify.task import ParityTask, row_count_multiple
 
     check_layout(geometry, parallel)
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)
@@ -130,7 +131,7 @@ def _parity(
                     random_sample(geometry, seed, batch, length, images=images),
                 ),
             ]
-            missing = _cannot_compare_media(geometry)
+            missing = cannot_compare_media(geometry)
             if missing is None:
                 kinds = kinds_of(geometry, rows_of)
                 media = ranks.run(media_sample, hf_dir, geometry, seed, kinds, length, world_size=1)
@@ -171,7 +172,7 @@ def _parity(
     return results
 
 
-def _cannot_compare_media(geometry: Geometry) -> str | None:
+def cannot_compare_media(geometry: Geometry) -> str | None:
     """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
     if geometry.vision is None and geometry.audio is None:
         return ""

@@ -22,6 +22,8 @@ from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Part, Samples
+from recipes.data.questions import Questions, check_questions
+from recipes.metrics.named import find_metrics
 from recipes.train.data import DataFactory, Streams
 
 
@@ -92,6 +94,11 @@ def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:
     Raises DataError and UsageError.
     """
     opened = corpora(recipe)
+    if recipe.eval.metrics or isinstance(recipe.train.samples, int):
+        metrics = find_metrics(recipe.eval.metrics, "eval.metrics")
+        count = recipe.eval.metric_rows if metrics else recipe.train.samples
+        for samples in opened.evaluation.values():
+            check_questions(metrics, Questions(samples, count), "eval.metrics")
     settled = with_steps(recipe, Batches(opened.train, batch_options(recipe)))
     return settled, partial(streams, opened=opened)
 
@@ -113,14 +120,7 @@ def streams(
     opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
     batches = Batches(opened.train, batch, say)
-    # In order and once: `epochs` ends with rows without labels, as many microbatches on every rank.
-    once = replace(batch, shuffle=False, epochs=1)
-
-    def begin(corpus: Samples) -> Iterator[dict[str, Tensor]]:
-        with Batches(corpus, once) as batches:
-            yield from batches
-
-    evaluation = {name: partial(begin, corpus) for name, corpus in opened.evaluation.items()}
+    evaluation = {name: partial(once, corpus, batch) for name, corpus in opened.evaluation.items()}
     whole = opened.train.corpus if isinstance(opened.train, Part) else opened.train
     known = (whole.statistics, whole.options, whole.files)
     facts = {
@@ -131,4 +131,11 @@ def streams(
         "rows": batches.rows(0),
         "cache": str(whole.folder),
     }
-    return Streams(batches, evaluation, (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes), facts)
+    notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation)
+
+
+def once(samples: Samples, batch: BatchOptions) -> Iterator[dict[str, Tensor]]:
+    """In order and once: that ends with rows without labels, as many microbatches on every rank."""
+    with Batches(samples, replace(batch, shuffle=False, epochs=1)) as batches:
+        yield from batches

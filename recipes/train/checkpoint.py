@@ -54,9 +54,10 @@ class Progress:
 
     `sense_updates`: those of the towers, by sense: fewer than `updates` where steps were without media for them.
 
-    `best_eval`, `best_step`: the least loss of an evaluation, and after which step it was; `evaluated`: the step of the
-    last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the last step's learning rate,
-    the next one's, and the number of steps that they were made for. `vision_mask`: of the last step.
+    `best_eval`, `best_step`: the best value of `best_of` (`eval.best`) of an evaluation, and after which step it was;
+    `evaluated`: the step of the last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the
+    last step's learning rate, the next one's, and the number of steps that they were made for. `vision_mask`: of the
+    last step.
     """
 
     step: int = 0
@@ -64,6 +65,7 @@ class Progress:
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     best_eval: float | None = None
+    best_of: str = "loss"
     evals_since_best: int = 0
     skipped_in_row: int = 0
     norm_mean: float = 0.0

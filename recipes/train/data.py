@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bridge.geometry import Geometry
 from recipes.config import Recipe
+from recipes.data.part import Samples
 
 
 class BatchStream(Protocol):
@@ -30,18 +31,23 @@ class BatchStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+# Sets by their names ("": the only one). A call begins one: microbatches, as many on every rank.
+Evaluation = Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]]
+
+
 @dataclass(frozen=True)
 class Streams:
-    """`evaluation`: sets by their names ("": the only one). A call begins one: microbatches, as many on every rank.
+    """`evaluation`: what is evaluated on; `evaluated`: the samples that it is made of, where they are known.
 
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
     epoch among it.
     """
 
     train: BatchStream
-    evaluation: Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    evaluated: Mapping[str, Samples] = field(default_factory=dict)
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

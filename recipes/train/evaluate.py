@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import torch
 
 from bridge.errors import TrainingError
 from bridge.token_ids import IGNORE
-from recipes.train.data import Streams
-from recipes.train.setup import Run
+from recipes.train.data import Evaluation
+from recipes.train.setup import BuiltModel
 from recipes.train.signals import StopSignal
 from recipes.train.step import Batch, reduce_sums, run_microbatches
 
@@ -19,32 +19,45 @@ from recipes.train.step import Batch, reduce_sums, run_microbatches
 _PER_STAGE = 4
 
 
-def evaluate(run: Run, streams: Streams, signalled: StopSignal) -> dict[str, float] | None:
+def evaluate(
+    run: BuiltModel,
+    evaluation: Evaluation,
+    signalled: StopSignal,
+    *,
+    accuracy: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float] | None:
     """Values for the log: `eval_loss` over all sets, `eval_loss/NAME` of each that has a name, `eval_tokens`.
 
-    Collective. None where any rank was told to stop, which is asked after each group of microbatches. Raises
-    TrainingError: a set without a token to predict.
+    `accuracy`: and `eval_token_accuracy`, how many of the tokens are the likeliest, each behind the true ones before.
+    `progress`: is called with the number of tokens so far. Collective. None where any rank was told to stop, which is
+    asked after each group of microbatches. Raises TrainingError: a set without a token to predict.
     """
     totals: dict[str, tuple[float, float]] = {}
+    right, seen = 0.0, 0
     stages = run.provider.parallel.pp
     size = _PER_STAGE * stages if stages > 1 else 1
-    for name in streams.evaluation:
+    for name, begin in evaluation.items():
         loss, tokens = 0.0, 0.0
-        batches = streams.evaluation[name]()
+        batches = begin()
         while group := list(islice(batches, size)):
             if run.provider.parallel.vpp > 1:
                 # An interleaved schedule takes microbatches in multiples of the stages.
                 group += [without_rows(group[-1])] * (-len(group) % stages)
-            sums = run_microbatches(run, group, train=False)
+            sums = run_microbatches(run, group, train=False, accuracy=accuracy)
             told = sums.new_tensor([float(bool(signalled))])
-            more, supervised, *_, stop = reduce_sums(torch.cat([sums, told]))
+            more, supervised, *_, correct, stop = reduce_sums(torch.cat([sums, told]))
             if stop:
                 return None
-            loss, tokens = loss + more, tokens + supervised
+            loss, tokens, right = loss + more, tokens + supervised, right + correct
+            seen += int(supervised)
+            if progress is not None:
+                progress(seen)
         if not tokens:
             raise TrainingError(f"evaluation{f' {name}' if name else ''}: no token of the data has a label")
         totals[name] = loss, tokens
-    return _values(totals)
+    values = _values(totals)
+    return values | {"eval_token_accuracy": right / values["eval_tokens"]} if accuracy else values
 
 
 def _values(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:

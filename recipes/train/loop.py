@@ -16,6 +16,7 @@ from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
 from recipes.data.training import prepared
 from recipes.train import checkpoint, header
+from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
 from recipes.train.evaluate import evaluate
@@ -24,7 +25,7 @@ from recipes.train.log import Log
 from recipes.train.lora import export_merged
 from recipes.train.media import mask_change, sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
-from recipes.train.samples import Samples
+from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
@@ -90,8 +91,9 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         try:
             say = log.say if log is not None else _to_nobody
             checkpoint.on_rank_0(lambda: _say_first(run, streams, progress, say))
+            samples = samples or Samples.of_evaluation(recipe, streams)
             progress.vision_mask = recipe.model.vision_mask
-            loop = _Loop(run, streams, progress, log, signalled, samples)
+            loop = _Loop(run, streams, progress, log, signalled, samples, metrics_of(recipe, streams))
             with signalled.noted():
                 outcome = loop.run()
             if recipe.export.hf is not None and not outcome.stopped:
@@ -132,6 +134,16 @@ def _export(run: Run, best: Path | None, target: Path, say: Callable[[str], None
     run.bridge.save_hf(run.models, target, overwrite=True)
 
 
+def _better(value: float, best: float, measure: str) -> bool:
+    """Of a loss the less, of a metric the more."""
+    return value < best if measure == "loss" else value > best
+
+
+def _logged(name: str) -> str:
+    """What a measure of an evaluation is called in the log."""
+    return f"eval_{name.replace(':', '.')}"
+
+
 def _to_nobody(text: str) -> None:
     """What ranks without a log say."""
 
@@ -147,9 +159,10 @@ class _Loop:
         log: Log | None,
         signalled: StopSignal,
         samples: Samples | None = None,
+        metrics: AnswerMetrics | None = None,
     ) -> None:
         self.run_ = run
-        self._samples = samples
+        self._samples, self._metrics = samples, metrics
         self.recipe = run.recipe
         self.streams = streams
         self.progress = progress
@@ -209,7 +222,7 @@ class _Loop:
         if progress.best_eval is not None:
             was = f"not better than {progress.best_eval:.6g} of step {progress.best_step}"
         self._say(
-            f"ended early after step {progress.step} of {self.recipe.train.steps}: eval_loss was {was} in "
+            f"ended early after step {progress.step} of {self.recipe.train.steps}: {self._best_name} was {was} in "
             f"{progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
         )
 
@@ -225,7 +238,7 @@ class _Loop:
         sums = run_microbatches(run, batches, train=True)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        total, supervised, real, slots, squares, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
+        total, supervised, real, slots, squares, _, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
         if not supervised:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = total / supervised, math.nan, False
@@ -323,7 +336,10 @@ class _Loop:
         if not self.streams.evaluation:
             raise TrainingError("train.eval_every is set, but there is no evaluation data; set data.eval")
         with self._meter.paused():
-            values = evaluate(run, self.streams, self.signalled)
+            values = evaluate(run, self.streams.evaluation, self.signalled)
+            if values is not None and self._metrics is not None:
+                found = self._metrics.measure(run, self.signalled, self._say)
+                values = None if found is None else values | {_logged(name): value for name, value in found.items()}
         if values is None:
             return True
         progress.evaluated = progress.step
@@ -331,18 +347,32 @@ class _Loop:
             self.log.write(progress.step, values)
         if self._samples is not None:
             with self._meter.paused():
-                found = self._samples.answer(run, progress.step, self.signalled, self._say)
-            if found is None:
+                said = self._samples.answer(run, progress.step, self.signalled, self._say)
+            if said is None:
                 return True
             if self.log is not None:
-                self.log.texts(progress.step, {str(answer.index): answer.text for answer in found})
-        loss, best = values["eval_loss"], progress.best_eval
-        # A loss that is no number is never the best; an older version may have noted one.
-        if math.isfinite(loss) and (best is None or not math.isfinite(best) or loss < best):
-            progress.best_eval, progress.best_step, progress.evals_since_best = loss, progress.step, 0
+                self.log.texts(progress.step, {str(answer.index): answer.text for answer in said})
+        self._compare(values[self._best_name])
+        return False
+
+    @property
+    def _best_name(self) -> str:
+        return _logged(self.recipe.eval.best)
+
+    def _compare(self, value: float) -> None:
+        """Note whether an evaluation is the best so far; another `eval.best` than before begins anew."""
+        progress, measure = self.progress, self.recipe.eval.best
+        if progress.best_of != measure:
+            if progress.best_eval is not None:
+                self._say(f"eval.best was {progress.best_of} and is {measure}: the best evaluation is looked for anew")
+            progress.best_of, progress.best_eval = measure, None
+        best = progress.best_eval
+        # What is no number is never the best; an older version may have noted one.
+        first = best is None or not math.isfinite(best)
+        if math.isfinite(value) and (first or _better(value, best or 0.0, measure)):
+            progress.best_eval, progress.best_step, progress.evals_since_best = value, progress.step, 0
         else:
             progress.evals_since_best += 1
-        return False
 
     def _told(self) -> bool:
         """Whether any rank was told to stop. Collective."""

@@ -80,23 +80,15 @@ def local_device(rank: int, visible: int) -> int:
 
 
 @dataclass
-class Run:
-    """What a training run consists of on this rank. `chunks` are wrapped in DDP, in the order of the schedules.
-
-    `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`).
-    """
+class BuiltModel:
+    """A model on this rank, and what its data and batches are. `chunks`: the models as schedules take them, in order,
+    which is in DDP where they are trained."""
 
     recipe: Recipe
-    bridge: Gemma4Bridge
     groups: ProcessGroupCollection
     provider: Gemma4Provider
     models: list[Gemma4Model]
-    chunks: list[torch.nn.Module]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    microbatches: int
-    table: Table
-    lora: LoraSpec | None = None
+    chunks: Sequence[torch.nn.Module]
 
     @property
     def config(self) -> Any:
@@ -112,6 +104,21 @@ class Run:
     @property
     def device(self) -> torch.device:
         return torch.device(torch.cuda.current_device())
+
+
+@dataclass
+class Run(BuiltModel):
+    """What a training run consists of on this rank.
+
+    `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`).
+    """
+
+    bridge: Gemma4Bridge
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    microbatches: int
+    table: Table
+    lora: LoraSpec | None = None
 
 
 def build(recipe: Recipe, load: bool) -> Run:
@@ -158,7 +165,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     optimizer = make_optimizer(recipe, chunks, groups)
     scheduler = make_scheduler(recipe, optimizer)
     table = adapters or bridge.table
-    return Run(recipe, bridge, groups, provider, models, chunks, optimizer, scheduler, microbatches, table, spec)
+    built = (recipe, groups, provider, models, chunks)
+    return Run(*built, bridge, optimizer, scheduler, microbatches, table, spec)
 
 
 def only_deterministic() -> None:

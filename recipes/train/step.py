@@ -15,15 +15,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.megatron.accuracy import AccuracyContext, loss_and_accuracy
 from bridge.megatron.context_parallel import take
-from bridge.megatron.loss import positions_with_labels
+from bridge.megatron.loss import LossContext, positions_with_labels
 from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
 from bridge.token_ids import IGNORE, check_ids, check_labels
 from recipes.check import row_multiple
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import MEDIA_NAMES, leave_out
-from recipes.train.setup import Run
+from recipes.train.setup import BuiltModel, Run
 
 Batch = dict[str, Tensor]
 
@@ -31,14 +32,14 @@ Batch = dict[str, Tensor]
 _ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids"}
 _KNOWN = _ROWS | {"cu_seqlens"} | MEDIA_NAMES
 # What is summed over tokens: cross entropy (without the z-loss), how many have a label, how many are real, how many
-# there are, and the squared log-sum-exp, where there is a z-loss.
-SUMS = ("loss", "supervised", "real", "slots", "squares")
+# there are, the squared log-sum-exp, where there is a z-loss, and how many labels are the likeliest, where asked.
+SUMS = ("loss", "supervised", "real", "slots", "squares", "correct")
 # What processors give besides, for themselves.
 _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
 
 
-def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tensor:
-    """Forward (and backward, where `train`) passes of this rank's microbatches.
+def run_microbatches(run: BuiltModel, batches: Sequence[Batch], *, train: bool, accuracy: bool = False) -> Tensor:
+    """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too.
 
     Returns this rank's part of `SUMS`, float64: zeros but on one tensor-parallel rank of the last stage. Gradients are
     of the mean over the tokens with a label, of all microbatches, data-parallel and context-parallel ranks.
@@ -51,7 +52,8 @@ def run_microbatches(run: Run, batches: Sequence[Batch], *, train: bool) -> Tens
     for chunk in run.chunks:
         if chunk.training != train:  # it walks all modules
             chunk.train(train)
-    step = partial(_forward_step, z_loss=run.recipe.train.z_loss if train else 0.0, cp=run.groups.cp)
+    z_loss = run.recipe.train.z_loss if train else 0.0
+    step = partial(_forward_step, z_loss=z_loss, cp=run.groups.cp, accuracy=accuracy)
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, prepared)
     iterators = [map(_with_masks_of_its_own, prepared) for _ in run.chunks]
@@ -81,7 +83,7 @@ class Prepared(NamedTuple):
     placeholders: dict[str, int]
 
 
-def prepare(batch: Batch, run: Run, length: int) -> Prepared:
+def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
     """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError.
 
     Media stay behind where no tower is: on every pipeline stage but the first.
@@ -90,11 +92,11 @@ def prepare(batch: Batch, run: Run, length: int) -> Prepared:
     if unknown:
         raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
     media = MEDIA_NAMES & set(batch)
-    if media and not run.bridge.geometry.multimodal:
+    if media and not run.config.geometry.multimodal:
         raise UsageError(f"the data yields {min(media)}, but this model reads text alone")
     if batch["input_ids"].device.type == "cpu":
-        check_ids(batch["input_ids"].numpy(), run.bridge.geometry, "the data")
-        check_labels(batch["labels"].numpy(), run.bridge.geometry, "the data's labels")
+        check_ids(batch["input_ids"].numpy(), run.config.geometry, "the data")
+        check_labels(batch["labels"].numpy(), run.config.geometry, "the data's labels")
     taken = _KNOWN if run.groups.pp.rank() == 0 else _KNOWN - MEDIA_NAMES
     batch = {name: tensor for name, tensor in batch.items() if name in taken}
     have, parallel = batch["input_ids"].shape[1], run.provider.parallel
@@ -110,7 +112,7 @@ def prepare(batch: Batch, run: Run, length: int) -> Prepared:
     if want != have:
         if "cu_seqlens" in batch:
             raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
-        fill = {"labels": IGNORE, "input_ids": run.bridge.geometry.pad_token_id or 0}
+        fill = {"labels": IGNORE, "input_ids": run.config.geometry.pad_token_id or 0}
         for name in _ROWS & set(batch):
             batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
     visibility = Visibility.of(
@@ -120,7 +122,7 @@ def prepare(batch: Batch, run: Run, length: int) -> Prepared:
         {name: tensor if name in ON_HOST else send(tensor, run.device) for name, tensor in batch.items()},
         visibility.to(run.device),
         send(positions_with_labels(take(batch["labels"], run.groups.cp)), run.device),
-        count_placeholders(run.bridge.geometry, batch["input_ids"]),
+        count_placeholders(run.config.geometry, batch["input_ids"]),
     )
 
 
@@ -131,7 +133,7 @@ def _with_masks_of_its_own(microbatch: Prepared) -> Prepared:
     return microbatch._replace(visibility=replace(visibility, cache={}, host=host))
 
 
-def _weigh_auxiliary_loss(run: Run, microbatches: Sequence[Prepared]) -> None:
+def _weigh_auxiliary_loss(run: BuiltModel, microbatches: Sequence[Prepared]) -> None:
     """Have a step's auxiliary loss be a mean over all tokens, whatever number of them has a label. Collective.
 
     Megatron weighs that of a microbatch by its tokens, and in the end divides every gradient by the number of tokens
@@ -145,14 +147,18 @@ def _weigh_auxiliary_loss(run: Run, microbatches: Sequence[Prepared]) -> None:
 
 
 def _forward_step(
-    iterator: Iterator[Prepared], chunk: torch.nn.Module, z_loss: float, cp: dist.ProcessGroup
+    iterator: Iterator[Prepared], chunk: torch.nn.Module, z_loss: float, cp: dist.ProcessGroup, accuracy: bool
 ) -> tuple[Tensor, Any]:
     batch, visibility, kept, placeholders = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    squares = torch.zeros((), dtype=torch.float64, device=batch["labels"].device)
+    squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
+    counted: dict[str, Any] = {}
+    if accuracy:
+        context = AccuracyContext(LossContext(z_loss, kept), correct)
+        counted = {"output_processor": loss_and_accuracy, "output_processor_context": context}
     losses = chunk(
         batch["input_ids"],
         batch.get("position_ids"),
@@ -164,6 +170,7 @@ def _forward_step(
         visibility=visibility,
         kept=kept,
         squares=squares if z_loss else None,
+        **counted,
         **({"placeholder_counts": placeholders} if placeholders else {}),
         **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
     )
@@ -177,7 +184,7 @@ def _forward_step(
         real = slots if mask is None else take(mask, cp).sum()
         # Float64: the sum of a large batch's float32 losses would round more than a layout may change them.
         entropy = losses.detach().sum(dtype=torch.float64) - z_loss * squares
-        sums = torch.stack([x.double() for x in (entropy, tokens, real, slots, squares)])
+        sums = torch.stack([x.double() for x in (entropy, tokens, real, slots, squares, correct)])
         return loss, tokens.to(torch.int), {"sums": sums}
 
     return losses, total

@@ -189,7 +189,9 @@ def _experts(folder: Folder, change: Callable[[str, str, Tensor], dict[str, Tens
             value = tensor.reshape(tensor.shape[0], -1, moe.num_experts).permute(2, 0, 1)
         tensors |= change(f"{module.removesuffix('.base_layer')}.{kind}", part, value)
     folder.tensors = tensors
-    folder.config["target_modules"] = [*folder.config["target_modules"], "gate_up_proj"]
+    # No tool lists a module that it has no factors of; and every layer has a down_proj beside its experts'.
+    named = "gate_up_proj" if both or alone == "gate_up_proj" else "experts.down_proj"
+    folder.config["target_modules"] = [*folder.config["target_modules"], named]
     folder.config["target_parameters"] = None
 
 

@@ -55,7 +55,7 @@ def evaluations(said: dict[str, Any], layout: list[str], batches: list[list[str]
     for keys in batches:
         recipe = resolve(said, [*layout, *keys])
         streams = open_streams(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
-        found = evaluate(run, streams, StopSignal())
+        found = evaluate(run, streams.evaluation, StopSignal())
         assert found is not None
         values.append(found)
     return values
@@ -69,7 +69,7 @@ def reference(said: dict[str, Any]) -> dict[str, float]:
     from recipes.data.training import corpora
 
     model = load_hf(Path(said["model"]["hf"]), Geometry.from_folder(said["model"]["hf"]), torch.float32).eval()
-    total, tokens = 0.0, 0
+    total, tokens, right = 0.0, 0, 0
     for corpus in corpora(resolve(said)).evaluation.values():
         for number in range(len(corpus)):
             sample = corpus[number]
@@ -79,7 +79,8 @@ def reference(said: dict[str, Any]) -> dict[str, float]:
             losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
             learnt = torch.from_numpy(sample.supervised)[1:]
             total, tokens = total + float(losses[learnt].sum()), tokens + int(learnt.sum())
-    return {"eval_loss": total / tokens, "eval_tokens": float(tokens)}
+            right += int((logits.argmax(-1) == ids[0, 1:])[learnt].sum())
+    return {"eval_loss": total / tokens, "eval_tokens": float(tokens), "eval_token_accuracy": right / tokens}
 
 
 @dataclass(frozen=True)

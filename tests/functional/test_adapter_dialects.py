@@ -138,6 +138,16 @@ def test_experts_one_by_one(room: str, toy: Toy, tmp_path: Path) -> None:
     refused(base, kit.Folder(base, tensors, config).save(tmp_path / "less"), r"has no .*3\.up_proj\.lora_B")
 
 
+def test_one_parameter_of_the_experts(toy: Toy, tmp_path: Path) -> None:
+    """A stack of one alone; where the config names the other one too, of which there is nothing, half is missing."""
+    base = toy("26b-a4b", text_only=True)
+    folder, theirs = made(base, tmp_path / "peft", target_parameters=[EXPERTS[1]], target_modules=["q_proj"])
+    kit.as_stacks(folder)
+    taken(base, folder.save(tmp_path / "stack"), theirs, tmp_path)
+    folder.config["target_modules"].append("gate_up_proj")
+    refused(base, folder.save(tmp_path / "half"), r"has no .*experts\.gate_up_proj\.lora_A.*: incomplete")
+
+
 def test_fields_of_a_config() -> None:
     """Each of PEFT's is read, without effect, or refused: one that PEFT adds is none of them until it is looked at."""
     known = peft_config._READ | peft_config._WITHOUT_EFFECT | peft_config._REFUSED.keys()

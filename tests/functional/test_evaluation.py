@@ -212,3 +212,26 @@ def test_the_z_loss_is_logged_apart(
     (line,) = lines(tmp_path)
     assert line["loss"] == pytest.approx(entropy, rel=1e-6)
     assert line["z_loss"] == pytest.approx(squared, rel=1e-6) and squared > 1
+
+
+def test_the_best_by_a_metric_is_the_highest() -> None:
+    """Of a loss the least; what is no number is never it; with another measure the best is looked for anew, aloud."""
+    from types import SimpleNamespace
+
+    from recipes.train.checkpoint import Progress
+    from recipes.train.loop import _Loop
+
+    said: list[str] = []
+
+    def after(progress: Progress, best: str, *values: float) -> tuple[float | None, int, int]:
+        for value in values:
+            progress.step += 1
+            loop = SimpleNamespace(progress=progress, recipe=SimpleNamespace(eval=SimpleNamespace(best=best)))
+            loop._say = said.append
+            _Loop._compare(loop, value)  # type: ignore[arg-type]
+        return progress.best_eval, progress.best_step, progress.evals_since_best
+
+    one = Progress()
+    assert after(one, "loss", 3.0, 1.0, 2.0, float("nan")) == (1.0, 2, 2) and not said
+    assert after(one, "json_tree", 0.5, 0.9, 0.9, 0.1) == (0.9, 6, 2)
+    assert said == ["eval.best was loss and is json_tree: the best evaluation is looked for anew"]

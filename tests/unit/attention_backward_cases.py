@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -20,6 +21,8 @@ from bridge.megatron.zigzag import Zigzag
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Of the largest gradient: sums in another order. Of bf16's norm: what a few weights more or less rounded up make of it.
 FLOAT32, BFLOAT16 = 2e-6, 3e-4
+
+IN_FLOAT32 = pytest.mark.skipif(DEVICE == "cuda", reason="tiles of float32 do not fit in shared memory")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,14 @@ def dense(case: Case, given: list[Tensor], rounded: torch.dtype) -> tuple[Tensor
     return output.permute(2, 0, 1, 3), lse, [x.permute(2, 0, 1, 3) for x in (d_scores @ key, *sums)]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_chance() -> Iterator[None]:
+    """What is not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def errors(case: Case, dtype: torch.dtype) -> list[float]:
     given = tensors(case, dtype)
     output, lse, expected = dense(case, given, torch.float64 if dtype is torch.float32 else dtype)
@@ -109,12 +120,15 @@ def errors(case: Case, dtype: torch.dtype) -> list[float]:
     return [float((a.double() - b.to(dtype)).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
 
 
+@IN_FLOAT32
 @pytest.mark.parametrize("small", [pytest.param(False, marks=pytest.mark.slow), True], ids=["at once", "in parts"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_float32(name: str, small: bool) -> None:
     """Also a tile of queries at a time."""
     with mock.patch.object(flex_triton, "WORKSPACE", 1 if small else flex_triton.WORKSPACE):
-        assert max(errors(CASES[name], torch.float32)) <= FLOAT32
+        found = errors(CASES[name], torch.float32)
+        # One by one: NaN is not below a bound, and may be the largest of nothing.
+        assert all(error <= FLOAT32 for error in found), found
 
 
 @pytest.mark.parametrize(
@@ -123,9 +137,10 @@ def test_gradients_in_float32(name: str, small: bool) -> None:
 def test_gradients_in_bf16(name: str) -> None:
     """Weights and gradients of scores are rounded once, gradients once; all sums are float32."""
     found = errors(CASES[name], torch.bfloat16)
-    assert max(found) <= BFLOAT16, found
+    assert all(error <= BFLOAT16 for error in found), found
 
 
+@IN_FLOAT32
 def test_forward_and_backward() -> None:
     """The backend as the model calls it."""
     case = CASES["images"]

@@ -88,8 +88,13 @@ def gpu(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def trace(layers: list[int], lengths: list[int], options: Callable[[int], Any]) -> list[tuple[Any, list[Any]]]:
-    """The graphs, forward and backward, of attention in such layers at such lengths, with what they are given."""
+def trace(
+    layers: list[int], lengths: list[int], options: Callable[[int], Any], lse: bool = False
+) -> list[tuple[Any, list[Any]]]:
+    """The graphs, forward and backward, of attention in such layers at such lengths, with what they are given.
+
+    `lse`: of `attend_with_lse`, which has no gradient of its own.
+    """
     graphs: list[tuple[Any, list[Any]]] = []
 
     def keep(graph: Any, inputs: list[Any]) -> Any:
@@ -108,9 +113,9 @@ def trace(layers: list[int], lengths: list[int], options: Callable[[int], Any]) 
             heads, groups, d, window = LAYERS[layer]
             mask = mask_of(Visibility.of(torch.zeros(1, length, dtype=torch.int64)), MaskRule(window, "causal"))
             blocks = flex.block_mask(mask, flex.block_size(d))
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(not lse):
                 tensors = [
-                    torch.empty(length, 1, n, d, dtype=BF16, requires_grad=True) for n in (heads, groups, groups)
+                    torch.empty(length, 1, n, d, dtype=BF16, requires_grad=not lse) for n in (heads, groups, groups)
                 ]
                 output = compiled(
                     *(x.permute(1, 2, 0, 3) for x in tensors),
@@ -118,8 +123,12 @@ def trace(layers: list[int], lengths: list[int], options: Callable[[int], Any]) 
                     scale=1.0,
                     enable_gqa=True,
                     kernel_options=options(d),
+                    return_aux=torch_flex.AuxRequest(lse=True) if lse else None,
                 )
-                output.backward(torch.empty_like(output))
+                if lse:
+                    assert output[1].lse.shape == (1, heads, length) and output[1].lse.dtype is torch.float32
+                else:
+                    output.backward(torch.empty_like(output))
     return graphs
 
 
@@ -183,6 +192,16 @@ def compiled(program: str, folder: Path, capability: tuple[int, int]) -> dict[st
         "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
         "mma": made.asm["ptx"].count("mma.sync"),
     }
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_forward_pass_for_another_backward(layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of `flex_triton` is the same kernel, with the log-sum-exp as an output."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ((graph, inputs),) = trace([layer], [4096], lambda d: flex.kernel_options(d, BF16, HOPPER), lse=True)
+    with gpu(HOPPER):
+        made = compiled(source(graph, inputs), tmp_path, HOPPER)
+    assert made["shared"] <= SHARED_OF_AN_H100 and made["stack"] == 0 and made["wgmma"] and not made["mma"]
 
 
 def both(layer: int, folder: Path, capability: tuple[int, int]) -> list[dict[str, int]]:

@@ -281,3 +281,30 @@ def test_every_key_is_documented() -> None:
     }
     keys = {"output", *(f"{group}.{key}" for group, names in groups.items() for key in names)}
     assert not keys - documented, "add a row to docs/training.md, Keys"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.metrics=[rouge]"], "eval.metrics: 'rouge' is no metric; there are exact_match"),
+        (["eval.metrics=[absent:function]"], "absent:function cannot be imported"),
+        (["eval.metrics=[exact_match]"], "eval.metrics=['exact_match']: is answered at evaluations"),
+        (["train.samples=4"], "train.samples=4: is answered at evaluations"),
+        (["train.samples=0", "data.eval=x", "train.eval_every=1"], "train.samples=0: must be at least 1"),
+        (["train.samples=true", "data.eval=x", "train.eval_every=1"], "is a file of prompts, or a number"),
+        (["train.samples=[a]", "data.eval=x", "train.eval_every=1"], "is a file of prompts, or a number"),
+        (
+            ["train.samples=4", "data.eval=x", "train.eval_every=1", "data.supervise_thinking=false"],
+            "leave data.supervise",
+        ),
+        (["train.samples=4", "data.eval=x", "train.eval_every=1", "parallel.cp=2"], "parallel.cp=2 divides rows"),
+        (["eval.metric_tokens=0"], "eval.metric_tokens=0: must be at least 1"),
+        (["eval.best=json_tree"], "eval.best=json_tree: is loss, or one of eval.metrics (none)"),
+        (["eval.best=json_tree", "eval.metrics=[json_tree]"], "is what train.patience goes by"),
+        (["train.compute_metrics=x"], "did you mean eval.metrics?"),
+    ],
+)
+def test_what_is_generated_at_evaluations(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_startable(resolve(MINIMAL, ["data.path=x", *overrides]), 2)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,9 +51,11 @@ def block_size(head_dim: int) -> int:
     return _LARGE_BLOCK if head_dim > _LARGE_HEAD else _BLOCK
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-    """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]."""
-    output: Tensor = _attend(_kernel(query.is_cuda), query, key, value, mask, None)
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, options: Mapping[str, int | bool] = MappingProxyType({})
+) -> Tensor:
+    """[sq, b, heads, d], and [sk, b, groups, d] twice -> [sq, b, heads, d]; `options` go to torch before our own."""
+    output: Tensor = _attend(_kernel(query.is_cuda), query, key, value, mask, options=options)
     return output.permute(2, 0, 1, 3)
 
 
@@ -66,12 +69,17 @@ def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tu
 
 
 def _attend(
-    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Mask, aux: AuxRequest | None
+    kernel: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    aux: AuxRequest | None = None,
+    options: Mapping[str, int | bool] = MappingProxyType({}),
 ) -> Any:
-    head_dim = query.shape[-1]
-    options = None
+    head_dim, own = query.shape[-1], None
     if query.is_cuda:
-        options = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
+        own = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
     if not torch.is_grad_enabled():
         # On a CPU torch looks at requires_grad even where nothing is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
@@ -82,7 +90,7 @@ def _attend(
             block_mask=block_mask(mask, block_size(head_dim)),
             scale=1.0,
             enable_gqa=query.shape[2] != key.shape[2],
-            kernel_options=options,
+            kernel_options={**(own or {}), **options} or None,
             return_aux=aux,
         )
 

@@ -1,0 +1,179 @@
+"""`evaluate`: how well a model says what data holds, in Megatron, wherever its weights are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge.cli_kit import JsonOption, epilog, err, out, wrote_json
+from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from recipes.evaluate import EvaluationTask
+
+_POLL_S = 0.2
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=epilog("evaluate runs/receipts --data test.jsonl --metrics exact_match,json_tree"))(evaluate)
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An HF folder or hub id, a Megatron checkpoint, a run.")
+    ],
+    data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset; repeat.")],
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Of answers, with commas: exact_match, token_f1, json_valid, json_tree, module:function.",
+        ),
+    ] = "",
+    rows: Annotated[int, typer.Option(min=0, help="Of the first so many samples; 0: of all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are left out.")] = 4096,
+    split: Annotated[str, typer.Option(help="Of a dataset that is named.")] = "test",
+    subset: Annotated[str | None, typer.Option(help="Of a dataset that is named.")] = None,
+    turns: Annotated[str, typer.Option(help="all or last: the model's turns that the loss is of.")] = "all",
+    on_error: Annotated[str, typer.Option(help="fail or skip, at a record that cannot be used.")] = "fail",
+    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
+    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
+    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
+    pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
+    vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
+    ep: Annotated[int, typer.Option(help="expert-parallel ranks")] = 1,
+    etp: Annotated[int, typer.Option(help="expert-tensor-parallel ranks")] = 1,
+    cp: Annotated[int, typer.Option(help="context-parallel ranks; without --metrics")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples that go through at once, for the loss.")] = 4,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers that are written at once, on a replica.")] = 16,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure a model on data: loss and accuracy of the tokens it should say, and metrics of what it does say.
+
+    The loss is the mean over all learnt tokens, as training has it; a token is right where it is the likeliest behind
+    the true ones before it. For --metrics the model answers what stands before its last turn, greedily.
+    """
+    from bridge.generate.opened import open_model, stop_token_ids
+    from bridge.generate.sampling import SamplingOptions
+    from bridge.megatron.layout import check_layout
+    from bridge.megatron.parallel import Parallel
+    from bridge.megatron.quiet import quiet
+    from recipes.data.options import CorpusOptions, Supervise
+    from recipes.evaluate import EvaluationTask
+    from recipes.metrics.named import find_metrics
+
+    quiet()
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
+    names = tuple(name.strip() for name in metrics.split(",") if name.strip())
+    find_metrics(names, "--metrics")
+    if names and cp > 1:
+        raise UsageError(f"--cp {cp}: context parallelism divides rows that are there: --metrics go with cp=1")
+    parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
+    opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
+    check_layout(opened.task.geometry, parallel)
+    options = CorpusOptions(
+        tuple(data),
+        seq_length,
+        split=split,
+        subset=subset,
+        supervise=Supervise(turns),
+        on_error=on_error,
+        chat_template=chat_template,
+        media_root=media_root,
+        allow_urls=allow_urls,
+        cache=cache,
+    )
+    sampling = SamplingOptions(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids(opened.assets))
+    task = EvaluationTask(opened.task, opened.assets, options, sampling, 0, names, rows, micro_batch_size, max_rows)
+    for notice in opened.notices:
+        err.print(notice)
+    result = _measure(replace(task, longest=_prepared(task)))
+    if not wrote_json(json_file, result) or json_file != "-":
+        _print(result, model)
+
+
+def _prepared(task: EvaluationTask) -> int:
+    """Tokenise the data, and say what is wrong or left out of it; how long its longest sample is."""
+    from recipes.data.corpus import open_corpus
+    from recipes.data.part import first
+    from recipes.data.questions import Questions, check_questions
+    from recipes.data.report import Progress
+    from recipes.metrics.named import find_metrics
+
+    err.print(f"reading data: {', '.join(task.data.paths)}")
+    progress = Progress(err.print)
+    corpus = open_corpus(task.data, task.assets, progress=progress.read, notify=progress.line)
+    for reason, count in corpus.statistics.dropped.items():
+        err.print(f"{count} records are left out: {reason}")
+    samples = first(corpus, task.rows)
+    if task.metrics:
+        check_questions(find_metrics(task.metrics, "--metrics"), Questions(samples), "--metrics")
+    return int(samples.lengths.max())
+
+
+def _measure(task: EvaluationTask) -> dict[str, Any]:
+    from bridge.ranks import RankPool
+    from recipes.evaluate import evaluate_model
+
+    model = task.model
+    world = model.parallel.world_size
+    threads = max(1, (os.cpu_count() or 1) // world)
+    err.print(f"loading {model.weights}{f' with {model.adapter}' if model.adapter else ''} ({model.parallel})")
+    with (
+        _followed() as progress,
+        RankPool(world, threads_per_rank=threads, timeout_s=1e6) as pool,
+    ):
+        return asdict(pool.run(evaluate_model, replace(task, progress=progress))[0])
+
+
+@contextlib.contextmanager
+def _followed() -> Iterator[Path]:
+    """A file whose lines are shown as they come: what ranks print is a log."""
+    with tempfile.TemporaryDirectory(prefix="gemma4-evaluate-") as folder:
+        path, ended = Path(folder) / "progress", threading.Event()
+        path.touch()
+
+        def follow() -> None:
+            with path.open(encoding="utf-8") as file:
+                last = False
+                while not last:
+                    last = ended.wait(_POLL_S)  # what came before the end is shown too
+                    for line in file.read().splitlines():
+                        err.print(line)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield path
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _print(result: dict[str, Any], model: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{model}: {result['tokens']} tokens", title_justify="left")
+    table.add_column("measure", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, value in [("loss", result["loss"]), ("token_accuracy", result["token_accuracy"])]:
+        table.add_row(name, f"{value:.6g}")
+    for name, value in result["metrics"].items():
+        table.add_row(name, f"{value:.4f}")
+    out.print(table)

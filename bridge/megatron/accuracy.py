@@ -1,0 +1,102 @@
+"""How many tokens a model would have said: those that it holds the likeliest, each behind the true ones before it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from bridge.megatron.embedding import held_rows
+from bridge.megatron.loss import LossContext, fused_loss, positions_with_labels
+
+# Logits of so many bytes exist at a time, in the dtype of the model.
+_CHUNK_BYTES = 64 << 20
+
+
+class AccuracyContext(NamedTuple):
+    """What `loss_and_accuracy` is told. `correct`, float64 []: the forward pass adds the number of right tokens."""
+
+    loss: LossContext
+    correct: Tensor
+
+
+def loss_and_accuracy(
+    *,
+    hidden_states: Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    config: Any,
+    context: AccuracyContext,
+    **unused: Any,
+) -> Tensor:
+    """`fused_loss`, and the likeliest tokens counted: an `output_processor` of Megatron's GPTModel."""
+    context.correct.add_(
+        count_likeliest(
+            hidden_states,
+            output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
+            labels,
+            vocab_size=config.geometry.vocab_size,
+            softcap=config.geometry.logit_softcap,
+            tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+            sequence_parallel=config.sequence_parallel,
+            kept=context.loss.kept,
+        )
+    )
+    return fused_loss(
+        hidden_states=hidden_states,
+        output_layer=output_layer,
+        output_weight=output_weight,
+        labels=labels,
+        config=config,
+        context=context.loss,
+    )
+
+
+@torch.no_grad()
+def count_likeliest(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    softcap: float | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """How many of `labels` [b, s] are the likeliest token at their place: int64 [], alike on every rank of `tp_group`.
+
+    Arguments as of `linear_cross_entropy`, where -100 is no label. Of tokens that are alike the first one counts, as
+    in an argmax of the logits, softcap and all, in the dtype of `hidden`.
+    """
+    group = tp_group if tp_group is not None and tp_group.size() > 1 else None
+    if group is not None and sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=group)
+    rank, local_rows = 0 if group is None else group.rank(), weight.shape[0]
+    words = held_rows(vocab_size, local_rows, rank)
+    positions = positions_with_labels(labels) if kept is None else kept
+    rows, targets = hidden.flatten(0, 1), labels.t().flatten()
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    # As many chunks on every rank: a rank's padding counts.
+    for chunk in positions.split(max(1, _CHUNK_BYTES // (local_rows * weight.dtype.itemsize))):
+        logits = rows[chunk] @ weight.t()
+        logits = logits if softcap is None else logits.div_(softcap).tanh_()
+        logits[:, words:] = -torch.inf
+        top, column = logits.max(-1)
+        likeliest = column + rank * local_rows
+        if group is not None:
+            tops, tokens = _gathered(top.float(), group), _gathered(likeliest, group)
+            likeliest = tokens.gather(0, tops.argmax(0, keepdim=True))[0]
+        correct += (likeliest == targets[chunk]).sum()
+    return correct
+
+
+def _gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n] of every rank: [ranks, n]."""
+    parts = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(parts, values, group=group)
+    return torch.stack(parts)

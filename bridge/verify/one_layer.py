@@ -1,0 +1,143 @@
+"""Models of which one layer at a time is in memory: weights come when a layer begins to run, and go when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bridge.convert.live import CHUNK_BYTES, Box, boxes, fill_boxes
+from bridge.convert.torch_dtypes import TORCH_DTYPES
+from bridge.errors import VerificationError
+from bridge.hf.folder import HfFolder
+from bridge.hf.tensors import RowReader, num_rows, row_bytes
+from bridge.mapping.table import Table
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of decoder and towers: what lists of modules hold, outermost lists alone."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+    return found
+
+
+def come_and_go(layers: Sequence[nn.Module], load: Callable[[nn.Module], None]) -> None:
+    """From now on the weights of each of `layers` are there while it runs: `load` fills them just before."""
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        for tensor in tensors_of(layer).values():
+            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
+        load(layer)
+
+    def leave(layer: nn.Module, args: Any = None, output: Any = None) -> None:
+        for tensor in tensors_of(layer).values():
+            # It keeps its shape, by which it is found among the keys of a checkpoint.
+            tensor.data = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+    for layer in layers:
+        leave(layer)
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a checkpoint has, by name."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: named[name] for name in module.state_dict(keep_vars=True) if name in named}
+
+
+class OurWeights:
+    """Loads parts of a whole Megatron model on one rank, from a Hugging Face folder or a Megatron checkpoint."""
+
+    def __init__(self, model: nn.Module, table: Table, reader: RowReader, megatron: bool) -> None:
+        self.model, self.table, self.reader, self.megatron = model, table, reader, megatron
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """All values of parameters or buffers of the model."""
+        self._fill(self._boxes(tensors))
+
+    def load_rows(self, table: Tensor, rows: Sequence[int]) -> None:
+        """Some rows of an embedding."""
+        for box in self._boxes([table]):
+            for row in rows:
+                if row in box.rows:
+                    one = box.tensor[row - box.rows.start :][:1]
+                    self._fill([Box(box.key, box.global_shape, (row, *box.offset[1:]), one, True)])
+
+    def rows_of(self, key: str) -> Iterator[Tensor]:
+        """Rows of a global tensor in float32, some at a time."""
+        shape = self.table.entries[key].shape
+        step = max(1, CHUNK_BYTES // (4 * shape[1]))
+        for start in range(0, shape[0], step):
+            part = torch.empty(min(step, shape[0] - start), shape[1])
+            self._fill([Box(key, shape, (start, 0), part, True)])
+            yield part
+
+    def _boxes(self, tensors: Sequence[Tensor]) -> list[Box]:
+        wanted = {id(tensor) for tensor in tensors}
+        return [
+            box
+            for box in boxes([self.model], lambda p: p.data if id(p) in wanted else None)
+            if self.table.covers(box.key)
+        ]
+
+    def _fill(self, held: Sequence[Box]) -> None:
+        fill_boxes(held, self.table, self.reader, self.megatron)
+
+
+class TheirWeights:
+    """The same for a model of transformers, from the folder that it is made for."""
+
+    def __init__(self, model: Any, folder: HfFolder) -> None:
+        self.folder = folder
+        self._names = {id(tensor): name for name, tensor in tensors_of(model).items()}
+        self._model = model
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """All values. Raises VerificationError for a tensor that the folder does not have as the class wants it."""
+        for name, tensor in self._on_disk({self._names[id(tensor)]: tensor for tensor in tensors}).items():
+            for start, rows in read_rows(self.folder, self._known(name, tensor)):
+                tensor.data.view(num_rows(tuple(tensor.shape)), -1)[start : start + len(rows)] = rows
+
+    def load_rows(self, table: Tensor, rows: Sequence[int]) -> None:
+        """Some rows of an embedding."""
+        [name] = self._on_disk({self._names[id(table)]: table})
+        self._known(name, table)
+        for row in rows:
+            for _, values in read_rows(self.folder, name, row, row + 1):
+                table.data[row] = values[0]
+
+    def rows_of(self, name: str) -> Iterator[Tensor]:
+        """Rows of a tensor of the folder in float32, some at a time."""
+        for _, rows in read_rows(self.folder, name):
+            yield rows.float()
+
+    def _on_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self._model, dict(tensors)))
+
+    def _known(self, name: str, tensor: Tensor) -> str:
+        info = self.folder.tensors.get(name)
+        if info is None or info.shape != tuple(tensor.shape):
+            raise VerificationError(
+                f"{self.folder.path}: transformers wants {name} {list(tensor.shape)}, "
+                f"the folder has {'none' if info is None else list(info.shape)}"
+            )
+        return name
+
+
+def read_rows(folder: HfFolder, name: str, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, rows [n, elements of a row]) of a tensor, in its dtype, in bounded parts."""
+    info = folder.tensors[name]
+    last, size = num_rows(info.shape) if last is None else last, row_bytes(info)
+    step = max(1, CHUNK_BYTES // max(1, size))
+    for start in range(first, last, step):
+        stop = min(last, start + step)
+        buffer = np.empty((stop - start) * size, dtype=np.uint8)
+        folder.read_rows(name, start, stop, buffer)
+        yield start, torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(stop - start, -1)

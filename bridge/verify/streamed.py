@@ -1,0 +1,237 @@
+"""Logits of a model of any size, layer by layer: transformers and the Megatron model, one layer's weights in memory.
+
+Both sides run their own classes in float32 on a CPU. Each layer of ours runs twice: on what our layers before it made,
+and on what went into the same layer of transformers, so that its own error is seen and no sum of them.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bridge.geometry import Geometry
+from bridge.hf.folder import HfFolder
+from bridge.mapping import table_for
+from bridge.megatron.attention import KeyValue
+from bridge.megatron.parallel import Parallel, initialize
+from bridge.megatron.provider import Gemma4Provider
+from bridge.torch_dist.reader import DistReader
+from bridge.verify.one_layer import OurWeights, TheirWeights, come_and_go, layers_of, tensors_of
+from bridge.verify.reference import LOGITS, Reference, with_masks
+from bridge.verify.result import Check
+from bridge.verify.sample import Sample
+
+RELATIVE = 1e-5
+EMBEDDINGS = "embeddings"
+# Of `mm_token_type_ids`.
+_TOKENS = {0: "text", 1: "image", 2: "video", 3: "audio"}
+
+
+@dataclass(frozen=True)
+class StreamedTask:
+    """What to compare: an HF folder with itself, or with the weights folder of its Megatron checkpoint.
+
+    `layers`: those that are compared, and run at all; None: all. `theirs`: the file of transformers' side.
+    `progress`: a file that gets a line now and then.
+    """
+
+    variant: str
+    geometry: Geometry
+    folder: Path
+    megatron: Path | None
+    sample: Sample
+    layers: tuple[int, ...] | None
+    theirs: Path
+    progress: Path
+
+    @property
+    def run(self) -> frozenset[int]:
+        """Layers that run: those asked for, and those whose keys and values they read."""
+        asked = range(self.geometry.num_layers) if self.layers is None else self.layers
+        return frozenset(asked) | {self.geometry.layers[i].kv_source for i in asked}
+
+
+@torch.no_grad()
+def run_transformers(task: StreamedTask) -> None:
+    """Write what goes into and out of every layer of transformers, and its logits, to `task.theirs`."""
+    with HfFolder(task.folder) as folder:
+        model = _empty_transformers(task)
+        weights = TheirWeights(model, folder)
+        decoder = next(m for m in model.modules() if type(m).__name__.endswith("TextModel"))
+        found: dict[str, Tensor] = {}
+        say = _Progress("transformers", task)
+
+        def begins(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any) -> None:
+                found[f"in.{i}"] = args[0].clone()
+
+            return hook
+
+        def ends(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                found[f"out.{i}"] = output.clone()
+                say.layer()
+
+            return hook
+
+        for i, layer in enumerate(decoder.layers):
+            layer.register_forward_pre_hook(begins(i))
+            if i in task.run:
+                layer.register_forward_hook(ends(i))
+            else:
+                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        tables = [m.weight for m in decoder.modules() if isinstance(m, nn.Embedding)]
+        head = "lm_head.weight"
+        if head not in folder.tensors:
+            head = next(name for name in folder.tensors if name.endswith("embed_tokens.weight"))
+        _prepare(model, tables, [model.lm_head.weight], task, weights)
+        model.lm_head = _HeadByWords(lambda: weights.rows_of(head))
+        inputs = with_masks(model, task.sample.inputs())
+        found[LOGITS] = model(**inputs, use_cache=False).logits.contiguous()
+    part = task.theirs.with_suffix(".part")
+    save_file(found, part)
+    part.replace(task.theirs)
+
+
+@torch.no_grad()
+def compare(task: StreamedTask) -> list[Check]:
+    """Run the Megatron model and hold it against `task.theirs`: a row for each layer, in order, and the logits."""
+    theirs, real = Reference(task.theirs), task.sample.attention_mask.bool()
+    groups = initialize(Parallel())
+    overrides = {"perform_initialization": False}
+    [model] = Gemma4Provider(task.geometry, Parallel(), torch.float32, overrides=overrides).build(groups)
+    model.eval()
+    say = _Progress("Megatron", task)
+    checks: list[Check] = []
+    shared: dict[int, KeyValue] = {}
+
+    def row(name: str, value: float, detail: str = "", bound: float | None = RELATIVE) -> None:
+        checks.append(Check(name, task.variant, Parallel(), "float32", "relative", value, bound, detail))
+
+    def embedded(module: nn.Module, args: Any) -> None:
+        types = task.sample.mm_token_type_ids
+        ours, expected = args[0].transpose(0, 1), theirs["in.0"]
+        for kind, name in _TOKENS.items():
+            wanted = real if types is None else real & (types == kind)
+            if wanted.any() and (kind == 0 or types is not None):
+                row(EMBEDDINGS, _apart(ours[wanted], expected[wanted]), name)
+
+    def ends(i: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: tuple[Tensor, KeyValue]) -> None:
+            expected = theirs[f"out.{i}"]
+            source = module.layer.kv_source
+            given = shared[source] if module.layer.shares_kv else None
+            alone, kv = module.forward(theirs[f"in.{i}"].transpose(0, 1).contiguous(), *args[1:4], given)
+            shared.setdefault(source, kv)
+            own = _apart(output[0].transpose(0, 1)[real], expected[real])
+            value = _apart(alone.transpose(0, 1)[real], expected[real])
+            if task.layers is None or i in task.layers:
+                row(f"layer {i}", value, f"{module.layer.kind}; {own:.1e} on our own layers' output")
+            say.layer()
+
+        return hook
+
+    source = DistReader(task.megatron) if task.megatron is not None else HfFolder(task.folder)
+    with source as reader:
+        weights = OurWeights(model, table_for(task.geometry), reader, task.megatron is not None)
+        first = model.decoder.layers[0]
+        first.register_forward_pre_hook(embedded)
+        for i, layer in enumerate(model.decoder.layers):
+            if i in task.run:
+                layer.register_forward_hook(ends(i))
+            else:
+                layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+        tables = [model.embedding.word_embeddings.weight]
+        if model.decoder.ple is not None:
+            tables.append(model.decoder.ple.embed_tokens.weight)
+        head = "embedding.word_embeddings.weight" if task.geometry.tied else "output_layer.weight"
+        unused = [] if model.output_layer.weight is None else [model.output_layer.weight]
+        _prepare(model, tables, unused, task, weights)
+
+        def logits(*, hidden_states: Tensor, scale_logits: Any, **others: Any) -> Tensor:
+            by_words = torch.cat([hidden_states @ rows.t() for rows in weights.rows_of(head)], dim=-1)
+            return scale_logits(by_words).transpose(0, 1)
+
+        sample = task.sample
+        ours = model(sample.input_ids, None, sample.attention_mask, output_processor=logits, **sample.features())
+    if task.layers is None:
+        ours = ours[..., : task.geometry.vocab_size]
+        expected = theirs[LOGITS]
+        largest = expected[real].abs().max().item()
+        row(LOGITS, (ours[real] - expected[real]).abs().max().item() / largest, f"of {largest:.3g} at most")
+    # In KiB; of both sides, where one process ran them.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    checks.append(Check("memory", task.variant, Parallel(), "float32", "peak GB", peak, None, "of the process"))
+    return checks
+
+
+def _empty_transformers(task: StreamedTask) -> Any:
+    """The class that the config names, with memory that is asked for and not touched."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    options: dict[str, Any] = {"experts_implementation": "eager"} if task.geometry.moe is not None else {}
+    config = transformers.AutoConfig.from_pretrained(task.folder, local_files_only=True)
+    with no_init_weights():
+        made = getattr(transformers, task.geometry.architecture)._from_config(
+            config, attn_implementation="eager", dtype=torch.float32, **options
+        )
+    return made.eval()
+
+
+def _prepare(
+    model: nn.Module,
+    tables: Sequence[Tensor],
+    head: Sequence[Tensor],
+    task: StreamedTask,
+    weights: OurWeights | TheirWeights,
+) -> None:
+    """Layers come and go; `tables` have the rows that are looked up; `head` is read by words; all else stays."""
+    layers = [layer for layer in layers_of(model) if tensors_of(layer)]
+    come_and_go(layers, lambda layer: weights.load(list(tensors_of(layer).values())))
+    apart = {id(x) for layer in layers for x in tensors_of(layer).values()} | {id(x) for x in (*tables, *head)}
+    weights.load([tensor for tensor in tensors_of(model).values() if id(tensor) not in apart])
+    rows = {0, task.geometry.pad_token_id or 0, *task.sample.input_ids.flatten().tolist()}
+    for table in tables:
+        table.data = torch.empty(table.shape, dtype=table.dtype)  # memory that nothing has touched yet
+        weights.load_rows(table, sorted(row for row in rows if row < len(table)))
+
+
+class _HeadByWords(nn.Module):
+    """The head of transformers' class, some words at a time."""
+
+    def __init__(self, rows: Callable[[], Any]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, vocab]."""
+        return torch.cat([hidden_states @ rows.t() for rows in self.rows()], dim=-1)
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """The worst token's ‖ours - theirs‖ / ‖theirs‖, of [n, h]."""
+    if not torch.isfinite(ours).all():
+        return float("inf")
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)).max().item()
+
+
+class _Progress:
+    """Says in a file where a side is: the process that asked reads it, a rank has no terminal."""
+
+    def __init__(self, side: str, task: StreamedTask) -> None:
+        self.side, self.layers, self.file, self.done = side, len(task.run), task.progress, 0
+
+    def layer(self) -> None:
+        """Another layer has run."""
+        self.done += 1
+        if self.done % 5 == 0 or self.done == self.layers:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{self.side}: {self.done} of {self.layers} layers\n")

@@ -1,0 +1,115 @@
+"""`verify --streamed`: layer by layer against transformers, and what is wrong is named with its layer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridge.convert.folders import import_hf
+from bridge.errors import BridgeError, UsageError
+from bridge.ranks import RankPool
+from bridge.verify.result import Check
+from bridge.verify.streamed_run import parse_layers, verify_streamed
+
+from .conftest import Toy
+
+DEEP = 7
+
+
+def failing(checks: list[Check]) -> list[str]:
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["e2b", "26b-a4b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e4b", "12b", "31b"))],
+)
+def test_every_layer(ranks: RankPool, toy: Toy, variant: str) -> None:
+    """The published dtype on disk, float32 in the arithmetic, text and media."""
+    folder = toy(variant, dtype="bfloat16")
+    checks = verify_streamed(folder, pool=ranks)
+    names = [check.name for check in checks]
+    layers = [name for name in names if name.startswith("layer")]
+    assert names == [*["embeddings"] * names.count("embeddings"), *layers, "logits", "memory"]
+    assert layers == [f"layer {i}" for i in range(len(layers))] and len(layers) > 8
+    assert {"text", "image"} <= {check.detail for check in checks if check.name == "embeddings"}
+    assert all(check.passed and check.bound == 1e-5 for check in checks[:-1]), [(c.name, c.value) for c in checks]
+
+
+def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a folder, its tensors changed."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def exchange(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
+    if one in tensors:
+        tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+
+
+def scale(tensors: dict[str, torch.Tensor], name: str) -> None:
+    if name in tensors:
+        tensors[name].mul_(1.01)
+
+
+LAYER = f"model.language_model.layers.{DEEP}."
+FAULTS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+    "a weight of another layer": lambda t: exchange(
+        t, LAYER + "mlp.up_proj.weight", LAYER.replace(str(DEEP), str(DEEP + 1)) + "mlp.up_proj.weight"
+    ),
+    "a norm 1.01 times as large": lambda t: (
+        [t[name].mul_(1.01) for name in t if name == LAYER + "post_attention_layernorm.weight"] and None
+    ),
+    "k and v exchanged": lambda t: exchange(t, LAYER + "self_attn.k_proj.weight", LAYER + "self_attn.v_proj.weight"),
+}
+
+
+def test_what_is_wrong_is_named(ranks: RankPool, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Megatron checkpoint with a fault in one deep layer, against the folder that it should be of."""
+    folder, said = toy("26b-a4b"), list[str]()
+    for name, change in FAULTS.items():
+        wrong = edited(Path(shutil.copytree(folder, tmp_path / f"wrong {name}")), change)
+        import_hf(wrong, tmp_path / name)
+        work = tmp_path / "work"
+        checks = verify_streamed(folder, megatron_dir=tmp_path / name, workdir=work, notify=said.append, pool=ranks)
+        expected = [f"layer {DEEP}"]
+        if name == "a weight of another layer":
+            expected.append(f"layer {DEEP + 1}")
+        assert failing(checks) == [*expected, "logits"], name
+    # transformers' side was computed once, and layers were counted.
+    assert len([line for line in said if line.startswith("transformers' side is in")]) == len(FAULTS) - 1
+    assert any(line.startswith("transformers: 5 of 12") for line in said)
+    assert len(list((tmp_path / "work").iterdir())) == 1
+
+
+def test_some_layers(ranks: RankPool, toy: Toy) -> None:
+    """Those that were asked for have rows; E2B's layer 9 reads keys and values of layer 4, which runs unseen."""
+    checks = verify_streamed(toy("e2b"), layers="2,8-9", pool=ranks)
+    assert [check.name for check in checks if check.name.startswith("layer")] == ["layer 2", "layer 8", "layer 9"]
+    assert not failing(checks)
+
+
+def test_a_folder_that_lacks_a_tensor(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy("31b"), tmp_path / "folder"))
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop("model.language_model.layers.3.mlp.up_proj.weight", None)
+
+    edited(folder, drop)
+    with pytest.raises(BridgeError, match=r"layers\.3\.mlp\.up_proj"):
+        verify_streamed(folder, pool=ranks)
+
+
+def test_layers_that_are_none() -> None:
+    assert parse_layers("0,2-4", 5) == (0, 2, 3, 4)
+    for text in ("5", "3-2", "x", "", "1-"):
+        with pytest.raises(UsageError, match="the model has 0 to 4"):
+            parse_layers(text, 5)
