@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,29 +17,38 @@ from bridge.convert.atomic import staged
 from bridge.convert.dtypes import FLOATS
 from bridge.convert.folders import copy_assets, listed_assets, with_dtype
 from bridge.convert.live import CHUNK_BYTES, Gatherer
+from bridge.convert.manifest import MegatronFolder
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader
 from bridge.convert.quantized_folder import open_hf_folder
 from bridge.convert.torch_dtypes import DTYPE_NAMES
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, row_bytes
 from bridge.hf.writer import HfWriter, write_text
-from bridge.mapping import Entry
+from bridge.mapping import Entry, Table
 from bridge.together import together
 
-if TYPE_CHECKING:
-    from bridge.api import Gemma4Bridge
 
-import numpy as np
+class Origin(Protocol):
+    """What a live model was made of, a Hugging Face folder or a Megatron checkpoint: a `Gemma4Bridge`."""
+
+    @property
+    def table(self) -> Table: ...
+
+    @property
+    def hf_dir(self) -> Path | None: ...
+
+    @property
+    def megatron(self) -> MegatronFolder | None: ...
 
 
-def save_live(gatherer: Gatherer, bridge: Gemma4Bridge, target: Path, max_shard_size: int, overwrite: bool) -> None:
+def save_live(gatherer: Gatherer, origin: Origin, target: Path, max_shard_size: int, overwrite: bool) -> None:
     """Rank 0 writes what `gatherer` gathers. Every rank takes part, and raises what any of them does."""
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     with ExitStack() as stack:
         folder: _Folder | None = None
         with together():
             if writes:
-                folder = _Folder(stack, gatherer, bridge, target, max_shard_size, overwrite)
+                folder = _Folder(stack, gatherer, origin, target, max_shard_size, overwrite)
         for key, start, stop in _chunks(gatherer):
             rows = gatherer.rows(key, start, stop, dst=0)
             with together():
@@ -65,14 +75,14 @@ class _Folder:
         self,
         stack: ExitStack,
         gatherer: Gatherer,
-        bridge: Gemma4Bridge,
+        origin: Origin,
         target: Path,
         max_shard_size: int,
         overwrite: bool,
     ) -> None:
-        self._table = table = bridge.table
-        self._beside, order, self._assets_folder, metadata = _source(stack, bridge)
-        whole = bridge.megatron is not None
+        self._table = table = origin.table
+        self._beside, order, self._assets_folder, metadata = _source(stack, origin)
+        whole = origin.megatron is not None
         from_hf = None if whole else self._beside
         self._assets = listed_assets(self._assets_folder) if from_hf is None else from_hf.assets
         self._config = None if from_hf is None else from_hf.config
@@ -127,16 +137,16 @@ class _Folder:
 
 
 def _source(
-    stack: ExitStack, bridge: Gemma4Bridge
+    stack: ExitStack, origin: Origin
 ) -> tuple[HfFolder | None, list[tuple[str, tuple[int, ...]]], Path, dict[str, str]]:
     """Where carried tensors are read, all HF tensors in order, the folder of assets, the files' own metadata."""
-    if bridge.hf_dir is not None:
-        folder = stack.enter_context(open_hf_folder(bridge.hf_dir))
-        return folder, [(n, t.shape) for n, t in folder.tensors.items()], bridge.hf_dir, dict(folder.file_metadata)
-    assert bridge.megatron is not None
-    manifest, carried = bridge.megatron.manifest, bridge.megatron.carried
+    if origin.hf_dir is not None:
+        folder = stack.enter_context(open_hf_folder(origin.hf_dir))
+        return folder, [(n, t.shape) for n, t in folder.tensors.items()], origin.hf_dir, dict(folder.file_metadata)
+    assert origin.megatron is not None
+    manifest, carried = origin.megatron.manifest, origin.megatron.carried
     reader = None if carried is None else stack.enter_context(HfFolder(carried))
-    return reader, [(t.name, t.shape) for t in manifest.tensors], bridge.megatron.hf, dict(manifest.file_metadata)
+    return reader, [(t.name, t.shape) for t in manifest.tensors], origin.megatron.hf, dict(manifest.file_metadata)
 
 
 def _write_rows(writer: HfWriter, entry: Entry, first: int, rows: Tensor) -> None:

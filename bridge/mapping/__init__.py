@@ -5,6 +5,7 @@ one model. Import, export, live load and save, gradient comparison and the page 
 expanded table.
 """
 
-from bridge.mapping.table import Entry, HfTensor, Row, Table, table_for
+from bridge.mapping.expansion import table_for
+from bridge.mapping.table import Entry, HfTensor, Row, Table
 
 __all__ = ["Entry", "HfTensor", "Row", "Table", "table_for"]

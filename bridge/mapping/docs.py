@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bridge.mapping.table import Row, all_rows
+from bridge.mapping.expansion import all_rows
+from bridge.mapping.table import Row
 from bridge.mapping.transforms import Transform, copy, interleave_groups, scalar, stack
 
 _TRANSFORMS: dict[Transform, str] = {

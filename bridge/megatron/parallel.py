@@ -112,6 +112,7 @@ def initialize(parallel: Parallel, *, seed: int = 1234) -> ProcessGroupCollectio
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
+        create_gloo_process_groups=False,  # beside those of the default backend; nothing here asks for them
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()

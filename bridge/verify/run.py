@@ -101,8 +101,9 @@ def _parity(
     from bridge.megatron.layout import check_layout
     from bridge.ranks import RankPool
     from bridge.verify.media import kinds_of, media_sample
+    from bridge.verify.on_ranks import run, run_reference
     from bridge.verify.sample import random_sample
-    from bridge.verify.task import ParityTask, row_count_multiple, run, run_reference
+    from bridge.verify.task import ParityTask, row_count_multiple
 
     check_layout(geometry, parallel)
     checkpoint = None if megatron_dir is None else MegatronFolder.open(megatron_dir)

@@ -1,7 +1,4 @@
-"""One comparison with transformers, and its start on the ranks.
-
-The process that asks does not import Megatron: that takes seconds, and only the ranks need it.
-"""
+"""One comparison with transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
-from bridge.verify.result import Check
 from bridge.verify.sample import Sample
 
 if TYPE_CHECKING:
@@ -53,17 +49,3 @@ class ParityTask:
     packed: bool = False
     attention_backends: dict[str, str] = field(default_factory=dict)
     adapter: Path | None = None
-
-
-def run(task: ParityTask) -> list[Check]:
-    """On a rank: compare, and return the rows that this rank measured."""
-    from bridge.verify.parity import run_parity
-
-    return run_parity(task)
-
-
-def run_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path) -> None:
-    """On a rank: what transformers computes. See `bridge.verify.reference.compute_reference`."""
-    from bridge.verify.reference import compute_reference
-
-    compute_reference(folder, sample, dtype, gradients, out)

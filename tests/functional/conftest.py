@@ -12,8 +12,8 @@ import torch
 from bridge.geometry import Geometry
 from bridge.ranks import PRELOAD, RankPool
 from bridge.toy import write_toy
+from bridge.verify.on_ranks import run_reference
 from bridge.verify.sample import Sample, random_sample
-from bridge.verify.task import run_reference
 
 Toy = Callable[..., Path]
 

@@ -22,7 +22,8 @@ from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
 from bridge.verify.media import media_sample
-from bridge.verify.task import ParityTask, run
+from bridge.verify.on_ranks import run
+from bridge.verify.task import ParityTask
 from tests.functional.adapter_kit import EXPERTS, make_adapter, peft_logits, save_run
 from tests.functional.conftest import Toy
 

@@ -16,8 +16,9 @@ import torch
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
+from bridge.verify.on_ranks import run
 from bridge.verify.result import Check
-from bridge.verify.task import ParityTask, run
+from bridge.verify.task import ParityTask
 
 from .conftest import References, Toy
 from .test_parity import EXPERT_LAYOUTS, FULL, assert_passed

@@ -16,8 +16,9 @@ from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
+from bridge.verify.on_ranks import run
 from bridge.verify.result import Check
-from bridge.verify.task import ParityTask, run
+from bridge.verify.task import ParityTask
 
 from .conftest import References, Toy
 

@@ -37,8 +37,9 @@ from bridge.megatron.rope import Rotary
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
 from bridge.toy.config import toy_config
+from bridge.verify.on_ranks import run, run_reference
 from bridge.verify.sample import Sample, random_sample
-from bridge.verify.task import ParityTask, run, run_reference
+from bridge.verify.task import ParityTask
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FLOAT32_BOUND = 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -42,17 +43,19 @@ class Case:
     tile: tuple[int, int]
     seed: int
 
-    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of the output. Scores have a deviation of about 2, as normed heads have."""
+    @cached_property
+    def _normal(self) -> list[Tensor]:
         batch, length = self.visibility.document.shape
         generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(heads: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(length, batch, heads, self.head_dim, generator=generator) * scale).to(dtype)
-
         heads = self.groups * self.repeat
-        q = normal(heads, 2 * self.head_dim**-0.5).requires_grad_()
-        return q, normal(self.groups).requires_grad_(), normal(self.groups).requires_grad_(), normal(heads)
+        shapes = ((length, batch, count, self.head_dim) for count in (heads, self.groups, self.groups, heads))
+        q, *others = (torch.randn(*shape, generator=generator) for shape in shapes)
+        return [q * (2 * self.head_dim**-0.5), *others]
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the gradient of the output. Scores have a deviation of about 2, as normed heads have."""
+        q, k, v, upstream = (x.detach().to(dtype) for x in self._normal)
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream
 
 
 @st.composite
