@@ -16,7 +16,17 @@ from rich.table import Table
 
 from bridge import __version__, cli_evaluate, cli_generate, cli_launch
 from bridge.cli_adapter import adapter
-from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, out, report, wrote_json
+from bridge.cli_kit import (
+    JsonOption,
+    OverwriteOption,
+    QuantizeOption,
+    WorkersOption,
+    epilog,
+    err,
+    out,
+    report,
+    wrote_json,
+)
 from bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
@@ -178,6 +188,7 @@ def export_command(
     check_files: Annotated[
         bool, typer.Option("--check-files", help="First hold every stored item against its checksum.")
     ] = False,
+    quantize: QuantizeOption = None,
     overwrite: OverwriteOption = False,
     workers: WorkersOption = 2,
     json_file: JsonOption = None,
@@ -195,6 +206,7 @@ def export_command(
             max_shard_size=size,
             overwrite=overwrite,
             check_files=check_files,
+            quantize=quantize,
             workers=workers,
             progress=progress,
             notify=err.print,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli_kit import JsonOption, OverwriteOption, WorkersOption, epilog, err, report
+from bridge.cli_kit import JsonOption, OverwriteOption, QuantizeOption, WorkersOption, epilog, err, report
 
 adapter = typer.Typer(
     help="LoRA adapters: out of a run, into one, merged, and as PEFT, vLLM and SGLang read them.",
@@ -71,6 +71,7 @@ def merge_command(
         str | None, typer.Option(help="An HF folder, hub id or Megatron checkpoint; default: what the adapter names.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a weight file, such as 5GB.")] = "5GB",
+    quantize: QuantizeOption = None,
     overwrite: OverwriteOption = False,
     workers: WorkersOption = 2,
     json_file: JsonOption = None,
@@ -89,6 +90,7 @@ def merge_command(
             opened,
             hf_dir,
             max_shard_size=size,
+            quantize=quantize,
             overwrite=overwrite,
             progress=progress,
             notify=err.print,

@@ -30,6 +30,9 @@ JsonOption = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.", callback=_writable),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target, once all is written.")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Quantize the decoder's linears: fp8-dynamic, w4a16 or nvfp4.")
+]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
 
 

@@ -73,13 +73,21 @@ class Quantized:
     expected: Mapping[str, Tensor]
 
 
-def quantize(weight: Tensor, scheme: QuantizationScheme, scale_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """One weight by the compressor of its format; scales of its smallest and largest values, as without data."""
+def quantize(
+    weight: Tensor,
+    scheme: QuantizationScheme,
+    scale_dtype: torch.dtype | None = None,
+    top: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """One weight by the compressor of its format; scales of its smallest and largest values, as without data.
+
+    `top` [1]: the largest absolute value of all that share its global scale.
+    """
     args = scheme.weights
     assert args is not None
     flat = _blocks(weight, args)
     low, high = flat.amin(-1), flat.amax(-1)
-    top = torch.maximum(low.min().abs(), high.max().abs()).reshape(1)
+    top = torch.maximum(low.min().abs(), high.max().abs()).reshape(1) if top is None else top
     global_scale = generate_gparam(-top, top) if args.strategy == "tensor_group" else None
     scale, zero = calculate_qparams(low, high, args, global_scale=global_scale)
     scale = scale.to(scale_dtype or weight.dtype)
@@ -143,9 +151,10 @@ def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found.setdefault(match[1] + "experts.", {})[int(match[2]), match[3]] = tensor
     for prefix, parts in found.items():
         numbers = sorted({number for number, _ in parts})
-        both = [torch.cat([parts[n, "gate_proj"], parts[n, "up_proj"]]) for n in numbers]
-        result[prefix + "gate_up_proj"] = torch.stack(both)
-        result[prefix + "down_proj"] = torch.stack([parts[n, "down_proj"] for n in numbers])
+        for kinds, stack in ((("gate_proj", "up_proj"), "gate_up_proj"), (("down_proj",), "down_proj")):
+            if (0, kinds[0]) in parts:
+                whole = [torch.cat([parts[n, kind] for kind in kinds]) for n in numbers]
+                result[prefix + stack] = torch.stack(whole)
     return result
 
 

@@ -23,15 +23,16 @@ from bridge.convert.manifest import (
     MegatronFolder,
     is_megatron_folder,
 )
-from bridge.convert.pieces import CopyTensor, Piece, plan_digest
+from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest, same_tensors
 from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
+from bridge.convert.quantized_export import QuantizedReader
 from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.json_file import read_object
-from bridge.hf.tensors import num_rows, shown
+from bridge.hf.tensors import RowReader, num_rows, shown
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Table, table_for
 from bridge.torch_dist.reader import DistReader
@@ -292,25 +293,32 @@ def export_hf(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     check_files: bool = False,
+    quantize: str | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
     workers: int = 2,
 ) -> Conversion:
     """Megatron checkpoint -> HF folder: the same tensors, config and assets that were imported.
 
-    `check_files` first compares every stored item with its checksum. Raises a BridgeError; the target is then as it
-    was before.
+    `quantize`: one of `PRESETS`, for a folder of quantized weights (`bridge.convert.quantized_export`). `check_files`
+    first compares every stored item with its checksum. Raises a BridgeError; the target is then as it was before.
     """
     with ExitStack() as stack:
         checkpoint = MegatronFolder.open(megatron_dir)
+        reader: RowReader
         reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
+        config = None
+        if quantize is not None:
+            quantized = QuantizedReader(PlannedReader(tensors, reader), table_for(checkpoint.geometry), quantize)
+            reader, tensors = quantized, tuple(same_tensors(quantized))
+            config = quantized.config(read_object(checkpoint.hf / "config.json"), notify)
         assets = listed_assets(checkpoint.hf)
         if notify is not None and (checkpoint.hf / PEFT_CONFIG).exists():
             notify(f"{checkpoint.hf}: {PEFT_CONFIG} is left behind: an earlier version imported it without its weights")
         stage = stack.enter_context(
             staged(
                 hf_dir,
-                plan=plan_digest(tensors, "export", max_shard_size, CHUNK_BYTES),
+                plan=plan_digest(tensors, "export", quantize or "", max_shard_size, CHUNK_BYTES),
                 sources=[*files, *(checkpoint.hf / asset for asset in assets)],
                 source_folder=checkpoint.path,
                 needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
@@ -328,7 +336,7 @@ def export_hf(
         )
         result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish()
-        copy_assets(checkpoint.hf, assets, stage.folder)
+        copy_assets(checkpoint.hf, assets, stage.folder, config)
         return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
 
 

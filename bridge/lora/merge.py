@@ -31,10 +31,12 @@ from bridge.convert.folders import (
 )
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
 from bridge.convert.pieces import PlannedReader, plan_digest, same_tensors
+from bridge.convert.quantized_export import QuantizedReader
 from bridge.convert.stream import CHUNK_BYTES, Progress, copy
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import CheckpointError, MappingError
 from bridge.hf.folder import HfFolder
+from bridge.hf.json_file import read_object
 from bridge.hf.tensors import RowReader, TensorLike, as_bytes, num_rows
 from bridge.hf.writer import HfWriter
 from bridge.lora.adapter import Adapter
@@ -210,16 +212,25 @@ def merge_adapter(
     *,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    quantize: str | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
     workers: int = 2,
 ) -> Conversion:
-    """Write base and adapter as a Hugging Face folder. Raises a BridgeError; the target is then as it was before."""
-    reader = MergedReader(base.reader, base.table, adapter)
+    """Write base and adapter as a Hugging Face folder. Raises a BridgeError; the target is then as it was before.
+
+    `quantize` as of `export_hf`: what is quantized is the sum, rounded to the dtype of the base.
+    """
+    reader: RowReader = MergedReader(base.reader, base.table, adapter)
     check_copies(adapter, base.reader)
     say_notes(adapter, base.assets_folder, notify)
     check_apart(Path.cwd() / hf_dir, adapter.path)
-    tensors = same_tensors(base.reader)
+    config = base.config
+    if quantize is not None:
+        reader = quantized = QuantizedReader(reader, base.table, quantize)
+        plain = read_object(base.assets_folder / "config.json") if config is None else config
+        config = quantized.config(plain, notify)
+    tensors = same_tensors(reader)
     for target in adapter.targets:
         if notify is not None and target.kind == "embedding" and base.table.copies_of(target.name):
             # PEFT warns of it and does the same.
@@ -228,7 +239,7 @@ def merge_adapter(
         stage = stack.enter_context(
             staged(
                 hf_dir,
-                plan=plan_digest(tensors, "merge", adapter.spec.to_json(), max_shard_size, CHUNK_BYTES),
+                plan=plan_digest(tensors, "merge", quantize or "", adapter.spec.to_json(), max_shard_size, CHUNK_BYTES),
                 sources=[*base.files, *adapter.files, *(base.assets_folder / asset for asset in base.assets)],
                 source_folder=base.path,
                 needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
@@ -240,7 +251,7 @@ def merge_adapter(
         writer = stack.enter_context(HfWriter(stage.folder, specs, max_shard_size, base.metadata or None))
         result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
         writer.finish()
-        copy_assets(base.assets_folder, list(base.assets), stage.folder, base.config)
+        copy_assets(base.assets_folder, list(base.assets), stage.folder, config)
         return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
 
 

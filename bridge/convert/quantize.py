@@ -1,0 +1,100 @@
+"""Rounding weights to nearest with scales of their largest values, as llm-compressor does it without data.
+
+Scales and quotients are made in float32 and rounded to the dtype of the weight, in which torch computes there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bridge.convert.dequantize import E4M3, Bytes, Floats
+from bridge.convert.dtypes import convert
+
+# dtype -> the scale of a block of zeros: the distance from 1 to the next number, as there
+_EPSILON = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+_TINY = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+# The scale of a group of zeros, beside a global scale.
+_E4M3_EPSILON = np.float32(0.125)
+# half the range of the codes: what the largest value of a block becomes
+HALF_RANGE = {"F8_E4M3": _E4M3_MAX, "int4": 7.5, "e2m1": _E2M1_MAX}
+
+
+def rounded(values: Floats, dtype: str) -> Floats:
+    """`values` as `dtype` has them, in float32."""
+    if dtype == "F32":
+        return values
+    values = np.ascontiguousarray(values)
+    narrow = memoryview(np.empty(values.size * 2, dtype=np.uint8))
+    out = np.empty_like(values)
+    convert(memoryview(values).cast("B"), "F32", narrow, dtype)
+    convert(narrow, dtype, memoryview(out).cast("B"), "F32")
+    return out
+
+
+def encode_e4m3(values: Floats) -> Bytes:
+    """To the nearest of E4M3, ties to even, within ±448."""
+    size = np.minimum(np.abs(values), np.float32(_E4M3_MAX))
+    bits = size.view(np.uint32)
+    normal = ((bits + (np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)))) >> np.uint32(20)) - np.uint32(
+        120 << 3
+    )
+    # Below 2^-6 the step is 2^-9, whatever the exponent.
+    code = np.where(size < 2.0**-6, np.rint(size * np.float32(512)).astype(np.uint32), normal).astype(np.uint8)
+    return code | (np.signbit(values).astype(np.uint8) << np.uint8(7))
+
+
+def _encode_e2m1(values: Floats) -> Bytes:
+    """To the nearest of E2M1, ties to even."""
+    size = np.abs(values)
+    code = np.zeros(values.shape, dtype=np.uint8)
+    for bound, included in ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True)):
+        code += size >= bound if included else size > bound
+    code += size > 5.0
+    # A zero has no sign, a number that became zero keeps its own.
+    return code | ((values < 0).astype(np.uint8) << np.uint8(3))
+
+
+def scales(largest: Floats, kind: str, dtype: str) -> Floats:
+    """The scale of each block, of the largest absolute value in it; float32 that `dtype` has. No global scale."""
+    scale = rounded(largest / np.float32(HALF_RANGE[kind]), dtype)
+    return np.where(scale == 0, np.float32(_EPSILON[dtype]), scale)
+
+
+def global_scale(largest: np.float32, dtype: str) -> np.float32:
+    """What takes scales of groups into the range of E4M3, of the largest absolute value of a tensor."""
+    with np.errstate(over="ignore"):
+        size = np.maximum(largest, np.float32(_TINY[dtype]))
+        # A number divided by a tensor is, in torch, that number times the reciprocal: rounded twice.
+        reciprocal = rounded(np.array([np.float32(1) / size], dtype=np.float32), dtype)
+        scale = rounded(reciprocal * np.float32(_E4M3_MAX * _E2M1_MAX), dtype)[0]
+    return scale if np.isfinite(scale) else np.float32(1)
+
+
+def group_scales(largest: Floats, overall: np.float32, dtype: str) -> Bytes:
+    """Scales of groups beside a global one, as E4M3 codes."""
+    scale = overall * rounded(largest / np.float32(_E2M1_MAX), dtype)
+    code = encode_e4m3(scale)
+    return np.where(E4M3.take(code) == 0, encode_e4m3(np.array([_E4M3_EPSILON]))[0], code)
+
+
+def encode(values: Floats, scale: Floats, kind: str, dtype: str) -> Bytes:
+    """Weights [rows, columns] as packed codes [rows, bytes]; `scale` [rows, groups]."""
+    rows, columns = values.shape
+    quotient: Any = values.reshape(rows, scale.shape[1], -1) / scale[:, :, None]
+    quotient = quotient.reshape(rows, columns)
+    if kind == "e2m1":
+        return _packed(_encode_e2m1(quotient))
+    quotient = rounded(quotient, dtype)
+    if kind == "F8_E4M3":
+        return encode_e4m3(quotient)
+    codes = np.rint(np.clip(quotient, -8, 7)).astype(np.int8) + 8
+    codes = np.pad(codes.astype(np.uint8), ((0, 0), (0, -columns % 8)), constant_values=0)
+    return _packed(codes)
+
+
+def _packed(codes: Bytes) -> Bytes:
+    """Four-bit codes, two in a byte, the first in the lower half."""
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
