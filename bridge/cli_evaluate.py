@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,8 +13,6 @@ from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from recipes.evaluate import EvaluationTask
-
-_POLL_S = 0.2
 
 
 def register(app: typer.Typer) -> None:
@@ -128,6 +121,7 @@ def _prepared(task: EvaluationTask) -> int:
 
 
 def _measure(task: EvaluationTask) -> dict[str, Any]:
+    from bridge.progress import followed
     from bridge.ranks import RankPool
     from recipes.evaluate import evaluate_model
 
@@ -136,34 +130,10 @@ def _measure(task: EvaluationTask) -> dict[str, Any]:
     threads = max(1, (os.cpu_count() or 1) // world)
     err.print(f"loading {model.weights}{f' with {model.adapter}' if model.adapter else ''} ({model.parallel})")
     with (
-        _followed() as progress,
+        followed(err.print) as progress,
         RankPool(world, threads_per_rank=threads, timeout_s=1e6) as pool,
     ):
         return asdict(pool.run(evaluate_model, replace(task, progress=progress))[0])
-
-
-@contextlib.contextmanager
-def _followed() -> Iterator[Path]:
-    """A file whose lines are shown as they come: what ranks print is a log."""
-    with tempfile.TemporaryDirectory(prefix="gemma4-evaluate-") as folder:
-        path, ended = Path(folder) / "progress", threading.Event()
-        path.touch()
-
-        def follow() -> None:
-            with path.open(encoding="utf-8") as file:
-                last = False
-                while not last:
-                    last = ended.wait(_POLL_S)  # what came before the end is shown too
-                    for line in file.read().splitlines():
-                        err.print(line)
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield path
-        finally:
-            ended.set()
-            thread.join()
 
 
 def _print(result: dict[str, Any], model: str) -> None:

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bridge.convert.quantized_folder import open_hf_folder
 from bridge.geometry import Geometry
-from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
 from bridge.megatron.attention import KeyValue
 from bridge.megatron.parallel import Parallel, initialize
@@ -61,7 +61,7 @@ class StreamedTask:
 @torch.no_grad()
 def run_transformers(task: StreamedTask) -> None:
     """Write what goes into and out of every layer of transformers, and its logits, to `task.theirs`."""
-    with HfFolder(task.folder) as folder:
+    with open_hf_folder(task.folder) as folder:
         model = _empty_transformers(task)
         weights = TheirWeights(model, folder)
         decoder = next(m for m in model.modules() if type(m).__name__.endswith("TextModel"))
@@ -138,7 +138,7 @@ def compare(task: StreamedTask) -> list[Check]:
 
         return hook
 
-    source = DistReader(task.megatron) if task.megatron is not None else HfFolder(task.folder)
+    source = DistReader(task.megatron) if task.megatron is not None else open_hf_folder(task.folder)
     with source as reader:
         weights = OurWeights(model, table_for(task.geometry), reader, task.megatron is not None)
         first = model.decoder.layers[0]

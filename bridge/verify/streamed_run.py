@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import tempfile
-import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
@@ -19,6 +16,7 @@ from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import model_name
+from bridge.progress import followed
 from bridge.verify.result import Check
 
 if TYPE_CHECKING:
@@ -68,36 +66,13 @@ def verify_streamed(
             sample,
             chosen,
             theirs,
-            theirs.with_suffix(".progress"),
+            stack.enter_context(followed(say)),
         )
-        stack.enter_context(_told(task.progress, say))
         if theirs.exists():
             say(f"transformers' side is in {theirs}")
         else:
             ranks.run(transformers_side, task, world_size=1)
         return ranks.run(our_side, task, world_size=1)[0]
-
-
-@contextlib.contextmanager
-def _told(file: Path, say: Notify) -> Iterator[None]:
-    """While it is open, lines that are written to `file` are said; then it is removed."""
-    over = threading.Event()
-
-    def follow() -> None:
-        with file.open(encoding="utf-8") as lines:
-            while not over.wait(0.5):
-                for line in lines:
-                    say(line.rstrip())
-
-    file.write_text("", encoding="utf-8")
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        file.unlink()
 
 
 def make_sample(folder: Path, geometry: Geometry, seed: int) -> Sample:
