@@ -391,6 +391,8 @@ def open_hf_folder(path: str | Path, dtype: str | None = None) -> HfFolder:
     Raises CheckpointError: what is wrong with the folder, a way of quantizing that is not read.
     """
     folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
     config = read_object(folder / "config.json").get("quantization_config") if folder.is_dir() else None
     modelopt = folder / MODELOPT_FILE
     quantization = read_quantization(config, read_object(modelopt) if modelopt.exists() else None)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridge.convert.folders import export_hf, import_hf
-from bridge.convert.quantize import encode_e4m3
+from bridge.convert.quantize import encode, encode_e4m3
 from bridge.convert.quantized_export import PRESETS
 from bridge.errors import CheckpointError, UsageError
 from bridge.toy import VARIANTS, write_toy
@@ -158,6 +159,14 @@ def test_e4m3_is_that_of_torch() -> None:
     values = values[np.isfinite(values)]
     theirs = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert np.array_equal(encode_e4m3(values), theirs)
+
+
+def test_ties_of_e2m1_are_those_of_compressed_tensors() -> None:
+    """Every multiple of an eighth, which all the ties are among: the scales are one."""
+    values = torch.arange(-64, 64).float().reshape(8, 16) / 8
+    theirs = quantize_and_pack_fp4(values, torch.ones(8, 1))
+    ones = np.ones((8, 1), dtype=np.float32)
+    assert np.array_equal(encode(values.numpy(), ones, "e2m1", "F32"), theirs.numpy())
 
 
 def test_weights_that_no_model_uses_are_dropped(tmp_path: Path) -> None:
