@@ -24,7 +24,7 @@ class Case:
     """One measurement. `side`: ours, transformers or liger; `size` as of `RandomModel`.
 
     `mode`: sft, lora, or loss: there the side says whether the head takes a gradient. `recompute`: of ours; auto: as
-    little as fits. `kernels`: of ours; torch: without this project's own.
+    little as fits. `kernels`: of ours; torch: without this project's own. `attention`: of ours, of global layers.
     """
 
     variant: str
@@ -37,6 +37,7 @@ class Case:
     fp8_experts: bool = False
     recompute: str = "auto"
     kernels: str = "auto"
+    attention: str = "auto"
     size: str = "published"
     dtype: str = "bfloat16"
 
@@ -45,7 +46,7 @@ class Case:
         """`lora/12b/8192/ours`."""
         usual = ("local", "none", "auto")
         fp8_experts = "fp8 experts" if self.fp8_experts else "none"
-        options = (self.layer_spec, self.fp8, fp8_experts, self.recompute, self.kernels)
+        options = (self.layer_spec, self.fp8, fp8_experts, self.recompute, self.kernels, self.attention)
         side = "+".join([self.side, *(x for x in options if x not in usual)])
         return "/".join([self.mode, self.variant + ("+media" if self.media else ""), str(self.length), side])
 

@@ -28,6 +28,7 @@ def recipe_of(case: Case) -> Any:
     recipe.model.dtype, recipe.model.layer_spec, recipe.model.fp8 = case.dtype, case.layer_spec, case.fp8
     recipe.model.kernels = case.kernels
     recipe.model.fp8_experts = case.fp8_experts
+    recipe.model.attention_backends = {"sliding": "auto", "global": case.attention}
     # Attention keeps little; what an FFN and experts keep is worth their products.
     recipe.parallel = ParallelConfig(recompute=case.recompute, recompute_modules=["mlp", "moe"])
     recipe.train.seq_length = case.length

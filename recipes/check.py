@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from bridge.errors import UsageError
-from bridge.megatron.parts import FP8_MULTIPLE, check_names
+from bridge.megatron.parts import ATTENTION, FP8_MULTIPLE, check_names
 from recipes.config import LoraConfig, Recipe
 from recipes.metrics.named import find_metrics
 
@@ -41,6 +41,11 @@ def _check_choices(recipe: Recipe) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value}: is one of {', '.join(allowed)}")
+    for kind, value in recipe.model.attention_backends.items():
+        if kind not in ("sliding", "global"):
+            raise UsageError(f"model.attention_backends.{kind}: layers are sliding or global")
+        if value not in ATTENTION:
+            raise UsageError(f"model.attention_backends.{kind}={value}: is one of {', '.join(ATTENTION)}")
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -35,6 +35,7 @@ class ModelConfig:
     `fp8_experts`: experts multiply in FP8, with a scale for each row, whatever the linears do.
     `vision_mask`: whose masks of images, where transformers has two (12B): generate (those it and vLLM serve by) or
     forward (those of its `forward`, to compare with that).
+    `attention_backends`: who computes attention in `sliding` and in `global` layers, by the names in docs/attention.md.
     """
 
     hf: str | None = None
@@ -46,6 +47,7 @@ class ModelConfig:
     kernels: str = "auto"
     fp8_experts: bool = False
     vision_mask: str = "generate"
+    attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
 
 
 @dataclass

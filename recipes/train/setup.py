@@ -153,7 +153,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     layout = parallel.layout()
     model = recipe.model
     parts = {"layer_spec": model.layer_spec, "fp8": model.fp8, "fp8_experts": model.fp8_experts}
-    provider = bridge.provider(layout, dtype, overrides=overrides, **parts)
+    backends = dict(model.attention_backends)
+    provider = bridge.provider(layout, dtype, overrides=overrides, attention_backends=backends, **parts)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
     if load or adapters is not None:

@@ -9,15 +9,15 @@ if [ "$1" = --toy ]; then
   export OMP_NUM_THREADS=1
   ROWS=(lora/e2b/48/ours+full+profile=900 lora/e2b/48/transformers+full+profile=900 "loss/e2b/48/head frozen+full=900")
 elif [ "$MIB" -gt 100000 ]; then
-  ROWS=(lora/12b/8192/ours+none+profile=80 lora/26b-a4b/8192/ours+none+profile=75
-    lora/31b/8192/ours+selective+profile=90 sft/e4b/4096/ours+full+profile=75
-    lora/e4b/16384/ours+none+profile=60 lora/e4b/16384/liger=65 lora/12b/65536/ours+full=110
-    "lora/26b-a4b/8192/ours+fp8 experts+none=60" lora/e4b/16384/transformers=60 lora/26b-a4b/16384/liger=70)
+  ROWS=(lora/12b/8192/ours+none+profile=75 lora/12b/8192/ours+flex_triton+none+profile=75
+    lora/31b/8192/ours+flex_triton+selective=80 lora/26b-a4b/8192/ours+flex_triton+none+profile=70
+    sft/e4b/4096/ours+flex_triton+full+profile=75 lora/e4b/16384/ours+none=50
+    "lora/26b-a4b/8192/ours+fp8 experts+none=60" lora/26b-a4b/16384/liger=70 lora/e4b/16384/transformers=60)
 else
-  ROWS=(lora/12b/8192/ours+selective+profile=85 lora/26b-a4b/8192/ours+full+profile=75
-    lora/31b/8192/ours+full+profile=95 lora/e4b/16384/ours+selective+profile=60 lora/e4b/16384/liger=65
-    lora/12b/65536/ours+full=110 "lora/26b-a4b/8192/ours+fp8 experts+full=60"
-    lora/e4b/16384/transformers=60 lora/26b-a4b/16384/liger=70)
+  ROWS=(lora/12b/8192/ours+selective+profile=85 lora/12b/8192/ours+flex_triton+selective+profile=85
+    lora/26b-a4b/8192/ours+flex_triton+full+profile=75 lora/31b/8192/ours+flex_triton+full=95
+    lora/e4b/16384/ours+selective+profile=60 lora/e4b/16384/liger=65 "lora/26b-a4b/8192/ours+fp8 experts+full=60"
+    lora/26b-a4b/16384/liger=70 lora/e4b/16384/transformers=60)
 fi
 SECONDS_LEFT=415; [ "$1" = --toy ] && SECONDS_LEFT=3000
 timeout $((SECONDS_LEFT + 10)) python3 -W ignore -m benchmarks.short_gpu rows --out $OUT --seconds $SECONDS_LEFT $1 \

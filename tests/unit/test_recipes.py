@@ -132,6 +132,12 @@ def test_unknown_recipes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world", "message"),
     [
+        (
+            ["model.attention_backends.global=flexible"],
+            1,
+            "attention_backends.global=flexible: is one of auto",
+        ),
+        (["model.attention_backends.local=flex"], 1, "attention_backends.local: layers are sliding or global"),
         (["model.megatron=also"], 1, "exactly one of model.hf and model.megatron"),
         (["model.dtype=float16"], 1, "bfloat16, float32"),
         (["optimizer.schedule=cosin"], 1, "constant, linear, cosine, wsd"),
