@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
 
-.PHONY: demo test functional unit lint docs clean
+.PHONY: demo test first-half second-half functional unit lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
 .venv/.ready: pyproject.toml
@@ -21,16 +21,25 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Unit tests take one core, and functional ones seldom two, as ranks wait for each other: both at a time. What unit tests
-# say comes when they are through.
+# Two halves at a time, as ranks wait for each other: on two cores neither alone keeps both busy. What the second says
+# comes when it is through.
+LATER := tests/functional/test_[m-z]*.py
+
 test: lint
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 functional unit
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 first-half second-half
+
+first-half: .venv/.ready
+	$(PYTEST) tests/functional --ignore-glob='$(LATER)'
+
+second-half: .venv/.ready
+	@said=$$(mktemp); $(PYTEST) -p no:cacheprovider tests/unit >"$$said" 2>&1; status=$$?; \
+	$(PYTEST) -p no:cacheprovider $(LATER) >>"$$said" 2>&1 || status=1; cat "$$said"; rm "$$said"; exit $$status
 
 functional: .venv/.ready
 	$(PYTEST) tests/functional
 
 unit: .venv/.ready
-	@said=$$(mktemp); $(PYTEST) -p no:cacheprovider tests/unit >"$$said" 2>&1; status=$$?; cat "$$said"; rm "$$said"; exit $$status
+	$(PYTEST) tests/unit
 
 docs: .venv/.ready
 	$(BIN)/python -m bridge.mapping.docs > docs/mapping.md
