@@ -170,12 +170,7 @@ def load(run: Run, folder: Path) -> Progress:
     state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)
-    try:
-        loaded = dist_checkpointing.load(state, str(folder))
-    except CheckpointException as error:
-        raise CheckpointError(f"{folder}: its optimizer state cannot be read ({_why(error)})") from None
-    except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
-        raise CheckpointError(f"{folder}: its optimizer state does not fit this model ({_why(error)})") from error
+    loaded = _loaded(state, folder)
     senses = sense_of(run.models)
 
     def updates(parameter: torch.Tensor | None) -> int:
@@ -213,6 +208,20 @@ def on_rank_0(function: Callable[[], None]) -> None:
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise failure[0]
+
+
+def _loaded(state: dict[str, Any], folder: Path) -> Any:
+    """What Megatron reads of `folder` for `state`. Raises CheckpointError, or what a signal raised on any rank."""
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:
+        # What a signal raised on a rank is handed to all of them as a failure to read.
+        for cause, _ in error.failures.values():
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+        raise CheckpointError(f"{folder}: its optimizer state cannot be read ({_why(error)})") from None
+    except (RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{folder}: its optimizer state does not fit this model ({_why(error)})") from error
 
 
 def _why(error: BaseException) -> str:

@@ -148,3 +148,25 @@ def test_an_interrupt_where_nothing_can_be_raised_is_not_lost(number: str) -> No
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "Traceback" not in done.stderr and "interrupted: nothing is left half-written" in done.stderr
+
+
+def test_a_signal_while_megatron_reads_a_checkpoint_is_no_broken_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch hands what is raised on a rank to all ranks, as a failure to read."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from recipes.train import checkpoint
+
+    for cause, expected in (
+        (Stopped(), Stopped),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError("x"), CheckpointError),
+    ):
+
+        def load(*_: object, cause: BaseException = cause) -> None:
+            raise CheckpointException("read", {1: (cause, None)})  # type: ignore[dict-item]
+
+        monkeypatch.setattr(checkpoint.dist_checkpointing, "load", load)
+        with pytest.raises(expected):
+            checkpoint._loaded({}, tmp_path)
