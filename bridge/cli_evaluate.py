@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge.cli_kit import JsonOption, epilog, err, out, wrote_json
+from bridge.cli_kit import (
+    EpOption,
+    EtpOption,
+    JsonOption,
+    PpOption,
+    SequenceParallelOption,
+    TpOption,
+    VppOption,
+    epilog,
+    err,
+    out,
+    wrote_json,
+)
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,13 +57,13 @@ def evaluate(
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
     cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
-    tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
-    pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
-    vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
-    ep: Annotated[int, typer.Option(help="expert-parallel ranks")] = 1,
-    etp: Annotated[int, typer.Option(help="expert-tensor-parallel ranks")] = 1,
+    tp: TpOption = 1,
+    pp: PpOption = 1,
+    vpp: VppOption = 1,
+    ep: EpOption = 1,
+    etp: EtpOption = 1,
     cp: Annotated[int, typer.Option(help="context-parallel ranks; without --metrics")] = 1,
-    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
+    sequence_parallel: SequenceParallelOption = False,
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples that go through at once, for the loss.")] = 4,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers that are written at once, on a replica.")] = 16,
     json_file: JsonOption = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge.cli_kit import epilog, err, out
+from bridge.cli_kit import EpOption, EtpOption, PpOption, SequenceParallelOption, TpOption, VppOption, epilog, err, out
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="A conversation on the terminal.")] = False,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
-    tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
-    pp: Annotated[int, typer.Option(help="pipeline-parallel ranks")] = 1,
-    vpp: Annotated[int, typer.Option(help="model chunks per pipeline rank")] = 1,
-    ep: Annotated[int, typer.Option(help="expert-parallel ranks")] = 1,
-    etp: Annotated[int, typer.Option(help="expert-tensor-parallel ranks")] = 1,
-    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")] = False,
+    tp: TpOption = 1,
+    pp: PpOption = 1,
+    vpp: VppOption = 1,
+    ep: EpOption = 1,
+    etp: EtpOption = 1,
+    sequence_parallel: SequenceParallelOption = False,
     max_rows: Annotated[int, typer.Option(help="Answers that are written at once, on a replica.")] = 16,
 ) -> None:
     """Let a model answer: a prompt, a file of them, or a conversation. Greedy unless --temperature is above 0.

@@ -33,6 +33,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 QuantizeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Quantize the decoder's linears: fp8-dynamic, w4a16 or nvfp4.")
 ]
+# Layouts.
+TpOption = Annotated[int, typer.Option(help="tensor-parallel ranks")]
+PpOption = Annotated[int, typer.Option(help="pipeline-parallel ranks")]
+VppOption = Annotated[int, typer.Option(help="model chunks per pipeline rank")]
+EpOption = Annotated[int, typer.Option(help="expert-parallel ranks")]
+EtpOption = Annotated[int, typer.Option(help="expert-tensor-parallel ranks")]
+SequenceParallelOption = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
 
 

@@ -121,7 +121,7 @@ def fill_boxes(held: Iterable[Box], table: Table, reader: RowReader | TensorSour
             high = min(block.row + block.num_rows, max(box.rows.stop for box in wanted))
             first = block.source_row + low - block.row
             columns = _columns(reader, entry.shape, wanted)
-            for start, tensor in _read(reader, name, first, high - low, entry.shape[1:], columns):
+            for start, tensor in read_chunks(reader, name, first, high - low, entry.shape[1:], columns):
                 _scatter(tensor, low + start, columns.start, wanted)
 
 
@@ -135,15 +135,20 @@ def _columns(reader: RowReader | TensorSource, shape: tuple[int, ...], wanted: S
     return range(low, max(box.offset[1] + box.tensor.shape[1] for box in wanted))
 
 
-def _read(
+def read_chunks(
     reader: RowReader | TensorSource,
     name: str,
     first: int,
     count: int,
     row_shape: tuple[int, ...],
-    columns: range,
+    columns: range | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows [first, first + count) of a stored tensor, `columns` of axis 1, in chunks: (offset from `first`, rows)."""
+    """Rows [first, first + count) of a stored tensor, `columns` of axis 1 (None: all), in chunks.
+
+    Yields (offset from `first`, rows), the rows in the dtype that is stored.
+    """
+    if columns is None:
+        columns = range(row_shape[0] if row_shape else 1)
     dtype = TORCH_DTYPES[reader.tensors[name].dtype]
     inner = math.prod(row_shape[1:])
     shape = (len(columns), *row_shape[1:]) if row_shape else ()

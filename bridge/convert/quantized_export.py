@@ -242,8 +242,9 @@ class QuantizedReader:
             )
         if self.dropped:
             said.append(f"{len(self.dropped)} tensors that no model uses are left out: {_first(self.dropped)}")
-        for line in said if notify is not None else ():
-            notify(line)  # type: ignore[misc]
+        if notify is not None:
+            for line in said:
+                notify(line)
         group = {
             "targets": ["Linear"],
             "weights": dict(self.preset.weights),

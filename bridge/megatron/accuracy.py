@@ -10,10 +10,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from bridge.megatron.embedding import held_rows
-from bridge.megatron.loss import LossContext, fused_loss, positions_with_labels
-
-# Logits of so many bytes exist at a time, in the dtype of the model.
-_CHUNK_BYTES = 64 << 20
+from bridge.megatron.loss import Head, LossContext, fused_loss, positions_with_labels, whole_tiles
 
 
 class AccuracyContext(NamedTuple):
@@ -81,11 +78,10 @@ def count_likeliest(
     positions = positions_with_labels(labels) if kept is None else kept
     rows, targets = hidden.flatten(0, 1), labels.t().flatten()
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    # As many chunks on every rank: a rank's padding counts.
-    for chunk in positions.split(max(1, _CHUNK_BYTES // (local_rows * weight.dtype.itemsize))):
-        logits = rows[chunk] @ weight.t()
-        logits = logits if softcap is None else logits.div_(softcap).tanh_()
-        logits[:, words:] = -torch.inf
+    # Not by the kernels, which leave the softcap to what is behind the logits.
+    head = Head(weight[:words], local_rows, 0, softcap, 0.0, group, "torch")
+    for chunk in head.chunks(positions):
+        logits = head.logits(whole_tiles(rows[chunk]))[: len(chunk)]
         top, column = logits.max(-1)
         likeliest = column + rank * local_rows
         if group is not None:

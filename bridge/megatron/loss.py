@@ -33,15 +33,15 @@ from bridge.token_ids import IGNORE
 _CHUNK_BYTES = 128 << 20
 # Intermediate float32 values are made for so many bytes of logits at a time.
 _BLOCK_BYTES = 8 << 20
-# Products are made of rows and words in multiples of this: for 255 rows of bf16 a GPU's library took 100 times as long
-# as for 256 (docs/benchmarks.md), and for words that do not lie at multiples of 16 bytes three times.
+# Products are made of rows and words in multiples of this: an odd number of rows, and words that do not lie at
+# multiples of 16 bytes, sent a GPU's library to slow kernels (docs/benchmarks.md).
 _TILE = 64
 # Gradients of token losses that differ by less (relative, float32 rounding) are one number.
 _SAME = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """What does not change from chunk to chunk. `weight` [words, h] holds the words from `first_word` on.
 
     `local_rows`: of the weight with its padding. They are alike on every rank, and so are the chunks.
@@ -135,7 +135,7 @@ class _Head:
             block.copy_(gradient)
 
 
-def _whole_tiles(rows: Tensor) -> Tensor:
+def whole_tiles(rows: Tensor) -> Tensor:
     """`rows` [n, h] and zeros behind them, up to a multiple of `_TILE`; of float32, not for speed, the rows."""
     missing = -len(rows) % _TILE
     return rows if rows.dtype is torch.float32 or not missing else torch.nn.functional.pad(rows, (0, 0, 0, missing))
@@ -148,7 +148,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _add_gradient(total: Tensor, head: _Head, hidden: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> None:
+def _add_gradient(total: Tensor, head: Head, hidden: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> None:
     """total [V / tp, h] += the gradient of the losses [n], multiplied by `weights` [n], to the weight of `head`.
 
     `hidden` [n, h], `labels` [n]; `lse` [n] float32 is what `measure` gave over the whole vocabulary.
@@ -163,7 +163,7 @@ def _add_gradient(total: Tensor, head: _Head, hidden: Tensor, labels: Tensor, ls
             del squashed  # before the next chunk's are made
         return
     words = max(_TILE, _CHUNK_BYTES // (n * hidden.dtype.itemsize + h * 4) // _TILE * _TILE)
-    hidden = _whole_tiles(hidden)  # rows of zeros add nothing
+    hidden = whole_tiles(hidden)  # rows of zeros add nothing
     for first, (rows, part) in enumerate(zip(head.weight.split(words), total.split(words), strict=True)):
         some = replace(head, weight=rows, first_word=head.first_word + first * words)
         squashed = some.logits(hidden)
@@ -185,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> Tensor:
         words, *rest = options
-        head = _Head(weight.detach()[:words], *rest)
+        head = Head(weight.detach()[:words], *rest)
         if kept is None:
             kept = (labels != IGNORE).nonzero()[:, 0]
         losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
@@ -195,7 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if to_weight and weight.dtype is torch.float32 else None
         for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
             rows, targets = hidden.detach()[chunk], labels[chunk]
-            tiles = head.logits(_whole_tiles(rows))
+            tiles = head.logits(whole_tiles(rows))
             squashed = tiles[: len(rows)]
             z, target = head.measure(squashed, targets)
             lse.copy_(z)
@@ -234,7 +234,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros_like(weight) if main_grad is None else main_grad
             if len(kept):
                 words, *rest = ctx.options
-                head = _Head(weight.detach()[:words], *rest)
+                head = Head(weight.detach()[:words], *rest)
                 _add_gradient(total[:words], head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
             grad_weight = total
         return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None, None

@@ -23,21 +23,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
 
         return triton.rms_norm(x, weight, eps, residual)
     if torch.is_inference_mode_enabled() and (weight is None or weight.dtype is x.dtype):
-        # There is no backward pass to prepare. A token at a time, what a norm costs is its calls.
-        output = _norm_in_few_calls(x, weight, eps)
+        # torch's own, which has no backward pass to prepare: a token at a time, what a norm costs is its calls.
+        output = torch.rms_norm(x, x.shape[-1:], weight, eps)
         return output if residual is None else output.add_(residual)
     normed: Tensor = _RMSNorm.apply(x, weight, eps, residual)
     return normed
-
-
-def _norm_in_few_calls(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """In float32 by the length of a row, one call of torch; its own `rms_norm` is five on a CPU, and slow ones."""
-    if x.dtype is not torch.float32 or x.is_cuda:
-        return torch.rms_norm(x, x.shape[-1:], weight, eps)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = length.mul_(length).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    output = x * scale
-    return output if weight is None else output.mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):

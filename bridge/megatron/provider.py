@@ -13,7 +13,7 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.megatron import attention_backends, parts
+from bridge.megatron import parts
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
@@ -53,8 +53,8 @@ class Gemma4Provider:
             parts.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
             parts.check_fp8_gpu()
         for kind, backend in self.attention_backends.items():
-            if kind not in ("sliding", "global") or backend not in attention_backends.NAMES:
-                known = ", ".join(attention_backends.NAMES)
+            if kind not in ("sliding", "global") or backend not in parts.ATTENTION:
+                known = ", ".join(parts.ATTENTION)
                 raise UsageError(f"attention backend {kind}={backend}: known are {known}, for sliding and global")
         for part in set(self.frozen) - set(FREEZABLE):
             raise UsageError(f"{part} cannot be frozen; known are {', '.join(FREEZABLE)}")

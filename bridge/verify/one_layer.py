@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bridge.convert.live import CHUNK_BYTES, Box, boxes, fill_boxes
-from bridge.convert.torch_dtypes import TORCH_DTYPES
+from bridge.convert.live import CHUNK_BYTES, Box, boxes, fill_boxes, read_chunks
 from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import RowReader, num_rows, row_bytes
+from bridge.hf.tensors import RowReader, num_rows
 from bridge.mapping.table import Table
 
 
@@ -100,44 +98,36 @@ class TheirWeights:
     def load(self, tensors: Sequence[Tensor]) -> None:
         """All values. Raises VerificationError for a tensor that the folder does not have as the class wants it."""
         for name, tensor in self._on_disk({self._names[id(tensor)]: tensor for tensor in tensors}).items():
-            for start, rows in read_rows(self.folder, self._known(name, tensor)):
-                tensor.data.view(num_rows(tuple(tensor.shape)), -1)[start : start + len(rows)] = rows
+            self._known(name, tensor)
+            for start, rows in self._rows(name):
+                tensor.data.view(-1, *tensor.shape[1:])[start : start + len(rows)] = rows
 
     def load_rows(self, table: Tensor, rows: Sequence[int]) -> None:
         """Some rows of an embedding."""
         [name] = self._on_disk({self._names[id(table)]: table})
         self._known(name, table)
         for row in rows:
-            for _, values in read_rows(self.folder, name, row, row + 1):
+            for _, values in self._rows(name, row, 1):
                 table.data[row] = values[0]
 
     def rows_of(self, name: str) -> Iterator[Tensor]:
         """Rows of a tensor of the folder in float32, some at a time."""
-        for _, rows in read_rows(self.folder, name):
+        for _, rows in self._rows(name):
             yield rows.float()
+
+    def _rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        shape = self.folder.tensors[name].shape
+        return read_chunks(self.folder, name, first, num_rows(shape) if count is None else count, shape[1:])
 
     def _on_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
         return dict(revert_weight_conversion(self._model, dict(tensors)))
 
-    def _known(self, name: str, tensor: Tensor) -> str:
+    def _known(self, name: str, tensor: Tensor) -> None:
         info = self.folder.tensors.get(name)
         if info is None or info.shape != tuple(tensor.shape):
             raise VerificationError(
                 f"{self.folder.path}: transformers wants {name} {list(tensor.shape)}, "
                 f"the folder has {'none' if info is None else list(info.shape)}"
             )
-        return name
-
-
-def read_rows(folder: HfFolder, name: str, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, rows [n, elements of a row]) of a tensor, in its dtype, in bounded parts."""
-    info = folder.tensors[name]
-    last, size = num_rows(info.shape) if last is None else last, row_bytes(info)
-    step = max(1, CHUNK_BYTES // max(1, size))
-    for start in range(first, last, step):
-        stop = min(last, start + step)
-        buffer = np.empty((stop - start) * size, dtype=np.uint8)
-        folder.read_rows(name, start, stop, buffer)
-        yield start, torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(stop - start, -1)

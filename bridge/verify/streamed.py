@@ -7,9 +7,7 @@ and on what went into the same layer of transformers, so that its own error is s
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bridge.convert.quantized_folder import open_hf_folder
-from bridge.geometry import Geometry
 from bridge.mapping import table_for
 from bridge.megatron.attention import KeyValue
 from bridge.megatron.parallel import Parallel, initialize
@@ -26,36 +23,13 @@ from bridge.torch_dist.reader import DistReader
 from bridge.verify.one_layer import OurWeights, TheirWeights, come_and_go, layers_of, tensors_of
 from bridge.verify.reference import LOGITS, Reference, with_masks
 from bridge.verify.result import Check
-from bridge.verify.sample import Sample
+from bridge.verify.task import StreamedTask
 
 RELATIVE = 1e-5
 EMBEDDINGS = "embeddings"
+EMBEDDING = "embedding.word_embeddings.weight"
 # Of `mm_token_type_ids`.
 _TOKENS = {0: "text", 1: "image", 2: "video", 3: "audio"}
-
-
-@dataclass(frozen=True)
-class StreamedTask:
-    """What to compare: an HF folder with itself, or with the weights folder of its Megatron checkpoint.
-
-    `layers`: those that are compared, and run at all; None: all. `theirs`: the file of transformers' side.
-    `progress`: a file that gets a line now and then.
-    """
-
-    variant: str
-    geometry: Geometry
-    folder: Path
-    megatron: Path | None
-    sample: Sample
-    layers: tuple[int, ...] | None
-    theirs: Path
-    progress: Path
-
-    @property
-    def run(self) -> frozenset[int]:
-        """Layers that run: those asked for, and those whose keys and values they read."""
-        asked = range(self.geometry.num_layers) if self.layers is None else self.layers
-        return frozenset(asked) | {self.geometry.layers[i].kv_source for i in asked}
 
 
 @torch.no_grad()
@@ -90,7 +64,7 @@ def run_transformers(task: StreamedTask) -> None:
         tables = [m.weight for m in decoder.modules() if isinstance(m, nn.Embedding)]
         head = "lm_head.weight"
         if head not in folder.tensors:
-            head = next(name for name in folder.tensors if name.endswith("embed_tokens.weight"))
+            head = table_for(task.geometry).entries[EMBEDDING].sources[0].name
         _prepare(model, tables, [model.lm_head.weight], task, weights)
         model.lm_head = _HeadByWords(lambda: weights.rows_of(head))
         inputs = with_masks(model, task.sample.inputs())
@@ -112,8 +86,8 @@ def compare(task: StreamedTask) -> list[Check]:
     checks: list[Check] = []
     shared: dict[int, KeyValue] = {}
 
-    def row(name: str, value: float, detail: str = "", bound: float | None = RELATIVE) -> None:
-        checks.append(Check(name, task.variant, Parallel(), "float32", "relative", value, bound, detail))
+    def row(name: str, value: float, detail: str) -> None:
+        checks.append(Check(name, task.variant, Parallel(), "float32", "relative", value, RELATIVE, detail))
 
     def embedded(module: nn.Module, args: Any) -> None:
         types = task.sample.mm_token_type_ids
@@ -151,7 +125,7 @@ def compare(task: StreamedTask) -> list[Check]:
         tables = [model.embedding.word_embeddings.weight]
         if model.decoder.ple is not None:
             tables.append(model.decoder.ple.embed_tokens.weight)
-        head = "embedding.word_embeddings.weight" if task.geometry.tied else "output_layer.weight"
+        head = EMBEDDING if task.geometry.tied else "output_layer.weight"
         unused = [] if model.output_layer.weight is None else [model.output_layer.weight]
         _prepare(model, tables, unused, task, weights)
 
@@ -207,7 +181,7 @@ def _prepare(
 class _HeadByWords(nn.Module):
     """The head of transformers' class, some words at a time."""
 
-    def __init__(self, rows: Callable[[], Any]) -> None:
+    def __init__(self, rows: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
         self.rows = rows
 

@@ -18,11 +18,12 @@ from bridge.geometry import Geometry
 from bridge.hf.hub import model_name
 from bridge.progress import followed
 from bridge.verify.result import Check
+from bridge.verify.run import cannot_compare_media
+from bridge.verify.task import StreamedTask
 
 if TYPE_CHECKING:
     from bridge.ranks import RankPool
     from bridge.verify.sample import Sample
-    from bridge.verify.streamed import StreamedTask
 
 _TOKENS = 96
 
@@ -43,7 +44,6 @@ def verify_streamed(
     and found again by the next run. Raises a BridgeError when the check could not be carried out.
     """
     from bridge.ranks import RankPool
-    from bridge.verify.streamed import StreamedTask
 
     with ExitStack() as stack:
         geometry = open_source(stack, hf_dir).geometry
@@ -56,8 +56,10 @@ def verify_streamed(
         folder = workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma4-bridge-")))
         folder.mkdir(parents=True, exist_ok=True)
         ranks = pool or stack.enter_context(RankPool(1))
+        if missing := cannot_compare_media(geometry):
+            say(missing)
         sample = ranks.run(make_sample, hf_dir, geometry, seed, world_size=1)[0]
-        theirs = folder / f"transformers-{_fingerprint(hf_dir, layers, seed)}.safetensors"
+        theirs = folder / f"transformers-{_fingerprint(hf_dir, layers, sample)}.safetensors"
         task = StreamedTask(
             model_name(hf_dir),
             geometry,
@@ -78,7 +80,6 @@ def verify_streamed(
 def make_sample(folder: Path, geometry: Geometry, seed: int) -> Sample:
     """On a rank: a row with a picture and a clip, where the model takes them, and one of text; else two of text."""
     from bridge.verify.media import kinds_of, media_sample
-    from bridge.verify.run import cannot_compare_media
     from bridge.verify.sample import Sample, random_sample
 
     if cannot_compare_media(geometry) is None:
@@ -104,11 +105,14 @@ def our_side(task: StreamedTask) -> list[Check]:
     return compare(task)
 
 
-def _fingerprint(folder: Path, layers: str | None, seed: int) -> str:
-    """Of all that transformers' side depends on: the files by size and time."""
+def _fingerprint(folder: Path, layers: str | None, sample: Sample) -> str:
+    """Of all that transformers' side depends on: the files by size and time, and what it is given."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
-    said = repr((str(folder.resolve()), files, layers, seed, metadata.version("transformers")))
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    said = repr((str(folder.resolve()), files, layers, metadata.version("transformers")))
+    digest = hashlib.sha256(said.encode())
+    for name, tensor in sample.inputs().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""One comparison with transformers."""
+"""Comparisons with transformers, as ranks are told of them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,27 @@ class ParityTask:
     packed: bool = False
     attention_backends: dict[str, str] = field(default_factory=dict)
     adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class StreamedTask:
+    """What to compare: an HF folder with itself, or with the weights folder of its Megatron checkpoint.
+
+    `layers`: those that are compared, and run at all; None: all. `theirs`: the file of transformers' side.
+    `progress`: a file that gets a line now and then.
+    """
+
+    variant: str
+    geometry: Geometry
+    folder: Path
+    megatron: Path | None
+    sample: Sample
+    layers: tuple[int, ...] | None
+    theirs: Path
+    progress: Path
+
+    @property
+    def run(self) -> frozenset[int]:
+        """Layers that run: those asked for, and those whose keys and values they read."""
+        asked = range(self.geometry.num_layers) if self.layers is None else self.layers
+        return frozenset(asked) | {self.geometry.layers[i].kv_source for i in asked}

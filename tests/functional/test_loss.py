@@ -318,8 +318,7 @@ def _products(positions: int) -> _Products:
 
 @pytest.mark.parametrize("positions", [1, 63, 255, 4095])
 def test_products_that_a_gpu_does_fast(positions: int) -> None:
-    """On an H200 the logits of 255 positions took 109 ms, those of 256 0.5 ms; words in pieces of 7,282 three times as
-    long as of 7,168."""
+    """On an H200 a chunk of 255 positions, and words in pieces of 7,282, went to slow kernels (docs/benchmarks.md)."""
     found = _products(positions)
     assert len(found.sizes) >= 4
     assert all(size % 64 == 0 for sizes in found.sizes for size in sizes), found.sizes

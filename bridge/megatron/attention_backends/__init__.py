@@ -45,7 +45,6 @@ BACKENDS: dict[str, Backend] = {
         ("ffpa", ffpa),
     )
 }
-NAMES = (AUTO, *BACKENDS)
 # What "auto" tries, by device, the fastest first; `blockwise` takes everything. On a CPU nothing else is
 # faster at the head dims of the published models.
 _CPU_ORDER = ("dense", "blockwise")
