@@ -5,6 +5,7 @@ Everything else asks the frozen `Geometry`. Plain JSON is read, so that a conver
 """
 
 from bridge.geometry.decoder import LayerGeometry, LayerKind, MoeGeometry, PleGeometry
+from bridge.geometry.drafter import DrafterGeometry, bound, producers
 from bridge.geometry.model import Geometry, HasToDict
 from bridge.geometry.towers import (
     Audio,
@@ -19,6 +20,7 @@ from bridge.geometry.towers import (
 __all__ = [
     "Audio",
     "AudioGeometry",
+    "DrafterGeometry",
     "Geometry",
     "HasToDict",
     "LayerGeometry",
@@ -30,4 +32,6 @@ __all__ = [
     "UnifiedVisionGeometry",
     "Vision",
     "VisionGeometry",
+    "bound",
+    "producers",
 ]
