@@ -13,7 +13,7 @@ from bridge.convert.dequantize import E4M3, Bytes, Floats
 from bridge.convert.dtypes import convert
 
 # dtype -> the scale of a block of zeros: the distance from 1 to the next number, as there
-_EPSILON = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
+EPSILON = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
 _TINY = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 # The scale of a group of zeros, beside a global scale.
@@ -60,7 +60,7 @@ def _encode_e2m1(values: Floats) -> Bytes:
 def scales(largest: Floats, kind: str, dtype: str) -> Floats:
     """The scale of each block, of the largest absolute value in it; float32 that `dtype` has. No global scale."""
     scale = rounded(largest / np.float32(HALF_RANGE[kind]), dtype)
-    return np.where(scale == 0, np.float32(_EPSILON[dtype]), scale)
+    return np.where(scale == 0, np.float32(EPSILON[dtype]), scale)
 
 
 def global_scale(largest: np.float32, dtype: str) -> np.float32:

@@ -19,7 +19,6 @@ from bridge.convert.quantize import encode, global_scale, group_scales, scales
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, shown
 from bridge.mapping import Table
-from bridge.mapping.table import DECODER, Entry
 from bridge.mapping.unified import in_memory
 
 _BLOCK = 1 << 18
@@ -113,7 +112,7 @@ class QuantizedReader:
     def _modules(self, name: str, shape: tuple[int, ...]) -> tuple[_Module, ...]:
         """The linears that a tensor holds; () for what is not quantized."""
         found = self._table.by_hf_name.get(name)
-        if found is None or not _is_linear(found[0]):
+        if found is None or not found[0].is_layer_linear:
             return ()
         entry, columns = found[0], shape[-1]
         if columns % (self.preset.group or 1):
@@ -273,10 +272,6 @@ class QuantizedReader:
             if name not in self._parts and name.endswith(".weight") and len(tensor.shape) == 2:
                 names |= {found.removesuffix(".weight") for found in (name, in_memory(name, self._table.geometry))}
         return sorted(names)
-
-
-def _is_linear(entry: Entry) -> bool:
-    return entry.row.part is DECODER and entry.layer is not None and ".linear_" in entry.key
 
 
 def _first(names: list[str]) -> str:

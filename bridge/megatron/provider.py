@@ -32,7 +32,8 @@ class Gemma4Provider:
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
     names towers and projectors that are not trained (`multimodal.FREEZABLE`). `layer_spec` and `fp8`: what the
-    decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`).
+    decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`);
+    `fake_quant`: what their weights are rounded to in the forward pass (see `fake_quant.py`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
 
@@ -45,6 +46,7 @@ class Gemma4Provider:
     layer_spec: str = parts.LOCAL
     fp8: str = "none"
     fp8_experts: bool = False
+    fake_quant: str = "none"
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
@@ -52,6 +54,7 @@ class Gemma4Provider:
         if self.fp8_experts:
             parts.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
             parts.check_fp8_gpu()
+        parts.check_fake_quant(self.geometry, self.parallel, self.fake_quant, self.layer_spec, self.fp8_experts)
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in parts.ATTENTION:
                 known = ", ".join(parts.ATTENTION)
@@ -81,6 +84,7 @@ class Gemma4Provider:
             "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
             "layer_spec": self.layer_spec,
             "fp8_experts": self.fp8_experts,
+            "fake_quant": self.fake_quant,
             **parts.FP8[self.fp8],
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,

@@ -13,7 +13,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
-from bridge.megatron.parts import check_fp8_experts
+from bridge.megatron.parts import check_fake_quant, check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe
@@ -47,12 +47,15 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     parallel, optimizer = recipe.parallel, recipe.optimizer
     if recipe.model.fp8_experts:
         check_fp8_experts(table.geometry, parallel.layout(), recipe.model.dtype)
+    model = recipe.model
+    check_fake_quant(table.geometry, parallel.layout(), model.fake_quant, model.layer_spec, model.fp8_experts)
     e = 2 if recipe.model.dtype == "bfloat16" else 4
     # A float32 model is its own float32 copy.
     moments = 12 if e == 2 else 8
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
+    adapters, rank, whole = _adapted(recipe, table)
     load = Load(
         recipe.train.micro_batch_size,
         length,
@@ -60,9 +63,9 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         parallel.recompute,
         tuple(parallel.recompute_modules),
         fp8=recipe.model.fp8 != "none",
-        fp8_experts=recipe.model.fp8_experts,
+        fp8_experts=model.fp8_experts,
+        fake_quant=model.fake_quant != "none" and not rank,
     )
-    adapters, rank, whole = _adapted(recipe, table)
     return Plan(
         parallel.layout(),
         world_size,

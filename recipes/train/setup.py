@@ -152,7 +152,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
         raise UsageError(f"train.aux_loss={recipe.train.aux_loss:g} is for models with experts, and this one has none")
     layout = parallel.layout()
     model = recipe.model
-    parts = {"layer_spec": model.layer_spec, "fp8": model.fp8, "fp8_experts": model.fp8_experts}
+    parts = {key: getattr(model, key) for key in ("layer_spec", "fp8", "fp8_experts", "fake_quant")}
     backends = dict(model.attention_backends)
     provider = bridge.provider(layout, dtype, overrides=overrides, attention_backends=backends, **parts)
     groups = initialize(layout, seed=recipe.train.seed)
