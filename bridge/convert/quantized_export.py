@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,11 @@ import numpy as np
 from bridge.convert.dequantize import Bytes, Floats, to_float
 from bridge.convert.dtypes import convert
 from bridge.convert.quantize import encode, global_scale, group_scales, scales
+from bridge.convert.quantized_folder import DequantizedFolder, Matrix, open_hf_folder
+from bridge.convert.threads import parallel
 from bridge.errors import CheckpointError, UsageError
+from bridge.hf.folder import TensorInfo
+from bridge.hf.quantization import Scheme
 from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, shown
 from bridge.mapping import Table
 from bridge.mapping.unified import in_memory
@@ -41,6 +47,12 @@ class Preset:
     suffix: str
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None = None
+
+    def stores(self, scheme: Scheme | None) -> bool:
+        """Whether a weight of `scheme` is stored as this preset stores it, but for how its scales were chosen."""
+        if scheme is None or scheme.zero_point or scheme.reciprocal:
+            return False
+        return (scheme.kind, scheme.block, f"weight{scheme.codes}") == (self.kind, (1, self.group), self.suffix)
 
 
 def _args(bits: int, kind: str, strategy: str, group: int | None = None, dynamic: bool = False) -> dict[str, Any]:
@@ -83,15 +95,26 @@ class _Module:
 class QuantizedReader:
     """The tensors of a quantized folder, quantized as they are read. As thread-safe as `base`.
 
+    `origin`: a quantized folder; linears whose weights are still, bit for bit, what it stands for keep its codes and
+    scales, if they are stored as the preset would, and all of those that share a global scale.
+
     `left`: linears that a group does not divide, left as they are; `dropped`: tensors that no model uses. Raises
     UsageError: an unknown preset; CheckpointError: a weight that is no number, a dtype that cannot be quantized.
     """
 
-    def __init__(self, base: RowReader, table: Table, preset: str) -> None:
+    def __init__(
+        self,
+        base: RowReader,
+        table: Table,
+        preset: str,
+        origin: DequantizedFolder | None = None,
+        workers: int = 2,
+    ) -> None:
         if preset not in PRESETS:
             raise UsageError(f"--quantize {preset}: expected one of {', '.join(PRESETS)}")
         self.preset = PRESETS[preset]
-        self._base, self._table = base, table
+        self._base, self._table, self._origin = base, table, origin
+        self._kept: dict[str, Matrix] = {}
         self.tensors: dict[str, TensorLike] = {}
         self._parts: dict[str, tuple[_Module, str]] = {}
         self._fused: dict[str, list[_Module]] = {}
@@ -99,11 +122,18 @@ class QuantizedReader:
         self._lock = threading.Lock()
         self.left: list[str] = []
         self.dropped: list[str] = []
+        found: list[tuple[str, TensorLike, tuple[_Module, ...]]] = []
         for name, tensor in base.tensors.items():
             if name in table.carried and ".self_attn." in name and name.startswith(table.geometry.prefix):
                 self.dropped.append(name)
                 continue
             modules = self._modules(name, tuple(tensor.shape))
+            found.append((name, tensor, modules))
+            for module in modules:
+                self._fused.setdefault(module.fused, []).append(module)
+        if origin is not None:
+            self._kept = self._unchanged(origin, workers)
+        for name, tensor, modules in found:
             if not modules:
                 self.tensors[name] = tensor
             for module in modules:
@@ -133,6 +163,11 @@ class QuantizedReader:
 
     def _add(self, module: _Module, dtype: str) -> None:
         preset, rows, columns = self.preset, module.rows, module.columns
+        kept = self._kept.get(module.name)
+        if kept is not None:
+            for suffix, info in _stored(kept).items():
+                self._put(module, suffix, info.dtype, tuple(info.shape))
+            return
         if dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(f"tensor {shown(module.source)} is {dtype}, which is not quantized")
         groups = columns // preset.group if preset.group else 1
@@ -143,7 +178,6 @@ class QuantizedReader:
             self._put(module, "weight_shape", "I64", (2,))
         if preset.kind == "e2m1":
             self._put(module, "weight_global_scale", "F32", (1,))
-            self._fused.setdefault(module.fused, []).append(module)
 
     def _put(self, module: _Module, suffix: str, dtype: str, shape: tuple[int, ...]) -> None:
         name = f"{module.name}.{suffix}"
@@ -159,7 +193,10 @@ class QuantizedReader:
         module, suffix = part
         data = np.frombuffer(as_bytes(out), dtype=np.uint8)
         check_rows(name, self.tensors[name], start, stop, len(data))
-        if suffix == "weight_shape":
+        kept = self._kept.get(module.name)
+        if kept is not None and self._origin is not None:
+            self._origin.read_stored(_stored(kept)[suffix].name, start, stop, data)
+        elif suffix == "weight_shape":
             data[:] = np.array([module.rows, module.columns], dtype=np.int64)[start:stop].view(np.uint8)
         elif suffix == "weight_global_scale":
             data[:] = np.full(stop - start, self._global(module), dtype=np.float32).view(np.uint8)
@@ -170,8 +207,41 @@ class QuantizedReader:
                 data[done : done + len(made)] = made
                 done += len(made)
 
+    def _unchanged(self, origin: DequantizedFolder, workers: int) -> dict[str, Matrix]:
+        """The modules that keep their codes and scales, and how `origin` stores each."""
+
+        def same(module: _Module) -> tuple[str, Matrix | None]:
+            stored, dtype, low = origin.matrix(f"{module.name}.weight"), self._dtype(module), 0
+            if stored is None or not self.preset.stores(stored.scheme):
+                return module.name, None
+            if (stored.rows, stored.columns) != (module.rows, module.columns):
+                return module.name, None
+            for data in self._rows(module, 0, module.rows):
+                there, high = np.empty_like(data), low + len(data) // (module.columns * ITEM_SIZES[dtype])
+                origin.fill(stored, low, high, memoryview(there), dtype)
+                if not np.array_equal(data, there):
+                    return module.name, None
+                low = high
+            return module.name, stored
+
+        modules = [module for fused in self._fused.values() for module in fused]
+        found = {name: stored for name, stored in parallel(modules, lambda: same, workers) if stored is not None}
+        if self.preset.kind == "e2m1":
+            whole = [fused for fused in self._fused.values() if all(module.name in found for module in fused)]
+            found = {module.name: found[module.name] for fused in whole for module in fused}
+        return found
+
     def _blocks(self, module: _Module, start: int, stop: int) -> Iterator[Floats]:
         """Rows [start, stop) of a module as float32, a bounded number at a time. Raises CheckpointError."""
+        dtype = self._dtype(module)
+        for data in self._rows(module, start, stop):
+            values = to_float(data, dtype, (len(data) // (module.columns * ITEM_SIZES[dtype]), module.columns))
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"tensor {shown(module.source)} has a value that is no number or infinite")
+            yield values
+
+    def _rows(self, module: _Module, start: int, stop: int) -> Iterator[Bytes]:
+        """Rows [start, stop) of a module as they are stored, a bounded number at a time. Raises CheckpointError."""
         source = self._base.tensors[module.source]
         shape, item = tuple(source.shape), ITEM_SIZES[source.dtype]
         width = module.columns * item
@@ -187,10 +257,7 @@ class QuantizedReader:
                 whole = np.empty(shape[1] * width, dtype=np.uint8)
                 self._base.read_rows(module.source, expert, expert + 1, whole)
                 data = whole[(first + low) * width : (first + high) * width]
-            values = to_float(data, source.dtype, (high - low, module.columns))
-            if not np.isfinite(values).all():
-                raise CheckpointError(f"tensor {shown(module.source)} has a value that is no number or infinite")
-            yield values
+            yield data
 
     def _largest(self, values: Floats) -> Floats:
         """The largest absolute value of each group [rows, groups]."""
@@ -234,6 +301,11 @@ class QuantizedReader:
         """config.json of the quantized folder; `notify` gets what was quantized and what was not."""
         modules = len({module.name for module, _ in self._parts.values()})
         said = [f"{modules} linears of decoder layers are quantized ({self.preset.name}), everything else is as it was"]
+        if self._origin is not None:
+            said.append(
+                f"{len(self._kept)} of them keep the codes and scales of {self._origin.path}, since their weights are "
+                "those that it stands for"
+            )
         if self.left:
             said.append(
                 f"{len(self.left)} tensors of linears stay as they are, since groups of {self.preset.group} do not "
@@ -272,6 +344,24 @@ class QuantizedReader:
             if name not in self._parts and name.endswith(".weight") and len(tensor.shape) == 2:
                 names |= {found.removesuffix(".weight") for found in (name, in_memory(name, self._table.geometry))}
         return sorted(names)
+
+
+def _stored(matrix: Matrix) -> dict[str, TensorInfo]:
+    """The tensors of a module by their names in it."""
+    assert matrix.scheme is not None
+    return {
+        f"weight{suffix}": info for suffix, info in {matrix.scheme.codes: matrix.codes, **matrix.companions}.items()
+    }
+
+
+def open_origin(stack: ExitStack, path: str | Path | None) -> DequantizedFolder | None:
+    """The folder whose bytes are to be kept. Raises UsageError: its weights are not quantized; CheckpointError."""
+    if path is None:
+        return None
+    folder = stack.enter_context(open_hf_folder(path))
+    if not isinstance(folder, DequantizedFolder):
+        raise UsageError(f"--unchanged-from {path}: its weights are not quantized")
+    return folder
 
 
 def _first(names: list[str]) -> str:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bridge.convert.folders import export_hf, import_hf
-from bridge.convert.plain import write_plain
+from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import config, write_toy
 
+from .conftest import Toy
 from .test_lora_training import lora_recipe
-from .training_kit import GLOBAL_BATCH, collate, losses, recipe, train_toy
+from .training_kit import GLOBAL_BATCH, Corpus, collate, losses, recipe, train_toy
+
+# Of a batch that is learnt by heart.
+STEPS = 80
 
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 # variant, ranks, scheme, layout
@@ -66,7 +71,6 @@ def test_a_layout_is_one_rank(case: str, toys: Toys, ranks: RankPool, tmp_path: 
         ranks.run(train_toy, said, [f"model.fake_quant={scheme}", *overrides], world_size=size)
         found.append((losses(output), losses(output, "grad_norm")))
     (one, norms), (many, other) = found
-    print(case, abs(one[0] - many[0]) / one[0], abs(norms[0] - other[0]) / norms[0], abs(one[1] - many[1]) / one[1])
     assert abs(one[0] - many[0]) <= 1e-6 * one[0]
     assert abs(norms[0] - other[0]) <= 2e-6 * norms[0]
     assert abs(one[1] - many[1]) <= 1e-4 * one[1]
@@ -78,7 +82,6 @@ def plain_first_step(folder: str, scheme: str, seed: int) -> tuple[float, float]
 
     from torch.nn.utils import parametrize
 
-    from bridge.geometry import Geometry
     from bridge.verify.reference import load_hf
     from tests.unit.test_fake_quant import of_compressed_tensors
 
@@ -138,3 +141,49 @@ def test_adapters_on_frozen_weights(
         ranks.run(train_toy, said, [f"model.fake_quant={rounding}", *options], world_size=1)
         found.append((losses(output), losses(output, "grad_norm")))
     assert found[0] == found[1]
+
+
+def train_by_heart(said: dict[str, Any], overrides: list[str]) -> None:
+    """Train on one batch again and again, and evaluate on it. Runs on a rank."""
+    from recipes.config import Recipe, resolve
+    from recipes.train.data import Streams
+    from recipes.train.loop import train
+
+    def data(recipe: Recipe, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+        class Again(Corpus):
+            def __next__(self) -> dict[str, torch.Tensor]:
+                self.taken %= GLOBAL_BATCH
+                return super().__next__()
+
+        def corpus() -> Again:
+            return Again(geometry, 1, dp_rank, dp_size, 2)
+
+        def evaluation() -> Iterator[dict[str, torch.Tensor]]:
+            rows = corpus()
+            return (next(rows) for _ in range(GLOBAL_BATCH // 2))
+
+        return Streams(corpus(), {"": evaluation})
+
+    train(resolve(said, overrides), data)
+
+
+def eval_loss(output: Path) -> float:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+
+
+def test_a_tuned_model_keeps_what_it_learnt_when_it_is_quantized(toy: Toy, ranks: RankPool, tmp_path: Path) -> None:
+    """The loss of the exported and quantized model, against that of the run; without fake quantisation it is worse."""
+    worse = {}
+    for rounding in ("int4-g32", "none"):
+        run, folder = tmp_path / f"run-{rounding}", tmp_path / f"quantized-{rounding}"
+        evaluated = ["data.eval=x", "optimizer.warmup=0", "optimizer.weight_decay=0"]
+        said = recipe(toy("12b"), run, STEPS)
+        options = [f"train.eval_every={STEPS}", "optimizer.lr=1e-2", f"model.fake_quant={rounding}"]
+        ranks.run(train_by_heart, said, [*evaluated, *options], world_size=1)
+        export_hf(run, folder, quantize="w4a16")
+        said = recipe(folder, tmp_path / f"again-{rounding}", 1)
+        options = ["train.eval_every=1", "optimizer.lr=0", "optimizer.min_lr=0"]
+        ranks.run(train_by_heart, said, [*evaluated, *options], world_size=1)
+        worse[rounding] = eval_loss(tmp_path / f"again-{rounding}") / eval_loss(run) - 1
+    assert abs(worse["int4-g32"]) <= 0.01 < worse["none"]
