@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import shown
+from bridge.hf.tensors import printable
 
 _MAX_STACK = 1_000_000
 
@@ -107,7 +107,7 @@ class _Interpreter:
             raise self.fail("damaged pickle")
         if not self.allowed(module, name):
             raise self.fail(
-                f"its pickle names {shown(module + '.' + name)}, which no checkpoint needs: refused as unsafe"
+                f"its pickle names {printable(module + '.' + name)}, which no checkpoint needs: refused as unsafe"
             )
         return Global(module, name)
 
