@@ -84,6 +84,12 @@ def toy(
     mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of embedding and head.")] = None,
     ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
+    drafter: Annotated[
+        bool, typer.Option("--drafter", help="Its drafter, a small model that drafts its tokens.")
+    ] = False,
+    ordered: Annotated[
+        bool | None, typer.Option("--ordered/--plain", help="The drafter's head; as the published one's if absent.")
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a small random checkpoint with every structural feature of the real model, tokenizer and all."""
@@ -102,6 +108,8 @@ def toy(
             mixed_dtypes=mixed_dtypes,
             vocab_size=vocab_size,
             ple_vocab_size=ple_vocab_size,
+            drafter=drafter,
+            ordered=ordered,
             overwrite=overwrite,
             progress=lambda done, total: progress(done, total, variant),
         )
@@ -131,12 +139,18 @@ def inspect(
         out.print(f"experts: {g.moe.num_experts} of width {g.moe.ffn_hidden_size}, top {g.moe.topk}, in every layer")
     if g.ple is not None:
         out.print(f"per-layer embeddings: {g.num_layers} layers of {g.ple.dim}")
+    if g.drafter is not None:
+        head = "every token's logit"
+        if g.drafter.num_centroids is not None:
+            head = f"the logits of {g.drafter.topk} of {g.drafter.num_centroids} clusters of tokens"
+        out.print(f"drafter of a model of hidden size {g.drafter.backbone_hidden_size}; its head computes {head}")
     table = Table()
     for heading in ("layers", "kind", "head dim", "heads", "groups", "window", "FFN", "K/V"):
         table.add_column(heading)
     for row in result.rows:
         e = row.example
-        kv = f"of layer {e.kv_source}" if e.shares_kv else "V is K" if e.k_eq_v else "own"
+        shared = "the target's" if e.external_kv else f"of layer {e.kv_source}"
+        kv = shared if e.shares_kv else "V is K" if e.k_eq_v else "own"
         table.add_row(
             short_range(row.layers),
             e.kind,
