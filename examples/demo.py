@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from bridge.megatron.quiet import quiet
+from bridge.megatron.silence import silence_warnings
 from rich.console import Console
 
 from bridge.convert.folders import export_hf, import_hf
@@ -52,7 +52,7 @@ def run(folder: Path, console: Console) -> list[Check]:
 
 
 def main() -> None:
-    quiet()
+    silence_warnings()
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     folder = Path(".demo")
     shutil.rmtree(folder, ignore_errors=True)
