@@ -65,7 +65,7 @@ def both_specs(folder: str) -> dict[str, Any]:
     spec = LoraSpec(4, 8.0, "all-linear", parameters=())
     found: dict[str, Any] = {"called": called}
     for name in ("local", "te"):
-        with patch("bridge.megatron.block.parts", return_value=stand_ins) if name == "te" else patch.dict({}):
+        with patch("bridge.megatron.block.layer_linears", return_value=stand_ins) if name == "te" else patch.dict({}):
             provider = bridge.provider(dtype=torch.float32, overrides={"perform_initialization": False})
             model = provider.build()
         bridge.load_hf_weights(model)
