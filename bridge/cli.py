@@ -352,6 +352,7 @@ def data_show(
     """
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
+    from recipes.data.preference import recognised
     from recipes.data.report import Progress
     from recipes.data.show import show, to_json
     from recipes.data.training import corpus_options, model_folder
@@ -382,6 +383,7 @@ def data_show(
             chat_template=chat_template,
             cache=cache,
         )
+        options = recognised(options)
     progress = Progress(err.print)
     corpus = open_corpus(options, model, progress=progress.read)
     if not wrote_json(json_file, to_json(corpus, count)):

@@ -11,6 +11,7 @@ import numpy as np
 from bridge.errors import DataError
 from recipes.data.chat import ChatModel, Encoded, ReadMedia
 from recipes.data.options import CorpusOptions
+from recipes.data.preference import PAIRS, SAMPLES, parse_labelled, parse_pair
 from recipes.data.sample import Message, Sample, parse_record
 from recipes.data.sources import Record
 
@@ -46,6 +47,8 @@ class Encoder:
         try:
             if record.error is not None:
                 raise record.error
+            if self._options.records != SAMPLES:
+                return self._answers(record, read)
             sample = parse_record(record.value, record.where)
             encoded, dropped = self._fitting(sample, read)
         except DataError as error:
@@ -69,6 +72,25 @@ class Encoder:
                 self._local.model = self._model.fork()
         own: ChatModel = self._local.model
         return own
+
+    def _answers(self, record: Record, read: ReadMedia) -> Outcome:
+        """Both answers of a pair, or one with its label: all of it or nothing. Raises DataError."""
+        samples: tuple[Sample, ...]
+        if self._options.records == PAIRS:
+            samples, desirable = parse_pair(record.value, record.where), False
+        else:
+            sample, desirable = parse_labelled(record.value, record.where)
+            samples = (sample,)
+        encoded = tuple(replace(self.model().encode(sample, read), desirable=desirable) for sample in samples)
+        given = Outcome(record, form=samples[0].form)
+        lengths = [len(item) for item in encoded]
+        if (sum(lengths) if self._options.one_row else max(lengths)) > self._options.seq_length:
+            both = "both answers with their prompts are " if self._options.one_row else ""
+            longest = f"{both}longer than {self._options.seq_length} tokens"
+            return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
+        if not all(item.supervised[1:].any() for item in encoded):
+            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
+        return replace(given, encoded=encoded)
 
     def _fitting(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
         """The sample, or its pieces, as far as they fit; and how many pieces did not."""
