@@ -9,19 +9,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bridge.errors import DataError
+from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel, Encoded, ReadMedia
+from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
 from recipes.data.sample import Message, Sample, parse_record
-from recipes.data.sources import Record
 
 # Why a record gives no sample.
-INVALID, TOO_LONG, NOTHING = "invalid", "too long", "nothing to learn"
+INVALID, TOO_LONG, NOTHING, LEFT_OUT = "invalid", "too long", "nothing to learn", "left out by data.function"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a record gave: samples, or the reason it gave none, with the message that says so in full. `form`: which of
-    a record's forms it has."""
+    """What a record gave: samples, or the reason it gave none, with the message that says so in full. `form`: the
+    name of its format; `unread`: what it says beside, which is not read."""
 
     record: Record
     encoded: tuple[Encoded, ...] = ()
@@ -30,6 +31,7 @@ class Outcome:
     error: DataError | None = None
     pieces_dropped: int = 0
     form: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -37,6 +39,7 @@ class Encoder:
 
     def __init__(self, model: ChatModel, options: CorpusOptions) -> None:
         self._model, self._options = model, options
+        self._function = loaded_function(options.layout)
         self._local = threading.local()
         # Deep copies are made one at a time: of an object that nobody works with.
         self._lock = threading.Lock()
@@ -46,14 +49,17 @@ class Encoder:
         try:
             if record.error is not None:
                 raise record.error
-            sample = parse_record(record.value, record.where)
+            value = self._function(record.value, record.where)
+            if value is None and self._options.layout.function is not None:
+                return Outcome(record, reason=LEFT_OUT, message=str(record.where))
+            sample = parse_record(value, record.where, self._options.layout)
             encoded, dropped = self._fitting(sample, read)
         except DataError as error:
             return Outcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
             message = f"{record.where}: {error}"
             return Outcome(record, reason=INVALID, message=message, error=DataError(message))
-        given = Outcome(record, pieces_dropped=dropped, form=sample.form)
+        given = Outcome(record, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         if not encoded:
             longest = f"longer than {self._options.seq_length} tokens"
             return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
@@ -78,8 +84,8 @@ class Encoder:
             return [whole], 0
         if self._options.overlong == "drop":
             return [], 0
-        if sample.text is not None:
-            return _chunks(whole, limit), 0
+        if not sample.messages:
+            return _chunks(whole, limit, self.model().tokenizer.bos_token_id), 0
         return self._split(sample, read)
 
     def _split(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
@@ -119,11 +125,12 @@ def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[t
     return head, exchanges
 
 
-def _chunks(text: Encoded, limit: int) -> list[Encoded]:
-    """Plain text in rows of `limit` tokens, each with the <bos> of the first."""
+def _chunks(text: Encoded, limit: int, bos: int) -> list[Encoded]:
+    """Plain text, or tokens, in rows of `limit` tokens, each with the <bos> of the first, where that has one."""
     pieces = []
-    for start in range(1, len(text), limit - 1):
-        ids = np.concatenate([text.ids[:1], text.ids[start : start + limit - 1]])
-        supervised = np.concatenate([text.supervised[:1], text.supervised[start : start + limit - 1]])
+    head = int(text.ids[0] == bos)
+    for start in range(head, len(text), limit - head):
+        ids = np.concatenate([text.ids[:head], text.ids[start : start + limit - head]])
+        supervised = np.concatenate([text.supervised[:head], text.supervised[start : start + limit - head]])
         pieces.append(Encoded(ids, supervised, np.zeros(len(ids), np.uint8)))
     return pieces
