@@ -100,11 +100,7 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         notices += folder.notices
     if folder.ignored:
         notices.append(f"{path}: left behind, no part of the model: {', '.join(map(shown, folder.ignored))}")
-    for name, tensor in folder.tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
-            )
+    _check_dtypes(folder, table_for(geometry))
     prefix, config = geometry.prefix, folder.config
     text_only = text_only and geometry.multimodal
     if text_only or dtype != "keep":
@@ -117,6 +113,17 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         # transformers loads such a folder untied, whatever its config says.
         geometry = replace(geometry, tied=False)
     return Source(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
+
+
+def _check_dtypes(folder: HfFolder, table: Table) -> None:
+    for name, tensor in folder.tensors.items():
+        if table.is_integer(name):
+            if tensor.dtype != "I64":
+                raise CheckpointError(f"{folder.path}: tensor {shown(name)} is {tensor.dtype}, expected I64")
+        elif tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{folder.path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
+            )
 
 
 def check_format(folder: Path) -> None:

@@ -15,6 +15,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.megatron import parts
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
+from bridge.megatron.drafter import Gemma4Drafter
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
@@ -71,8 +72,10 @@ class Gemma4Provider:
     def config(self) -> Gemma4TransformerConfig:
         """Megatron's config of the whole model."""
         geometry, parallel = self.geometry, self.parallel
+        published = self.overrides.get("published_kv", ())
         boundaries = [
-            Boundary.before(geometry, stage.start, parallel.tp, parallel.sequence_parallel) for stage in self.stages[1:]
+            Boundary.before(geometry, stage.start, parallel.tp, parallel.sequence_parallel, published)
+            for stage in self.stages[1:]
         ]
         first = geometry.layers[0]
         fields: dict[str, Any] = {
@@ -151,6 +154,8 @@ class Gemma4Provider:
         if post_process is None:
             post_process = is_pp_last_stage(groups.pp) and (vp_stage or 0) == self.parallel.vpp - 1
         model_class = Gemma4MultimodalModel if self.geometry.multimodal else Gemma4Model
+        if self.geometry.drafter is not None:
+            model_class = Gemma4Drafter
         model = model_class(
             self.config,
             self.stages[stage],

@@ -58,6 +58,8 @@ def verify(
     with ExitStack() as stack:
         source = open_source(stack, hf_dir)
         geometry, quantized = source.geometry, source.folder.config is not None
+    if geometry.drafter is not None and set(checks) != {"round-trip"}:
+        raise UsageError(f"{hf_dir}: a drafter, which computes nothing without its target; use --check round-trip")
     variant = model_name(hf_dir)
     rows: list[Check] = []
     if "round-trip" in checks:

@@ -145,6 +145,7 @@ class _Writer:
         counts.pieces_dropped += outcome.pieces_dropped
         if outcome.form is not None:
             counts.formats[outcome.form] += 1
+        counts.unread.update(outcome.unread)
         if outcome.reason is not None:
             counts.skip(outcome.reason, outcome.message)
             self._files["skipped.txt"].write(f"{outcome.reason}: {outcome.message}\n".encode())

@@ -24,19 +24,21 @@ import numpy as np
 from bridge.convert.lock import held
 from bridge.errors import DataError
 from bridge.hf.hub import resolve
+from recipes.data.blocks import Record
 from recipes.data.cache import STORED, Parts, media_from_json
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.formats import function_digest
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES
 from recipes.data.sample import Blob, Media, Where
-from recipes.data.sources import Record, Source, find_sources
+from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
 from recipes.data.threads import ordered_map
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
-_FORMAT = 2
+_FORMAT = 3
 
 Progress = Callable[[int], None]
 
@@ -246,8 +248,9 @@ def _outcomes(
 
     def records() -> Iterator[tuple[int, Record]]:
         for number, source in enumerate(sources):
-            for record in source.records():
-                yield number, record
+            for block in source.blocks():
+                for record in block.records():
+                    yield number, record
 
     def work(item: tuple[int, Record]) -> tuple[int, Outcome]:
         number, record = item
@@ -301,6 +304,7 @@ def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) 
         "generation_prefix",
         "seq_length",
         "supervise",
+        "layout",
         "records",
         "one_row",
     )
@@ -311,6 +315,8 @@ def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) 
         **{f"data.supervise_{name}": value for name, value in asdict(options.supervise).items()},
         **said,
         **_of_preferences(options),
+        **{f"data.{name}": value for name, value in asdict(options.layout).items() if value},
+        **({"the code of data.function": function_digest(options.layout)} if options.layout.function else {}),
         "data.generation_prefix": chat.prefix,
         **chat.fingerprints(),
         "transformers": transformers.__version__,

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import UsageError
+from recipes.data.formats import DEFAULT_LAYOUT, Layout
 
 
 @dataclass(frozen=True)
 class Supervise:
     """Which tokens are learnt. What the model itself says in the turns chosen here, and the `<turn|>` that ends them.
 
-    `turns`: "all" model turns, or only the "last" one of a conversation.
+    `turns`: "all" model turns, only the "last" one of a conversation, or "everything", what is asked too. A message
+    that says whether it is learnt (`train`) is asked first.
     `thinking`: thoughts (`<|channel>` to `<channel|>`) count.
     `tool_calls`: what the model says up to a tool call, and the call, count.
     """
@@ -23,14 +25,14 @@ class Supervise:
     tool_calls: bool = True
 
     def __post_init__(self) -> None:
-        one_of("data.supervise_turns", self.turns, ("all", "last"))
+        one_of("data.supervise_turns", self.turns, ("all", "last", "everything"))
 
 
 @dataclass(frozen=True)
 class CorpusOptions:
     """Where the data is and how it becomes tokens.
 
-    `path`: JSONL or Parquet files, folders of them, globs, or the name of a dataset on the Hugging Face hub.
+    `path`: files (`recipes.data.sources`), folders of them, globs, or the name of a dataset on the Hugging Face hub.
     `split`, `subset`: of a hub dataset.
     `seq_length`: the longest sample, in tokens.
     `on_error`: "fail" at the first bad record, or "skip" and count.
@@ -47,6 +49,7 @@ class CorpusOptions:
     `one_row`: all samples of a record have to fit into `seq_length` together: pairs that are packed.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
     `workers`: threads that tokenise and decode.
+    `layout`: how records are read, where they do not show it.
     """
 
     path: str | tuple[str, ...]
@@ -65,6 +68,7 @@ class CorpusOptions:
     one_row: bool = False
     cache: str | None = None
     workers: int = 2
+    layout: Layout = DEFAULT_LAYOUT
 
     def __post_init__(self) -> None:
         one_of("data.on_error", self.on_error, ("fail", "skip"))

@@ -20,6 +20,7 @@ from recipes.data.batches import Batches, BatchOptions
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets, paths
+from recipes.data.formats import Layout
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Part, Samples
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
@@ -60,6 +61,7 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         one_row=records == PAIRS and data.packing,
         cache=data.cache,
         workers=data.workers,
+        layout=Layout(data.format, dict(data.columns), data.function),
     )
 
 

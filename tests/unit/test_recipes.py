@@ -217,7 +217,13 @@ def test_every_option_of_the_data_is_a_key() -> None:
     options = corpus_options(resolve(MINIMAL, overrides))
     assert options.generation_prefix and options.supervise.turns == "last" and options.overlong == "split"
     ours = {field.name for field in fields(DataConfig)}
-    theirs = {field.name for field in fields(CorpusOptions)} - {"seq_length", "supervise", "records", "one_row"}
+    theirs = {field.name for field in fields(CorpusOptions)} - {
+        "seq_length",
+        "supervise",
+        "layout",
+        "records",
+        "one_row",
+    }
     assert theirs <= ours, "an option that no recipe can set"
 
 
