@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from bridge.megatron.silence import silence_warnings
 from rich.console import Console
 
 from bridge.convert.folders import export_hf, import_hf
 from bridge.errors import BridgeError
 from bridge.hf.folder import HfFolder
 from bridge.megatron.parallel import Parallel
+from bridge.megatron.silence import silence_warnings
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS, write_toy
 from bridge.verify.result import Check, print_checks
