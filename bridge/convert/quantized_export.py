@@ -23,7 +23,7 @@ from bridge.convert.threads import parallel
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf.folder import TensorInfo
 from bridge.hf.quantization import Scheme
-from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, shown
+from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, printable
 from bridge.mapping import Table
 from bridge.mapping.unified import in_memory
 
@@ -169,7 +169,7 @@ class QuantizedReader:
                 self._put(module, suffix, info.dtype, tuple(info.shape))
             return
         if dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError(f"tensor {shown(module.source)} is {dtype}, which is not quantized")
+            raise CheckpointError(f"tensor {printable(module.source)} is {dtype}, which is not quantized")
         groups = columns // preset.group if preset.group else 1
         width = {"F8_E4M3": columns, "int4": -(-columns // 8), "e2m1": columns // 2}[preset.kind]
         self._put(module, preset.suffix, preset.stored, (rows, width))
@@ -237,7 +237,7 @@ class QuantizedReader:
         for data in self._rows(module, start, stop):
             values = to_float(data, dtype, (len(data) // (module.columns * ITEM_SIZES[dtype]), module.columns))
             if not np.isfinite(values).all():
-                raise CheckpointError(f"tensor {shown(module.source)} has a value that is no number or infinite")
+                raise CheckpointError(f"tensor {printable(module.source)} has a value that is no number or infinite")
             yield values
 
     def _rows(self, module: _Module, start: int, stop: int) -> Iterator[Bytes]:

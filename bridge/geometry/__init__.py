@@ -4,8 +4,9 @@ Everything else asks the frozen `Geometry`. Plain JSON is read, so that a conver
 `tests/unit/test_geometry*.py` hold the reading against that of the transformers classes.
 """
 
+from bridge.geometry.binding import bound, producers
 from bridge.geometry.decoder import LayerGeometry, LayerKind, MoeGeometry, PleGeometry
-from bridge.geometry.drafter import DrafterGeometry, bound, producers
+from bridge.geometry.drafter import DrafterGeometry
 from bridge.geometry.model import Geometry, HasToDict
 from bridge.geometry.towers import (
     Audio,

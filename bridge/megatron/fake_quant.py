@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge.convert.quantize import EPSILON, HALF_RANGE
+from bridge.megatron.layer_options import FAKE_QUANT
 from bridge.megatron.linear import ColumnLinear, RowLinear
-from bridge.megatron.parts import FAKE_QUANT
 
 Group = dist.ProcessGroup | None
 

@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[str, int, str, list[str]]] = {
     "12b CP2": ("12b", 2, "q4_0", ["parallel.cp=2"]),
     "26b-a4b DP2 EP2": ("26b-a4b", 2, "int4-g32", ["parallel.ep=2"]),
 }
+IN_MAKE_TEST = {"e2b TP2", "12b TP2+SP fp8", "26b-a4b TP2+SP ETP2"}
 
 
 class Toys:
@@ -60,7 +61,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys"))
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in IN_MAKE_TEST else pytest.mark.slow) for case in LAYOUTS]
+)
 def test_a_layout_is_one_rank(case: str, toys: Toys, ranks: RankPool, tmp_path: Path) -> None:
     """The first step's loss and gradient. Later ones may differ by a code: weights near the middle between two."""
     variant, world, scheme, layout = LAYOUTS[case]

@@ -22,8 +22,8 @@ from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder
 from bridge.inspection import inspect_folder
 from bridge.toy import VARIANTS, write_toy
-from bridge.verify.run import verify
 from bridge.verify.round_trip import check_round_trip
+from bridge.verify.run import verify
 
 DTYPES: dict[str, dict[str, Any]] = {
     "bfloat16": {},

@@ -45,7 +45,7 @@ FAKE_QUANT: dict[str, int | None] = {"none": None, "q4_0": 32, "int4-g32": 32, "
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerLinears:
     """The linears of a layer: q/k/v and the FFN's first are `column`, the output projection and its second `row`."""
 
     column: type[torch.nn.Module]
@@ -53,19 +53,19 @@ class Parts:
 
 
 @cache
-def parts(name: str, fake_quant: str = "none") -> Parts:
+def layer_linears(name: str, fake_quant: str = "none") -> LayerLinears:
     """The parts of a spec that `check_layer_spec` and `check_fake_quant` allow."""
     if fake_quant != "none":
         from bridge.megatron.fake_quant import FakeQuantColumnLinear, FakeQuantRowLinear
 
-        return Parts(FakeQuantColumnLinear, FakeQuantRowLinear)
+        return LayerLinears(FakeQuantColumnLinear, FakeQuantRowLinear)
     if name == TE:
         from bridge.megatron.te_linear import te_linears
 
-        return Parts(*te_linears())
+        return LayerLinears(*te_linears())
     from bridge.megatron.linear import ColumnLinear, RowLinear
 
-    return Parts(ColumnLinear, RowLinear)
+    return LayerLinears(ColumnLinear, RowLinear)
 
 
 def check_names(name: str, fp8: str) -> None:
