@@ -27,7 +27,9 @@ from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_
 from bridge.mapping import Table
 from bridge.mapping.unified import in_memory
 
-_BLOCK = 1 << 18
+# Values quantized at once: what is made of them on the way stays within the cache, and within memory that a process
+# keeps, which one that is given back and asked for again costs more than the arithmetic.
+_BLOCK = 1 << 17
 # The format and version of compressed-tensors that the files follow.
 _VERSION = "0.20.0"
 
@@ -119,6 +121,7 @@ class QuantizedReader:
         self._parts: dict[str, tuple[_Module, str]] = {}
         self._fused: dict[str, list[_Module]] = {}
         self._globals: dict[str, np.float32] = {}
+        self._of_rows: dict[str, Floats] = {}
         self._lock = threading.Lock()
         self.left: list[str] = []
         self.dropped: list[str] = []
@@ -202,8 +205,9 @@ class QuantizedReader:
             data[:] = np.full(stop - start, self._global(module), dtype=np.float32).view(np.uint8)
         else:
             done = 0
-            for values in self._blocks(module, start, stop):
-                made = (self._scale if suffix == "weight_scale" else self._codes)(module, values).reshape(-1)
+            for low, values in self._blocks(module, start, stop):
+                make = self._scale if suffix == "weight_scale" else self._codes
+                made = make(module, values, low).reshape(-1)
                 data[done : done + len(made)] = made
                 done += len(made)
 
@@ -231,14 +235,13 @@ class QuantizedReader:
             found = {module.name: found[module.name] for fused in whole for module in fused}
         return found
 
-    def _blocks(self, module: _Module, start: int, stop: int) -> Iterator[Floats]:
-        """Rows [start, stop) of a module as float32, a bounded number at a time. Raises CheckpointError."""
-        dtype = self._dtype(module)
+    def _blocks(self, module: _Module, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
+        """Rows [start, stop) of a module as float32, a bounded number at a time, each with its first row."""
+        dtype, low = self._dtype(module), start
         for data in self._rows(module, start, stop):
             values = to_float(data, dtype, (len(data) // (module.columns * ITEM_SIZES[dtype]), module.columns))
-            if not np.isfinite(values).all():
-                raise CheckpointError(f"tensor {printable(module.source)} has a value that is no number or infinite")
-            yield values
+            yield low, values
+            low += len(values)
 
     def _rows(self, module: _Module, start: int, stop: int) -> Iterator[Bytes]:
         """Rows [start, stop) of a module as they are stored, a bounded number at a time. Raises CheckpointError."""
@@ -259,30 +262,49 @@ class QuantizedReader:
                 data = whole[(first + low) * width : (first + high) * width]
             yield data
 
-    def _largest(self, values: Floats) -> Floats:
-        """The largest absolute value of each group [rows, groups]."""
-        return np.abs(values).reshape(len(values), -1, self.preset.group or values.shape[1]).max(axis=2)
+    def _largest(self, module: _Module, values: Floats) -> Floats:
+        """The largest absolute value of each group [rows, groups]. Raises CheckpointError: it is no number."""
+        group = self.preset.group
+        if group is None:
+            largest = np.abs(values).max(axis=1, keepdims=True)
+        else:
+            # Turned, so that the maximum is of long rows.
+            largest = np.ascontiguousarray(np.abs(values).reshape(-1, group).T).max(axis=0).reshape(len(values), -1)
+        if not np.isfinite(largest).all():
+            raise CheckpointError(f"tensor {printable(module.source)} has a value that is no number or infinite")
+        return largest
 
     def _group_scales(self, module: _Module, values: Floats) -> Bytes:
-        return group_scales(self._largest(values), self._global(module), self._dtype(module))
+        return group_scales(self._largest(module, values), self._global(module), self._dtype(module))
 
-    def _scale(self, module: _Module, values: Floats) -> Bytes:
+    def _float_scales(self, module: _Module, values: Floats, low: int) -> Floats:
+        """Scales without a global one, of rows from `low` on. Those of rows, which are few, are found once."""
+        if self.preset.group is not None:
+            return scales(self._largest(module, values), self.preset.kind, self._dtype(module))
+        # No scale is 0: that is one not found yet.
+        whole = self._of_rows.setdefault(module.name, np.zeros((module.rows, 1), dtype=np.float32))
+        part = whole[low : low + len(values)]
+        if not part.all():
+            part[:] = scales(self._largest(module, values), self.preset.kind, self._dtype(module))
+        return part
+
+    def _scale(self, module: _Module, values: Floats, low: int) -> Bytes:
         """Scales as they are stored."""
         if self.preset.kind == "e2m1":
             return self._group_scales(module, values)
         dtype = self._dtype(module)
-        scale = scales(self._largest(values), self.preset.kind, dtype)
+        scale = self._float_scales(module, values, low)
         out = np.empty(scale.size * ITEM_SIZES[dtype], dtype=np.uint8)
         convert(memoryview(np.ascontiguousarray(scale)).cast("B"), "F32", memoryview(out), dtype)
         return out
 
-    def _codes(self, module: _Module, values: Floats) -> Bytes:
+    def _codes(self, module: _Module, values: Floats, low: int) -> Bytes:
         dtype = self._dtype(module)
         if self.preset.kind == "e2m1":
             codes = self._group_scales(module, values)
             scale = to_float(codes, "F8_E4M3", codes.shape) / self._global(module)
         else:
-            scale = scales(self._largest(values), self.preset.kind, dtype)
+            scale = self._float_scales(module, values, low)
         return np.ascontiguousarray(encode(values, scale, self.preset.kind, dtype))
 
     def _dtype(self, module: _Module) -> str:
@@ -293,7 +315,8 @@ class QuantizedReader:
         with self._lock:
             if module.fused not in self._globals:
                 fused = self._fused[module.fused]
-                largest = [np.abs(values).max() for each in fused for values in self._blocks(each, 0, each.rows)]
+                blocks = ((each, values) for each in fused for _, values in self._blocks(each, 0, each.rows))
+                largest = [self._largest(each, values).max() for each, values in blocks]
                 self._globals[module.fused] = global_scale(np.float32(max(largest)), self._dtype(module))
             return self._globals[module.fused]
 

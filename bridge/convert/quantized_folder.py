@@ -26,7 +26,7 @@ from bridge.hf.quantization import ACTIVATION_SCALES, MODELOPT_FILE, Quantizatio
 from bridge.hf.tensors import ITEM_SIZES, TensorLike, TensorSpec, as_bytes, check_rows, num_rows, printable, row_bytes
 
 # Values dequantized at once: the arrays of one step stay within the cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 _SUFFIXES = ("_packed", "_scale_inv", "_scale_2", "_global_scale", "_scale", "_zero_point", "_shape", "_g_idx")
 # Written beside quantized weights, wrong beside plain ones.
 _RECIPES = (MODELOPT_FILE, "recipe.yaml")
