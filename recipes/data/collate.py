@@ -11,6 +11,8 @@ from torch import Tensor
 from recipes.data.chat import Encoded
 
 IGNORE = -100
+# What begins the names of tensors of answers behind other prompts (KTO).
+KL = "KL_"
 
 # What the image and video processors put where there is no patch.
 _PAD_VALUES = {"image_position_ids": -1, "video_position_ids": -1}
@@ -78,6 +80,17 @@ def batch_tensors(
     if packed:
         tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return tensors
+
+
+def mismatched(asked: Encoded, answered: Encoded, length: int) -> Encoded:
+    """The prompt of one sample with the answer of another, at most so many tokens of it."""
+    here, there = int(asked.supervised.argmax()), int(answered.supervised.argmax())
+
+    def joined(prompt: np.ndarray, answer: np.ndarray) -> np.ndarray:
+        return np.concatenate([prompt[:here], answer[there:]])[:length]
+
+    learnt = joined(np.zeros_like(asked.supervised), answered.supervised)
+    return Encoded(joined(asked.ids, answered.ids), learnt, joined(asked.types, answered.types), asked.media)
 
 
 def join_media(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
