@@ -53,7 +53,7 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
 
     Media stay behind where no tower is: on every pipeline stage but the first.
     """
-    unknown = sorted(set(batch) - _KNOWN - _IGNORED)
+    unknown = sorted(name for name in set(batch) - _KNOWN - _IGNORED if not name.startswith(KL))
     if unknown:
         raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
     media = MEDIA_NAMES & set(batch)

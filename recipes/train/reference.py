@@ -13,7 +13,6 @@ from torch import Tensor
 from bridge.errors import TrainingError
 from bridge.lora.inject import disabled
 from recipes.config import Recipe
-from recipes.data.collate import KL
 from recipes.losses.names import KTO
 from recipes.losses.objective import AnswerLoss, Objective, PreferenceLoss, answer_logps
 from recipes.train.passes import Batch, Passed, Prepared, mismatched_rows, prepare, through
@@ -34,7 +33,7 @@ def settled(
     """The objective and the microbatches of a step with all that their losses need. Collective."""
     if isinstance(objective, AnswerLoss) and objective.name == KTO and objective.kl is None:
         objective = replace(objective, kl=divergence(run, [batches]))
-    microbatches = _prepared(run, [_matched(batch) for batch in batches])
+    microbatches = _prepared(run, batches)
     if objective.referenced and any("ref_logps" not in each.batch for each in microbatches):
         microbatches = _with_base(run, microbatches)
     if isinstance(objective, PreferenceLoss) and objective.nll and train:
@@ -57,10 +56,6 @@ def divergence(run: BuiltModel, groups: Iterable[Sequence[Batch]]) -> Tensor:
             total += torch.stack([(logps - each.batch["ref_logps"]).sum(), logps.new_tensor(len(logps))])
     dist.all_reduce(total)
     return (total[0] / total[1]).clamp(min=0)
-
-
-def _matched(batch: Batch) -> Batch:
-    return {name: tensor for name, tensor in batch.items() if not name.startswith(KL)}
 
 
 def _prepared(run: BuiltModel, batches: Sequence[Batch]) -> list[Prepared]:

@@ -52,7 +52,7 @@ def difference(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, floa
 
 
 def figures_of(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: difference(ours, theirs, name) for name in COMPARED if name in theirs[0]}
+    return {name: difference(ours, theirs, name) for name in COMPARED if name in theirs[0] and name in ours[0]}
 
 
 def trained_apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -151,4 +151,7 @@ def test_memory_of_a_step(ranks: RankPool, record_property: Any, case: Case, los
         ((peak, theirs, behind),) = ranks.run(counted, case, loss, world_size=1, timeout_s=600)
         record_property("bytes", f"{loss}: {peak} of {plain}, {peak / plain:.4f}")
         print(loss, peak, plain, peak / plain)
-        assert peak <= MEMORY * plain and theirs == reads and behind == left
+        assert peak <= MEMORY * plain and behind == left
+        assert {when: set(where) for when, where in theirs.items()} == {
+            when: set(where) for when, where in reads.items()
+        }
