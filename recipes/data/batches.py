@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
 from recipes.data.chat import Encoded
 from recipes.data.collate import KL, batch_tensors, join_media, mismatched
@@ -85,7 +85,7 @@ class Position:
     row: int
 
 
-class Batches(Closing, Iterator[dict[str, Tensor]]):
+class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
