@@ -84,6 +84,7 @@ def toy(
     mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of embedding and head.")] = None,
     ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Of sliding layers; global twice that, window 16.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a small random checkpoint with every structural feature of the real model, tokenizer and all."""
@@ -102,6 +103,7 @@ def toy(
             mixed_dtypes=mixed_dtypes,
             vocab_size=vocab_size,
             ple_vocab_size=ple_vocab_size,
+            head_dim=head_dim,
             overwrite=overwrite,
             progress=lambda done, total: progress(done, total, variant),
         )

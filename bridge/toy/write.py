@@ -34,6 +34,7 @@ def write_toy(
     dead_kv: bool = True,
     vocab_size: int | None = None,
     ple_vocab_size: int | None = None,
+    head_dim: int | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
@@ -53,6 +54,7 @@ def write_toy(
             that no model reads.
         vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
         ple_vocab_size: rows of the per-layer table, where they are to be others.
+        head_dim: of sliding layers, with global heads of twice as much and a window of 16.
         overwrite: replace an existing folder.
         max_shard_size: of a weight file, in bytes.
         progress: called with (bytes written, bytes in all).
@@ -75,6 +77,7 @@ def write_toy(
         untied=untied,
         vocab_size=vocab_size,
         ple_vocab_size=ple_vocab_size,
+        head_dim=head_dim,
     )
     config, shapes = build(toy, dtype, dead_kv=dead_kv)
     specs = [
