@@ -1,7 +1,7 @@
 """Runs in .venv-engines: one vLLM engine in this process, asked by a file and answering by one.
 
 `python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}`, options of
-vllm.LLM; the fields of asks and answers are those of `Ask` and `Answer` in kit.py.
+vllm.LLM; fields of asks and answers are those of `Ask` and `Answer` in kit.py; `never` are tokens that no answer has.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def ask(llm: Any, asked: dict[str, Any], numbers: dict[str, int]) -> list[dict[s
     def request(folder: str | None) -> LoRARequest | None:
         return None if folder is None else LoRARequest(folder, numbers.setdefault(folder, len(numbers) + 1), folder)
 
-    params = SamplingParams(temperature=0, max_tokens=asked["max_tokens"], prompt_logprobs=-1, ignore_eos=True)
+    never = dict.fromkeys(asked["never"], -100.0)
+    params = SamplingParams(
+        temperature=0, max_tokens=asked["max_tokens"], prompt_logprobs=-1, ignore_eos=True, logit_bias=never
+    )
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in asked["ids"]],
         params,
