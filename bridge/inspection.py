@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Inspection:
             "tied": g.tied,
             "experts": None if g.moe is None else {"num": g.moe.num_experts, "topk": g.moe.topk},
             "per_layer_embedding_dim": None if g.ple is None else g.ple.dim,
+            "drafter": None if g.drafter is None else asdict(g.drafter),
             "layer_kinds": [
                 {
                     "layers": list(row.layers),
@@ -76,7 +77,7 @@ class Inspection:
                     "window": row.example.window,
                     "ffn_hidden_size": row.example.ffn_hidden_size,
                     "k_eq_v": row.example.k_eq_v,
-                    "shares_kv_of": row.example.kv_source if row.example.shares_kv else None,
+                    "shares_kv_of": _source(row.example),
                 }
                 for row in self.rows
             ],
@@ -143,6 +144,10 @@ def inspect_folder(path: str | Path) -> Inspection:
         notices,
         storage,
     )
+
+
+def _source(layer: LayerGeometry) -> int | str | None:
+    return "target" if layer.external_kv else layer.kv_source if layer.shares_kv else None
 
 
 def _rows(geometry: Geometry) -> tuple[LayerRow, ...]:

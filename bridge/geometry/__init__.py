@@ -4,7 +4,9 @@ Everything else asks the frozen `Geometry`. Plain JSON is read, so that a conver
 `tests/unit/test_geometry*.py` hold the reading against that of the transformers classes.
 """
 
+from bridge.geometry.binding import bound, producers
 from bridge.geometry.decoder import LayerGeometry, LayerKind, MoeGeometry, PleGeometry
+from bridge.geometry.drafter import DrafterGeometry
 from bridge.geometry.model import Geometry, HasToDict
 from bridge.geometry.towers import (
     Audio,
@@ -19,6 +21,7 @@ from bridge.geometry.towers import (
 __all__ = [
     "Audio",
     "AudioGeometry",
+    "DrafterGeometry",
     "Geometry",
     "HasToDict",
     "LayerGeometry",
@@ -30,4 +33,6 @@ __all__ = [
     "UnifiedVisionGeometry",
     "Vision",
     "VisionGeometry",
+    "bound",
+    "producers",
 ]

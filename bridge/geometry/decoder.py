@@ -71,6 +71,8 @@ _ROPE: dict[str, dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+# The `kv_source` of a drafter's layer, before it is known of which target (`drafter.bound`).
+EXTERNAL = -1
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class LayerGeometry:
     """One decoder layer.
 
     `kv_source` is the layer whose normed keys and values this one reads; it equals `index` where the layer makes its
-    own. `k_eq_v` says that values come from the key projection. `window` is in tokens, None on global layers.
+    own. Of a drafter (`external_kv`) it is a layer of the target, or `EXTERNAL`. `k_eq_v` says that values come from
+    the key projection. `window` is in tokens, None on global layers.
     """
 
     index: int
@@ -92,11 +95,12 @@ class LayerGeometry:
     ffn_hidden_size: int
     rope_theta: float
     rotary_fraction: float
+    external_kv: bool = False
 
     @property
     def shares_kv(self) -> bool:
         """Whether the layer has no key and value projections and reads those of `kv_source`."""
-        return self.kv_source != self.index
+        return self.external_kv or self.kv_source != self.index
 
     @property
     def q_size(self) -> int:
@@ -143,12 +147,12 @@ def text_fields(name: str, section: Any, unified: bool, notices: list[str], also
     return fields
 
 
-def read_layers(fields: Fields, notices: list[str]) -> tuple[LayerGeometry, ...]:
-    """One row per layer. Raises GeometryError."""
+def read_layers(fields: Fields, notices: list[str], *, external_kv: bool = False) -> tuple[LayerGeometry, ...]:
+    """One row per layer; `external_kv`: all of them read another model's keys and values. Raises GeometryError."""
     names = _layer_types(fields, notices)
     kinds = [_KINDS[name] for name in names]
     overrides = _per_layer_overrides(fields, names, notices)
-    sources = _kv_sources(fields, kinds)
+    sources = [EXTERNAL] * len(kinds) if external_kv else _kv_sources(fields, kinds)
     heads, window, ffn = (fields.positive(k) for k in ("num_attention_heads", "sliding_window", "intermediate_size"))
     k_eq_v, double_wide = fields.flag("attention_k_eq_v"), fields.flag("use_double_wide_mlp")
     rope = {kind: _rope(fields, kind) for kind in _NAMES if kind in kinds}
@@ -172,6 +176,7 @@ def read_layers(fields: Fields, notices: list[str]) -> tuple[LayerGeometry, ...]
                 num_query_groups=groups,
                 k_eq_v=k_eq_v and kind == "global" and not shared,
                 kv_source=sources[index],
+                external_kv=external_kv,
                 window=window if kind == "sliding" else None,
                 ffn_hidden_size=ffn * (2 if double_wide and shared else 1),
                 rope_theta=theta,

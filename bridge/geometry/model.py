@@ -17,6 +17,7 @@ from bridge.geometry.decoder import (
     read_ple,
     text_fields,
 )
+from bridge.geometry.drafter import DRAFTER_DEFAULTS, DrafterGeometry, check_text, read_drafter
 from bridge.geometry.fields import Fields, short
 from bridge.geometry.towers import (
     PLACEHOLDER_DEFAULTS,
@@ -37,6 +38,11 @@ _MULTIMODAL = {
     "gemma4_unified": ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text", "Gemma4UnifiedForCausalLM"),
 }
 _TEXT = {text: (wrapper, architecture) for wrapper, (_, text, architecture) in _MULTIMODAL.items()}
+# model_type of a drafter's config -> (its architecture, model_type of its text part)
+_DRAFTERS = {
+    "gemma4_assistant": ("Gemma4AssistantForCausalLM", "gemma4_text"),
+    "gemma4_unified_assistant": ("Gemma4UnifiedAssistantForCausalLM", "gemma4_unified_text"),
+}
 _TOP_DEFAULTS: dict[str, Any] = {
     "text_config": None,
     "vision_config": None,
@@ -63,7 +69,7 @@ class HasToDict(Protocol):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A Gemma 4 model.
+    """A Gemma 4 model, or a drafter of one.
 
     `base` starts the on-disk name of every tensor but `lm_head.weight`, `prefix` that of the language model's. `base`
     is empty where the base class saved the folder, which transformers loads as well. `notices`: what the config says
@@ -88,6 +94,7 @@ class Geometry:
     placeholders: Placeholders | None
     vision: Vision | None
     audio: Audio | None
+    drafter: DrafterGeometry | None = None
     base: str = _BASE
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -103,7 +110,7 @@ class Geometry:
 
     def in_class(self, name: str) -> str:
         """What the class with a head calls the tensor `name` of a folder, on disk."""
-        return name if name.startswith((_BASE, "lm_head.")) else _BASE + name
+        return name if self.base or name.startswith("lm_head.") else _BASE + name
 
     @property
     def placeholder_ids(self) -> frozenset[int]:
@@ -112,8 +119,8 @@ class Geometry:
 
     @property
     def unified(self) -> bool:
-        """Whether this is the encoder-free family (12B)."""
-        return self.model_type == "gemma4_unified"
+        """Whether this is the encoder-free family (12B), or a drafter of it."""
+        return self.model_type.startswith("gemma4_unified")
 
     @property
     def text_architecture(self) -> str:
@@ -143,8 +150,8 @@ class Geometry:
     def from_dict(cls, config: Mapping[str, Any]) -> Geometry:
         """Read a config as a dictionary. Raises GeometryError that names the field."""
         model_type, notices = config.get("model_type"), list[str]()
-        if not isinstance(model_type, str) or model_type not in {*_MULTIMODAL, *_TEXT}:
-            known = ", ".join([*_MULTIMODAL, *_TEXT])
+        if not isinstance(model_type, str) or model_type not in {*_MULTIMODAL, *_TEXT, *_DRAFTERS}:
+            known = ", ".join([*_MULTIMODAL, *_TEXT, *_DRAFTERS])
             raise GeometryError(f"model_type is {short(model_type)}, not a Gemma 4 model (one of {known})")
         if model_type in _TEXT:
             wrapper, architecture = _TEXT[model_type]
@@ -152,21 +159,30 @@ class Geometry:
             text = text_fields("", config, wrapper == "gemma4_unified", notices, also)
             _check_quantization(text["quantization_config"], notices)
             return cls._read(text, wrapper, architecture, text.flag("tie_word_embeddings"), notices)
+        if model_type in _DRAFTERS:
+            return cls._read_drafter(config, model_type, notices)
         architecture, text_type, _ = _MULTIMODAL[model_type]
         unified = model_type == "gemma4_unified"
         top = Fields("", config, _TOP_DEFAULTS, notices, ignored=_TOP_IGNORED)
         _check_quantization(top["quantization_config"], notices)
-        section = {} if top["text_config"] is None else top["text_config"]
-        text = text_fields("text_config", section, unified, notices, {"model_type": text_type})
-        if text["model_type"] != text_type:
-            raise GeometryError(f"text_config.model_type is {short(text['model_type'])}, expected {text_type!r}")
-        # The multimodal classes obey the top-level value, whatever text_config says.
-        tied = top.flag("tie_word_embeddings")
-        if "tie_word_embeddings" in text.given and text["tie_word_embeddings"] is not tied:
-            notices.append(f"text_config.tie_word_embeddings does not count: at the top it is {str(tied).lower()}")
+        text, tied = _text_section(top, text_type, unified, notices)
         vision = read_vision(top["vision_config"], unified, notices)
         audio = read_audio(top["audio_config"], unified, notices)
         return cls._read(text, model_type, architecture, tied, notices, read_placeholders(top), vision, audio)
+
+    @classmethod
+    def _read_drafter(cls, config: Mapping[str, Any], model_type: str, notices: list[str]) -> Geometry:
+        architecture, text_type = _DRAFTERS[model_type]
+        unified = model_type.startswith("gemma4_unified")
+        top = Fields("", config, DRAFTER_DEFAULTS[model_type], notices, ignored=_TOP_IGNORED)
+        _check_quantization(top["quantization_config"], notices)
+        if top["text_config"] is None:
+            raise GeometryError("text_config is missing: a drafter has no default")
+        text, tied = _text_section(top, text_type, unified, notices)
+        check_text(text, unified, notices)
+        drafter = read_drafter(top, text.positive("vocab_size"))
+        # The class computes no softcap.
+        return replace(cls._read(text, model_type, architecture, tied, notices, drafter=drafter), logit_softcap=None)
 
     @classmethod
     def _read(
@@ -179,6 +195,7 @@ class Geometry:
         placeholders: Placeholders | None = None,
         vision: Vision | None = None,
         audio: Audio | None = None,
+        drafter: DrafterGeometry | None = None,
     ) -> Geometry:
         ple, vocab_size = read_ple(text), text.positive("vocab_size")
         pad, softcap = text.token("pad_token_id"), "final_logit_softcapping"
@@ -191,7 +208,7 @@ class Geometry:
             multimodal=placeholders is not None,
             hidden_size=text.positive("hidden_size"),
             vocab_size=vocab_size,
-            layers=read_layers(text, notices),
+            layers=read_layers(text, notices, external_kv=drafter is not None),
             moe=read_moe(text),
             ple=ple,
             tied=tied,
@@ -204,8 +221,22 @@ class Geometry:
             placeholders=placeholders,
             vision=vision,
             audio=audio,
+            drafter=drafter,
             notices=tuple(notices),
         )
+
+
+def _text_section(top: Fields, text_type: str, unified: bool, notices: list[str]) -> tuple[Fields, bool]:
+    """`text_config` of a config that has one, and whether the head is tied. Raises GeometryError."""
+    section = {} if top["text_config"] is None else top["text_config"]
+    text = text_fields("text_config", section, unified, notices, {"model_type": text_type})
+    if text["model_type"] != text_type:
+        raise GeometryError(f"text_config.model_type is {short(text['model_type'])}, expected {text_type!r}")
+    # These classes obey the top-level value, whatever text_config says.
+    tied = top.flag("tie_word_embeddings")
+    if "tie_word_embeddings" in text.given and text["tie_word_embeddings"] is not tied:
+        notices.append(f"text_config.tie_word_embeddings does not count: at the top it is {str(tied).lower()}")
+    return text, tied
 
 
 def _check_quantization(config: Any, notices: list[str]) -> None:

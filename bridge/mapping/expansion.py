@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from bridge.geometry import AudioGeometry, Geometry, LayerGeometry, VisionGeometry
 from bridge.mapping.audio import AUDIO
+from bridge.mapping.drafter import DRAFTER
 from bridge.mapping.moe import MOE
 from bridge.mapping.ple import PLE
 from bridge.mapping.table import Entry, HfTensor, Row, Table
@@ -25,6 +26,9 @@ def dimensions(geometry: Geometry, layer: LayerGeometry | None) -> dict[str, int
         sizes["experts"] = geometry.moe.num_experts
         sizes["moe_ffn"] = geometry.moe.ffn_hidden_size
         sizes["2*moe_ffn"] = 2 * geometry.moe.ffn_hidden_size
+    if geometry.drafter is not None:
+        sizes |= {"backbone": geometry.drafter.backbone_hidden_size, "centroids": geometry.drafter.num_centroids or 0}
+        sizes["2*backbone"] = 2 * geometry.drafter.backbone_hidden_size
     if layer is not None:
         sizes |= {"head_dim": layer.head_dim, "q": layer.q_size, "kv": layer.kv_size, "ffn": layer.ffn_hidden_size}
     return sizes | _tower_dimensions(geometry)
@@ -51,7 +55,7 @@ def _tower_dimensions(geometry: Geometry) -> dict[str, int]:
 
 def all_rows() -> tuple[Row, ...]:
     """Every row of every table, in the order of the documentation."""
-    return (*TEXT, *PLE, *MOE, *VISION, *AUDIO, *UNIFIED)
+    return (*TEXT, *PLE, *MOE, *VISION, *AUDIO, *UNIFIED, *DRAFTER)
 
 
 def table_for(geometry: Geometry) -> Table:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from bridge.errors import MappingError
 from bridge.geometry import Geometry, LayerGeometry
-from bridge.mapping.transforms import Block, Shape, Transform, copy
+from bridge.mapping.transforms import RowBlock, Shape, Transform, copy
 
 # One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
 Shard = tuple[str | None, ...]
@@ -46,8 +46,8 @@ class Row:
     which axis of the Megatron tensor. A row without a Megatron name is *carried*: kept beside the checkpoint and
     written back, because the model does not use it. An `optional` row may be absent from a folder; when it has a
     Megatron name, it is another copy of what a row above fills (a tied head written out), checked to be equal when it
-    is imported. `trainable` is False for buffers. `embedding` says that the tensor is looked up by row; every other
-    matrix named `.weight` is that of a linear.
+    is imported. `trainable` is False for buffers. An `integer` row holds numbers of tokens, which no dtype changes.
+    `embedding` says that the tensor is looked up by row; every other matrix named `.weight` is that of a linear.
     """
 
     megatron: str | None
@@ -60,6 +60,7 @@ class Row:
     trainable: bool = True
     part: Part = DECODER
     embedding: bool = False
+    integer: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -81,7 +82,7 @@ class Entry:
     key: str
     shape: Shape
     sources: tuple[HfTensor, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[RowBlock, ...]
     row: Row
     layer: LayerGeometry | None = None
 
@@ -106,6 +107,10 @@ class Table:
         """What is the HF tensor `name` once more, whether or not a folder has it: a head that is tied to it."""
         found = self.by_hf_name.get(name)
         return tuple(copied for copied, entry in self.copies.items() if found is not None and entry is found[0])
+
+    def is_integer(self, name: str) -> bool:
+        """Whether an HF tensor holds numbers of tokens, which no dtype changes."""
+        return name in self.by_hf_name and self.by_hf_name[name][0].row.integer
 
     def covers(self, key: str) -> bool:
         """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""

@@ -17,8 +17,8 @@ from bridge.megatron.attention import KeyValue
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.layer import layer_spec
+from bridge.megatron.layer_options import layer_linears
 from bridge.megatron.norm import RMSNorm
-from bridge.megatron.parts import parts
 from bridge.megatron.pipeline import Boundary
 from bridge.megatron.ple import PerLayerEmbedding
 from bridge.megatron.rope import Rotary
@@ -39,7 +39,7 @@ class Gemma4Block(TransformerBlock):
     ) -> None:
         backends = dict(config.attention_backends)
         geometry = config.geometry
-        linears = parts(config.layer_spec)
+        linears = layer_linears(config.layer_spec)
         specs = [
             layer_spec(layer, mask_rule(geometry, layer, config.vision_mask), backends[layer.kind], linears)
             for layer in geometry.layers[layers.start : layers.stop]
@@ -53,8 +53,9 @@ class Gemma4Block(TransformerBlock):
             vp_stage=vp_stage,
         )
         tp_size, sp = get_pg_size(pg_collection.tp), config.sequence_parallel
-        self.entry = Boundary.before(geometry, layers.start, tp_size, sp)
-        self.exit = Boundary.before(geometry, layers.stop, tp_size, sp)
+        self.entry = Boundary.before(geometry, layers.start, tp_size, sp, config.published_kv)
+        self.exit = Boundary.before(geometry, layers.stop, tp_size, sp, config.published_kv)
+        self.published: dict[int, KeyValue] = {}
         self.ple: PerLayerEmbedding | None = None
         if geometry.ple is not None:
             self.ple = PerLayerEmbedding(config, layers, pg_collection)
@@ -67,15 +68,19 @@ class Gemma4Block(TransformerBlock):
         input_ids: Tensor,
         rotary: dict[LayerKind, Rotary],
         visibility: Visibility | CachedStep,
+        external_kv: dict[int, KeyValue] | None = None,
         **unused: Any,
     ) -> Tensor:
         """The input embeddings [s (/tp), b, h] on the first stage, else None: then what `set_input_tensor` was given.
+
+        `external_kv`: of another model's layers, which those of a drafter read. What another model reads of this one
+        (`config.published_kv`) is in `published` after the last stage's pass.
 
         Returns hidden states, final-normed on the last stage; on the others the payload of the boundary. `unused` are
         Megatron's own arguments (rotary, inference, masks), which `rotary` and `visibility` replace.
         """
         slots = self.config.pipeline_payload
-        kv: dict[int, KeyValue] = {}
+        kv: dict[int, KeyValue] = dict(external_kv or {})
         embeds: Tensor | None
         if self.pre_process:
             assert hidden_states is not None
@@ -97,6 +102,8 @@ class Gemma4Block(TransformerBlock):
             for start, stop, recompute in self._groups():
                 state, kv = self._run(start, stop, state, ple, kv, rotary, visibility, recompute)
 
+        if self.post_process:
+            self.published = {source: kv[source] for source in self.config.published_kv}
         if self.final_layernorm is not None:
             state = self.final_layernorm(state)
         if not self.post_process:
@@ -180,7 +187,8 @@ class Gemma4Block(TransformerBlock):
         return hidden_states, {source: KeyValue(*flat[2 * i : 2 * i + 2]) for i, source in enumerate(outgoing)}
 
     def _still_read(self, stop: int, kv: dict[int, KeyValue]) -> list[int]:
-        """Layers up to `stop` of this stage, or of earlier ones, whose K/V a later layer of the model reads."""
+        """Layers up to `stop` of this stage, or of earlier ones, whose K/V a later layer or another model reads."""
         geometry = self.config.geometry
         end = self.layers[stop - 1].layer.index + 1
-        return sorted({layer.kv_source for layer in geometry.layers[end:] if layer.kv_source < end})
+        later = {layer.kv_source for layer in geometry.layers[end:] if layer.external_kv or layer.kv_source < end}
+        return sorted(later | {source for source in self.config.published_kv if source < end})

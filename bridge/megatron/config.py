@@ -29,7 +29,8 @@ class Gemma4TransformerConfig(TransformerConfig):
     experts multiply in FP8 (`fp8_experts.py`). `kernels` says who computes what `bridge.megatron.kernels` has kernels
     for. Raises UsageError where it names nobody. `every_gradient`: a backward pass gives every trained parameter a
     gradient, zeros where the batch had no use for it; what Megatron's overlapped gradient reduction waits for, and a
-    copy in vain for any other. `vision_mask`: see `visibility.mask_rule`.
+    copy in vain for any other. `published_kv`: layers whose K/V another model, a drafter, reads on the last stage
+    (`Gemma4Block.published`). `vision_mask`: see `visibility.mask_rule`.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
@@ -38,6 +39,7 @@ class Gemma4TransformerConfig(TransformerConfig):
     kernels: str = "auto"
     vision_mask: str = GENERATE
     layer_spec: str = "local"
+    published_kv: tuple[int, ...] = ()
     every_gradient: bool = True
     fp8_experts: bool = False
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.

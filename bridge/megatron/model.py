@@ -122,15 +122,9 @@ class Gemma4Model(GPTModel):
         Under context parallelism every rank is given the whole rows and computes its part of them, which
         `bridge.megatron.context_parallel.take` cuts out of anything else; only `decoder_input` is that part already.
         """
-        cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
-        if visibility is None:
-            visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
-        if isinstance(visibility, CachedStep):
-            position_ids = visibility.position_ids
-        elif position_ids is None:
-            position_ids = visibility.index
-            if cu_seqlens is not None:
-                position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
+        visibility, position_ids = described(
+            input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, visibility
+        )
         if self.pg_collection.cp.size() > 1:
             if isinstance(visibility, CachedStep):
                 raise ParallelError("context parallelism divides rows that are there: generate with cp=1")
@@ -186,6 +180,27 @@ class Gemma4Model(GPTModel):
         if words == columns:
             return logits
         return logits.masked_fill(torch.arange(columns, device=logits.device) >= words, float("-inf"))
+
+
+def described(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    packed_seq_params: PackedSeqParams | None,
+    mm_token_type_ids: Tensor | None,
+    visibility: Visibility | CachedStep | None,
+) -> tuple[Visibility | CachedStep, Tensor]:
+    """What `Gemma4Model.forward` makes of whole rows: who sees whom, and positions [b, s]."""
+    cu_seqlens = None if packed_seq_params is None else _bounds(packed_seq_params)
+    if visibility is None:
+        visibility = Visibility.of(input_ids, attention_mask, cu_seqlens, mm_token_type_ids)
+    if isinstance(visibility, CachedStep):
+        return visibility, visibility.position_ids
+    if position_ids is None:
+        position_ids = visibility.index
+        if cu_seqlens is not None:
+            position_ids = position_ids - cu_seqlens.to(position_ids)[visibility.document.clamp(min=0)]
+    return visibility, position_ids
 
 
 def _bounds(packed: PackedSeqParams) -> Tensor:

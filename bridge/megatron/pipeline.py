@@ -41,9 +41,22 @@ class Boundary:
     factor: int
 
     @classmethod
-    def before(cls, geometry: Geometry, first_layer: int, tp_size: int, sequence_parallel: bool) -> Boundary:
-        """K/V travel only where a producer lies before the boundary and a reader behind it."""
-        sources = {layer.kv_source for layer in geometry.layers[first_layer:] if layer.kv_source < first_layer}
+    def before(
+        cls,
+        geometry: Geometry,
+        first_layer: int,
+        tp_size: int,
+        sequence_parallel: bool,
+        published_kv: tuple[int, ...] = (),
+    ) -> Boundary:
+        """K/V travel only where a producer lies before the boundary and a reader behind it.
+
+        What another model reads (`published_kv`) is read on the last stage.
+        """
+        behind = geometry.layers[first_layer:]
+        sources = {layer.kv_source for layer in behind if not layer.external_kv and layer.kv_source < first_layer}
+        if behind:
+            sources |= {source for source in published_kv if source < first_layer}
         kv = tuple(
             TravellingKv(source, local_query_groups(geometry.layers[source], tp_size), geometry.layers[source].head_dim)
             for source in sorted(sources)

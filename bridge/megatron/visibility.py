@@ -45,6 +45,9 @@ def mask_rule(geometry: Geometry, layer: LayerGeometry, vision_mask: str = GENER
     `vision_mask`: whose rule, where transformers contradicts itself (`check_vision_mask`). "generate": that of its
     `create_masks_for_generate`, which models are served by. "forward": that of its `forward`.
     """
+    if layer.external_kv:
+        # It sees no token of its own model, and in transformers' classes `window` tokens of the target and one more.
+        return MaskRule(None if layer.window is None else layer.window + 1, "causal")
     if not geometry.bidirectional_vision:
         return MaskRule(layer.window, "causal")
     if vision_mask == FORWARD:

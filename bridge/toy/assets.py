@@ -7,15 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge.toy.config import ToyConfig
 from bridge.toy.tokenizer import EOS_IDS, build_tokenizer
 
 # The smallest budget that transformers' Gemma 4 image and video processors take.
 _SMALLEST_BUDGET = 70
 
 
-def write_assets(folder: Path, multimodal: Mapping[str, Any], *, text_only: bool, full_size: bool) -> None:
-    """Write everything but weights and config.json. `multimodal` is the multimodal config, of a text model too."""
+# How many tokens a toy's drafter drafts at once; transformers reads it from a drafter's generation_config.json.
+_DRAFT_TOKENS = 4
+
+
+def write_assets(folder: Path, toy: ToyConfig, *, full_size: bool) -> None:
+    """Write everything but weights and config.json."""
     from transformers import GenerationConfig
+
+    multimodal = toy.multimodal
+    drafting = {} if toy.drafter is None else {"num_assistant_tokens": _DRAFT_TOKENS}
 
     build_tokenizer(multimodal).save_pretrained(folder)
     GenerationConfig(
@@ -26,8 +34,9 @@ def write_assets(folder: Path, multimodal: Mapping[str, Any], *, text_only: bool
         temperature=1.0,
         top_k=64,
         top_p=0.95,
+        **drafting,
     ).save_pretrained(folder)
-    if not text_only:
+    if not toy.text_only and toy.drafter is None:
         path = folder / "processor_config.json"
         text = json.dumps(processor_config(multimodal, full_size=full_size), indent=2, sort_keys=True)
         path.write_text(text + "\n", encoding="utf-8")

@@ -81,13 +81,23 @@ _SMALL_TOKEN_IDS: dict[str, int] = {
 }
 
 
+# Of a drafter, as E2B's: its layers, and its other sizes made small. The FFN's width is no other size of a toy.
+_DRAFTER_LAYERS = ["sliding_attention"] * 3 + ["full_attention"]
+_DRAFTER_HEADS = 4
+_DRAFTER_SMALLER: Config = {"hidden_size": 32, "intermediate_size": 72}
+_CENTROIDS: Config = {"num_centroids": 32, "centroid_intermediate_top_k": 6}
+# Published drafters whose head computes the logits of a part of the vocabulary only.
+_ORDERED = ("e2b", "e4b")
+
+
 @dataclass(frozen=True)
 class ToyConfig:
-    """The configs of one toy: the multimodal one, and which class and sub-config are written."""
+    """The configs of one toy: the multimodal one, and which class and sub-config are written, or a drafter's."""
 
     multimodal: Config
     text_only: bool
     untied: bool
+    drafter: Config | None = None
 
     @property
     def model_type(self) -> str:
@@ -97,6 +107,7 @@ class ToyConfig:
     def written(self) -> Config:
         """The config whose class is written. That class obeys the `tie_word_embeddings` at the top of it."""
         chosen = self.multimodal["text_config"] if self.text_only else self.multimodal
+        chosen = chosen if self.drafter is None else self.drafter
         return {**chosen, "tie_word_embeddings": not self.untied}
 
 
@@ -153,14 +164,21 @@ def toy_config(
     vocab_size: int | None = None,
     ple_vocab_size: int | None = None,
     head_dim: int | None = None,
+    drafter: bool = False,
+    ordered: bool | None = None,
 ) -> ToyConfig:
-    """The config of a toy, or of the published size.
+    """The config of a toy, or of the published size; of `drafter` that of the toy's drafter.
 
+    `ordered`: whether a drafter's head knows clusters of tokens, None: as the published one of the variant.
     `vocab_size` is that of all tables; `ple_vocab_size` of the per-layer one, where that is to be another. `head_dim`
     is that of sliding layers, global ones have twice as much.
 
-    Raises UsageError for an unknown variant, or a head dim that cannot be.
+    Raises UsageError for an unknown variant, a head dim that cannot be, or options that exclude each other.
     """
+    if drafter and (full_size or text_only):
+        raise UsageError("a toy's drafter is small and has text alone: neither full_size nor text_only")
+    if ordered is not None and not drafter:
+        raise UsageError("ordered embeddings are a drafter's")
     config = published(variant)
     if head_dim is not None and (full_size or head_dim < 4 or head_dim % 4):
         raise UsageError(
@@ -171,4 +189,36 @@ def toy_config(
     for field, size in (("vocab_size", vocab_size), ("vocab_size_per_layer_input", ple_vocab_size or vocab_size)):
         if size is not None and text.get(field):
             text[field] = size
-    return ToyConfig({**config, "text_config": text}, text_only, untied)
+    whole = {**config, "text_config": text}
+    ordered = variant in _ORDERED if ordered is None else ordered
+    return ToyConfig(whole, text_only, untied, _drafter(whole, ordered) if drafter else None)
+
+
+def _drafter(target: Config, ordered: bool) -> Config:
+    """The config of a drafter of `target`, a toy's multimodal config: its K/V, window, rotation and vocabulary."""
+    text = target["text_config"]
+    own = next(iter(text["per_layer_config"].values()))
+    groups = max(text["num_key_value_heads"], own.get("num_key_value_heads", 0))
+    kept = ("model_type", "vocab_size", "head_dim", "num_key_value_heads", "rope_parameters", "sliding_window")
+    decoder = {key: text[key] for key in (*kept, "rms_norm_eps", "initializer_range", "max_position_embeddings")}
+    count = len(_DRAFTER_LAYERS)
+    decoder |= _DRAFTER_SMALLER | {
+        "num_attention_heads": max(_DRAFTER_HEADS, groups),
+        "num_hidden_layers": count,
+        "num_kv_shared_layers": count,
+        "layer_types": _DRAFTER_LAYERS,
+        "per_layer_config": {str(i): own for i, kind in enumerate(_DRAFTER_LAYERS) if kind == "full_attention"},
+        "attention_k_eq_v": text.get("attention_k_eq_v", False),
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": None,
+    }
+    unified = target["model_type"] == "gemma4_unified"
+    if not unified:
+        decoder |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    return {
+        "model_type": "gemma4_unified_assistant" if unified else "gemma4_assistant",
+        "backbone_hidden_size": text["hidden_size"],
+        "use_ordered_embeddings": ordered,
+        "text_config": decoder,
+        **(_CENTROIDS if ordered else {}),
+    }

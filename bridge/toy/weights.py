@@ -59,12 +59,16 @@ def _head(shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class Fill:
-    """A tensor's values: `scale(shape) * (centre + spread * x)`, x standard normal, or uniform in -1..1."""
+    """A tensor's values: `scale(shape) * (centre + spread * x)`, x standard normal, or uniform in -1..1.
+
+    Of a `permutation` the numbers of its places, in another order.
+    """
 
     centre: float
     spread: float
     scale: Callable[[Shape], float] = _one
     uniform: bool = False
+    permutation: bool = False
 
 
 # First match wins.
@@ -94,12 +98,19 @@ _FILLS: list[tuple[re.Pattern[str], Fill]] = [
         (r"\.bias$", Fill(0.0, 0.1)),
         (r"\.embed_tokens_per_layer\.weight$", Fill(0.0, 0.2)),
         (r"(\.embed_tokens|^lm_head)\.weight$", Fill(0.0, 2.0, _width)),
+        (r"\.token_ordering$", Fill(0.0, 0.0, permutation=True)),
+        (r"\.centroids\.weight$", Fill(0.0, 1.0, _width)),
         (r"\.(position_embedding_table|pos_embedding)$", Fill(0.0, 0.4)),
         (r"\.(conv|depthwise_conv1d)\.weight$", Fill(0.0, 1.4, _fan_in)),
         (r"\.experts\.(gate_up_proj|down_proj)$", Fill(0.0, 1.0, _width)),
         (r"(_proj|_projection|_linear|_gate|\.linear|\.patch_dense)\.weight$", Fill(0.0, 1.0, _width)),
     ]
 ]
+
+
+def is_integer(name: str) -> bool:
+    """Whether a tensor holds numbers of tokens, whatever the dtype of the weights."""
+    return fill_of(name).permutation
 
 
 def is_float32_in_mixed(name: str) -> bool:
@@ -118,11 +129,13 @@ def fill_of(name: str) -> Fill:
 def block(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> np.ndarray:
     """What a tensor repeats from its first value on, or all of a shorter one: flat, of its dtype ("BF16", "F32").
 
-    float32, or int16 that holds bfloat16, as in `chunks`.
+    float32, or int16 that holds bfloat16, as in `chunks`; all of a permutation, int64.
     """
     fill = fill_of(name)
     digest = hashlib.sha256(f"{variant}/{seed}/{name}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    if fill.permutation:
+        return generator.permutation(math.prod(shape)).astype(np.int64)
     count = min(math.prod(shape), _BLOCK)
     if fill.uniform:
         values = generator.random(count, dtype=np.float32) * 2 - 1
@@ -137,11 +150,11 @@ def block(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> np.nd
 def chunks(name: str, shape: Shape, dtype: str, variant: str, seed: int) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor's values as (first row, array of rows [rows, ...]), in order, a few megabytes at a time.
 
-    Values depend on variant, seed, name, shape and dtype only. Arrays are float32, or int16 that hold bfloat16; they
-    are views of a shared buffer, valid until the next one is asked for.
+    Values depend on variant, seed, name, shape and dtype only. Arrays are float32, int16 that hold bfloat16, or int64;
+    they are views of a shared buffer, valid until the next one is asked for.
     """
     values = block(name, shape, dtype, variant, seed)
-    if math.prod(shape) <= _BLOCK:
+    if len(values) == math.prod(shape):
         yield 0, values.reshape(shape)
         return
     width = math.prod(shape[1:])

@@ -14,7 +14,7 @@ from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import HfWriter
 from bridge.toy.assets import write_assets
 from bridge.toy.config import VARIANTS, ToyConfig, toy_config
-from bridge.toy.weights import Shape, chunks, is_float32_in_mixed
+from bridge.toy.weights import Shape, chunks, is_float32_in_mixed, is_integer
 
 __all__ = ["VARIANTS", "write_toy"]
 
@@ -35,6 +35,8 @@ def write_toy(
     vocab_size: int | None = None,
     ple_vocab_size: int | None = None,
     head_dim: int | None = None,
+    drafter: bool = False,
+    ordered: bool | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
@@ -55,6 +57,9 @@ def write_toy(
         vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
         ple_vocab_size: rows of the per-layer table, where they are to be others.
         head_dim: of sliding layers, with global heads of twice as much and a window of 16.
+        drafter: the toy's drafter in its place: a small model that drafts its tokens (docs/drafters.md).
+        ordered: whether the drafter's head computes the logits of a part of the vocabulary, as the published ones of
+            e2b and e4b do; None: as those do.
         overwrite: replace an existing folder.
         max_shard_size: of a weight file, in bytes.
         progress: called with (bytes written, bytes in all).
@@ -78,17 +83,16 @@ def write_toy(
         vocab_size=vocab_size,
         ple_vocab_size=ple_vocab_size,
         head_dim=head_dim,
+        drafter=drafter,
+        ordered=ordered,
     )
     config, shapes = build(toy, dtype, dead_kv=dead_kv)
-    specs = [
-        TensorSpec(name, "F32" if mixed_dtypes and is_float32_in_mixed(name) else _ON_DISK[dtype], shape)
-        for name, shape in shapes.items()
-    ]
+    specs = [TensorSpec(name, _stored(name, dtype, mixed_dtypes), shape) for name, shape in shapes.items()]
     total = sum(spec.nbytes for spec in specs)
     with staged(folder, plan=f"toy {uuid.uuid4()}", sources=[], needed_bytes=total, overwrite=overwrite) as stage:
         unfinished = stage.folder
         config.save_pretrained(unfinished)
-        write_assets(unfinished, toy.multimodal, text_only=text_only, full_size=full_size)
+        write_assets(unfinished, toy, full_size=full_size)
         with HfWriter(unfinished, specs, max_shard_size) as writer:
             done = 0
             for spec in specs:
@@ -98,6 +102,12 @@ def write_toy(
                     if progress is not None:
                         progress(done, total)
             writer.finish()
+
+
+def _stored(name: str, dtype: str, mixed_dtypes: bool) -> str:
+    if is_integer(name):
+        return "I64"
+    return "F32" if mixed_dtypes and is_float32_in_mixed(name) else _ON_DISK[dtype]
 
 
 def build(toy: ToyConfig, dtype: str, *, dead_kv: bool) -> tuple[Any, dict[str, Shape]]:
@@ -123,7 +133,7 @@ def build(toy: ToyConfig, dtype: str, *, dead_kv: bool) -> tuple[Any, dict[str, 
     for name in model.all_tied_weights_keys if geometry.tied else ():
         state.pop(name, None)
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
-    if dead_kv:
+    if dead_kv and geometry.drafter is None:
         shapes |= _dead_kv(geometry)
     return config, dict(sorted(shapes.items()))
 

@@ -54,7 +54,7 @@ def model_folder(folder: Path, variant: str = "e2b", *, text_only: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**toy.written, "architectures": [_CLASSES[text_only, toy.multimodal["model_type"]]]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_assets(folder, toy.multimodal, text_only=text_only, full_size=False)
+    write_assets(folder, toy, full_size=False)
     return folder
 
 

@@ -282,7 +282,7 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
         Geometry.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "gemma4_vision", "gemma4_assistant", None, 4])
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma4_vision", "gemma4_audio", None, 4])
 def test_another_model_is_refused(model_type: Any) -> None:
     with pytest.raises(GeometryError, match="not a Gemma 4 model"):
         Geometry.from_dict({"model_type": model_type})
