@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge.convert.quantize import EPSILON, HALF_RANGE
-from bridge.megatron.layer_options import FAKE_QUANT
+from bridge.megatron.fake_quant_schemes import FAKE_QUANT
 from bridge.megatron.linear import ColumnLinear, RowLinear
 
 Group = dist.ProcessGroup | None

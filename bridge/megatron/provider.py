@@ -16,6 +16,7 @@ from bridge.geometry import Geometry
 from bridge.megatron import layer_options
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.drafter import Gemma4Drafter
+from bridge.megatron.fake_quant_schemes import check_fake_quant
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
@@ -55,7 +56,7 @@ class Gemma4Provider:
         if self.fp8_experts:
             layer_options.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
             layer_options.check_fp8_gpu()
-        layer_options.check_fake_quant(self.geometry, self.parallel, self.fake_quant, self.layer_spec, self.fp8_experts)
+        check_fake_quant(self.geometry, self.parallel, self.fake_quant, self.layer_spec, self.fp8_experts)
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in layer_options.ATTENTION:
                 known = ", ".join(layer_options.ATTENTION)

@@ -14,7 +14,8 @@ from bridge.generate.memory import MAX_ROWS
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
-from bridge.megatron.layer_options import check_fake_quant, check_fp8_experts
+from bridge.megatron.fake_quant_schemes import check_fake_quant
+from bridge.megatron.layer_options import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bridge.megatron.layer_options import fake_quantized
+from bridge.megatron.fake_quant_schemes import fake_quantized
 from recipes.memory.estimate import RESERVE, Plan, estimate
 from recipes.memory.recipe import plan_of
 from recipes.train.log import LOG_FILE

@@ -17,7 +17,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.mapping import table_for
 from bridge.megatron.fake_quant import Rounding, round_frozen, rounded
-from bridge.megatron.layer_options import FAKE_QUANT, check_fake_quant, fake_quantized
+from bridge.megatron.fake_quant_schemes import FAKE_QUANT, check_fake_quant, fake_quantized
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.provider import Gemma4Provider
 from bridge.toy.config import VARIANTS, published, toy_config
