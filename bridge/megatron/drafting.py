@@ -104,5 +104,6 @@ def draft(
 
 
 def shifted(rows: Tensor, by: int, filler: int) -> Tensor:
-    """`rows` [b, s] with what stands `by` places further on in each place, `filler` behind their end."""
-    return torch.nn.functional.pad(rows[:, by:], (0, min(by, rows.shape[1])), value=filler)
+    """`rows` [b, s, ...] with what stands `by` places further on in each place, `filler` behind their end."""
+    by = min(by, rows.shape[1])
+    return torch.cat([rows[:, by:], rows.new_full((len(rows), by, *rows.shape[2:]), filler)], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unittest.mock
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,20 @@ import torch
 import transformers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
+from bridge import Gemma4Bridge
 from bridge.convert.live import load_from_hf
+from bridge.generate.loop import Generator
+from bridge.generate.rows import Completion, Prompt
+from bridge.generate.sampling import SamplingOptions
+from bridge.generate.task import ModelTask, build_model, build_speculator
 from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder
 from bridge.mapping import table_for
-from bridge.megatron.drafter import Gemma4Drafter, TargetEmbedding, drafter_groups, drafter_layout
-from bridge.megatron.drafting import TargetPass, draft, run_target
+from bridge.megatron.drafter import Gemma4Drafter, TargetEmbedding, drafter_groups
+from bridge.megatron.drafting import TargetPass, draft, run_target, shifted
+from bridge.megatron.layout import drafter_layout
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.megatron.provider import Gemma4Provider
@@ -108,3 +117,101 @@ def drafted_with_transformers(pair: Pair, input_ids: Tensor, steps: int) -> list
 
 def with_layout(pair: Pair, parallel: Parallel) -> Pair:
     return replace(pair, parallel=parallel)
+
+
+def task_of(pair: Pair, draft_tokens: int) -> ModelTask:
+    """The pair as `generate` builds it, float32."""
+    target = Geometry.from_folder(pair.target)
+    geometry = bound(Geometry.from_folder(pair.drafter), target)
+    own = ModelTask(geometry, pair.drafter, False, drafter_layout(pair.parallel), "float32")
+    return ModelTask(target, pair.target, False, pair.parallel, "float32", drafter=own, draft_tokens=draft_tokens)
+
+
+def answer_with_drafter(
+    task: ModelTask, prompts: Sequence[Prompt], options: SamplingOptions, **settings: Any
+) -> list[Completion]:
+    """On a rank. Without a drafter in `task`: one token at a time."""
+    model, groups = build_model(task)
+    return Generator(model, groups, speculator=build_speculator(task, model, groups), **settings).generate(
+        prompts, options
+    )
+
+
+def fit(pair: Pair, rows: Sequence[Sequence[int]], out: Path, steps: int = 120, drafts: int = 4) -> float:
+    """On a rank: a drafter that was tuned to guess `rows`, written to `out` as an HF folder; the last loss.
+
+    Plain torch around `draft`, so that tests of generation need no trainer.
+    """
+    (chunk,), drafter = build_pair(pair)
+    assert drafter is not None
+    drafter.train()
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    target = run_target(chunk, ids, attention_mask=mask)
+    assert isinstance(target, TargetPass)
+    embed, optimizer = TargetEmbedding([chunk]), torch.optim.Adam(drafter.parameters(), 4e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for step, (hidden, _) in enumerate(draft(drafter, embed, target, drafts), 1):
+            labels = torch.where(shifted(mask, step + 1, 0) > 0, shifted(ids, step + 1, 0), -100).t().flatten()
+            hidden = hidden.flatten(0, 1)
+            loss = loss + torch.nn.functional.cross_entropy(hidden @ drafter.head.t(), labels)
+            if drafter.masked_embedding is not None:
+                clusters = drafter.masked_embedding.token_ordering.argsort() // (
+                    drafter.config.geometry.vocab_size // drafter.masked_embedding.centroids.out_features
+                )
+                own = torch.where(labels >= 0, clusters[labels.clamp(min=0)], -100)
+                loss = loss + torch.nn.functional.cross_entropy(drafter.masked_embedding.centroids(hidden), own)
+        loss.backward()
+        optimizer.step()
+    bridge = Gemma4Bridge.from_hf(pair.drafter)
+    bridge.save_hf([drafter], out, overwrite=True)
+    return float(loss)
+
+
+class _Counted(SinglePositionMultiTokenCandidateGenerator):  # type: ignore[misc]
+    """transformers' own, which notes [proposed, accepted] of each pass.
+
+    `as_meant`: without the keys and values of tokens that were not accepted. transformers 5.24 leaves those of the last
+    pass in what it hands to the drafter: one of them before the window is full, and behind that all.
+    """
+
+    as_meant = True
+    rounds: list[tuple[int, int]] = []  # noqa: RUF012 - of the run in progress
+
+    def get_candidates(self, input_ids: Tensor, model_outputs: Any = None, n_last_matches: int = 0, **more: Any) -> Any:
+        wrong = self._proposed - int(n_last_matches) if hasattr(self, "_proposed") else 0
+        if self.as_meant and wrong:
+            kept = {kind: [x[:, :, :-wrong] for x in kv] for kind, kv in model_outputs.shared_kv_states.items()}
+            model_outputs.shared_kv_states = kept
+        found = super().get_candidates(input_ids, model_outputs=model_outputs, n_last_matches=n_last_matches, **more)
+        self._proposed = found[0].shape[1] - input_ids.shape[1]
+        return found
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        if scores.shape[1] > 1 or self.rounds or not self.is_main_model_prefill:
+            self.rounds.append((self._proposed, int(num_matches)))
+
+
+def counted_with_transformers(
+    pair: Pair, prompts: Sequence[Prompt], tokens: int, drafts: int, as_meant: bool
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """On a rank: greedy answers with an assistant model, and the counts of each pass behind the prompt's."""
+    target = load_hf(pair.target, Geometry.from_folder(pair.target), torch.float32).eval()
+    drafter = load_drafter(pair.drafter)
+    drafter.generation_config.num_assistant_tokens = drafts
+    found = []
+    with unittest.mock.patch.object(
+        transformers.generation.utils, "SinglePositionMultiTokenCandidateGenerator", _Counted
+    ):
+        for prompt in prompts:
+            _Counted.as_meant, _Counted.rounds = as_meant, []
+            ids = torch.tensor([prompt.ids])
+            output = target.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=0, assistant_model=drafter,
+            )  # fmt: skip
+            found.append((output[0, len(prompt.ids) :].tolist(), list(_Counted.rounds)))
+    return found
