@@ -266,12 +266,12 @@ def verify(
     """
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.quiet import quiet
+    from bridge.megatron.silence import silence_warnings
     from bridge.progress import shown_progress
     from bridge.verify.run import verify as run
     from bridge.verify.streamed_run import verify_streamed
 
-    quiet()
+    silence_warnings()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
     if layers is not None and not streamed:
         raise UsageError("--layers is a part of --streamed")
@@ -348,8 +348,17 @@ def data_show(
     model: Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")] = None,
     count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
     seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
-    split: Annotated[str, typer.Option(help="Of a dataset that is named.")] = "train",
-    turns: Annotated[str, typer.Option(help="all or last: the model's turns that are learnt.")] = "all",
+    split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
+    format_: Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
+    ] = None,
+    turns: Annotated[
+        str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
+    ] = "all",
     thinking: Annotated[bool, typer.Option(help="Learn thoughts.")] = True,
     tool_calls: Annotated[bool, typer.Option(help="Learn tool calls.")] = True,
     overlong: Annotated[str, typer.Option(help="drop or split")] = "drop",
@@ -362,27 +371,32 @@ def data_show(
 ) -> None:
     """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
 
-    A recipe says all of it by its own keys; without one, --data and --model are needed, and the other options count.
+    A recipe says all of it by its own keys; data is named in its place, by itself or with --data, and the other options
+    count. Without --model it is said what the records are, in words and not in tokens.
     """
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
+    from recipes.data.formats import Layout
+    from recipes.data.preference import of_its_kind
+    from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
     from recipes.data.show import show, to_json
+    from recipes.data.sources import is_data
     from recipes.data.training import corpus_options, model_folder
 
-    if data and recipe is not None and Path(recipe).exists():
-        # What a shell makes of --data data/*.parquet.
+    if recipe is not None and is_data(recipe, bool(data)):
+        # Data alone, or what a shell makes of --data data/*.parquet.
         absent = [name for name in overrides or () if not Path(name).exists()]
         if absent:
             raise UsageError(f"{absent[0]}: no such file; without a recipe, what stands beside --data is data too")
-        data, recipe = [*data, recipe, *(overrides or ())], None
+        data, recipe = [*(data or ()), recipe, *(overrides or ())], None
     if recipe is not None:
         if data or model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
         said = load_recipe(recipe, overrides or [])
         options, model = corpus_options(said), model_folder(said)
-    elif not data or model is None:
-        raise UsageError("name a recipe, or --data and --model")
+    elif not data:
+        raise UsageError("name a recipe, or data: a file, or --data")
     else:
         options = CorpusOptions(
             tuple(data),
@@ -395,11 +409,26 @@ def data_show(
             media_root=media_root,
             chat_template=chat_template,
             cache=cache,
+            layout=Layout(format_, _columns(column or []), function),
         )
-    progress = Progress(err.print)
+        options = of_its_kind(options)
+    progress = Progress(err.print, doing="reading" if model is None else "tokenising")
+    if model is None:
+        found = recognise(options, count, progress.read)
+        if not wrote_json(json_file, found.to_json()):
+            for line in lines(found):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
     corpus = open_corpus(options, model, progress=progress.read)
     if not wrote_json(json_file, to_json(corpus, count)):
         show(corpus, count, out)
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    for one in given:
+        if "=" not in one:
+            raise UsageError(f"--column {one}: is written OURS=THEIRS")
+    return dict(one.split("=", 1) for one in given)
 
 
 _INTERRUPTED = 130

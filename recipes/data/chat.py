@@ -21,8 +21,9 @@ from bridge.geometry import Geometry
 from bridge.hf.json_file import read_object
 from bridge.token_ids import check_ids, embedding_tables
 from recipes.data import media as media_files
+from recipes.data.dialects import MEDIA_KINDS
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.data.sample import MEDIA_KINDS, THINKING_KEYS, Blob, Media, Message, Sample
+from recipes.data.sample import THINKING_KEYS, Blob, Media, Message, Sample, Where
 from recipes.data.supervision import (
     MARKERS,
     MODEL_HEADER,
@@ -30,13 +31,16 @@ from recipes.data.supervision import (
     THOUGHT_END,
     TURN,
     TURN_END,
+    Answer,
     Span,
     TemplateError,
+    around,
     check_answers,
     model_steps,
     supervised_spans,
     with_prefix,
 )
+from recipes.data.tokens import Tokens
 
 # Where processors of before transformers 4.57 keep the template that their tokenizer lacks.
 _PROCESSOR_TEMPLATE = "chat_template.json"
@@ -58,7 +62,8 @@ class Encoded:
     """A sample as tokens. All arrays [n]: `ids` int32, `supervised` bool, `types` uint8 (0 text, 1 image, 2 video,
     3 audio). `media`: in the order of their placeholders, kind by kind as the record has them.
     `thoughts_left_out`: thoughts of the messages that the template does not render. `unlike_prompts`: learnt answers
-    before the last that have no generation prefix, though answers are asked for with one.
+    before the last that have no generation prefix, though answers are asked for with one. `desirable`: of an answer
+    with a label, whether it is wanted.
     """
 
     ids: np.ndarray
@@ -67,6 +72,7 @@ class Encoded:
     media: tuple[Media, ...] = ()
     thoughts_left_out: int = 0
     unlike_prompts: int = 0
+    desirable: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -158,24 +164,32 @@ class ChatModel:
         self._check_control(sample)
         if sample.text is not None:
             return self._encode_text(sample.text)
+        if sample.tokens is not None:
+            return self._encode_tokens(sample.tokens, sample.where)
         text = self.render(sample)
-        calls = sum(len(message.tool_calls) for message in sample.messages)
         try:
             steps = model_steps(text)
-            check_answers(text, steps, _answers(sample.messages), calls)
+            said = check_answers(text, steps, _answers(sample.messages))
         except TemplateError as error:
             raise DataError(f"{sample.where}: {error}") from None
-        spans = supervised_spans(steps, self._supervise)
+        spans = supervised_spans(steps, self._supervise, said)
+        everything = self._supervise.turns == "everything"
+        if everything:
+            spans = around(len(text), spans, steps)
         thoughts = sum(1 for message in sample.messages if message.thinking or _has_thought(message))
         left_out = max(0, thoughts - sum(len(step.thoughts) for step in steps))
         media = sample.media
         unlike = 0
-        if self.prefix and steps:
+        if self.prefix and steps and not everything:
             text, spans, unlike = with_prefix(text, spans, steps, self.prefix)
         if media:
             text, spans = self._with_soft_tokens(sample, text, spans, read)
         ids, supervised = self._tokens(text, spans)
-        return Encoded(ids, supervised, self._types(ids, bool(media)), media, left_out, unlike)
+        types = self._types(ids, bool(media))
+        if everything:
+            # Of <bos> there is nothing to learn, and a soft token is not one that anybody says.
+            supervised[0], supervised[types != 0] = False, False
+        return Encoded(ids, supervised, types, media, left_out, unlike)
 
     def encode_prompt(self, sample: Sample, read: ReadMedia) -> tuple[Encoded, dict[str, torch.Tensor]]:
         """What the model is asked, up to the header of its turn, and what the processor makes of the media.
@@ -239,6 +253,12 @@ class ChatModel:
         supervised = np.ones(len(ids), bool)
         supervised[0] = False
         return Encoded(ids, supervised, np.zeros(len(ids), np.uint8))
+
+    def _encode_tokens(self, tokens: Tokens, where: Where) -> Encoded:
+        for token in _PLACEHOLDERS.values():
+            if (tokens.ids == self.tokenizer.convert_tokens_to_ids(token)).any():
+                raise DataError(f"{where}: input_ids: {token} stands for media, which tokens do not bring")
+        return Encoded(tokens.ids, tokens.supervised, np.zeros(len(tokens.ids), np.uint8))
 
     def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise piece by piece, cut where supervision begins and ends.
@@ -411,14 +431,19 @@ def _kinds(geometry: Geometry) -> frozenset[str]:
     return frozenset(vision | ({"audio"} if geometry.audio is not None else set()))
 
 
-def _answers(messages: Sequence[Message]) -> list[str]:
+def _answers(messages: Sequence[Message]) -> list[Answer]:
     """What the assistant says, piece by piece as templates trim it, without the thoughts written into it."""
     answers = []
     for message in messages:
         if message.role == "assistant":
-            for part in message.parts:
-                assert isinstance(part, str)
-                answers += [piece.strip() for piece in _outside_thoughts(part) if piece.strip()]
+            texts = [
+                piece.strip()
+                for part in message.parts
+                if isinstance(part, str)
+                for piece in _outside_thoughts(part)
+                if piece.strip()
+            ]
+            answers.append(Answer(texts, len(message.tool_calls), message.train))
     return answers
 
 

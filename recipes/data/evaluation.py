@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from bridge.errors import DataError, UsageError
+from bridge.errors import UsageError
 from recipes.config import DataConfig, Recipe
 from recipes.data.corpus import Corpus
 from recipes.data.options import CorpusOptions
 from recipes.data.part import Samples, first, held_out
-from recipes.data.sources import hub_split_names, is_hub_name
+from recipes.data.sources import hub_split_names, is_hub_name, local_splits
 
 # What the split that is not trained on is called, the likeliest first.
 _EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
@@ -89,14 +87,14 @@ def _named(data: DataConfig) -> dict[str, Any]:
 
 def _split(data: DataConfig, names: Sequence[str]) -> str:
     """The split that a set is read from; of what has no splits it does not count. Raises UsageError and DataError."""
-    with_splits = [name for name in names if _is_saved(name) or is_hub_name(name)]
+    with_splits = [name for name in names if local_splits(name) or is_hub_name(name)]
     if data.eval_split is not None:
         if not with_splits:
             raise UsageError(f"data.eval_split={data.eval_split}: {', '.join(names)} has no splits")
         return data.eval_split
     chosen = set()
     for name in with_splits:
-        known = _saved_splits(name) if _is_saved(name) else hub_split_names(name, data.subset)
+        known = local_splits(name) or hub_split_names(name, data.subset)
         candidates = [split for split in _EVALUATION_SPLITS if split in known and split != data.split]
         if not candidates:
             raise UsageError(
@@ -108,15 +106,3 @@ def _split(data: DataConfig, names: Sequence[str]) -> str:
         raise UsageError(f"{', '.join(names)}: different splits for evaluation ({', '.join(sorted(chosen))}); set "
                          "data.eval_split")  # fmt: skip
     return chosen.pop() if chosen else data.split
-
-
-def _is_saved(name: str) -> bool:
-    return (Path(name) / "dataset_dict.json").is_file()
-
-
-def _saved_splits(name: str) -> list[str]:
-    path = Path(name) / "dataset_dict.json"
-    try:
-        return [str(split) for split in json.loads(path.read_text(encoding="utf-8"))["splits"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a list of splits ({error})") from None

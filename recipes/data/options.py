@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import UsageError
+from recipes.data.formats import DEFAULT_LAYOUT, Layout
 
 
 @dataclass(frozen=True)
 class Supervise:
     """Which tokens are learnt. What the model itself says in the turns chosen here, and the `<turn|>` that ends them.
 
-    `turns`: "all" model turns, or only the "last" one of a conversation.
+    `turns`: "all" model turns, only the "last" one of a conversation, or "everything", what is asked too. A message
+    that says whether it is learnt (`train`) is asked first.
     `thinking`: thoughts (`<|channel>` to `<channel|>`) count.
     `tool_calls`: what the model says up to a tool call, and the call, count.
     """
@@ -23,14 +25,14 @@ class Supervise:
     tool_calls: bool = True
 
     def __post_init__(self) -> None:
-        one_of("data.supervise_turns", self.turns, ("all", "last"))
+        one_of("data.supervise_turns", self.turns, ("all", "last", "everything"))
 
 
 @dataclass(frozen=True)
 class CorpusOptions:
     """Where the data is and how it becomes tokens.
 
-    `path`: JSONL or Parquet files, folders of them, globs, or the name of a dataset on the Hugging Face hub.
+    `path`: files (`recipes.data.sources`), folders of them, globs, or the name of a dataset on the Hugging Face hub.
     `split`, `subset`: of a hub dataset.
     `seq_length`: the longest sample, in tokens.
     `on_error`: "fail" at the first bad record, or "skip" and count.
@@ -42,8 +44,12 @@ class CorpusOptions:
     `generation_prefix`: whether what the template's generation prompt has behind `<|turn>model\\n` (an empty thought,
         in the larger published models) stands before the last answer, unlearnt, as it will when the model is used.
         None: wherever the template makes such a prompt.
+    `records`: what they hold: "samples" to learn, "pairs" of a chosen and a rejected answer, "labelled" answers
+        (`recipes.data.preference`). The samples of a pair stand together, the chosen one first.
+    `one_row`: all samples of a record have to fit into `seq_length` together: pairs that are packed.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
     `workers`: threads that tokenise and decode.
+    `layout`: how records are read, where they do not show it.
     """
 
     path: str | tuple[str, ...]
@@ -58,8 +64,11 @@ class CorpusOptions:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     generation_prefix: bool | None = None
+    records: str = "samples"
+    one_row: bool = False
     cache: str | None = None
     workers: int = 2
+    layout: Layout = DEFAULT_LAYOUT
 
     def __post_init__(self) -> None:
         one_of("data.on_error", self.on_error, ("fail", "skip"))
@@ -68,6 +77,11 @@ class CorpusOptions:
         at_least("data.workers", self.workers, 1)
         if not self.paths or not all(self.paths):
             raise UsageError("data.path: names nothing")
+
+    @property
+    def together(self) -> int:
+        """How many samples of a record belong together: they are kept, and stand in a row or batch, together."""
+        return 2 if self.records == "pairs" else 1
 
     @property
     def paths(self) -> tuple[str, ...]:

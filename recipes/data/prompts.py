@@ -11,10 +11,10 @@ import torch
 from bridge.errors import DataError
 from bridge.generate.rows import Prompt
 from recipes.data.chat import ChatModel
+from recipes.data.files import DataFile
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.sample import Where, parse_prompt
-from recipes.data.sources import JsonlFile
 
 
 class PromptEncoder:
@@ -51,8 +51,11 @@ class PromptEncoder:
 
 
 def read_prompts(path: Path, encoder: PromptEncoder) -> Iterator[Prompt]:
-    """The prompts of a JSONL file; paths of media are relative to its folder. Raises DataError that names the line."""
-    for record in JsonlFile(path).records():
+    """The prompts of a file that `recipes.data.files` reads; paths of media are relative to its folder.
+
+    Raises DataError that names the line.
+    """
+    for record in DataFile(path).records():
         if record.error is not None:
             raise record.error
         if record.blank:

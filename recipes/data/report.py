@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recipes.data.encoding import INVALID, NOTHING, TOO_LONG
+from recipes.data.encoding import INVALID, LEFT_OUT, NOTHING, TOO_LONG
 from recipes.data.options import CorpusOptions
 from recipes.data.statistics import Statistics
 
@@ -21,8 +21,8 @@ _FIRST_LINES = 5
 class Progress:
     """Lines now and then while records are tokenised, and for the first of those that are skipped."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, say: Say, doing: str = "tokenising") -> None:
+        self._say, self._doing = say, doing
         self._last: float | None = None
         self._lines = 0
 
@@ -30,7 +30,7 @@ class Progress:
         """So many records have been read."""
         now = time.monotonic()
         if self._last is None or now - self._last >= _EVERY_S:
-            self._say("tokenising" if self._last is None else f"tokenising: {records} records")
+            self._say(self._doing if self._last is None else f"{self._doing}: {records} records")
             self._last = now
 
     def line(self, text: str) -> None:
@@ -46,6 +46,7 @@ def facts(statistics: Statistics, options: CorpusOptions, files: list[str]) -> d
         "files": files,
         "split": options.split,
         "format": formats(statistics),
+        "unread": dict(statistics.unread),
         "read": statistics.read,
         "kept": statistics.kept,
         "dropped": dict(statistics.dropped),
@@ -63,11 +64,18 @@ def formats(statistics: Statistics) -> str:
     return ", ".join(sorted(statistics.formats, key=lambda name: -statistics.formats[name]))
 
 
+def unread(statistics: Statistics) -> str:
+    """The columns that were not read, the most frequent first."""
+    return ", ".join(sorted(statistics.unread, key=lambda name: -statistics.unread[name]))
+
+
 def lines(statistics: Statistics, options: CorpusOptions, files: list[str]) -> Iterator[str]:
     """The same in words."""
     named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     dropped = ", ".join(f"{count} {reason}" for reason, count in statistics.dropped.items())
     yield f"data: {named} ({formats(statistics)})"
+    if statistics.unread:
+        yield f"  not read: {unread(statistics)} (data.columns says which column is which)"
     yield (
         f"  {statistics.read} records read, {statistics.kept} kept, "
         f"{f'dropped: {dropped}' if dropped else 'none dropped'}; {statistics.samples} samples, {statistics.tokens} "
@@ -82,6 +90,7 @@ def warnings(statistics: Statistics, options: CorpusOptions) -> list[str]:
         TOO_LONG: f"longer than train.seq_length={options.seq_length}: raise it, or cut them with data.overlong=split",
         NOTHING: "without anything to learn: data.supervise_turns, data.supervise_thinking and "
         "data.supervise_tool_calls say what is",
+        LEFT_OUT: "as data.function has it",
         INVALID: f"not readable as data.on_error=skip has it pass{first}",
     }
     found = []

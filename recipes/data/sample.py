@@ -1,4 +1,4 @@
-"""One record of training data, checked: a conversation with its tools and media, or plain text.
+"""One record of training data, checked: a conversation with its tools and media, plain text, or tokens.
 
 `parse_record` takes what a JSON line or a Parquet row holds and believes none of it. Every DataError begins with the
 file and line.
@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from bridge.errors import DataError
+from recipes.data.checks import (
+    check_strings,
+    is_list,
+    kind_of,
+    only_keys,
+    parsed_json,
+    short,
+    text_of,
+    unknown_key,
+)
+from recipes.data.dialects import MEDIA_KINDS
+from recipes.data.formats import DEFAULT_LAYOUT, Layout, recognised
+from recipes.data.tokens import Tokens, parse_tokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MEDIA_KINDS = ("image", "video", "audio")
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_responses", *THINKING_KEYS}
-# What a record can be -> the columns that say so.
-_FORMS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_responses", "train", *THINKING_KEYS}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# What the base64 of PNG, JPEG, GIF, WebP and WAV, BMP, TIFF, Ogg and FLAC begins with, longer than a path like it is.
+_BASE64 = re.compile(r"(iVBOR|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|T2dnUw|ZkxhQw)[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 _SOURCE_KEYS = ("path", "url", "base64", "bytes")
 
 
@@ -61,13 +72,17 @@ class Media:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. `parts`: strings, and media in between; `extra`: keys that go to the template as they are."""
+    """One message. `parts`: strings, and media in between; `extra`: keys that go to the template as they are.
+
+    `train`: whether it is learnt, where the record says so.
+    """
 
     role: str
     parts: tuple[str | Media, ...]
     thinking: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    train: bool | None = None
 
     def for_template(self, thinking_key: str | None) -> dict[str, Any]:
         """The message as chat templates expect it; content is a string wherever it is one piece of text."""
@@ -91,46 +106,37 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked record: `messages` with `tools`, or `text` (then there are no messages). `form`: of the record."""
+    """A checked record: `messages` with `tools`, or `text`, or `tokens` (then there are no messages).
+
+    `form`: the name of its format. `unread`: what it says beside, which nothing here reads.
+    """
 
     where: Where
     form: str
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
+    tokens: Tokens | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[Media, ...]:
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
 
 
-def parse_record(record: Any, where: Where) -> Sample:
-    """Check a record: `messages` (and `tools`, `images`, `videos`, `audios`), `prompt` and `completion`, or `text`.
-
-    Other columns are let be; inside messages an unknown key is an error. Raises DataError.
-    """
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object, found {_kind(record)}")
-    given = {key for key, value in record.items() if value is not None}
-    forms = [name for name, keys in _FORMS.items() if given.intersection(keys)]
-    if len(forms) != 1:
-        hint = "; ShareGPT's 'conversations' have to be rewritten as messages" if "conversations" in given else ""
-        what = "has none" if not forms else f"has {' and '.join(forms)}"
-        raise DataError(f"{where}: {what} of messages, prompt and completion, text: exactly one is needed{hint}")
-    if forms[0] == "text":
-        return Sample(where, "text", text=_text(record["text"], f"{where}: text"))
-    tools = _tools(record.get("tools"), where)
-    if forms[0] == "prompt":
-        for key in ("prompt", "completion"):
-            if key not in given:
-                raise DataError(f"{where}: has no {key}")
-        prompt = _text(record["prompt"], f"{where}: prompt")
-        completion = _text(record["completion"], f"{where}: completion")
-        return Sample(where, "prompt", (Message("user", (prompt,)), Message("assistant", (completion,))), tools)
-    messages = _messages(record, where)
+def parse_record(record: Any, where: Where, layout: Layout = DEFAULT_LAYOUT) -> Sample:
+    """Check a record of any of `recipes.data.formats`, or of the one that `layout` says. Raises DataError."""
+    found = recognised(record, where, layout)
+    if "text" in found.record:
+        return Sample(where, found.format, text=found.record["text"], unread=found.unread)
+    if "input_ids" in found.record:
+        return Sample(where, found.format, tokens=parse_tokens(found.record, where), unread=found.unread)
+    unread: list[str] = []
+    messages = _messages(found.record, where, found.field, unread)
     if messages[-1].role != "assistant":
         raise DataError(f"{where}: the last message is of role {messages[-1].role}; it has to be the assistant's")
-    return Sample(where, "messages", messages, tools)
+    tools = _tools(found.record.get("tools"), where)
+    return Sample(where, found.format, messages, tools, unread=(*found.unread, *dict.fromkeys(unread)))
 
 
 def parse_prompt(record: Any, where: Where) -> Sample:
@@ -139,36 +145,42 @@ def parse_prompt(record: Any, where: Where) -> Sample:
     Other columns are let be. Raises DataError.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object, found {_kind(record)}")
+        raise DataError(f"{where}: expected an object, found {kind_of(record)}")
     given = [key for key in ("messages", "prompt") if record.get(key) is not None]
     if len(given) != 1:
         raise DataError(f"{where}: has {' and '.join(given) or 'none'} of messages, prompt: exactly one is needed")
-    tools = _tools(record.get("tools"), where)
-    if given == ["prompt"]:
-        return Sample(where, "prompt", (Message("user", (_text(record["prompt"], f"{where}: prompt"),)),), tools)
-    messages = _messages(record, where)
+    if isinstance(record.get("prompt"), str):
+        prompt = Message("user", (text_of(record["prompt"], f"{where}: prompt"),))
+        return Sample(where, "prompt", (prompt,), _tools(record.get("tools"), where))
+    found = recognised({"messages": record[given[0]], **record}, where, Layout(format="messages"))
+    messages = _messages(found.record, where, given[0], [])
     if messages[-1].role not in ("user", "tool"):
         raise DataError(f"{where}: the last message is of role {messages[-1].role}; the model answers a user or a tool")
-    return Sample(where, "messages", messages, tools)
+    return Sample(where, "messages", messages, _tools(found.record.get("tools"), where))
 
 
-def _messages(record: Mapping[str, Any], where: Where) -> tuple[Message, ...]:
+def _messages(record: Mapping[str, Any], where: Where, field: str, unread: list[str]) -> tuple[Message, ...]:
+    """`field`: the column they come from. Keys that are not read are added to `unread`."""
     rows = record["messages"]
-    if not _is_list(rows) or not rows:
-        raise DataError(f"{where}: messages: expected a list of messages, found {_kind(rows)}")
+    if not is_list(rows) or not rows:
+        raise DataError(f"{where}: {field}: expected a list of messages, found {kind_of(rows)}")
     columns = {kind: _media_column(record.get(f"{kind}s"), kind, f"{where}: {kind}s") for kind in MEDIA_KINDS}
-    messages = tuple(_message(row, index, columns, f"{where}: messages[{index}]") for index, row in enumerate(rows))
+    messages = tuple(
+        _message(row, columns, f"{where}: {field}[{index}]", f"{field}[].", unread) for index, row in enumerate(rows)
+    )
     for kind, left in columns.items():
         if left:
-            raise DataError(f"{where}: {kind}s: {len(left)} more than the messages have parts of type {kind}")
-    _check_order(messages, where)
+            raise DataError(
+                f"{where}: {kind}s: {len(left)} more than the messages have parts of type {kind} (or tags <{kind}>)"
+            )
+    _check_order(messages, where, field)
     return messages
 
 
-def _check_order(messages: Sequence[Message], where: Where) -> None:
+def _check_order(messages: Sequence[Message], where: Where, field: str) -> None:
     previous: Message | None = None
     for index, message in enumerate(messages):
-        at = f"{where}: messages[{index}]"
+        at = f"{where}: {field}[{index}]"
         if message.role in ("system", "developer") and index:
             raise DataError(f"{at}: a {message.role} message can only come first")
         if message.role == "tool" and (
@@ -178,21 +190,23 @@ def _check_order(messages: Sequence[Message], where: Where) -> None:
         previous = message
 
 
-def _message(row: Any, index: int, columns: dict[str, list[Media]], at: str) -> Message:
+def _message(row: Any, columns: dict[str, list[Media]], at: str, prefix: str, unread: list[str]) -> Message:
     if not isinstance(row, Mapping):
-        raise DataError(f"{at}: expected an object, found {_kind(row)}")
+        raise DataError(f"{at}: expected an object, found {kind_of(row)}")
     row = {key: value for key, value in row.items() if value is not None}
     role = row.get("role")
     if role not in ROLES:
-        raise DataError(f"{at}: unknown role {_short(role)} (one of {', '.join(ROLES)})")
+        raise DataError(f"{at}: unknown role {short(role)} (one of {', '.join(ROLES)})")
     if unknown := sorted(str(key) for key in row.keys() - _MESSAGE_KEYS):
-        raise DataError(f"{at}: unknown key {_short(unknown[0])} (one of {', '.join(sorted(_MESSAGE_KEYS))})")
+        if not row.keys() & {"content", "tool_calls"}:
+            unknown_key(unknown[0], _MESSAGE_KEYS, at)
+        unread += [prefix + key for key in unknown]
     parts = _parts(row.get("content"), columns, f"{at}: content")
     thoughts = {key: row[key] for key in THINKING_KEYS if row.get(key) not in (None, "")}
     if len(thoughts) > 1:
         raise DataError(f"{at}: has both {' and '.join(thoughts)}")
     extra: dict[str, Any] = {
-        key: _text(row[key], f"{at}: {key}") for key in ("name", "tool_call_id") if row.get(key) is not None
+        key: text_of(row[key], f"{at}: {key}") for key in ("name", "tool_call_id") if row.get(key) is not None
     }
     calls = _tool_calls(row.get("tool_calls"), f"{at}: tool_calls")
     if role != "assistant":
@@ -210,31 +224,33 @@ def _message(row: Any, index: int, columns: dict[str, list[Media]], at: str) -> 
         raise DataError(f"{at}: empty answer")
     if role not in ("assistant", "tool") and not says:
         raise DataError(f"{at}: empty content")
-    thinking = _text(next(iter(thoughts.values())), f"{at}: {next(iter(thoughts))}") if thoughts else None
-    return Message(role, parts, thinking, calls, extra)
+    thinking = text_of(next(iter(thoughts.values())), f"{at}: {next(iter(thoughts))}") if thoughts else None
+    if role != "assistant" and row.get("train"):
+        raise DataError(f"{at}: a message of role {role} cannot be learnt alone; data.supervise_turns=everything can")
+    return Message(role, parts, thinking, calls, extra, row.get("train") if role == "assistant" else None)
 
 
 def _parts(content: Any, columns: dict[str, list[Media]], at: str) -> tuple[str | Media, ...]:
     if content is None:
         return ()
     if isinstance(content, str):
-        return (_text(content, at, empty=True),) if content else ()
-    if not _is_list(content):
-        raise DataError(f"{at}: expected a string or a list of parts, found {_kind(content)}")
+        return (text_of(content, at, empty=True),) if content else ()
+    if not is_list(content):
+        raise DataError(f"{at}: expected a string or a list of parts, found {kind_of(content)}")
     return tuple(_part(part, columns, f"{at}[{index}]") for index, part in enumerate(content))
 
 
 def _part(part: Any, columns: dict[str, list[Media]], at: str) -> str | Media:
     if not isinstance(part, Mapping):
-        raise DataError(f"{at}: expected an object, found {_kind(part)}")
+        raise DataError(f"{at}: expected an object, found {kind_of(part)}")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text":
-        _only_keys(part, {"type", "text"}, at)
-        return _text(part.get("text"), f"{at}: text", empty=True)
+        only_keys(part, {"type", "text"}, at)
+        return text_of(part.get("text"), f"{at}: text", empty=True)
     if kind not in MEDIA_KINDS:
-        raise DataError(f"{at}: unknown type {_short(kind)} (one of text, {', '.join(MEDIA_KINDS)})")
-    _only_keys(part, {"type", kind, *_SOURCE_KEYS} | ({"frames", "fps"} if kind == "video" else set()), at)
+        raise DataError(f"{at}: unknown type {short(kind)} (one of text, {', '.join(MEDIA_KINDS)})")
+    only_keys(part, {"type", kind, *_SOURCE_KEYS} | ({"frames", "fps"} if kind == "video" else set()), at)
     given = sorted(part.keys() - {"type", "fps"})
     if len(given) > 1:
         raise DataError(f"{at}: has both {' and '.join(given)}; one source is needed")
@@ -245,10 +261,10 @@ def _part(part: Any, columns: dict[str, list[Media]], at: str) -> str | Media:
     key, fps = given[0], part.get("fps")
     if key == "frames":
         frames = part["frames"]
-        if not _is_list(frames) or not frames:
-            raise DataError(f"{at}: frames: expected a list of images, found {_kind(frames)}")
+        if not is_list(frames) or not frames:
+            raise DataError(f"{at}: frames: expected a list of images, found {kind_of(frames)}")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
-            raise DataError(f"{at}: fps: frames need a positive number, found {_short(fps)}")
+            raise DataError(f"{at}: fps: frames need a positive number, found {short(fps)}")
         blobs = tuple(_blob(frame, "path", f"{at}: frames[{index}]") for index, frame in enumerate(frames))
         return Media(kind, blobs, float(fps))
     if fps is not None:
@@ -259,7 +275,7 @@ def _part(part: Any, columns: dict[str, list[Media]], at: str) -> str | Media:
 def _blob(value: Any, key: str, at: str) -> Blob:
     if isinstance(value, Mapping):
         # What `datasets` and Parquet files make of an image: {"bytes": ..., "path": ...}; the bytes count.
-        _only_keys(value, {"bytes", "path"}, at)
+        only_keys(value, {"bytes", "path"}, at)
         if value.get("bytes") is not None:
             return _blob(value["bytes"], "bytes", f"{at}: bytes")
         return _blob(value.get("path"), "path", f"{at}: path")
@@ -267,7 +283,7 @@ def _blob(value: Any, key: str, at: str) -> Blob:
         if not len(value):
             raise DataError(f"{at}: no bytes")
         return Blob(data=bytes(value))
-    text = _text(value, at)
+    text = text_of(value, at)
     if key == "base64":
         return Blob(data=_decoded(text, at))
     if text[:5].lower() == "data:":
@@ -275,12 +291,14 @@ def _blob(value: Any, key: str, at: str) -> Blob:
         if not comma or not head.lower().endswith(";base64"):
             raise DataError(f"{at}: a data URI has to be of the form data:<type>;base64,<data>")
         return Blob(data=_decoded(body, at))
+    if _BASE64.fullmatch(text):
+        return Blob(data=_decoded(text, at))
     if _URL.match(text):
         if not text.lower().startswith(("http://", "https://")):
-            raise DataError(f"{at}: {_short(text)}: only http and https URLs exist here")
+            raise DataError(f"{at}: {short(text)}: only http and https URLs exist here")
         return Blob(url=text)
     if key == "url":
-        raise DataError(f"{at}: {_short(text)} is not a URL")
+        raise DataError(f"{at}: {short(text)} is not a URL")
     if "\0" in text:
         raise DataError(f"{at}: a path with a NUL character")
     return Blob(path=text)
@@ -299,16 +317,16 @@ def _decoded(text: str, at: str) -> bytes:
 def _media_column(column: Any, kind: str, at: str) -> list[Media]:
     if column is None:
         return []
-    if not _is_list(column):
-        raise DataError(f"{at}: expected a list, found {_kind(column)}")
+    if not is_list(column):
+        raise DataError(f"{at}: expected a list, found {kind_of(column)}")
     return [Media(kind, (_blob(value, "path", f"{at}[{index}]"),)) for index, value in enumerate(column)]
 
 
 def _tool_calls(calls: Any, at: str) -> tuple[Mapping[str, Any], ...]:
     if calls is None:
         return ()
-    if not _is_list(calls):
-        raise DataError(f"{at}: expected a list, found {_kind(calls)}")
+    if not is_list(calls):
+        raise DataError(f"{at}: expected a list, found {kind_of(calls)}")
     checked = []
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -316,97 +334,36 @@ def _tool_calls(calls: Any, at: str) -> tuple[Mapping[str, Any], ...]:
             raise DataError(f'{at}[{index}]: expected {{"function": {{"name": ..., "arguments": ...}}}}')
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _json(arguments or "{}", f"{at}[{index}]: arguments")
+            arguments = parsed_json(arguments or "{}", f"{at}[{index}]: arguments")
         if not isinstance(arguments, Mapping | None):
-            raise DataError(f"{at}[{index}]: arguments: expected an object, found {_kind(arguments)}")
-        _check_strings(call, f"{at}[{index}]")
+            raise DataError(f"{at}[{index}]: arguments: expected an object, found {kind_of(arguments)}")
+        check_strings(call, f"{at}[{index}]")
         # The published templates take a mapping; a string they would print with its quotes escaped.
         checked.append({**call, "type": "function", "function": {**function, "arguments": dict(arguments or {})}})
     return tuple(checked)
 
 
 def _tool_responses(responses: Any, at: str) -> list[Any]:
-    if not _is_list(responses):
-        raise DataError(f"{at}: expected a list, found {_kind(responses)}")
+    if not is_list(responses):
+        raise DataError(f"{at}: expected a list, found {kind_of(responses)}")
     for index, response in enumerate(responses):
         if not isinstance(response, Mapping) or "response" not in response:
             raise DataError(f'{at}[{index}]: expected {{"name": ..., "response": ...}}')
-        _check_strings(response, f"{at}[{index}]")
+        check_strings(response, f"{at}[{index}]")
     return list(responses)
 
 
 def _tools(tools: Any, where: Where) -> tuple[Mapping[str, Any], ...]:
     at = f"{where}: tools"
     if isinstance(tools, str):
-        tools = _json(tools, at) if tools.strip() else None
+        tools = parsed_json(tools, at) if tools.strip() else None
     if tools is None:
         return ()
-    if not _is_list(tools):
-        raise DataError(f"{at}: expected a list, found {_kind(tools)}")
+    if not is_list(tools):
+        raise DataError(f"{at}: expected a list, found {kind_of(tools)}")
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f'{at}[{index}]: expected {{"type": "function", "function": {{"name": ...}}}}')
-        _check_strings(tool, f"{at}[{index}]")
+        check_strings(tool, f"{at}[{index}]")
     return tuple(tools)
-
-
-def _json(text: str, at: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{at}: not JSON ({error})") from None
-
-
-def _text(value: Any, at: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{at}: expected a string, found {_kind(value)}")
-    if not empty and not value.strip():
-        raise DataError(f"{at}: empty")
-    _check_unicode(value, at)
-    return value
-
-
-def _check_strings(value: Any, at: str) -> None:
-    """Every string anywhere in `value` is Unicode that can be encoded. Values are as deep as JSON let them be."""
-    stack = [value]
-    while stack:
-        top = stack.pop()
-        if isinstance(top, str):
-            _check_unicode(top, at)
-        elif isinstance(top, Mapping):
-            stack += [*top.keys(), *top.values()]
-        elif _is_list(top):
-            stack += top
-
-
-def _check_unicode(text: str, at: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{at}: half of a surrogate pair at character {error.start + 1}") from None
-
-
-def _only_keys(value: Mapping[str, Any], allowed: set[str], at: str) -> None:
-    if unknown := sorted(str(key) for key in value.keys() - allowed):
-        _unknown_key(unknown[0], allowed, at)
-
-
-def _unknown_key(key: str, allowed: set[str], at: str) -> NoReturn:
-    raise DataError(f"{at}: unknown key {_short(key)} (one of {', '.join(sorted(allowed))})")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "nothing", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if _is_list(value):
-        return "a list" if value else "an empty list"
-    return "an object" if isinstance(value, Mapping) else names.get(type(value), type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

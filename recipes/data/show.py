@@ -14,7 +14,7 @@ from recipes.data.chat import Encoded
 from recipes.data.collate import IGNORE
 from recipes.data.corpus import Corpus
 from recipes.data.packing import plan_epoch
-from recipes.data.report import formats, warnings
+from recipes.data.report import formats, unread, warnings
 from recipes.data.statistics import Statistics
 
 _LEARNT, _CONTEXT, _SOFT = "bold green", "dim", "magenta"
@@ -87,6 +87,8 @@ def statistics_table(statistics: Statistics) -> Table:
     table.add_row("records", f"{statistics.read} read, {statistics.kept} kept ({formats(statistics)})")
     for reason, count in statistics.dropped.items():
         table.add_row(f"dropped: {reason}", str(count))
+    if statistics.unread:
+        table.add_row("not read", unread(statistics))
     if statistics.pieces_dropped:
         table.add_row("dropped: pieces of split records", str(statistics.pieces_dropped))
     if statistics.blank_lines:

@@ -1,39 +1,24 @@
-"""Where records come from: JSONL and Parquet files, folders and globs of them, Hugging Face datasets.
+"""Where records come from: files (`recipes.data.files`), folders and globs of them, Hugging Face datasets.
 
 A record that cannot be read is not an end of the iteration: it comes as its DataError, and the caller's policy decides.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bridge.errors import DataError, UsageError
-from recipes.data.sample import Where
+from bridge.errors import DataError
+from recipes.data.blocks import Block, Record
+from recipes.data.files import ROWS, DataFile, first_line, kind_of_file, needed, tables
 
-_JSONL = (".jsonl", ".ndjson", ".json")
-_SUFFIXES = (*_JSONL, ".parquet")
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# A line that holds base64 images can be long; one without an end must not fill the memory.
-_MAX_LINE = 256 * 2**20
-_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one line or row holds: a value, or the DataError that reading it gave. `blank`: a line of white space."""
-
-    where: Where
-    value: Any = None
-    error: DataError | None = None
-    blank: bool = False
+# What is read of a folder: other .json there is mostly somebody's configuration.
+_IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+_SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test")
 
 
 class Source(Protocol):
@@ -49,15 +34,16 @@ class Source(Protocol):
         """Changes with the content. Raises DataError if it cannot be read."""
         ...
 
-    def records(self) -> Iterator[Record]:
-        """All records in order, bad ones too."""
+    def blocks(self) -> Iterator[Block]:
+        """All records in order, bad ones too. Raises DataError where it cannot be read on."""
         ...
 
 
 def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | None = None) -> list[Source]:
     """The sources that `paths` name, in order, a folder's and a glob's files sorted by name.
 
-    Raises DataError: nothing there, a file of another kind, a dataset without the `datasets` package.
+    Of a folder that has splits, those of `split`. Raises DataError: nothing there, a file of another kind, a dataset
+    without the `datasets` package.
     """
     found: list[Source] = []
     for name in paths:
@@ -65,12 +51,12 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
         if path.is_dir():
             found += _folder(path, split)
         elif path.exists():
-            found.append(_file(path))
+            found.append(DataFile(path))
         elif any(sign in name for sign in "*?["):
             matches = sorted(match for match in _glob(name) if match.is_file())
             if not matches:
                 raise DataError(f"{name}: no file matches")
-            found += [_file(match) for match in matches]
+            found += [DataFile(match) for match in matches]
         elif is_hub_name(name):
             found.append(HubDataset(name, split, subset))
         else:
@@ -78,130 +64,99 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     return found
 
 
+def is_data(name: str, beside_data: bool) -> bool:
+    """Whether the name of a recipe or of data is one of data: it is there, and no recipe's file, or `beside_data`."""
+    path = Path(name)
+    return path.exists() and (beside_data or path.is_dir() or kind_of_file(path) is not None)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether this is the name of a dataset on the hub, and of nothing here."""
-    return bool(_DATASET_NAME.fullmatch(name)) and not name.endswith(_SUFFIXES) and not Path(name).exists()
+    return bool(_DATASET_NAME.fullmatch(name)) and kind_of_file(Path(name)) is None and not Path(name).exists()
 
 
 def hub_split_names(name: str, subset: str | None) -> list[str]:
     """The splits of a dataset on the hub. Raises DataError, and UsageError without the `datasets` package."""
-    datasets = _needed("datasets", "datasets", name)
+    datasets = _datasets(name)
     try:
         return list(datasets.get_dataset_split_names(name, subset))
     except Exception as error:
-        raise DataError(f"{name}: its splits cannot be read ({_first_line(error)}); set data.eval_split") from error
+        raise DataError(f"{name}: its splits cannot be read ({first_line(error)}); set data.eval_split") from error
+
+
+def local_splits(name: str) -> list[str]:
+    """The splits of a folder, of `datasets` or of files and folders named by them; none of anything else.
+
+    Raises DataError.
+    """
+    path = Path(name) / "dataset_dict.json"
+    if path.is_file():
+        try:
+            return [str(split) for split in json.loads(path.read_text(encoding="utf-8"))["splits"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a list of splits ({error})") from None
+    if not Path(name).is_dir():
+        return []
+    return list(dict.fromkeys(split for file in _files(Path(name)) if (split := _split_of(file)) is not None))
 
 
 def _folder(path: Path, split: str) -> list[Source]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [HubDataset(str(path), split, None, saved=True)]
-    files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".ndjson", ".parquet"))
+    files = _files(path)
     if not files:
-        raise DataError(f"{path}: no .jsonl or .parquet file in this folder (folders in it are not searched)")
-    return [_file(file) for file in files]
+        raise DataError(f"{path}: no .jsonl, .parquet or .csv file in this folder (of the folders in it, only data, "
+                        "and those called as a split, are searched)")  # fmt: skip
+    splits = {file: _split_of(file) for file in files}
+    chosen = [file for file in files if splits[file] == split]
+    if not chosen and split == "train":
+        # Names that say nothing of a split are of the one that people train on; train_chats.jsonl is, alone, too.
+        chosen = [file for file in files if splits[file] is None]
+        alike = {name for name in splits.values() if name is not None and name.startswith("train")}
+        if not chosen and len(alike) == 1:
+            chosen = [file for file in files if splits[file] in alike]
+    if not chosen:
+        there = ", ".join(sorted({name for name in splits.values() if name is not None})) or "none"
+        raise DataError(f"{path}: has no files of the split {split}; its splits: {there} (data.split)")
+    return [DataFile(file) for file in chosen]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The data files of a folder: in it, in `data`, and in folders that are called as a split."""
+
+    def here(path: Path) -> list[Path]:
+        return sorted(
+            file
+            for file in path.iterdir()
+            if file.is_file() and (kind_of_file(file) in _IN_FOLDERS or (kind_of_file(file) and _split_of(file)))
+        )
+
+    try:
+        own = here(folder)
+        inner = sorted(one for one in folder.iterdir() if one.is_dir() and (one.name == "data" or _called(one.name)))
+        return own or [file for one in inner for file in here(one)]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name begins with (`test-00000-of-00001.parquet`), or else its folder's; None for none."""
+    return _called(file.name.partition(".")[0]) or (_called(file.parent.name) if file.parent.name != "data" else None)
+
+
+def _called(name: str) -> str | None:
+    """`train`, and `train_sft` of the hub, without the numbers of their files."""
+    word = re.match("[a-z]+", name)
+    if word is None or word.group() not in _SPLIT_NAMES:
+        return None
+    bare = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", name)
+    return bare or None
 
 
 def _glob(pattern: str) -> Iterator[Path]:
     path = Path(pattern)
     fixed = next(index for index, part in enumerate(path.parts) if any(sign in part for sign in "*?["))
     return Path(*path.parts[:fixed]).glob(str(Path(*path.parts[fixed:])))
-
-
-def _file(path: Path) -> Source:
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f"{path}: expected one of {', '.join(_SUFFIXES)}")
-    # A pipe or a device would be waited for without end.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"{path}: not a regular file")
-    return ParquetFile(path) if path.suffix == ".parquet" else JsonlFile(path)
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-class JsonlFile:
-    """One JSON object a line, UTF-8. Lines of white space are blank, not records."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.root = path, str(path), path.parent
-
-    def fingerprint(self) -> str:
-        return _digest(self.path)
-
-    def records(self) -> Iterator[Record]:
-        try:
-            with self.path.open("rb") as file:
-                number = 0
-                while line := file.readline(_MAX_LINE + 1):
-                    number += 1
-                    where = Where(self.name, number)
-                    if len(line) > _MAX_LINE:
-                        while line and not line.endswith(b"\n"):
-                            line = file.readline(_MAX_LINE)
-                        yield Record(where, error=DataError(f"{where}: longer than {_MAX_LINE >> 20} MiB"))
-                        continue
-                    yield _json_record(line, where)
-        except OSError as error:
-            raise DataError(f"{self.name}: cannot be read ({error.strerror})") from None
-
-
-def _json_record(line: bytes, where: Where) -> Record:
-    if not line.strip():
-        return Record(where, blank=True)
-    try:
-        # The byte order mark that some editors write is no part of the first line.
-        text = line.decode("utf-8-sig" if where.line == 1 else "utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        return Record(where, error=DataError(f"{where}: not UTF-8 at byte {error.start + 1}"))
-    except RecursionError:
-        return Record(where, error=DataError(f"{where}: nested too deeply"))
-    except ValueError as error:
-        array = where.line == 1 and line.lstrip().startswith(b"[")
-        hint = "; an array over many lines, where every line is to be an object" if array else ""
-        return Record(where, error=DataError(f"{where}: not JSON ({error}){hint}"))
-    return Record(where, value)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-class ParquetFile:
-    """Rows of a Parquet file. Needs pyarrow.
-
-    Parquet gives every struct of a column all the keys that any row has, filled with nulls; they are taken out.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.root = path, str(path), path.parent
-
-    def fingerprint(self) -> str:
-        return _digest(self.path)
-
-    def records(self) -> Iterator[Record]:
-        parquet = _needed("pyarrow.parquet", "pyarrow", self.name)
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                yield from _numbered(file.iter_batches(batch_size=_ROWS), self.name)
-        except DataError:
-            raise
-        except Exception as error:
-            # pyarrow's own errors are many; what they have in common is that the file cannot be read on.
-            raise DataError(f"{self.name}: not a readable Parquet file ({_first_line(error)})") from error
 
 
 class HubDataset:
@@ -215,7 +170,7 @@ class HubDataset:
     def _dataset(self) -> Any:
         if self._loaded is not None:
             return self._loaded
-        datasets = _needed("datasets", "datasets", self.name)
+        datasets = _datasets(self.name)
         try:
             if self._saved:
                 loaded = datasets.load_from_disk(self.name)
@@ -226,43 +181,20 @@ class HubDataset:
             self._loaded = loaded.with_format("arrow")
         except Exception as error:
             what = "neither a file or folder here nor a dataset that" if not self._saved else "a dataset folder that"
-            raise DataError(f"{self.name}: {what} `datasets` can load ({_first_line(error)})") from error
+            raise DataError(f"{self.name}: {what} `datasets` can load ({first_line(error)})") from error
         return self._loaded
 
     def fingerprint(self) -> str:
         return f"{self._split}:{self._dataset()._fingerprint}"
 
+    def blocks(self) -> Iterator[Block]:
+        yield from tables(self._dataset().iter(batch_size=ROWS), self.name)
+
     def records(self) -> Iterator[Record]:
-        yield from _numbered(self._dataset().iter(batch_size=_ROWS), self.name)
+        """All records in order, one by one."""
+        for block in self.blocks():
+            yield from block.records()
 
 
-def _numbered(tables: Iterator[Any], name: str) -> Iterator[Record]:
-    row = 0
-    for table in tables:
-        for value in table.to_pylist():
-            row += 1
-            yield Record(Where(name, row), _without_nulls(value))
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value
-
-
-def _needed(module: str, package: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(
-            f"{name}: neither a file nor a folder here, and to read a dataset of that name the Python package "
-            f"`{package}` is needed: pip install {package}"
-            if package == "datasets"
-            else f"{name}: reading Parquet needs the Python package `{package}`: pip install {package}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _datasets(name: str) -> Any:
+    return needed("datasets", "datasets", name, "neither a file nor a folder here, and reading a dataset of that name")

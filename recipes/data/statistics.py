@@ -16,7 +16,8 @@ class Statistics:
     split records that were still too long, or taught nothing. `lengths`: upper bound of a length class -> samples in
     it. `media`: items by kind. `thoughts_left_out`: thoughts of the data that the template does not render.
     `unlike_prompts`: learnt answers before the last, which lack what a generation prompt puts before an answer.
-    `formats`: records by the columns that they have. `skipped`: the first errors, in words.
+    `formats`: records by the name of their format. `unread`: columns, and keys of messages, that were not read.
+    `skipped`: the first errors, in words.
     """
 
     read: int
@@ -33,6 +34,7 @@ class Statistics:
     thoughts_left_out: int
     unlike_prompts: int
     formats: Mapping[str, int]
+    unread: Mapping[str, int]
     skipped: tuple[str, ...]
 
     @property
@@ -66,6 +68,7 @@ class Counts:
     unlike_prompts: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     media: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
@@ -94,7 +97,7 @@ class Counts:
         self.thoughts_left_out += other.thoughts_left_out
         self.unlike_prompts += other.unlike_prompts
         self.longest = max(self.longest, other.longest)
-        for name in ("dropped", "formats", "lengths", "media"):
+        for name in ("dropped", "formats", "unread", "lengths", "media"):
             getattr(self, name).update(getattr(other, name))
         self.skipped += other.skipped[: max(0, self._SHOWN - len(self.skipped))]
 
@@ -115,5 +118,6 @@ class Counts:
             thoughts_left_out=self.thoughts_left_out,
             unlike_prompts=self.unlike_prompts,
             formats=dict(sorted(self.formats.items())),
+            unread=dict(sorted(self.unread.items())),
             skipped=tuple(self.skipped),
         )

@@ -94,36 +94,70 @@ def model_steps(text: str) -> list[Step]:
     return steps
 
 
-def check_answers(text: str, steps: Sequence[Step], answers: Sequence[str], calls: int) -> None:
+@dataclass(frozen=True)
+class Answer:
+    """What one of the assistant's messages says: `texts`, without white space around and thoughts, and `calls`, how
+    many. `train`: whether it is learnt, where the record says so."""
+
+    texts: Sequence[str]
+    calls: int = 0
+    train: bool | None = None
+
+
+def check_answers(text: str, steps: Sequence[Step], answers: Sequence[Answer]) -> list[bool | None]:
     """Hold the steps against the messages: every answer is in one of them, in order, and so are all tool calls.
 
-    `answers`: what the assistant's messages say, without white space around and thoughts. A template that does not
-    render what it was given would otherwise train on something else without a word. Raises TemplateError.
+    A template that does not render what it was given would otherwise train on something else without a word. Returns
+    what the messages say of each step, whether it is learnt. Raises TemplateError.
     """
-    found = sum(step.calls for step in steps)
+    found, calls = sum(step.calls for step in steps), sum(answer.calls for answer in answers)
     if found != calls:
         raise TemplateError(f"the chat template renders {found} of {calls} tool calls as the model's")
-    rest, position = list(steps), 0
+    said: list[set[bool | None]] = [set() for _ in steps]
+    number = position = 0
+    calls_left = steps[0].calls if steps else 0
     for answer in answers:
-        while rest:
-            at = text.find(answer, max(position, rest[0].start), rest[0].end)
-            if at >= 0:
-                position = at + len(answer)
-                break
-            rest.pop(0)
-        else:
-            short = answer if len(answer) <= 40 else answer[:37] + "..."
-            raise TemplateError(
-                f"the chat template does not render the answer {short!r} between {MODEL_HEADER!r} and {TURN_END!r}"
-            )
+        for _ in range(answer.calls):
+            while not calls_left:
+                number += 1
+                calls_left = steps[number].calls
+            said[number].add(answer.train)
+            calls_left -= 1
+        for piece in answer.texts:
+            while (at := _find(text, piece, steps, number, position)) < 0:
+                number += 1
+                if number >= len(steps):
+                    short = piece if len(piece) <= 40 else piece[:37] + "..."
+                    raise TemplateError(
+                        f"the chat template does not render the answer {short!r} between {MODEL_HEADER!r} and "
+                        f"{TURN_END!r}"
+                    )
+                calls_left = steps[number].calls
+            said[number].add(answer.train)
+            position = at + len(piece)
+    if any(len(of_step) > 1 for of_step in said):
+        raise TemplateError("messages of which one is learnt (train) and one is not are one turn in the chat template")
+    return [next(iter(of_step), None) for of_step in said]
 
 
-def supervised_spans(steps: Sequence[Step], choice: Supervise) -> list[Span]:
-    """The characters that are learnt, as sorted spans that neither touch nor overlap."""
+def _find(text: str, piece: str, steps: Sequence[Step], number: int, position: int) -> int:
+    if number >= len(steps):
+        return -1
+    return text.find(piece, max(position, steps[number].start), steps[number].end)
+
+
+def supervised_spans(steps: Sequence[Step], choice: Supervise, said: Sequence[bool | None] | None = None) -> list[Span]:
+    """The characters that are learnt, as sorted spans that neither touch nor overlap.
+
+    `choice.turns="everything"` is here as "all": `around` adds what is asked. `said`: of each step, what its messages
+    say themselves; `choice.turns` counts where they say nothing.
+    """
     spans: list[Span] = []
     last = steps[-1].turn if steps else -1
-    for step in steps:
-        if (choice.turns == "last" and step.turn != last) or (step.calls and not choice.tool_calls):
+    for step, learnt in zip(steps, said or [None] * len(steps), strict=True):
+        if learnt is None:
+            learnt = choice.turns != "last" or step.turn == last
+        if not learnt or (step.calls and not choice.tool_calls):
             continue
         position = step.start
         for start, end in () if choice.thinking else step.thoughts:
@@ -131,6 +165,23 @@ def supervised_spans(steps: Sequence[Step], choice: Supervise) -> list[Span]:
             position = end
         spans.append((position, step.end))
     return [span for span in spans if span[1] > span[0]]
+
+
+def around(length: int, spans: Sequence[Span], steps: Sequence[Step]) -> list[Span]:
+    """All `length` characters but what the model says and is not in `spans`."""
+    left_out: list[Span] = []
+    for step in steps:
+        position = step.start
+        for start, end in [span for span in spans if step.start <= span[0] < step.end]:
+            left_out.append((position, start))
+            position = end
+        left_out.append((position, step.end))
+    kept, position = [], 0
+    for start, end in left_out:
+        if end > start:
+            kept.append((position, start))
+            position = end
+    return [span for span in [*kept, (position, length)] if span[1] > span[0]]
 
 
 def with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix: str) -> tuple[str, list[Span], int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from bridge.errors import BridgeError, DataError, UsageError
 from recipes.config import load_recipe
 from recipes.data import Corpus, CorpusOptions, Supervise, cache, corpus, open_corpus
 from recipes.data.chat import ChatModel
-from recipes.data.sources import JsonlFile
+from recipes.data.files import DataFile
 from recipes.data.training import corpus_options
 
 from .data_helpers import chat, corpus_of, model_folder, write_jsonl
@@ -58,15 +58,33 @@ BAD: list[tuple[Any, str]] = [
     ("[" * 100_000, "nested too deeply"),
     ("[1, 2]", "expected an object, found a list"),
     ("null", "expected an object, found nothing"),
-    ({}, "has none of messages, prompt and completion, text"),
-    ({"conversations": []}, "ShareGPT"),
-    ({"text": "a", **GOOD}, "has messages and text"),
+    ({}, "has none of messages, conversations, prompt and completion"),
+    ({"conversations": []}, "conversations: expected a list of messages, found an empty list"),
+    ({"textt": "a"}, "but textt; data.columns.messages=... says which column is which"),
     ({"text": 3}, "text: expected a string, found a number"),
     ({"text": "  "}, "text: empty"),
     ({"text": "\ud800"}, "half of a surrogate pair at character 1"),
     ({"text": "a<eos>b"}, "text: holds the control token <eos>"),
     ({"prompt": "a"}, "has no completion"),
-    ({"prompt": "a", "completion": ["b"]}, "completion: expected a string, found a list"),
+    ({"prompt": "a", "completion": ["b"]}, "prompt[1]: expected an object, found a string"),
+    ({"prompt": "a", "completion": 3}, "completion: expected a string or a list of messages, found a number"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for the dpo recipes; to learn the chosen ones alone"),
+    ({"prompt": "a", "completion": "b", "label": True}, "for the kto recipes"),
+    ({"instruction": "a", "input": "b"}, "has instruction, but has no output (alpaca)"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "input: expected a string, found a number"),
+    ({"input_ids": [1, "a"]}, "input_ids: expected a list of integers"),
+    ({"input_ids": [2, 5], "labels": [-100]}, "labels: 1 for 2 input_ids"),
+    ({"input_ids": [2, 5, 6], "labels": [5, 6, -100]}, "labels[0]: 5 is neither -100 nor the token there, 2"),
+    ({"input_ids": [2, 5], "loss_mask": [0, 2]}, "loss_mask: expected a 0 or 1 for each"),
+    ({"input_ids": [-1]}, "input_ids: expected ids of tokens, found -1"),
+    (messages({**USER, "train": True}, ANSWER), "messages[0]: a message of role user cannot be learnt alone"),
+    (messages(USER, {**ANSWER, "weight": 0.5}), "weight: a message is learnt (true, 1) or not (false, 0), found 0.5"),
+    (messages(USER, {**ANSWER, "weight": 1, "train": False}), "say different things of whether it is learnt"),
+    (messages({**USER, "content": [{"type": "image_url"}]}, ANSWER), 'expected {"image_url": {"url": ...}}'),
+    (
+        messages({**USER, "content": [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]}, ANSWER),
+        "only fetched with data.allow_urls=true",
+    ),
     ({"prompt": "a", "completion": ""}, "completion: empty"),
     ({"messages": "hi"}, "messages: expected a list of messages, found a string"),
     ({"messages": []}, "messages: expected a list of messages, found an empty list"),
@@ -144,7 +162,8 @@ BAD: list[tuple[Any, str]] = [
     (part(type="video", frames=[], fps=1), "frames: expected a list of images, found an empty list"),
     (part(type="video", frames=["good.png"]), "fps: frames need a positive number, found None"),
     (part(type="video", frames=["good.png", "other.png"], fps=1), "frames of different sizes"),
-    ({**GOOD, "images": ["good.png"]}, "images: 1 more than the messages have parts of type image"),
+    ({**part(type="image"), "images": ["good.png", "good.png"]}, "images: 1 more than the messages have parts of type"),
+    (messages(USER, {"role": "gpt", "content": "<image>"}) | {"images": ["good.png"]}, "holds text only"),
     ({**GOOD, "images": "good.png"}, "images: expected a list, found a string"),
 ]
 
@@ -275,16 +294,16 @@ def test_blank_lines_and_byte_order_marks(folder: Path, model: Path) -> None:
 
 
 def test_an_array_over_many_lines_is_called_that(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
+    path = tmp_path / "a.jsonl"
     path.write_text('[\n{"text": "a"}\n]', encoding="utf-8")
-    first = next(JsonlFile(path).records())
+    first = next(DataFile(path).records())
     assert "an array over many lines" in str(first.error)
 
 
 def test_a_line_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.data.sources._MAX_LINE", 100)
+    monkeypatch.setattr("recipes.data.files._MAX_LINE", 100)
     path = write_jsonl(folder / "data.jsonl", [GOOD, {"text": "x" * 1000}, GOOD])
-    records = list(JsonlFile(path).records())
+    records = list(DataFile(path).records())
     assert [(record.where.line, record.error is None) for record in records] == [(1, True), (2, False), (3, True)]
 
 
@@ -303,7 +322,7 @@ def test_where_data_is_looked_for(folder: Path, model: Path, monkeypatch: pytest
         ("c.jsonl", "c.jsonl: no such file or folder"),
         ("*.parquet", "no file matches"),
         ("good.png", "expected one of .jsonl"),
-        (str(model), "no .jsonl or .parquet file in this folder"),
+        (str(model), "no .jsonl, .parquet or .csv file in this folder"),
     ]:
         with pytest.raises(DataError, match=re.escape(message)):
             answers(path)
@@ -545,6 +564,10 @@ class Table:
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
     def to_pylist(self) -> list[Any]:
         return self.rows
 
@@ -562,8 +585,8 @@ def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.Mon
     tables = [Table(rows[:2]), Table(rows[2:])]
 
     class ParquetFile:
-        def __init__(self, path: Path) -> None:
-            if path.read_bytes() != b"PAR1":
+        def __init__(self, file: IO[bytes]) -> None:
+            if file.read() != b"PAR1":
                 raise ValueError("Parquet magic bytes not found\nin the footer")
 
         def __enter__(self) -> ParquetFile:
@@ -595,7 +618,7 @@ def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.Mon
 
     named = replace(options, path="someone/chats")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"someone/chats: neither .* the Python package `datasets` is needed"):
+    with pytest.raises(UsageError, match=r"someone/chats: neither .* of that name needs the Python package `datasets`"):
         open_corpus(named, model)
 
     class Dataset:

@@ -34,7 +34,7 @@ def test_the_json(tmp_path: Path, model: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     options = ["--model", str(model), "--cache", str(tmp_path / "cache"), "--seq-length", "40"]
     said = shown("--data", str(path), *options, "-n", "2")
-    assert said["format"] == "messages, prompt, text"
+    assert said["format"] == "messages, prompt-completion, text"
     assert (said["read"], said["kept"], said["dropped"]) == (5, 3, {"invalid": 1, "too long": 1})
     assert (len(said["samples"]), said["sample_count"]) == (2, 3)
     first = said["samples"][0]
