@@ -74,11 +74,11 @@ class _Heads:
 
 
 class _Loss(torch.autograd.Function):
-    """The sum of all tokens' losses; gradients are made in the forward pass."""
+    """The losses of tokens [n]; gradients are made in the forward pass, for losses that are summed."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, states: Tensor, heads: _Heads) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         words = len(heads.drafter)
         kept = (labels != IGNORE).nonzero()[:, 0]
@@ -91,7 +91,7 @@ class _Loss(torch.autograd.Function):
                 column = labels[rows] - heads.first_word
                 here = ((column >= 0) & (column < words)).float()
                 column = column.clamp(0, max(words - 1, 0))[:, None]
-                total -= heads.cross_entropy * (log_q.gather(1, column)[:, 0] * here).sum(dtype=torch.float64)
+                losses[rows] -= heads.cross_entropy * log_q.gather(1, column)[:, 0] * here
                 gradient.scatter_add_(1, column, -heads.cross_entropy * here[:, None])
             if heads.kl:
                 logits = states[rows] @ heads.target.t()
@@ -99,18 +99,21 @@ class _Loss(torch.autograd.Function):
                     logits = torch.tanh(logits / heads.softcap) * heads.softcap
                 log_p = heads.log_softmax(logits.float())
                 p = log_p.exp()
-                total += heads.kl * (p * (log_p - log_q)).sum(dtype=torch.float64)
+                losses[rows] += heads.kl * (p * (log_p - log_q)).sum(-1)
                 gradient.sub_(p, alpha=heads.kl)
             gradient = gradient.to(hidden.dtype)
             grad_hidden[rows] = gradient @ heads.drafter
             grad_weight[:words] += (gradient.t() @ inputs).float()
         if heads.group is not None:
-            dist.all_reduce(total, group=heads.group)
+            dist.all_reduce(losses, group=heads.group)
         ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
-        return total.float()
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        factor = grad_losses.flatten()[0]
+        if grad_losses.numel() > 1 and not bool((grad_losses == factor).all()):
+            raise RuntimeError("the losses of drafts are differentiated as their sum, times one factor")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
         return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None
@@ -123,11 +126,12 @@ def draft_loss(
     target: TargetPass,
     labels: Tensor,
     asked: DraftLoss,
-) -> tuple[Tensor, Tensor]:
-    """(sum of the losses of all steps, how many tokens they are of), float32 and int64 [], of this rank's part.
+) -> Tensor:
+    """The losses of drafts behind every token of this rank's part, float32 [b, s / cp]: the mean of their steps.
 
     `drafter` in DDP or without; `chunk`: the last one of the target. `labels` [b, s] are of the whole rows and shifted:
-    the token behind each. A step counts where the token that it predicts has a label and is of the same document.
+    the token behind each. A step counts where the token that it predicts has a label and is of the same document; else
+    it adds nothing. The centroids' own loss is differentiated, and not in the figures.
     """
     (model,) = unwrap_model([drafter])
     assert isinstance(model, Gemma4Drafter)
@@ -148,22 +152,23 @@ def draft_loss(
     )
     states = _whole_states(chunk, target) if asked.kl else None
     document = target.visibility.document
-    loss, count = torch.zeros((), device=labels.device), torch.zeros((), dtype=torch.int64, device=labels.device)
+    losses: Tensor = torch.zeros((), device=labels.device)
     for step, (hidden, _) in enumerate(draft(drafter, embed, target, asked.steps), 1):
         same = shifted(document, step, -2) == document
         wanted = target.take(torch.where(same, shifted(labels, step, IGNORE), IGNORE)).t().contiguous()
-        count += (wanted != IGNORE).sum()
         if asked.centroids and model.masked_embedding is not None:
             own = wanted.chunk(get_pg_size(group))[get_pg_rank(group)] if sp else wanted
-            loss = loss + asked.centroids * _centroid_loss(model, hidden, own)
+            clusters = asked.centroids * _centroid_loss(model, hidden, own) / wanted.numel()
+            losses = losses + (clusters - clusters.detach())
         if several is not None and sp:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         elif several is not None:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         there = hidden.new_empty(0) if states is None else target.take(shifted(states, step, 0)).transpose(0, 1)
         flat = there.flatten(0, 1) if states is not None else there
-        loss = loss + _Loss.apply(hidden.flatten(0, 1), model.head, wanted.flatten(), flat, heads)
-    return loss, count
+        found = _Loss.apply(hidden.flatten(0, 1), model.head, wanted.flatten(), flat, heads)
+        losses = losses + found.view(wanted.shape)
+    return losses.t() / asked.steps
 
 
 def _whole_states(chunk: Gemma4Model, target: TargetPass) -> Tensor:

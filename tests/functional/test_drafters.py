@@ -15,6 +15,7 @@ from torch import Tensor
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
+from bridge.megatron.draft_loss import DraftLoss
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
@@ -22,11 +23,14 @@ from bridge.toy import VARIANTS
 from .conftest import Toy
 from .drafter_kit import (
     Pair,
+    Rows,
     answer_with_drafter,
     counted_with_transformers,
     drafted,
     drafted_with_transformers,
     fit,
+    gradients,
+    gradients_with_transformers,
     task_of,
     with_layout,
 )
@@ -39,6 +43,20 @@ GREEDY = SamplingOptions(max_new_tokens=TOKENS)
 LAYOUTS = {"one": Parallel(), "TP2": Parallel(tp=2), "TP2+SP": Parallel(tp=2, sequence_parallel=True)}
 
 ANSWER_LAYOUTS = {"one": Parallel(), "TP2+SP": Parallel(tp=2, sequence_parallel=True), "PP2": Parallel(pp=2)}
+
+
+GRADIENT_LAYOUTS = {
+    "TP2+SP": Parallel(tp=2, sequence_parallel=True),
+    "PP2": Parallel(pp=2),
+    "TP2 PP2": Parallel(tp=2, pp=2),
+    "CP2": Parallel(cp=2),
+}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str) -> None:
+    for name, wanted in theirs.items():
+        apart = float((ours[name].float() - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        assert apart <= 1e-4, f"{where}: {name} {apart:.2g}"
 
 
 class Guessing(NamedTuple):
@@ -130,8 +148,6 @@ def test_greedy_answers_and_counts(ranks: RankPool, guessing: Callable[[str], Gu
                 torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(alone.logprobs), rtol=0, atol=1e-4)
     for (tokens, _), completion in zip(theirs[True] + theirs[False], 2 * plain, strict=True):
         assert tuple(tokens) == completion.tokens
-    as_it_is = [tuple(rounds) for _, rounds in theirs[False]]
-    print(f"{variant}: transformers as it is: {as_it_is == expected}", as_it_is, expected)
 
 
 def test_answers_end_where_they_end_without_a_drafter(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
@@ -163,6 +179,23 @@ def test_sampled_answers_do_not_depend_on_company(ranks: RankPool, guessing: Cal
         answers.append([(c.tokens, c.rounds) for c in found])
     assert answers[0] == answers[1] == answers[2]
     assert sum(n for _, rounds in answers[0] for _, n in rounds) > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("variant", ["e2b", "12b"])
+def test_gradients(ranks: RankPool, toy: Toy, variant: str, packed: bool) -> None:
+    """Of every parameter: a plain loop's over transformers' classes on one rank, and one rank's in any layout."""
+    pair = Pair(toy(variant), toy(variant, drafter=True))
+    ids = some_ids(pair.target, rows=1 if packed else 2, length=32)
+    rows = Rows(ids, (0, 5, 19) if packed else (0,), packed)
+    asked = DraftLoss(steps=3, cross_entropy=0.7, kl=1.3, centroids=0.9)
+    (theirs,) = ranks.run(gradients_with_transformers, pair, rows, asked, world_size=1)
+    (one,) = ranks.run(gradients, pair, rows, asked, world_size=1)
+    assert set(one) == set(theirs)
+    assert_same_gradients(one, theirs, "one rank")
+    for name, parallel in GRADIENT_LAYOUTS.items():
+        for found in ranks.run(gradients, with_layout(pair, parallel), rows, asked, world_size=parallel.world_size):
+            assert_same_gradients(found, one, name)
 
 
 @pytest.mark.slow
