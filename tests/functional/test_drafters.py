@@ -181,8 +181,15 @@ def test_sampled_answers_do_not_depend_on_company(ranks: RankPool, guessing: Cal
     assert sum(n for _, rounds in answers[0] for _, n in rounds) > 0
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("variant", ["e2b", "12b"])
+@pytest.mark.parametrize(
+    ("variant", "packed"),
+    [
+        ("e2b", True),
+        ("12b", False),
+        pytest.param("e2b", False, marks=pytest.mark.slow),
+        pytest.param("12b", True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients(ranks: RankPool, toy: Toy, variant: str, packed: bool) -> None:
     """Of every parameter: a plain loop's over transformers' classes on one rank, and one rank's in any layout."""
     pair = Pair(toy(variant), toy(variant, drafter=True))
