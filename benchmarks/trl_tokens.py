@@ -18,10 +18,18 @@ from recipes.data import CorpusOptions, Supervise, open_corpus
 
 IGNORE = -100
 QUESTION, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A duck, I think."}
-TALK = [QUESTION, ANSWER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It said so.\n\nTwice."}]
+TALK = [
+    QUESTION,
+    ANSWER,
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "It said so.\n\nTwice."},
+]
 # The name of a format -> its records, and the option by which the same tokens are learnt here.
 FORMATS: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "language modelling, text": ([{"text": "Once upon a time there was a duck."}, {"text": "Two\n\nparagraphs."}], "all"),
+    "language modelling, text": (
+        [{"text": "Once upon a time there was a duck."}, {"text": "Two\n\nparagraphs."}],
+        "all",
+    ),
     "language modelling, messages": ([{"messages": TALK}, {"messages": TALK[:2]}], "everything"),
     "prompt-completion, strings": ([{"prompt": "The duck says", "completion": " quack."}], "all"),
     "prompt-completion, messages": (
@@ -72,9 +80,12 @@ def ours(rows: list[dict[str, Any]], model: Path, template: str | None, turns: s
         corpus = open_corpus(options, model)
         samples = [corpus[index] for index in range(len(corpus))]
     return [
-        Row(sample.ids.tolist(), [int(i) if learnt else IGNORE for i, learnt in zip(sample.ids, sample.supervised, strict=True)])
+        Row(
+            sample.ids.tolist(),
+            [token if learnt else IGNORE for token, learnt in zip(sample.ids.tolist(), sample.supervised, strict=True)],
+        )
         for sample in samples
-    ]  # fmt: skip
+    ]
 
 
 def difference(one: Row, other: Row, tokenizer: Any) -> str:

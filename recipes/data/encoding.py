@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bridge.errors import DataError
+from bridge.errors import BridgeError, DataError
 from recipes.data.blocks import Record
-from recipes.data.chat import ChatModel, Encoded, ReadMedia
+from recipes.data.chat import ChatModel, Encoded
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
+from recipes.data.processing import ReadMedia
 from recipes.data.sample import Message, Sample, parse_record
 
 # Why a record gives no sample.
@@ -44,29 +45,54 @@ class Encoder:
         # Deep copies are made one at a time: of an object that nobody works with.
         self._lock = threading.Lock()
 
-    def outcome(self, record: Record, read: ReadMedia) -> Outcome:
-        """What a record gives. A DataError is part of the outcome; other errors are raised."""
+    def outcomes(self, records: Sequence[Record], read: Sequence[ReadMedia]) -> Iterator[Outcome]:
+        """What each record gives, in order; `read`: its media. A DataError is part of the outcome.
+
+        Raises UsageError, where it is due.
+        """
+        parsed = list(map(self._parsed, records))
+        samples = [one for one in parsed if isinstance(one, Sample)]
+        reads = [how for one, how in zip(parsed, read, strict=True) if isinstance(one, Sample)]
+        encoded = iter(self.model().encode(samples, reads))
+        for record, one, how in zip(records, parsed, read, strict=True):
+            if isinstance(one, Outcome):
+                yield one
+                continue
+            whole = next(encoded)
+            try:
+                if isinstance(whole, BridgeError):
+                    raise whole
+                yield self._outcome(record, one, whole, how)
+            except DataError as error:
+                yield Outcome(record, reason=INVALID, message=str(error), error=error)
+
+    def _parsed(self, record: Record) -> Sample | Outcome:
+        if record.blank:
+            return Outcome(record)
         try:
             if record.error is not None:
                 raise record.error
             value = self._function(record.value, record.where)
             if value is None and self._options.layout.function is not None:
                 return Outcome(record, reason=LEFT_OUT, message=str(record.where))
-            sample = parse_record(value, record.where, self._options.layout)
-            encoded, dropped = self._fitting(sample, read)
+            return parse_record(value, record.where, self._options.layout)
         except DataError as error:
             return Outcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
             message = f"{record.where}: {error}"
             return Outcome(record, reason=INVALID, message=message, error=DataError(message))
+
+    def _outcome(self, record: Record, sample: Sample, whole: Encoded, read: ReadMedia) -> Outcome:
+        encoded, dropped = self._fitting(sample, whole, read)
+        learnable = tuple(item for item in encoded if item.supervised[1:].any())
+        if learnable:
+            dropped += len(encoded) - len(learnable)
+            return Outcome(record, learnable, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         given = Outcome(record, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         if not encoded:
             longest = f"longer than {self._options.seq_length} tokens"
             return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
-        learnable = tuple(item for item in encoded if item.supervised[1:].any())
-        if not learnable:
-            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
-        return replace(given, encoded=learnable, pieces_dropped=dropped + len(encoded) - len(learnable))
+        return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
 
     def model(self) -> ChatModel:
         """This thread's own model."""
@@ -76,10 +102,9 @@ class Encoder:
         own: ChatModel = self._local.model
         return own
 
-    def _fitting(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
+    def _fitting(self, sample: Sample, whole: Encoded, read: ReadMedia) -> tuple[list[Encoded], int]:
         """The sample, or its pieces, as far as they fit; and how many pieces did not."""
         limit = self._options.seq_length
-        whole = self.model().encode(sample, read)
         if len(whole) <= limit:
             return [whole], 0
         if self._options.overlong == "drop":
@@ -110,7 +135,9 @@ class Encoder:
         return pieces, dropped
 
     def _encode(self, sample: Sample, messages: tuple[Message, ...], read: ReadMedia) -> Encoded | None:
-        encoded = self.model().encode(replace(sample, messages=messages), read)
+        (encoded,) = self.model().encode([replace(sample, messages=messages)], [read])
+        if isinstance(encoded, BridgeError):
+            raise encoded
         return encoded if len(encoded) <= self._options.seq_length else None
 
 
