@@ -45,7 +45,7 @@ class CorpusOptions:
         in the larger published models) stands before the last answer, unlearnt, as it will when the model is used.
         None: wherever the template makes such a prompt.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
-    `workers`: threads that tokenise and decode.
+    `workers`: processes that tokenise, threads that decode.
     `layout`: how records are read, where they do not show it.
     """
 

@@ -25,8 +25,9 @@ def main() -> None:
             path, module, settings = connection.recv()
             sys.path[:] = path
             answer: Callable[[Any], Any] = importlib.import_module(module).opened(*settings)
-            # What is there now stays: the collector of garbage need not look through it again and again.
+            # What is there now stays, and records make no circles: garbage need not be looked for often.
             gc.freeze()
+            gc.set_threshold(50_000)
             connection.send("ready")
             while True:
                 question = connection.recv()
