@@ -84,6 +84,7 @@ def toy(
     mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of embedding and head.")] = None,
     ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Of sliding layers; global twice that, window 16.")] = None,
     drafter: Annotated[
         bool, typer.Option("--drafter", help="Its drafter, a small model that drafts its tokens.")
     ] = False,
@@ -108,6 +109,7 @@ def toy(
             mixed_dtypes=mixed_dtypes,
             vocab_size=vocab_size,
             ple_vocab_size=ple_vocab_size,
+            head_dim=head_dim,
             drafter=drafter,
             ordered=ordered,
             overwrite=overwrite,
@@ -266,12 +268,12 @@ def verify(
     """
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.quiet import quiet
+    from bridge.megatron.silence import silence_warnings
     from bridge.progress import shown_progress
     from bridge.verify.run import verify as run
     from bridge.verify.streamed_run import verify_streamed
 
-    quiet()
+    silence_warnings()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
     if layers is not None and not streamed:
         raise UsageError("--layers is a part of --streamed")
@@ -377,6 +379,7 @@ def data_show(
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
     from recipes.data.formats import Layout
+    from recipes.data.preference import of_its_kind
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
     from recipes.data.show import show, to_json
@@ -410,6 +413,7 @@ def data_show(
             cache=cache,
             layout=Layout(format_, _columns(column or []), function),
         )
+        options = of_its_kind(options)
     progress = Progress(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(options, count, progress.read)

@@ -7,8 +7,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from bridge.errors import UsageError
-from bridge.megatron.parts import ATTENTION, FP8_MULTIPLE, check_names
-from recipes.config import LoraConfig, Recipe
+from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
+from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
+from recipes.keys import meant
+from recipes.losses import names as known
+from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 
 
@@ -21,7 +24,9 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_numbers(recipe)
     _check_schedule(recipe)
     _check_metrics(recipe)
+    _check_preference(recipe)
     _check_lora(recipe)
+    _check_drafter(recipe)
     _check_export(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
     return _check_batch(recipe, world_size)
@@ -162,6 +167,46 @@ def _check_lora(recipe: Recipe) -> None:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
 
 
+def _check_preference(recipe: Recipe) -> None:
+    said, names = recipe.preference, loss_names(recipe.preference)
+    if not names:
+        for key in (f.name for f in fields(PreferenceConfig) if f.name != "loss"):
+            if getattr(said, key) != getattr(PreferenceConfig(), key):
+                raise UsageError(f"preference.{key} needs preference.loss")
+        return
+    for name in names:
+        if name not in known.ALL:
+            raise UsageError(
+                f"preference.loss={name}: there is none{meant(str(name), known.ALL)}; there are {', '.join(known.ALL)}"
+            )
+    if len(names) > 1 and (other := [name for name in names if name not in known.DPO or names.count(name) > 1]):
+        raise UsageError(
+            f"preference.loss: {other[0]} cannot be added to others; of {', '.join(known.DPO)} each once can"
+        )
+    if said.loss_weights and len(said.loss_weights) != len(names):
+        raise UsageError(f"preference.loss_weights={said.loss_weights}: there are {len(names)} losses")
+    if said.loss_weights and names[0] not in known.DPO:
+        raise UsageError(f"preference.loss_weights: is for DPO's losses, not for {names[0]}")
+    if said.beta <= 0:
+        raise UsageError(f"preference.beta={said.beta:g}: must be above 0")
+    if not 0 <= said.label_smoothing < 0.5 or ("exo_pair" in names and not said.label_smoothing):
+        least = "above 0 with exo_pair (1e-3, say)" if "exo_pair" in names else "at least 0"
+        raise UsageError(f"preference.label_smoothing={said.label_smoothing:g}: must be {least} and below 0.5")
+    if said.reference not in ("auto", "base", "start"):
+        raise UsageError(f"preference.reference={said.reference}: is one of auto, base, start")
+    if said.reference == "base" and not recipe.lora.rank and recipe.lora.adapter is None:
+        raise UsageError("preference.reference=base: is the model without adapters, and there are none; start it is")
+    for key, value, why in (
+        ("train.z_loss", recipe.train.z_loss, "is added to token losses, and these are of answers"),
+        ("data.overlong", recipe.data.overlong != "drop" and recipe.data.overlong, "a pair cannot be cut"),
+        ("eval.metrics", recipe.eval.metrics, "are of conversations"),
+    ):
+        if value:
+            raise UsageError(f"{key}={value}: {why}; leave it out with preference.loss")
+    if recipe.train.samples is not None and not isinstance(recipe.train.samples, str):
+        raise UsageError(f"train.samples={recipe.train.samples}: name a file of prompts with preference.loss")
+
+
 def _check_samples(recipe: Recipe) -> None:
     """What is answered while a model trains."""
     train = recipe.train
@@ -199,6 +244,32 @@ def _check_metrics(recipe: Recipe) -> None:
         )
     if said.best != "loss" and not recipe.train.patience:
         raise UsageError(f"eval.best={said.best}: is what train.patience goes by; set it")
+
+
+def _check_drafter(recipe: Recipe) -> None:
+    said = recipe.drafter
+    if said.path is None:
+        if said != DrafterConfig():
+            raise UsageError("drafter: its keys need drafter.path")
+        return
+    for key in ("cross_entropy", "kl", "centroids"):
+        if getattr(said, key) < 0:
+            raise UsageError(f"drafter.{key}={getattr(said, key)}: must be at least 0")
+    if said.steps < 1 or not (said.cross_entropy or said.kl):
+        raise UsageError("drafter: steps is at least 1, and cross_entropy or kl above 0")
+    train, parallel = recipe.train, recipe.parallel
+    for key, given in (
+        ("lora", recipe.lora.rank or recipe.lora.adapter),
+        ("preference.loss", recipe.preference.loss),
+        ("train.z_loss", train.z_loss),
+        ("train.aux_loss", train.aux_loss),
+        ("train.samples", train.samples),
+        ("eval.metrics", recipe.eval.metrics),
+        ("parallel.pp", parallel.pp > 1),
+        ("parallel.overlap", parallel.overlap),
+    ):
+        if given:
+            raise UsageError(f"{key} does not go with drafter.path, which trains the drafter of a frozen model")
 
 
 def _check_export(recipe: Recipe) -> None:

@@ -148,6 +148,29 @@ class TrainConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """Preferences (docs/preference.md), where `loss` is set; names and defaults are TRL's.
+
+    `loss`: one of `recipes.losses.preference`, or for DPO several, added up with `loss_weights` (1 each by default).
+    `beta`: how much the policy is held to the reference. `label_smoothing`: of robust, exo_pair, aot, cpo and simpo.
+    `simpo_gamma`: SimPO's margin. `cpo_alpha`: factor of the chosen answers' likelihood in cpo and simpo (0: SimPO as
+    published). `desirable_weight`, `undesirable_weight`: of KTO's answers.
+    `reference`: base (the model without its adapters) or start (the model as the run begins; what it says of the data
+    is computed once and kept beside it); auto: base with new adapters, else start.
+    """
+
+    loss: Any = None
+    loss_weights: list[float] = field(default_factory=list)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reference: str = "auto"
+
+
+@dataclass
 class EvalConfig:
     """What is measured at evaluations beside the loss: on answers, greedy ones, to the evaluation data.
 
@@ -216,6 +239,22 @@ class LoraConfig:
 
 
 @dataclass
+class DrafterConfig:
+    """A drafter of the model, trained in its place, where `path` is set: an HF folder or id, or a Megatron checkpoint.
+
+    The model itself is frozen. Each token begins a draft of `steps` tokens, which is given those of the data. Factors:
+    `cross_entropy` of the data's tokens, `kl` of the model's own distribution (KL(model || drafter)), `centroids` of
+    the clusters that hold the data's tokens (ordered embeddings; 0: the centroids stay as they are).
+    """
+
+    path: str | None = None
+    steps: int = 4
+    cross_entropy: float = 1.0
+    kl: float = 1.0
+    centroids: float = 1.0
+
+
+@dataclass
 class CheckpointConfig:
     """`every`: steps between checkpoints, 0: only the last. `keep`: how many stay, 0: all.
 
@@ -256,9 +295,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

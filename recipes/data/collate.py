@@ -11,6 +11,8 @@ from torch import Tensor
 from recipes.data.chat import Encoded
 
 IGNORE = -100
+# What begins the names of tensors of answers behind other prompts (KTO).
+KL = "KL_"
 
 # What the image and video processors put where there is no patch.
 _PAD_VALUES = {"image_position_ids": -1, "video_position_ids": -1}
@@ -24,6 +26,8 @@ def batch_tensors(
     packed: bool,
     with_types: bool,
     document_multiple: int = 1,
+    answers: bool = False,
+    prompts: bool = False,
 ) -> dict[str, Tensor]:
     """Lay out rows of samples, right-padded to `width`.
 
@@ -31,17 +35,28 @@ def batch_tensors(
     is supervised and of the same sample, else -100); `attention_mask`, 1 = real token; `position_ids`, from 0 in every
     sample and in padding; `mm_token_type_ids` if asked. Packed, also `cu_seqlens` int32 [documents + 1]: the bounds of
     the documents in the batch's rows laid end to end, `[b * width]`; a row's padding is a document of its own.
+
+    `answers`: also which answer a label is of (`recipes.losses.objective`): `sequence_ids` int64 [b, width], and of
+    every sample `completion_lengths` and `desirable`, int64 [samples]. `prompts`: prompts have labels too, but in every
+    second sample, the rejected answers.
     """
     shape = (len(rows), width)
     ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     mask, positions, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     bounds = [0]
+    numbers = np.full(shape, -1, np.int64)
+    count = 0
     for number, row in enumerate(rows):
         at = 0
         for sample in row:
             end = at + len(sample)
             ids[number, at:end] = sample.ids
-            labels[number, at : end - 1] = np.where(sample.supervised[1:], sample.ids[1:], IGNORE)
+            learnt = sample.supervised[1:]
+            numbers[number, at : end - 1] = np.where(learnt, count, -1)
+            if prompts and not count % 2:
+                learnt = sample.types[1:] == 0
+            labels[number, at : end - 1] = np.where(learnt, sample.ids[1:], IGNORE)
+            count += 1
             mask[number, at:end] = 1
             types[number, at:end] = sample.types
             # Padding that a multiple asks for belongs to its sample: the next one starts behind it.
@@ -56,9 +71,31 @@ def batch_tensors(
     if with_types:
         batch["mm_token_type_ids"] = types
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if answers:
+        tensors["sequence_ids"] = torch.from_numpy(numbers)
+        tensors |= _of_answers([sample for row in rows for sample in row])
     if packed:
         tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return tensors
+
+
+def _of_answers(samples: Sequence[Encoded]) -> dict[str, Tensor]:
+    lengths, wanted = [int(each.supervised[1:].sum()) for each in samples], [int(each.desirable) for each in samples]
+    return {
+        "completion_lengths": torch.tensor(lengths, dtype=torch.int64),
+        "desirable": torch.tensor(wanted, dtype=torch.int64),
+    }
+
+
+def mismatched(asked: Encoded, answered: Encoded, length: int) -> Encoded:
+    """The prompt of one sample with the answer of another, at most so many tokens of it."""
+    here, there = int(asked.supervised.argmax()), int(answered.supervised.argmax())
+
+    def joined(prompt: np.ndarray, answer: np.ndarray) -> np.ndarray:
+        return np.concatenate([prompt[:here], answer[there:]])[:length]
+
+    learnt = joined(np.zeros_like(asked.supervised), answered.supervised)
+    return Encoded(joined(asked.ids, answered.ids), learnt, joined(asked.types, answered.types), asked.media)
 
 
 def join_media(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

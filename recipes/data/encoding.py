@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -13,8 +14,9 @@ from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
+from recipes.data.preference import SAMPLES, parse
 from recipes.data.processing import ReadMedia
-from recipes.data.sample import Message, Sample, parse_record
+from recipes.data.sample import Message, Sample
 
 # Why a record gives no sample.
 INVALID, TOO_LONG, NOTHING, LEFT_OUT = "invalid", "too long", "nothing to learn", "left out by data.function"
@@ -51,22 +53,31 @@ class Encoder:
         Raises UsageError, where it is due.
         """
         parsed = list(map(self._parsed, records))
-        samples = [one for one in parsed if isinstance(one, Sample)]
-        reads = [how for one, how in zip(parsed, read, strict=True) if isinstance(one, Sample)]
+        samples = [sample for one in parsed if not isinstance(one, Outcome) for sample in one[0]]
+        reads = [
+            how
+            for one, how in zip(parsed, read, strict=True)
+            if not isinstance(one, Outcome)
+            for _ in range(len(one[0]))
+        ]
         encoded = iter(self.model().encode(samples, reads))
         for record, one, how in zip(records, parsed, read, strict=True):
             if isinstance(one, Outcome):
                 yield one
                 continue
-            whole = next(encoded)
+            of_record, desirable = one
+            given = list(islice(encoded, len(of_record)))
             try:
-                if isinstance(whole, BridgeError):
-                    raise whole
-                yield self._outcome(record, one, whole, how)
+                whole = [_raised(item) for item in given]
+                if self._options.records == SAMPLES:
+                    yield self._outcome(record, of_record[0], whole[0], how)
+                else:
+                    answers = tuple(replace(item, desirable=desirable) for item in whole)
+                    yield self._answers(record, of_record, answers)
             except DataError as error:
                 yield Outcome(record, reason=INVALID, message=str(error), error=error)
 
-    def _parsed(self, record: Record) -> Sample | Outcome:
+    def _parsed(self, record: Record) -> tuple[tuple[Sample, ...], bool] | Outcome:
         if record.blank:
             return Outcome(record)
         try:
@@ -75,7 +86,7 @@ class Encoder:
             value = self._function(record.value, record.where)
             if value is None and self._options.layout.function is not None:
                 return Outcome(record, reason=LEFT_OUT, message=str(record.where))
-            return parse_record(value, record.where, self._options.layout)
+            return parse(value, record.where, self._options)
         except DataError as error:
             return Outcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
@@ -101,6 +112,18 @@ class Encoder:
                 self._local.model = self._model.fork()
         own: ChatModel = self._local.model
         return own
+
+    def _answers(self, record: Record, samples: Sequence[Sample], encoded: tuple[Encoded, ...]) -> Outcome:
+        """Both answers of a pair, or one with its label: all of it or nothing."""
+        given = Outcome(record, form=samples[0].form, unread=samples[0].unread)
+        lengths = [len(item) for item in encoded]
+        if (sum(lengths) if self._options.one_row else max(lengths)) > self._options.seq_length:
+            both = "both answers with their prompts are " if self._options.one_row else ""
+            longest = f"{both}longer than {self._options.seq_length} tokens"
+            return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
+        if not all(item.supervised[1:].any() for item in encoded):
+            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
+        return replace(given, encoded=encoded)
 
     def _fitting(self, sample: Sample, whole: Encoded, read: ReadMedia) -> tuple[list[Encoded], int]:
         """The sample, or its pieces, as far as they fit; and how many pieces did not."""
@@ -135,10 +158,15 @@ class Encoder:
         return pieces, dropped
 
     def _encode(self, sample: Sample, messages: tuple[Message, ...], read: ReadMedia) -> Encoded | None:
-        (encoded,) = self.model().encode([replace(sample, messages=messages)], [read])
-        if isinstance(encoded, BridgeError):
-            raise encoded
+        encoded = _raised(self.model().encode([replace(sample, messages=messages)], [read])[0])
         return encoded if len(encoded) <= self._options.seq_length else None
+
+
+def _raised(encoded: Encoded | BridgeError) -> Encoded:
+    """Raises what is in the place of a sample."""
+    if isinstance(encoded, BridgeError):
+        raise encoded
+    return encoded
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:

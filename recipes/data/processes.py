@@ -15,13 +15,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError
 
 _LEAVE_S = 5.0
 
 
-class Processes(Closing):
+class Processes(CloseOnExit):
     """`size` processes, each with what `module.opened(*settings)` gives: a function of a question. Thread-safe.
 
     Questions, answers and settings are pickled. They take seconds to start, in which `ready` is false. A context

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
+import numpy as np
 from torch import Tensor
 
 from bridge.convert.manifest import MegatronFolder
@@ -23,9 +25,11 @@ from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.formats import Layout
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Part, Samples
+from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
+from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
-from recipes.train.data import DataFactory, Streams
+from recipes.train.data import Answers, DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -40,13 +44,14 @@ def model_folder(recipe: Recipe) -> str:
 def corpus_options(recipe: Recipe) -> CorpusOptions:
     """What a recipe says of its training data. Raises UsageError."""
     check_data(recipe)
-    data = recipe.data
+    data, records = recipe.data, records_of(recipe)
+    turns = data.supervise_turns if records == SAMPLES else "last"
     return CorpusOptions(
         paths(data.path),
         recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
-        supervise=Supervise(data.supervise_turns, data.supervise_thinking, data.supervise_tool_calls),
+        supervise=Supervise(turns, data.supervise_thinking, data.supervise_tool_calls),
         on_error=data.on_error,
         overlong=data.overlong,
         allow_urls=data.allow_urls,
@@ -54,6 +59,8 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         chat_template=data.chat_template,
         template_kwargs=dict(data.template_kwargs),
         generation_prefix=data.generation_prefix,
+        records=records,
+        one_row=records == PAIRS and data.packing,
         cache=data.cache,
         workers=data.workers,
         layout=Layout(data.format, dict(data.columns), data.function),
@@ -87,7 +94,17 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         packing=data.packing,
         workers=data.workers,
         on_change=data.on_change,
+        prompts=loss_names(recipe.preference) == ("orpo",),
+        mismatched=loss_names(recipe.preference) == (KTO,),
     )
+
+
+def records_of(recipe: Recipe) -> str:
+    """The kind of records that a recipe's loss takes."""
+    names = loss_names(recipe.preference)
+    if not names:
+        return SAMPLES
+    return LABELLED if names[0] in ANSWERS else PAIRS
 
 
 def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:
@@ -121,8 +138,11 @@ def streams(
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
     opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
-    batches = Batches(opened.train, batch, say)
-    evaluation = {name: partial(once, corpus, batch) for name, corpus in opened.evaluation.items()}
+    ref_logps: dict[str, np.ndarray] = {}
+    batches = Batches(opened.train, batch, say, ref_logps)
+    evaluation = {name: partial(once, corpus, batch, ref_logps) for name, corpus in opened.evaluation.items()}
+    sets = (opened.train, *opened.evaluation.values()) if records_of(recipe) != SAMPLES else ()
+    answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
     whole = opened.train.corpus if isinstance(opened.train, Part) else opened.train
     known = (whole.statistics, whole.options, whole.files)
     facts = {
@@ -134,10 +154,12 @@ def streams(
         "cache": str(whole.folder),
     }
     notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps)
 
 
-def once(samples: Samples, batch: BatchOptions) -> Iterator[dict[str, Tensor]]:
+def once(
+    samples: Samples, batch: BatchOptions, ref_logps: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> Iterator[dict[str, Tensor]]:
     """In order and once: that ends with rows without labels, as many microbatches on every rank."""
-    with Batches(samples, replace(batch, shuffle=False, epochs=1)) as batches:
+    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps) as batches:
         yield from batches

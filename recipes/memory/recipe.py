@@ -10,16 +10,18 @@ from pathlib import Path
 
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
+from bridge.generate.memory import MAX_ROWS
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
-from bridge.megatron.parts import check_fp8_experts
+from bridge.megatron.layer_options import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe
+from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
-from recipes.memory.parameters import everything
+from recipes.memory.parameters import everything, nothing
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
 
@@ -53,8 +55,11 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
+    names = loss_names(recipe.preference)
+    # Unpacked, each answer of a pair is a row.
+    rows = 2 if names and names[0] not in ANSWERS and not recipe.data.packing else 1
     load = Load(
-        recipe.train.micro_batch_size,
+        rows * recipe.train.micro_batch_size,
         length,
         e,
         parallel.recompute,
@@ -72,8 +77,18 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         lora_rank=rank,
         adapters=adapters,
         whole=whole,
-        trained=_trained(recipe.model.freeze),
+        trained=_trained(recipe.model.freeze) if recipe.drafter.path is None else nothing,
+        answers=_answers(recipe),
     )
+
+
+def _answers(recipe: Recipe) -> tuple[int, int]:
+    """Rows that an evaluation answers at once, and their tokens at most, prompt and answer; (0, 0): none."""
+    longest = max(
+        recipe.train.sample_tokens if recipe.train.samples else 0,
+        recipe.eval.metric_tokens if recipe.eval.metrics else 0,
+    )
+    return (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:

@@ -6,15 +6,19 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
-from bridge.megatron.multimodal import SENSES
+from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
+from recipes.data.collate import KL
 from recipes.data.training import prepared
+from recipes.data.training import say as say_once
+from recipes.losses.objective import objective_of
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
@@ -23,15 +27,18 @@ from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.log import Log
 from recipes.train.lora import export_merged
-from recipes.train.media import mask_change, sense_of, senses_in
+from recipes.train.media import mask_change, modality_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
+from recipes.train.passes import Batch, mismatched_rows
+from recipes.train.reference import reference_of
 from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
-from recipes.train.step import Batch, clear_gradients, reduce_sums, run_microbatches, update
-from recipes.train.workload import training_flops
+from recipes.train.start import start_logps
+from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.workload import forward_flops, training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
 _NORM_MEMORY, _NORM_WARM = 0.95, 20
@@ -75,6 +82,10 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         samples = Samples.of(recipe)
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
+        if objective_of(recipe.preference).referenced and reference_of(recipe) == "start":
+            # Adapters are as they began: it is a checkpoint that moves them.
+            begin = partial(run.bridge.load_hf_weights, run.models) if resumable and run.lora is None else None
+            start_logps(run, streams, begin, say_once)
         progress = Progress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
@@ -109,8 +120,9 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
 def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[str], None]) -> None:
     """What the run is about to do, on rank 0."""
     said = header.header(run, streams.facts, progress.step)
+    notices = dict.fromkeys((*run.bridge.notices, *run.trained.notices))
     header.write(said, Path(run.recipe.output))
-    for line in (*run.bridge.notices, *streams.notes, *header.lines(said), *shortened(run.recipe)):
+    for line in (*notices, *streams.notes, *header.lines(said), *shortened(run.recipe)):
         say(line)
     if progress.step:
         say(f"resuming after step {progress.step}")
@@ -131,7 +143,7 @@ def _export(run: Run, best: Path | None, target: Path, say: Callable[[str], None
     run.gather_weights()
     if best is not None:
         checkpoint.load_weights(run, best)
-    run.bridge.save_hf(run.models, target, overwrite=True)
+    run.trained.save_hf(run.models, target, overwrite=True)
 
 
 def _better(value: float, best: float, measure: str) -> bool:
@@ -164,6 +176,7 @@ class _Loop:
         self.run_ = run
         self._samples, self._metrics = samples, metrics
         self.recipe = run.recipe
+        self._objective = objective_of(run.recipe.preference)
         self.streams = streams
         self.progress = progress
         self.log = log
@@ -172,8 +185,8 @@ class _Loop:
         self._logged = progress.step
         forget_auxiliary_loss()
         # Only the first stage knows, which is also the one that counts.
-        self._senses = sense_of(run.models)
-        self._frozen = set(SENSES) - set(self._senses.values())
+        self._modalities = modality_of(run.models)
+        self._frozen = set(MODALITIES) - set(self._modalities.values())
 
     def run(self) -> Outcome:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case.
@@ -238,17 +251,18 @@ class _Loop:
         sums = run_microbatches(run, batches, train=True)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        total, supervised, real, slots, squares, _, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
-        if not supervised:
+        found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
+        figures, (real, slots, squares, _, stop, flops, *used) = found[: len(names)], found[len(names) :]
+        if not figures[1]:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
-        loss, norm, changed = total / supervised, math.nan, False
+        loss, norm, changed = self._values(figures)["loss"], math.nan, False
         progress.step += 1
         progress.tokens += int(real)
-        progress.unlogged = [a + b for a, b in zip(progress.unlogged, (total, squares, supervised), strict=True)]
+        self._unlogged(figures[0], squares, *figures[1:])
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
-            unused = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
-            idle = [parameter for parameter, sense in self._senses.items() if sense in unused]
+            unused = [modality for modality, count in zip(MODALITIES, used, strict=True) if not count]
+            idle = [parameter for parameter, modality in self._modalities.items() if modality in unused]
             norm, changed = update(run, self._largest_norm(), idle)
         self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
@@ -261,13 +275,34 @@ class _Loop:
             )
         return loss, stop > 0
 
+    def _values(self, figures: Sequence[float]) -> dict[str, float]:
+        return self._objective.values(dict(zip(self._objective.names, figures, strict=True)))
+
+    def _unlogged(self, *figures: float) -> None:
+        """Add a step's figures to those since the last line of the log (of another objective: none)."""
+        before = self.progress.unlogged
+        before = before if len(before) == len(figures) else [0.0] * len(figures)
+        self.progress.unlogged = [a + b for a, b in zip(before, figures, strict=True)]
+
     def _flops(self, batches: Sequence[Batch]) -> float:
-        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica."""
+        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica.
+
+        Where a drafter is trained, of its target's forward pass.
+        """
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
         geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
-        return training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        if self.run_.target is not None:
+            return forward_flops(geometry, batches, vision_mask)
+        flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
+
+    def _without_gradients(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+        """What of a step goes through once more, for its reference and for KTO's divergence."""
+        based = self._objective.referenced and reference_of(self.recipe) == "base"
+        behind = [mismatched_rows(batch) for batch in batches if any(name.startswith(KL) for name in batch)]
+        return [batches, behind, behind] if based else [behind]
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
         try:
@@ -289,34 +324,34 @@ class _Loop:
         memory = _NORM_MEMORY if progress.updates else 0.0
         progress.norm_mean = memory * progress.norm_mean + (1 - memory) * norm
         progress.updates += 1
-        for sense, count in zip(SENSES, used, strict=True):
-            progress.sense_updates[sense] = progress.sense_updates.get(sense, 0) + bool(count)
+        for modality, count in zip(MODALITIES, used, strict=True):
+            progress.sense_updates[modality] = progress.sense_updates.get(modality, 0) + bool(count)
         progress.skipped_in_row = 0
 
     def _log(self, norm: float, changed: bool) -> None:
         """A line: losses since the last one (of an earlier process too), and what this process did since then."""
         run = self.run_
-        total, squares, supervised = self.progress.unlogged
-        self.progress.unlogged = [0.0] * 3
+        total, squares, count, *others = self.progress.unlogged
+        self.progress.unlogged = []
         geometry, steps = run.bridge.geometry, self.progress.step - self._logged
         self._logged = self.progress.step
-        load = take_load(geometry, run.models, run.device)
+        load = take_load(run.trained.geometry, run.models, run.device)
         balance = math.nan
         if self.recipe.train.aux_loss:
             balance = take_auxiliary_loss(geometry, steps * run.microbatches, run.groups.dp.size(), run.device)
         if self.log is None:
             return
         values: Values = {
-            "loss": total / supervised,
+            **self._values((total, count, *others)),
             "lr": run.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,
-            "supervised": int(supervised),
+            self._objective.counted: int(count),
             "memory_gb": peak_memory() / 1e9,
         }
         if self.recipe.train.z_loss:
-            values["z_loss"] = squares / supervised
+            values["z_loss"] = squares / count
         if self.recipe.train.aux_loss:
             values["aux_loss"] = balance
         if load is not None:

@@ -174,6 +174,12 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_length=63"], 2, "64 would work"),
         (["parallel.tp=2"], 3, "3 ranks are no multiple"),
         (["parallel.vpp=2"], 1, "needs pp > 1"),
+        (["drafter.kl=2"], 1, "drafter: its keys need drafter.path"),
+        (["drafter.path=x", "drafter.kl=0", "drafter.cross_entropy=0"], 1, "cross_entropy or kl above 0"),
+        (["drafter.path=x", "drafter.steps=0"], 1, "steps is at least 1"),
+        (["drafter.path=x", "drafter.centroids=-1"], 1, "drafter.centroids=-1.0: must be at least 0"),
+        (["drafter.path=x", "parallel.pp=2"], 2, "parallel.pp does not go with drafter.path"),
+        (["drafter.path=x", "lora.rank=4"], 1, "lora does not go with drafter.path"),
     ],
 )
 def test_refused_before_anything_is_built(overrides: list[str], world: int, message: str) -> None:
@@ -204,7 +210,7 @@ def test_keys_in_the_documentation_exist() -> None:
         for path in pages
         for key in re.findall(rf"(?<![\w./-])(?:{groups})\.[a-z_]+(?![\w(/-])", path.read_text(encoding="utf-8"))
     }
-    files = {"model.safetensors", "log.jsonl", "lora.sbatch", "data.md"}
+    files = {"model.safetensors", "log.jsonl", "lora.sbatch", "data.md", "preference.md"}
     assert len(named) > 40
     for page, key in sorted(named):
         if key not in files:
@@ -217,7 +223,13 @@ def test_every_option_of_the_data_is_a_key() -> None:
     options = corpus_options(resolve(MINIMAL, overrides))
     assert options.generation_prefix and options.supervise.turns == "last" and options.overlong == "split"
     ours = {field.name for field in fields(DataConfig)}
-    theirs = {field.name for field in fields(CorpusOptions)} - {"seq_length", "supervise", "layout"}
+    theirs = {field.name for field in fields(CorpusOptions)} - {
+        "seq_length",
+        "supervise",
+        "layout",
+        "records",
+        "one_row",
+    }
     assert theirs <= ours, "an option that no recipe can set"
 
 
@@ -254,7 +266,7 @@ def test_smoke_recipes_bring_their_data(tmp_path: Path) -> None:
     from .data_helpers import model_folder
 
     model = model_folder(tmp_path / "model")
-    for name in ("sft/smoke", "lora/smoke"):
+    for name in ("sft/smoke", "lora/smoke", "dpo/smoke", "kto/smoke"):
         recipe = load_recipe(name, [f"model.hf={model}", f"data.cache={tmp_path / 'cache'}"])
         check_startable(recipe, 1)
         statistics = corpora(recipe).train.statistics

@@ -1,0 +1,1 @@
+"""What a training step minimises: functions of log-probabilities, and how a microbatch's losses come to them."""
