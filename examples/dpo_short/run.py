@@ -36,7 +36,7 @@ def main() -> None:
     train("dpo.yaml", said.work, taught, preferring, "pairs.jsonl", said.overrides)
     after = short_answers(preferring, said.work)
     print(json.dumps({"before": before, "after": after, "seconds": round(time.perf_counter() - start)}))
-    sys.exit(before["short"] > 0.75 or after["short"] < 0.95)
+    sys.exit(after["short"] < max(0.9, before["short"] + 0.1))
 
 
 def write_data(work: Path) -> None:
