@@ -377,6 +377,7 @@ def data_show(
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
     from recipes.data.formats import Layout
+    from recipes.data.preference import of_its_kind
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
     from recipes.data.show import show, to_json
@@ -410,6 +411,7 @@ def data_show(
             cache=cache,
             layout=Layout(format_, _columns(column or []), function),
         )
+        options = of_its_kind(options)
     progress = Progress(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(options, count, progress.read)

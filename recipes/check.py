@@ -8,7 +8,10 @@ from pathlib import Path
 
 from bridge.errors import UsageError
 from bridge.megatron.parts import ATTENTION, FP8_MULTIPLE, check_names
-from recipes.config import LoraConfig, Recipe
+from recipes.config import LoraConfig, PreferenceConfig, Recipe
+from recipes.keys import meant
+from recipes.losses import names as known
+from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 
 
@@ -21,6 +24,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_numbers(recipe)
     _check_schedule(recipe)
     _check_metrics(recipe)
+    _check_preference(recipe)
     _check_lora(recipe)
     _check_export(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
@@ -160,6 +164,46 @@ def _check_lora(recipe: Recipe) -> None:
             raise UsageError(f"lora.{key}={value!r}: is a name, a regular expression or a list of names")
     if recipe.model.freeze:
         raise UsageError("model.freeze: with adapters all of the model is frozen; lora.targets says what is trained")
+
+
+def _check_preference(recipe: Recipe) -> None:
+    said, names = recipe.preference, loss_names(recipe.preference)
+    if not names:
+        for key in (f.name for f in fields(PreferenceConfig) if f.name != "loss"):
+            if getattr(said, key) != getattr(PreferenceConfig(), key):
+                raise UsageError(f"preference.{key} needs preference.loss")
+        return
+    for name in names:
+        if name not in known.ALL:
+            raise UsageError(
+                f"preference.loss={name}: there is none{meant(str(name), known.ALL)}; there are {', '.join(known.ALL)}"
+            )
+    if len(names) > 1 and (other := [name for name in names if name not in known.DPO or names.count(name) > 1]):
+        raise UsageError(
+            f"preference.loss: {other[0]} cannot be added to others; of {', '.join(known.DPO)} each once can"
+        )
+    if said.loss_weights and len(said.loss_weights) != len(names):
+        raise UsageError(f"preference.loss_weights={said.loss_weights}: there are {len(names)} losses")
+    if said.loss_weights and names[0] not in known.DPO:
+        raise UsageError(f"preference.loss_weights: is for DPO's losses, not for {names[0]}")
+    if said.beta <= 0:
+        raise UsageError(f"preference.beta={said.beta:g}: must be above 0")
+    if not 0 <= said.label_smoothing < 0.5 or ("exo_pair" in names and not said.label_smoothing):
+        least = "above 0 with exo_pair (1e-3, say)" if "exo_pair" in names else "at least 0"
+        raise UsageError(f"preference.label_smoothing={said.label_smoothing:g}: must be {least} and below 0.5")
+    if said.reference not in ("auto", "base", "start"):
+        raise UsageError(f"preference.reference={said.reference}: is one of auto, base, start")
+    if said.reference == "base" and not recipe.lora.rank and recipe.lora.adapter is None:
+        raise UsageError("preference.reference=base: is the model without adapters, and there are none; start it is")
+    for key, value, why in (
+        ("train.z_loss", recipe.train.z_loss, "is added to token losses, and these are of answers"),
+        ("data.overlong", recipe.data.overlong != "drop" and recipe.data.overlong, "a pair cannot be cut"),
+        ("eval.metrics", recipe.eval.metrics, "are of conversations"),
+    ):
+        if value:
+            raise UsageError(f"{key}={value}: {why}; leave it out with preference.loss")
+    if recipe.train.samples is not None and not isinstance(recipe.train.samples, str):
+        raise UsageError(f"train.samples={recipe.train.samples}: name a file of prompts with preference.loss")
 
 
 def _check_samples(recipe: Recipe) -> None:

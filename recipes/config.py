@@ -148,6 +148,29 @@ class TrainConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """Preferences (docs/preference.md), where `loss` is set; names and defaults are TRL's.
+
+    `loss`: one of `recipes.losses.preference`, or for DPO several, added up with `loss_weights` (1 each by default).
+    `beta`: how much the policy is held to the reference. `label_smoothing`: of robust, exo_pair, aot, cpo and simpo.
+    `simpo_gamma`: SimPO's margin. `cpo_alpha`: factor of the chosen answers' likelihood in cpo and simpo (0: SimPO as
+    published). `desirable_weight`, `undesirable_weight`: of KTO's answers.
+    `reference`: base (the model without its adapters) or start (the model as the run begins; what it says of the data
+    is computed once and kept beside it); auto: base with new adapters, else start.
+    """
+
+    loss: Any = None
+    loss_weights: list[float] = field(default_factory=list)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reference: str = "auto"
+
+
+@dataclass
 class EvalConfig:
     """What is measured at evaluations beside the loss: on answers, greedy ones, to the evaluation data.
 
@@ -256,6 +279,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

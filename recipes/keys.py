@@ -54,6 +54,9 @@ _ELSEWHERE = {
     "exclude_modules": "lora.exclude",
     "use_rslora": "lora.rslora",
     "use_dora": "lora.dora",
+    "loss_type": "preference.loss",
+    "precompute_ref_log_probs": "preference.reference",
+    "ref_model": "preference.reference",
 }
 
 

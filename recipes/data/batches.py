@@ -20,6 +20,7 @@ from recipes.data.collate import batch_tensors, join_media
 from recipes.data.options import at_least, one_of
 from recipes.data.packing import Plan, plan_epoch
 from recipes.data.part import Samples
+from recipes.data.preference import SAMPLES
 from recipes.data.threads import ordered_map
 
 _KEPT_PLANS = 3
@@ -34,7 +35,10 @@ class BatchOptions:
     parallelism). `pack_buffer`: how many shuffled samples are packed together. `epochs`: None goes on for ever; a
     number ends there, the last step filled up with rows without labels. `workers`: threads; 0 works in the caller's.
     `prefetch`: batches made ahead. `on_change`: what becomes of a place in other rows: "refuse", or "restart" at the
-    first row.
+    first row. `prompts`: those of chosen answers are learnt too (ORPO).
+
+    The samples that `CorpusOptions.together` counts stay in one row, or unpacked are rows of one batch: of pairs
+    `micro_batch_size` counts the pairs.
     """
 
     seq_length: int
@@ -51,6 +55,7 @@ class BatchOptions:
     workers: int = 2
     prefetch: int = 4
     on_change: str = "refuse"
+    prompts: bool = False
 
     def __post_init__(self) -> None:
         one_of("data.on_change", self.on_change, ("refuse", "restart"))
@@ -87,7 +92,7 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")
         self.corpus, self.options, self._notify = corpus, options, notify
-        self._lengths = corpus.lengths
+        self._lengths = corpus.lengths.reshape(-1, corpus.options.together)
         if int(self._lengths.max()) > options.seq_length:
             raise DataError(
                 f"{corpus.folder}: its longest sample has {int(self._lengths.max())} tokens, a row only "
@@ -124,7 +129,7 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
 
     def rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
-        return len(self.plan(epoch)) if self.options.packing else len(self.corpus)
+        return len(self.plan(epoch))
 
     def __iter__(self) -> Self:
         return self
@@ -217,6 +222,12 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
     def _made(self, step: tuple[Position, list[list[int]]]) -> tuple[Position, dict[str, Tensor]]:
         after, rows = step
         options, corpus = self.options, self.corpus
+        together = corpus.options.together
+        if together > 1 and not options.packing:
+            # Each sample of a pair is a row, and a row that is missing are as many.
+            rows = [[sample] for row in rows for sample in row] + [
+                [] for row in rows if not row for _ in range(together)
+            ]
         samples = [[corpus[sample] for sample in row] for row in rows]
         width = options.seq_length
         if not options.packing:
@@ -229,6 +240,8 @@ class Batches(Closing, Iterator[dict[str, Tensor]]):
             packed=options.packing,
             with_types=corpus.has_media,
             document_multiple=options.document_multiple,
+            answers=corpus.options.records != SAMPLES,
+            prompts=options.prompts,
         )
         media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
         return after, batch | join_media(media)

@@ -3,7 +3,8 @@
 A cache is a folder of flat arrays:
 
     ids.bin     int32 [tokens]
-    flags.bin   uint8 [tokens]      bit 0: supervised; above it: 0 text, 1 image, 2 video, 3 audio
+    flags.bin   uint8 [tokens]      bit 0: supervised; bits 1, 2: 0 text, 1 image, 2 video, 3 audio;
+                                    bit 3: of an answer that is wanted, where answers have a label
     index.bin   int64 [samples, 3]  end of the sample in tokens; source; line
     media.jsonl one line per sample that has media; blobs.bin: bytes that were inline, or fetched from a URL
     skipped.txt every record that was dropped, by file and line
@@ -160,7 +161,8 @@ class _Writer:
                 self._files["media.jsonl"].write(json.dumps({"sample": counts.samples, "media": rows}).encode() + b"\n")
             counts.add(len(encoded), int(encoded.supervised.sum()))
             self._files["ids.bin"].write(encoded.ids.astype(np.int32).tobytes())
-            self._files["flags.bin"].write((encoded.supervised | encoded.types << 1).astype(np.uint8).tobytes())
+            flags = encoded.supervised | encoded.types << 1 | encoded.desirable << 3
+            self._files["flags.bin"].write(flags.astype(np.uint8).tobytes())
             row = np.asarray([counts.tokens, source, record.where.line], np.int64)
             self._files["index.bin"].write(row.tobytes())
 

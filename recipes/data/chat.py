@@ -62,7 +62,8 @@ class Encoded:
     """A sample as tokens. All arrays [n]: `ids` int32, `supervised` bool, `types` uint8 (0 text, 1 image, 2 video,
     3 audio). `media`: in the order of their placeholders, kind by kind as the record has them.
     `thoughts_left_out`: thoughts of the messages that the template does not render. `unlike_prompts`: learnt answers
-    before the last that have no generation prefix, though answers are asked for with one.
+    before the last that have no generation prefix, though answers are asked for with one. `desirable`: of an answer
+    with a label, whether it is wanted.
     """
 
     ids: np.ndarray
@@ -71,6 +72,7 @@ class Encoded:
     media: tuple[Media, ...] = ()
     thoughts_left_out: int = 0
     unlike_prompts: int = 0
+    desirable: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

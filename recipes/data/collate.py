@@ -24,6 +24,8 @@ def batch_tensors(
     packed: bool,
     with_types: bool,
     document_multiple: int = 1,
+    answers: bool = False,
+    prompts: bool = False,
 ) -> dict[str, Tensor]:
     """Lay out rows of samples, right-padded to `width`.
 
@@ -31,17 +33,30 @@ def batch_tensors(
     is supervised and of the same sample, else -100); `attention_mask`, 1 = real token; `position_ids`, from 0 in every
     sample and in padding; `mm_token_type_ids` if asked. Packed, also `cu_seqlens` int32 [documents + 1]: the bounds of
     the documents in the batch's rows laid end to end, `[b * width]`; a row's padding is a document of its own.
+
+    `answers`: also which answer a label is of (`recipes.losses.objective`): `sequence_ids` int64 [b, width], and of
+    every sample `completion_lengths` and `desirable`, int64 [samples]. `prompts`: prompts have labels too, but in every
+    second sample, the rejected answers.
     """
     shape = (len(rows), width)
     ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     mask, positions, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     bounds = [0]
+    numbers = np.full(shape, -1, np.int64)
+    lengths: list[int] = []
+    desirable: list[int] = []
     for number, row in enumerate(rows):
         at = 0
         for sample in row:
             end = at + len(sample)
             ids[number, at:end] = sample.ids
-            labels[number, at : end - 1] = np.where(sample.supervised[1:], sample.ids[1:], IGNORE)
+            learnt = sample.supervised[1:]
+            numbers[number, at : end - 1] = np.where(learnt, len(lengths), -1)
+            if prompts and not len(lengths) % 2:
+                learnt = sample.types[1:] == 0
+            labels[number, at : end - 1] = np.where(learnt, sample.ids[1:], IGNORE)
+            lengths.append(int(sample.supervised[1:].sum()))
+            desirable.append(int(sample.desirable))
             mask[number, at:end] = 1
             types[number, at:end] = sample.types
             # Padding that a multiple asks for belongs to its sample: the next one starts behind it.
@@ -56,6 +71,10 @@ def batch_tensors(
     if with_types:
         batch["mm_token_type_ids"] = types
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    if answers:
+        tensors["sequence_ids"] = torch.from_numpy(numbers)
+        tensors["completion_lengths"] = torch.tensor(lengths, dtype=torch.int64)
+        tensors["desirable"] = torch.tensor(desirable, dtype=torch.int64)
     if packed:
         tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return tensors

@@ -31,6 +31,7 @@ from recipes.data.encoding import INVALID, Encoder, Outcome
 from recipes.data.formats import function_digest
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
+from recipes.data.preference import SAMPLES
 from recipes.data.sample import Blob, Media, Where
 from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
@@ -103,7 +104,8 @@ class Corpus:
         start, end = int(self._index[sample - 1, 0]) if sample else 0, int(self._index[sample, 0])
         flags = self._flags[start:end]
         media = tuple(media_from_json(row) for row in self._media.get(sample, ()))
-        return Encoded(self._ids[start:end].copy(), (flags & 1).astype(bool), flags >> 1, media)
+        learnt, types, desirable = (flags & 1).astype(bool), flags >> 1 & 3, bool(flags[0] >> 3)
+        return Encoded(self._ids[start:end].copy(), learnt, types, media, desirable=desirable)
 
     def media_tensors(self, sample: int) -> dict[str, Any]:
         """The media of a sample as the processor makes them: tensors by its names, {} without media.
@@ -294,13 +296,25 @@ def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) 
     import transformers
 
     # Where things lie and how many threads read them is no part of the content; whether media can be found is.
-    elsewhere = ("path", "cache", "workers", "chat_template", "generation_prefix", "seq_length", "supervise", "layout")
+    elsewhere = (
+        "path",
+        "cache",
+        "workers",
+        "chat_template",
+        "generation_prefix",
+        "seq_length",
+        "supervise",
+        "layout",
+        "records",
+        "one_row",
+    )
     said = {f"data.{name}": value for name, value in asdict(options).items() if name not in elsewhere}
     return {
         "the data": _digest([source.fingerprint() for source in sources]),
         "train.seq_length": options.seq_length,
         **{f"data.supervise_{name}": value for name, value in asdict(options.supervise).items()},
         **said,
+        **_of_preferences(options),
         **{f"data.{name}": value for name, value in asdict(options.layout).items() if value},
         **({"the code of data.function": function_digest(options.layout)} if options.layout.function else {}),
         "data.generation_prefix": chat.prefix,
@@ -308,6 +322,13 @@ def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) 
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
     }
+
+
+def _of_preferences(options: CorpusOptions) -> dict[str, Any]:
+    """What only data of preferences depends on."""
+    if options.records == SAMPLES:
+        return {}
+    return {"the records that preference.loss takes": options.records, "data.packing": options.one_row}
 
 
 def _digest(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel, Encoded, ReadMedia
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
+from recipes.data.preference import SAMPLES, parse
 from recipes.data.sample import Message, Sample, parse_record
 
 # Why a record gives no sample.
@@ -52,6 +54,8 @@ class Encoder:
             value = self._function(record.value, record.where)
             if value is None and self._options.layout.function is not None:
                 return Outcome(record, reason=LEFT_OUT, message=str(record.where))
+            if self._options.records != SAMPLES:
+                return self._answers(value, record, read)
             sample = parse_record(value, record.where, self._options.layout)
             encoded, dropped = self._fitting(sample, read)
         except DataError as error:
@@ -75,6 +79,20 @@ class Encoder:
                 self._local.model = self._model.fork()
         own: ChatModel = self._local.model
         return own
+
+    def _answers(self, value: Any, record: Record, read: ReadMedia) -> Outcome:
+        """Both answers of a pair, or one with its label: all of it or nothing. Raises DataError."""
+        samples, desirable = parse(value, record.where, self._options)
+        encoded = tuple(replace(self.model().encode(sample, read), desirable=desirable) for sample in samples)
+        given = Outcome(record, form=samples[0].form, unread=samples[0].unread)
+        lengths = [len(item) for item in encoded]
+        if (sum(lengths) if self._options.one_row else max(lengths)) > self._options.seq_length:
+            both = "both answers with their prompts are " if self._options.one_row else ""
+            longest = f"{both}longer than {self._options.seq_length} tokens"
+            return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
+        if not all(item.supervised[1:].any() for item in encoded):
+            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
+        return replace(given, encoded=encoded)
 
     def _fitting(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
         """The sample, or its pieces, as far as they fit; and how many pieces did not."""

@@ -44,6 +44,9 @@ class CorpusOptions:
     `generation_prefix`: whether what the template's generation prompt has behind `<|turn>model\\n` (an empty thought,
         in the larger published models) stands before the last answer, unlearnt, as it will when the model is used.
         None: wherever the template makes such a prompt.
+    `records`: what they hold: "samples" to learn, "pairs" of a chosen and a rejected answer, "labelled" answers
+        (`recipes.data.preference`). The samples of a pair stand together, the chosen one first.
+    `one_row`: all samples of a record have to fit into `seq_length` together: pairs that are packed.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
     `workers`: threads that tokenise and decode.
     `layout`: how records are read, where they do not show it.
@@ -61,6 +64,8 @@ class CorpusOptions:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     generation_prefix: bool | None = None
+    records: str = "samples"
+    one_row: bool = False
     cache: str | None = None
     workers: int = 2
     layout: Layout = DEFAULT_LAYOUT
@@ -72,6 +77,11 @@ class CorpusOptions:
         at_least("data.workers", self.workers, 1)
         if not self.paths or not all(self.paths):
             raise UsageError("data.path: names nothing")
+
+    @property
+    def together(self) -> int:
+        """How many samples of a record belong together: they are kept, and stand in a row or batch, together."""
+        return 2 if self.records == "pairs" else 1
 
     @property
     def paths(self) -> tuple[str, ...]:

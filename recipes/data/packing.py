@@ -44,7 +44,7 @@ def plan_epoch(
     document_multiple: int = 1,
     pack_buffer: int = 4096,
 ) -> Plan:
-    """Plan an epoch over samples of `lengths` [n].
+    """Plan an epoch over samples of `lengths` [n], or [n, k] of which the k of a row of it stay in one row.
 
     With packing, the shuffled samples are taken `pack_buffer` at a time and packed into rows of `seq_length`, each
     sample rounded up to `document_multiple`; a buffer's rows are shuffled again, or long samples would always come
@@ -52,13 +52,14 @@ def plan_epoch(
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = generator.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    lengths = lengths.reshape(len(lengths), -1)
     if not packing:
-        return Plan(order, np.arange(len(order) + 1), None)
-    sizes = -(-lengths // document_multiple) * document_multiple
+        return _of_samples(order, np.arange(len(order) + 1), lengths.shape[1], None)
+    sizes = (-(-lengths // document_multiple) * document_multiple).sum(1)
     if len(sizes) and int(sizes.max()) > seq_length:
         raise DataError(
-            f"a sample of {int(lengths.max())} tokens, padded to a multiple of {document_multiple}, is longer than a "
-            f"row of {seq_length}; tokenise with a smaller seq_length"
+            f"a sample of {int(lengths.sum(1).max())} tokens, padded to a multiple of {document_multiple}, is longer "
+            f"than a row of {seq_length}; tokenise with a smaller seq_length"
         )
     rows: list[list[int]] = []
     for start in range(0, len(order), pack_buffer):
@@ -69,7 +70,13 @@ def plan_epoch(
         rows += [[int(chosen[index]) for index in row] for row in packed]
     starts = np.cumsum([0, *(len(row) for row in rows)])
     flat = np.asarray([sample for row in rows for sample in row], np.int64)
-    return Plan(flat, starts, float(lengths.sum()) / max(1, len(rows) * seq_length))
+    return _of_samples(flat, starts, lengths.shape[1], float(lengths.sum()) / max(1, len(rows) * seq_length))
+
+
+def _of_samples(order: np.ndarray, starts: np.ndarray, together: int, efficiency: float | None) -> Plan:
+    """A plan of samples from one of groups of so many."""
+    samples = (order[:, None] * together + np.arange(together)).flatten()
+    return Plan(samples, starts * together, efficiency)
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:

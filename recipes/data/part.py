@@ -50,7 +50,8 @@ Samples = Corpus | Part
 
 
 def first(corpus: Samples, count: int) -> Samples:
-    """The first `count` samples; all, where `count` is 0 or there are no more."""
+    """The first `count` samples (of pairs so many pairs); all, where `count` is 0 or there are no more."""
+    count *= corpus.options.together
     if not count or count >= len(corpus):
         return corpus
     if isinstance(corpus, Part):

@@ -12,7 +12,8 @@ from bridge.errors import DataError
 from recipes.data.encoding import INVALID, LEFT_OUT
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
-from recipes.data.sample import Sample, parse_record
+from recipes.data.preference import parse
+from recipes.data.sample import Sample
 from recipes.data.sources import find_sources
 
 _SHOWN = 20
@@ -68,17 +69,17 @@ def recognise(options: CorpusOptions, count: int, progress: Callable[[int], None
             if value is None and options.layout.function is not None:
                 found.dropped[LEFT_OUT] += 1
                 continue
-            sample = parse_record(value, record.where, options.layout)
+            samples, _ = parse(value, record.where, options)
         except DataError as error:
             if options.on_error == "fail":
                 raise
             found.dropped[INVALID] += 1
             found.skipped += [str(error)] if len(found.skipped) < _SHOWN else []
             continue
-        found.formats[sample.form] += 1
-        found.unread.update(sample.unread)
-        found.media.update(item.kind for item in sample.media)
-        found.samples += [sample] if len(found.samples) < count else []
+        found.formats[samples[0].form] += 1
+        found.unread.update(samples[0].unread)
+        found.media.update(item.kind for sample in samples for item in sample.media)
+        found.samples += samples[: max(0, count - len(found.samples))]
     return found
 
 

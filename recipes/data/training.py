@@ -23,7 +23,9 @@ from recipes.data.evaluation import Opened, open_sets, paths
 from recipes.data.formats import Layout
 from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Part, Samples
+from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
+from recipes.losses.names import ANSWERS, loss_names
 from recipes.metrics.named import find_metrics
 from recipes.train.data import DataFactory, Streams
 
@@ -40,13 +42,14 @@ def model_folder(recipe: Recipe) -> str:
 def corpus_options(recipe: Recipe) -> CorpusOptions:
     """What a recipe says of its training data. Raises UsageError."""
     check_data(recipe)
-    data = recipe.data
+    data, records = recipe.data, records_of(recipe)
+    turns = data.supervise_turns if records == SAMPLES else "last"
     return CorpusOptions(
         paths(data.path),
         recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
-        supervise=Supervise(data.supervise_turns, data.supervise_thinking, data.supervise_tool_calls),
+        supervise=Supervise(turns, data.supervise_thinking, data.supervise_tool_calls),
         on_error=data.on_error,
         overlong=data.overlong,
         allow_urls=data.allow_urls,
@@ -54,6 +57,8 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         chat_template=data.chat_template,
         template_kwargs=dict(data.template_kwargs),
         generation_prefix=data.generation_prefix,
+        records=records,
+        one_row=records == PAIRS and data.packing,
         cache=data.cache,
         workers=data.workers,
         layout=Layout(data.format, dict(data.columns), data.function),
@@ -87,7 +92,16 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         packing=data.packing,
         workers=data.workers,
         on_change=data.on_change,
+        prompts=loss_names(recipe.preference) == ("orpo",),
     )
+
+
+def records_of(recipe: Recipe) -> str:
+    """The kind of records that a recipe's loss takes."""
+    names = loss_names(recipe.preference)
+    if not names:
+        return SAMPLES
+    return LABELLED if names[0] in ANSWERS else PAIRS
 
 
 def prepared(recipe: Recipe) -> tuple[Recipe, DataFactory]:

@@ -72,7 +72,7 @@ class Progress:
     sense_updates: dict[str, int] = field(default_factory=dict)
     best_step: int = 0
     evaluated: int = 0
-    unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
+    unlogged: list[float] = field(default_factory=list)
     schedule: dict[str, float] = field(default_factory=dict)
     vision_mask: str | None = None
 

@@ -9,10 +9,12 @@ import torch
 
 from bridge.errors import TrainingError
 from bridge.token_ids import IGNORE
+from recipes.losses.objective import Objective, objective_of
 from recipes.train.data import Evaluation
+from recipes.train.passes import ANSWERS, Batch
 from recipes.train.setup import BuiltModel
 from recipes.train.signals import StopSignal
-from recipes.train.step import Batch, reduce_sums, run_microbatches
+from recipes.train.step import reduce_sums, run_microbatches
 
 # Microbatches that go through a pipeline together, for each of its stages. More hide more of its filling, and make a
 # signal wait longer.
@@ -33,12 +35,13 @@ def evaluate(
     `progress`: is called with the number of tokens so far. Collective. None where any rank was told to stop, which is
     asked after each group of microbatches. Raises TrainingError: a set without a token to predict.
     """
-    totals: dict[str, tuple[float, float]] = {}
+    objective = objective_of(run.recipe.preference)
+    totals: dict[str, list[float]] = {}
     right, seen = 0.0, 0
     stages = run.provider.parallel.pp
     size = _PER_STAGE * stages if stages > 1 else 1
     for name, begin in evaluation.items():
-        loss, tokens = 0.0, 0.0
+        figures = [0.0] * len(objective.names)
         batches = begin()
         while group := list(islice(batches, size)):
             if run.provider.parallel.vpp > 1:
@@ -46,24 +49,28 @@ def evaluate(
                 group += [without_rows(group[-1])] * (-len(group) % stages)
             sums = run_microbatches(run, group, train=False, accuracy=accuracy)
             told = sums.new_tensor([float(bool(signalled))])
-            more, supervised, *_, correct, stop = reduce_sums(torch.cat([sums, told]))
+            *found, correct, stop = reduce_sums(torch.cat([sums, told]))
             if stop:
                 return None
-            loss, tokens, right = loss + more, tokens + supervised, right + correct
-            seen += int(supervised)
+            figures, right = [a + b for a, b in zip(figures, found, strict=False)], right + correct
+            seen += int(found[1])
             if progress is not None:
                 progress(seen)
-        if not tokens:
+        if not figures[1]:
             raise TrainingError(f"evaluation{f' {name}' if name else ''}: no token of the data has a label")
-        totals[name] = loss, tokens
-    values = _values(totals)
+        totals[name] = figures
+    values = _values(objective, totals)
     return values | {"eval_token_accuracy": right / values["eval_tokens"]} if accuracy else values
 
 
-def _values(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    tokens = sum(count for _, count in totals.values())
-    values = {"eval_loss": sum(loss for loss, _ in totals.values()) / tokens, "eval_tokens": tokens}
-    return values | {f"eval_loss/{name}": loss / count for name, (loss, count) in totals.items() if name}
+def _values(objective: Objective, totals: Mapping[str, list[float]]) -> dict[str, float]:
+    def of(figures: list[float]) -> dict[str, float]:
+        return objective.values(dict(zip(objective.names, figures, strict=True)))
+
+    total = [sum(each) for each in zip(*totals.values(), strict=True)]
+    counted = "tokens" if objective.counted == "supervised" else objective.counted
+    values = {f"eval_{name}": value for name, value in of(total).items()} | {f"eval_{counted}": total[1]}
+    return values | {f"eval_loss/{name}": of(figures)["loss"] for name, figures in totals.items() if name}
 
 
 def without_rows(batch: Batch) -> Batch:
@@ -75,6 +82,9 @@ def without_rows(batch: Batch) -> Batch:
         "attention_mask": torch.zeros_like(ids),
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     }
+    if "sequence_ids" in batch:
+        empty["sequence_ids"] = torch.full_like(ids, -1)
+        empty |= {name: batch[name][:0] for name in ANSWERS & set(batch)}
     if "mm_token_type_ids" in batch:
         empty["mm_token_type_ids"] = torch.zeros_like(ids)
     if "cu_seqlens" in batch:

@@ -15,6 +15,7 @@ from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
 from recipes.data.training import prepared
+from recipes.losses.objective import objective_of
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
@@ -25,12 +26,13 @@ from recipes.train.log import Log
 from recipes.train.lora import export_merged
 from recipes.train.media import mask_change, sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
+from recipes.train.passes import Batch
 from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
-from recipes.train.step import Batch, clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 from recipes.train.workload import training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
@@ -164,6 +166,7 @@ class _Loop:
         self.run_ = run
         self._samples, self._metrics = samples, metrics
         self.recipe = run.recipe
+        self._objective = objective_of(run.recipe.preference)
         self.streams = streams
         self.progress = progress
         self.log = log
@@ -238,13 +241,14 @@ class _Loop:
         sums = run_microbatches(run, batches, train=True)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        total, supervised, real, slots, squares, _, stop, flops, *used = reduce_sums(torch.cat([sums, asked]))
-        if not supervised:
+        found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
+        figures, (real, slots, squares, _, stop, flops, *used) = found[: len(names)], found[len(names) :]
+        if not figures[1]:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
-        loss, norm, changed = total / supervised, math.nan, False
+        loss, norm, changed = self._values(figures)["loss"], math.nan, False
         progress.step += 1
         progress.tokens += int(real)
-        progress.unlogged = [a + b for a, b in zip(progress.unlogged, (total, squares, supervised), strict=True)]
+        self._unlogged(figures[0], squares, *figures[1:])
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
             unused = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
@@ -260,6 +264,15 @@ class _Loop:
                 f"gradient norm {norm:.4g}); the last checkpoint is as it was"
             )
         return loss, stop > 0
+
+    def _values(self, figures: Sequence[float]) -> dict[str, float]:
+        return self._objective.values(dict(zip(self._objective.names, figures, strict=True)))
+
+    def _unlogged(self, *figures: float) -> None:
+        """Add a step's figures to those since the last line of the log (of another objective: none)."""
+        before = self.progress.unlogged
+        before = before if len(before) == len(figures) else [0.0] * len(figures)
+        self.progress.unlogged = [a + b for a, b in zip(before, figures, strict=True)]
 
     def _flops(self, batches: Sequence[Batch]) -> float:
         """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica."""
@@ -296,8 +309,8 @@ class _Loop:
     def _log(self, norm: float, changed: bool) -> None:
         """A line: losses since the last one (of an earlier process too), and what this process did since then."""
         run = self.run_
-        total, squares, supervised = self.progress.unlogged
-        self.progress.unlogged = [0.0] * 3
+        total, squares, count, *others = self.progress.unlogged
+        self.progress.unlogged = []
         geometry, steps = run.bridge.geometry, self.progress.step - self._logged
         self._logged = self.progress.step
         load = take_load(geometry, run.models, run.device)
@@ -307,16 +320,16 @@ class _Loop:
         if self.log is None:
             return
         values: Values = {
-            "loss": total / supervised,
+            **self._values((total, count, *others)),
             "lr": run.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,
-            "supervised": int(supervised),
+            self._objective.counted: int(count),
             "memory_gb": peak_memory() / 1e9,
         }
         if self.recipe.train.z_loss:
-            values["z_loss"] = squares / supervised
+            values["z_loss"] = squares / count
         if self.recipe.train.aux_loss:
             values["aux_loss"] = balance
         if load is not None:

@@ -204,7 +204,7 @@ def test_keys_in_the_documentation_exist() -> None:
         for path in pages
         for key in re.findall(rf"(?<![\w./-])(?:{groups})\.[a-z_]+(?![\w(/-])", path.read_text(encoding="utf-8"))
     }
-    files = {"model.safetensors", "log.jsonl", "lora.sbatch", "data.md"}
+    files = {"model.safetensors", "log.jsonl", "lora.sbatch", "data.md", "preference.md"}
     assert len(named) > 40
     for page, key in sorted(named):
         if key not in files:
@@ -217,7 +217,13 @@ def test_every_option_of_the_data_is_a_key() -> None:
     options = corpus_options(resolve(MINIMAL, overrides))
     assert options.generation_prefix and options.supervise.turns == "last" and options.overlong == "split"
     ours = {field.name for field in fields(DataConfig)}
-    theirs = {field.name for field in fields(CorpusOptions)} - {"seq_length", "supervise", "layout"}
+    theirs = {field.name for field in fields(CorpusOptions)} - {
+        "seq_length",
+        "supervise",
+        "layout",
+        "records",
+        "one_row",
+    }
     assert theirs <= ours, "an option that no recipe can set"
 
 

@@ -1,0 +1,170 @@
+"""Microbatches on their way through the model: prepared for the layout, and driven by Megatron's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from bridge.errors import UsageError
+from bridge.megatron.accuracy import AccuracyContext, loss_and_accuracy
+from bridge.megatron.context_parallel import take
+from bridge.megatron.loss import LossContext, positions_with_labels
+from bridge.megatron.multimodal import ON_HOST, count_placeholders
+from bridge.megatron.visibility import Visibility, send
+from bridge.token_ids import IGNORE, check_ids, check_labels
+from recipes.check import row_multiple
+from recipes.train.media import MEDIA_NAMES
+from recipes.train.setup import BuiltModel
+
+Batch = dict[str, Tensor]
+
+# [b, s] each.
+_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids"}
+# [answers] each.
+ANSWERS = {"completion_lengths", "desirable", "ref_logps"}
+_KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
+# What processors give besides, for themselves.
+_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
+
+
+class Prepared(NamedTuple):
+    """A microbatch on the device of the model, and what is said of it on the host."""
+
+    batch: Batch
+    visibility: Visibility
+    kept: Tensor
+    placeholders: dict[str, int]
+
+
+def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
+    """A microbatch on the device of the model, padded to where its layout needs it. Raises UsageError.
+
+    Media stay behind where no tower is: on every pipeline stage but the first.
+    """
+    unknown = sorted(set(batch) - _KNOWN - _IGNORED)
+    if unknown:
+        raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
+    media = MEDIA_NAMES & set(batch)
+    if media and not run.config.geometry.multimodal:
+        raise UsageError(f"the data yields {min(media)}, but this model reads text alone")
+    if batch["input_ids"].device.type == "cpu":
+        check_ids(batch["input_ids"].numpy(), run.config.geometry, "the data")
+        check_labels(batch["labels"].numpy(), run.config.geometry, "the data's labels")
+    taken = _KNOWN if run.groups.pp.rank() == 0 else _KNOWN - MEDIA_NAMES
+    batch = {name: tensor for name, tensor in batch.items() if name in taken}
+    have, parallel = batch["input_ids"].shape[1], run.provider.parallel
+    if have > length:
+        raise UsageError(f"the data yields sequences of {have} tokens, train.seq_length is {length}")
+    if "cu_seqlens" in batch:
+        # Bounds count through the rows, which Megatron takes as one.
+        have *= batch["input_ids"].shape[0]
+        length *= batch["input_ids"].shape[0]
+        batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
+    # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
+    want = length if parallel.pp > 1 else have + -have % row_multiple(run.recipe)
+    if want != have:
+        if "cu_seqlens" in batch:
+            raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
+        fill = {"labels": IGNORE, "sequence_ids": -1, "input_ids": run.config.geometry.pad_token_id or 0}
+        for name in _ROWS & set(batch):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, want - have), value=fill.get(name, 0))
+    visibility = Visibility.of(
+        batch["input_ids"], batch.get("attention_mask"), batch.get("cu_seqlens"), batch.get("mm_token_type_ids")
+    )
+    return Prepared(
+        {name: tensor if name in ON_HOST else send(tensor, run.device) for name, tensor in batch.items()},
+        visibility.to(run.device),
+        send(positions_with_labels(take(batch["labels"], run.groups.cp)), run.device),
+        count_placeholders(run.config.geometry, batch["input_ids"]),
+    )
+
+
+class Passed(NamedTuple):
+    """What of a microbatch is there when its token losses are. `squares`, `correct`: see `LossContext`,
+    `AccuracyContext`; float64 []."""
+
+    batch: Batch
+    squares: Tensor
+    correct: Tensor
+
+
+# (token losses [b, s / cp], what is known of their microbatch) -> (the sum to differentiate, its count, a report)
+Total = Callable[[Tensor, Passed], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+def through(
+    run: BuiltModel,
+    microbatches: Sequence[Prepared],
+    total: Total,
+    *,
+    train: bool,
+    z_loss: float = 0.0,
+    accuracy: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Forward (and backward, where `train`) passes; the reports of `total`, on ranks of the last stage. Collective."""
+    lengths = {each.batch["input_ids"].shape for each in microbatches}
+    rows, length = microbatches[0].batch["input_ids"].shape
+    if run.provider.parallel.pp > 1 and len(lengths) > 1:
+        raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
+    for chunk in run.chunks:
+        if chunk.training != train:  # it walks all modules
+            chunk.train(train)
+    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy)
+    iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
+    with torch.set_grad_enabled(train):
+        reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
+            num_microbatches=len(microbatches),
+            seq_length=length * run.config.pipeline_payload,
+            micro_batch_size=rows,
+            forward_only=not train,
+        )
+    return reports
+
+
+def _with_masks_of_its_own(microbatch: Prepared) -> Prepared:
+    """Masks are made as layers ask for them, and go with the microbatch: the step's list must not hold on to them."""
+    visibility = microbatch.visibility
+    host = visibility.host and replace(visibility.host, cache={})
+    return microbatch._replace(visibility=replace(visibility, cache={}, host=host))
+
+
+def _forward_step(
+    iterator: Iterator[Prepared], chunk: torch.nn.Module, total: Total, z_loss: float, accuracy: bool
+) -> tuple[Tensor, Any]:
+    batch, visibility, kept, placeholders = next(iterator)
+    packed = None
+    if "cu_seqlens" in batch:
+        bounds = batch["cu_seqlens"].to(torch.int32)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
+    counted: dict[str, Any] = {}
+    if accuracy:
+        context = AccuracyContext(LossContext(z_loss, kept), correct)
+        counted = {"output_processor": loss_and_accuracy, "output_processor_context": context}
+    losses = chunk(
+        batch["input_ids"],
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        packed_seq_params=packed,
+        mm_token_type_ids=batch.get("mm_token_type_ids"),
+        z_loss=z_loss,
+        visibility=visibility,
+        kept=kept,
+        squares=squares if z_loss else None,
+        **counted,
+        **({"placeholder_counts": placeholders} if placeholders else {}),
+        **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
+    )
+
+    return losses, lambda losses: total(losses, Passed(batch, squares, correct))

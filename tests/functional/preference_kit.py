@@ -1,0 +1,286 @@
+"""Preference runs for the tests: the same pairs and steps in TRL on transformers and here.
+
+What ranks call lives here, so that they import nothing but this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.geometry import Geometry
+from bridge.lora.spec import LoraSpec
+
+LENGTH, SEED = 40, 3
+LR, WEIGHT_DECAY, CLIP, BETAS, EPS = 5e-3, 0.01, 1.0, (0.9, 0.95), 1e-6
+LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+SPEC = LoraSpec(4, 8.0, LINEARS)
+# What TRL calls them, and so do we.
+FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt with its answers, as ids: of a pair the chosen one first; or one answer and whether it is wanted."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    desirable: bool = False
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """`steps` of `batch` records (pairs, or answers with a label). `said`: keys of `preference`, as TRL has them."""
+
+    toy: Path
+    said: dict[str, Any]
+    steps: int = 20
+    batch: int = 4
+    spec: LoraSpec | None = None
+    adapter: Path | None = None
+
+    @property
+    def single(self) -> bool:
+        return self.said["loss"] in ("kto", "apo_zero_unpaired")
+
+    def records(self) -> list[Answers]:
+        """Of all steps, in order."""
+        generator = torch.Generator().manual_seed(SEED)
+
+        def some(least: int, most: int) -> tuple[int, ...]:
+            count = int(torch.randint(least, most, (1,), generator=generator))
+            return tuple((8 + torch.randint(0, 120, (count,), generator=generator)).tolist())
+
+        # So few that they are learnt: of new ones every time rewards stay near 0, where sums of log-probabilities
+        # in float32 (TRL's: -100, rounded to 4e-6) differ by more than a hundred-thousandth.
+        few = [
+            Answers(some(3, 14), tuple(some(2, 22) for _ in range(1 if self.single else 2)), index % 3 != 1)
+            for index in range(2 * self.batch)
+        ]
+        return [few[index % len(few)] for index in range(self.steps * self.batch)]
+
+
+def encoded(records: Sequence[Answers]) -> list[Any]:
+    """As the data has them: each answer behind its prompt."""
+    from recipes.data.chat import Encoded
+
+    found = []
+    for record in records:
+        for answer in record.answers:
+            ids = np.asarray([*record.prompt, *answer], np.int32)
+            learnt = np.arange(len(ids)) >= len(record.prompt)
+            found.append(Encoded(ids, learnt, np.zeros(len(ids), np.uint8), desirable=record.desirable))
+    return found
+
+
+@dataclass
+class Stream:
+    """This rank's microbatches of `rows` records each. Packed: `per_row` records in a row."""
+
+    work: Preferences
+    recipe: Any
+    dp_rank: int
+    dp_size: int
+    taken: int = 0
+    records: list[Answers] = field(default_factory=list)
+
+    def __next__(self) -> dict[str, Tensor]:
+        from recipes.data.collate import batch_tensors
+
+        self.records = self.records or self.work.records()
+        train, packing = self.recipe.train, self.recipe.data.packing
+        per_row = self.work.batch // train.global_batch_size
+        count = train.micro_batch_size * per_row
+        start = self.taken + self.dp_rank * count
+        self.taken += count * self.dp_size
+        samples = encoded(self.records[start : start + count])
+        in_row = len(samples) // train.micro_batch_size if packing else 1
+        rows = [samples[at : at + in_row] for at in range(0, len(samples), in_row)]
+        return batch_tensors(
+            rows,
+            width=train.seq_length,
+            pad_id=0,
+            packed=packing,
+            with_types=False,
+            answers=True,
+            prompts=self.recipe.preference.loss == "orpo",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["records"]
+
+
+def recipe(work: Preferences, output: Path) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "output": str(output),
+        "model": {"hf": str(work.toy), "dtype": "float32"},
+        "preference": dict(work.said),
+        "train": {
+            "steps": work.steps,
+            "global_batch_size": work.batch,
+            "micro_batch_size": work.batch,
+            "seq_length": LENGTH,
+        },
+        "optimizer": {
+            "lr": LR,
+            "min_lr": LR,
+            "schedule": "constant",
+            "weight_decay": WEIGHT_DECAY,
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
+            "eps": EPS,
+            "clip": CLIP,
+        },
+    }
+    if work.adapter is not None:
+        said["lora"] = {"adapter": str(work.adapter)}
+    return said
+
+
+def train_preferences(work: Preferences, said: dict[str, Any], overrides: list[str]) -> int:
+    """Train a recipe on the records; the last step. Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.data import Streams
+    from recipes.train.loop import train
+
+    def data(recipe: Any, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+        return Streams(Stream(work, recipe, dp_rank, dp_size))
+
+    return train(resolve(said, overrides), data).step
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    """What a run logged, a step a line."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Theirs:
+    """TRL's figures of every step, and what it trained: of LoRA by the keys of PEFT's state dict."""
+
+    figures: list[dict[str, float]]
+    trained: dict[str, Tensor]
+
+
+def trl_training(work: Preferences, folder: Path) -> Theirs:
+    """The training with TRL, PEFT and transformers alone."""
+    import peft
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from bridge.verify.reference import load_hf
+
+    geometry = Geometry.from_folder(work.toy)
+    model = load_hf(work.toy, geometry, torch.float32)
+    reference = load_hf(work.toy, geometry, torch.float32)
+    trainer_class, config_class, options = _trl(work)
+    figures: list[dict[str, float]] = []
+
+    class Trainer(trainer_class):  # type: ignore[misc, valid-type]
+        """On tokens as they are, in order."""
+
+        def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+            said = {name: values[-1] for name, values in self._metrics["train"].items()}
+            figures.append({"loss": float(loss.detach())} | said)
+            return loss
+
+    adapters: dict[str, Any] = {}
+    if work.spec is not None:
+        spec = work.spec
+        adapters["peft_config"] = peft.LoraConfig(
+            r=spec.rank, lora_alpha=int(spec.alpha), target_modules=spec.targets, lora_dropout=0.0
+        )
+    args = config_class(
+        output_dir=str(folder),
+        per_device_train_batch_size=work.batch,
+        max_steps=work.steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_epsilon=EPS,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        max_length=None,
+        beta=work.said.get("beta", 0.1),
+        **options,
+    )
+    if work.spec is None:
+        adapters["ref_model"] = reference
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(_rows(work)),
+        processing_class=AutoTokenizer.from_pretrained(work.toy),
+        **adapters,
+    )
+    trained = trainer.model
+    if work.spec is not None:
+        from .lora_kit import _places, _to_peft, moved_values, resolve, table_for
+
+        values = moved_values(SEED, work.toy)
+        with torch.no_grad():
+            for (target, part), parameter in _places(trained, resolve(work.spec, table_for(geometry))):
+                parameter.copy_(_to_peft(values(target, part), target, part))
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    trainer.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    trainer.train()
+    if work.spec is not None:
+        from .lora_kit import _from_peft, part_name
+
+        places = _places(trained, resolve(work.spec, table_for(geometry)))
+        weights = {part_name(t.name, part): _from_peft(p.detach(), t, part) for (t, part), p in places}
+    else:
+        weights = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    return Theirs(figures, weights)
+
+
+def _trl(work: Preferences) -> tuple[Any, Any, dict[str, Any]]:
+    """The trainer, its config, and what the losses are called there."""
+    said = {name: value for name, value in work.said.items() if name not in ("loss", "beta", "reference")}
+    names = work.said["loss"]
+    if not work.single:
+        from trl import DPOConfig, DPOTrainer
+
+        return DPOTrainer, DPOConfig, {"loss_type": [names] if isinstance(names, str) else list(names), **said}
+    from trl import KTOConfig, KTOTrainer
+
+    return KTOTrainer, KTOConfig, {"loss_type": names, **said}
+
+
+def _rows(work: Preferences) -> list[dict[str, Any]]:
+    """The records as TRL has them when they are tokenised."""
+    return [
+        {"prompt_ids": list(record.prompt)}
+        | {f"{name}_ids": list(ids) for name, ids in zip(("chosen", "rejected"), record.answers, strict=True)}
+        for record in work.records()
+    ]
