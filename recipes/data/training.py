@@ -148,7 +148,7 @@ def streams(
         "cache": str(whole.folder),
     }
     notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation, opened.train)
 
 
 def once(samples: Samples, batch: BatchOptions) -> Iterator[dict[str, Tensor]]:

@@ -15,6 +15,8 @@ from typing import IO, Any
 from bridge.errors import BridgeError
 from recipes.rewards.named import RewardOptions, find_rewards
 
+UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Until there are no more requests: first the options, then {reward, answer, reference, where} each."""
@@ -39,9 +41,11 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
 
 
 def main() -> None:
-    # The run that asks decides when it ends: a queue signals every process of a job.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    # The run that asks decides when it ends: a queue signals every process of a job. Not ignored, which processes that
+    # a function starts would inherit.
+    for number in UNHEARD:
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, UNHEARD)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with contextlib.suppress(BrokenPipeError):

@@ -37,7 +37,7 @@ Evaluation = Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]]
 
 @dataclass(frozen=True)
 class Streams:
-    """`evaluation`: what is evaluated on; `evaluated`: the samples that it is made of, where they are known.
+    """`evaluation`: what is evaluated on; `evaluated`, `trained`: the samples that it is made of, where they are known.
 
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
     epoch among it.
@@ -48,6 +48,7 @@ class Streams:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     evaluated: Mapping[str, Samples] = field(default_factory=dict)
+    trained: Samples | None = None
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

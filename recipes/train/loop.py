@@ -15,7 +15,7 @@ from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import SENSES
 from recipes.config import Recipe
 from recipes.data.training import prepared
-from recipes.losses.objective import objective_of
+from recipes.losses.policy import training_objective
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
@@ -27,6 +27,7 @@ from recipes.train.lora import export_merged
 from recipes.train.media import mask_change, sense_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.passes import Batch
+from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
@@ -75,14 +76,18 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
                 f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
             )
         samples = Samples.of(recipe)
+        log: Log | None = None
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
+        rollouts = None
+        if streams.trained is not None and recipe.grpo.rewards:
+            rollouts = Rollouts(run, streams.trained, signalled, lambda: log)
+            streams = rollouts.streams(streams)
         progress = Progress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
             streams.train.load_state_dict(progress.data)
         checkpoint.prepare_output(run)
-        log: Log | None = None
 
         def open_log() -> None:
             nonlocal log
@@ -101,6 +106,8 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             if recipe.export.hf is not None and not outcome.stopped:
                 _export(run, loop.best(), Path(recipe.export.hf), say)
         finally:
+            if rollouts is not None:
+                rollouts.close()
             if log is not None:
                 log.close()
         # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
@@ -166,7 +173,7 @@ class _Loop:
         self.run_ = run
         self._samples, self._metrics = samples, metrics
         self.recipe = run.recipe
-        self._objective = objective_of(run.recipe.preference)
+        self._objective = training_objective(run.recipe)
         self.streams = streams
         self.progress = progress
         self.log = log
@@ -236,8 +243,10 @@ class _Loop:
     def _step(self) -> tuple[float, bool]:
         """One step; its loss, and whether any rank was told to stop."""
         run, progress = self.run_, self.progress
-        clear_gradients(run)
         batches = self._next(run.microbatches)
+        if batches is None:
+            return math.nan, True
+        clear_gradients(run)
         sums = run_microbatches(run, batches, train=True)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
@@ -282,9 +291,12 @@ class _Loop:
         geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
         return training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
 
-    def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
+    def _next(self, count: int) -> list[dict[str, torch.Tensor]] | None:
+        """The microbatches of a step; None where a signal came while answers were sampled."""
         try:
             return [next(self.streams.train) for _ in range(count)]
+        except RolloutStopped:
+            return None
         except StopIteration:
             raise TrainingError(f"step {self.progress.step + 1}: the data has run out") from None
 

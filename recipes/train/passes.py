@@ -26,9 +26,9 @@ from recipes.train.setup import BuiltModel
 Batch = dict[str, Tensor]
 
 # [b, s] each.
-_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids"}
+_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids", "sampled_logps"}
 # [answers] each.
-ANSWERS = {"completion_lengths", "desirable", "ref_logps"}
+ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
 _KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
 # What processors give besides, for themselves.
 _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}

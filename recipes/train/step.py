@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bridge.megatron.context_parallel import take
 from recipes.losses.objective import Objective, objective_of
+from recipes.losses.policy import training_objective
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import leave_out
 from recipes.train.passes import Batch, Passed, Prepared, prepare, through
@@ -31,7 +32,8 @@ def run_microbatches(run: BuiltModel, batches: Sequence[Batch], *, train: bool, 
     context-parallel ranks.
     """
     prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
-    objective, prepared = settled(run, objective_of(run.recipe.preference), prepared, train)
+    objective = training_objective(run.recipe) if train else objective_of(run.recipe.preference)
+    objective, prepared = settled(run, objective, prepared, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)
