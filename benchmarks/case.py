@@ -73,11 +73,11 @@ class Case:
 
     def flops(self) -> float:
         """That a step has to do, whoever does it."""
-        from bridge.megatron.multimodal import SENSES
+        from bridge.megatron.multimodal import MODALITIES
         from recipes.train.workload import training_flops
 
         batches = list(islice(self.batches(), self.microbatches))
-        return training_flops(self.model.geometry, batches, SENSES if self.lora else (), self.lora)
+        return training_flops(self.model.geometry, batches, MODALITIES if self.lora else (), self.lora)
 
 
 def available(case: Case) -> str | None:

@@ -1,4 +1,4 @@
-"""What training at the published sizes holds and computes, counted on a device without values (`fake_device.py`).
+"""What training at the published sizes holds and computes, counted on a fake device (`fake_device.py`).
 
     python -m benchmarks.full_size                                  # train_gpu's cases of text, a minute each
     python -m benchmarks.full_size --cases lora/12b lora/31b/8192   # those whose name holds one of these texts

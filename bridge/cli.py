@@ -266,12 +266,12 @@ def verify(
     """
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.quiet import quiet
+    from bridge.megatron.silence import silence_warnings
     from bridge.progress import shown_progress
     from bridge.verify.run import verify as run
     from bridge.verify.streamed_run import verify_streamed
 
-    quiet()
+    silence_warnings()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
     if layers is not None and not streamed:
         raise UsageError("--layers is a part of --streamed")

@@ -25,14 +25,14 @@ def export_command(
         Path, typer.Argument(metavar="MEGATRON_DIR", help="The output of a LoRA run, or an imported adapter.")
     ],
     peft_dir: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="The folder to write.")],
-    dress: FormatOption = "peft",
+    adapter_format: FormatOption = "peft",
     base_model: Annotated[
         str | None, typer.Option(help="What adapter_config.json calls the base; default: as the run named it.")
     ] = None,
     overwrite: OverwriteOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Write a trained adapter as a PEFT folder, or in the dress of an engine; needs no weights of the base."""
+    """Write a trained adapter as a PEFT folder, or in the format of an engine; needs no weights of the base."""
     from bridge.lora.peft_folder import write_peft
     from bridge.lora.source import open_megatron
     from bridge.progress import shown_progress
@@ -40,13 +40,15 @@ def export_command(
     with ExitStack() as stack, shown_progress(err, "adapter export") as progress:
         opened = open_megatron(stack, megatron_dir)
         opened = opened if base_model is None else replace(opened, base=base_model)
-        done = write_peft(peft_dir, opened, dress=dress, overwrite=overwrite, progress=progress, notify=err.print)
+        done = write_peft(
+            peft_dir, opened, adapter_format=adapter_format, overwrite=overwrite, progress=progress, notify=err.print
+        )
     report(done, "exported", json_file)
 
 
 @adapter.command("import", epilog=epilog("adapter import my-adapter ckpt/adapter --base ckpt/26b-megatron"))
 def import_command(
-    peft_dir: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A PEFT folder, or one in a dress.")],
+    peft_dir: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A PEFT folder, or one in a format.")],
     megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="The adapter checkpoint to write.")],
     base: Annotated[Path, typer.Option(help="The imported model that it adapts, as `import` wrote it.")],
     overwrite: OverwriteOption = False,
@@ -101,19 +103,21 @@ def merge_command(
 
 @adapter.command("convert", epilog=epilog("adapter convert my-adapter my-adapter-vllm --format vllm"))
 def convert_command(
-    source: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A PEFT folder, or one in a dress.")],
+    source: Annotated[Path, typer.Argument(metavar="PEFT_DIR", help="A PEFT folder, or one in a format.")],
     target: Annotated[Path, typer.Argument(metavar="PEFT_DIR2", help="The folder to write.")],
-    dress: FormatOption = "peft",
+    adapter_format: FormatOption = "peft",
     base: Annotated[str | None, typer.Option(help="The model that it adapts; default: what the adapter names.")] = None,
     overwrite: OverwriteOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Write an adapter in another dress: for vLLM, for SGLang, or back for PEFT. Reads the base's config only."""
+    """Write an adapter in another format: vLLM's, SGLang's, or PEFT's. Reads the base's config only."""
     from bridge.lora.peft_folder import write_peft
     from bridge.lora.source import open_with_table
     from bridge.progress import shown_progress
 
     with ExitStack() as stack, shown_progress(err, "adapter convert") as progress:
         opened = open_with_table(stack, source, base)
-        done = write_peft(target, opened, dress=dress, overwrite=overwrite, progress=progress, notify=err.print)
+        done = write_peft(
+            target, opened, adapter_format=adapter_format, overwrite=overwrite, progress=progress, notify=err.print
+        )
     report(done, "converted", json_file)

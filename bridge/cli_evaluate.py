@@ -77,12 +77,12 @@ def evaluate(
     from bridge.generate.sampling import SamplingOptions
     from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.quiet import quiet
+    from bridge.megatron.silence import silence_warnings
     from recipes.data.options import CorpusOptions, Supervise
     from recipes.evaluate import EvaluationTask
     from recipes.metrics.named import find_metrics
 
-    quiet()
+    silence_warnings()
     if dtype not in ("float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())

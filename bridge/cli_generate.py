@@ -76,9 +76,9 @@ def generate(
     from bridge.generate.sampling import SamplingOptions
     from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.quiet import quiet
+    from bridge.megatron.silence import silence_warnings
 
-    quiet()
+    silence_warnings()
     said = [
         name
         for name, value in (("--prompt", prompt), ("--input", input_file), ("--ids", ids), ("--chat", chat or None))

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import BridgeError, ParallelError, UsageError
 from bridge.rank_process import TIDY
 
@@ -48,7 +48,7 @@ _GRACE_S = 1.0  # how long, after one rank failed, the others get to report that
 _LOG_TAIL = 4000
 
 
-class RankPool(Closing):
+class RankPool(CloseOnExit):
     """`size` ranks on this machine, started once and used for many calls.
 
     What ranks print goes to a file, whose end is shown where a rank dies or hangs. `preload` names the modules that the

@@ -16,7 +16,7 @@ from bridge.convert.folders import export_hf, import_hf
 from bridge.errors import BridgeError
 from bridge.hf.folder import HfFolder
 from bridge.megatron.parallel import Parallel
-from bridge.megatron.quiet import quiet
+from bridge.megatron.silence import silence_warnings
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS, write_toy
 from bridge.verify.result import Check, print_checks
@@ -52,7 +52,7 @@ def run(folder: Path, console: Console) -> list[Check]:
 
 
 def main() -> None:
-    quiet()
+    silence_warnings()
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     folder = Path(".demo")
     shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from bridge.errors import UsageError
-from bridge.megatron.parts import ATTENTION, FP8_MULTIPLE, check_names
+from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
 from recipes.config import LoraConfig, PreferenceConfig, Recipe
 from recipes.keys import meant
 from recipes.losses import names as known

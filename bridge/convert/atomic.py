@@ -19,7 +19,7 @@ from pathlib import Path
 from bridge.convert.lock import held
 from bridge.convert.replace import check_replaceable, recover, replace_folder, sync_tree
 from bridge.errors import CheckpointError, UsageError
-from bridge.hf.tensors import fsync_folder, shown, write_error
+from bridge.hf.tensors import fsync_folder, printable, write_error
 
 Notify = Callable[[str], None]
 _JOURNAL = "journal.jsonl"
@@ -97,7 +97,7 @@ def source_fingerprint(plan: str, files: Iterable[Path]) -> str:
         try:
             info = path.stat()
         except OSError as error:
-            raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+            raise CheckpointError(f"{printable(path)}: cannot be read ({error.strerror})") from None
         digest.update(f"\n{path.resolve()}\0{info.st_size}\0{info.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -138,7 +138,7 @@ def staged(
     except OSError as error:
         raise write_error(path.parent, error) from None
     partial = path.parent / f".{path.name}.partial"
-    busy = f"{shown(path)}: another process is writing it right now"
+    busy = f"{printable(path)}: another process is writing it right now"
     with held(path.parent / f".{path.name}.lock", busy, notify=say) as lock:
         journal: Journal | None = None
         ours: os.stat_result | None = None
@@ -155,7 +155,7 @@ def staged(
                 if source_fingerprint(plan, sources) != fingerprint:
                     journal.finished.clear()
                     raise CheckpointError(
-                        f"{shown(path)}: not written, because the source changed while it was being read"
+                        f"{printable(path)}: not written, because the source changed while it was being read"
                     )
                 sync_tree(stage.folder)
                 # Again, because it may have appeared since.
@@ -183,15 +183,15 @@ def _warn(text: str) -> None:
 def check_target(path: Path, overwrite: bool, sources: Iterable[Path]) -> None:
     """Raise UsageError where a target stands that may not be replaced. `sources`: files of names that come again."""
     if not path.name:
-        raise UsageError(f"{shown(path)} cannot be a target")
+        raise UsageError(f"{printable(path)} cannot be a target")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
-        raise UsageError(f"{shown(path)}: exists and is not a folder")
+        raise UsageError(f"{printable(path)}: exists and is not a folder")
     if next(path.iterdir(), None) is None:
         return
     if not overwrite:
-        raise UsageError(f"{shown(path)}: exists; remove it, choose another, or pass --overwrite")
+        raise UsageError(f"{printable(path)}: exists; remove it, choose another, or pass --overwrite")
     check_replaceable(path, (source.name for source in sources))
 
 
@@ -199,16 +199,16 @@ def check_apart(target: Path, source: Path) -> None:
     """Raise UsageError where a target is a source, or one lies inside the other."""
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs:
-        raise UsageError(f"{shown(target)}: is the source itself")
+        raise UsageError(f"{printable(target)}: is the source itself")
     if ours.is_relative_to(theirs):
-        raise UsageError(f"{shown(target)}: lies inside the source {shown(source)}")
+        raise UsageError(f"{printable(target)}: lies inside the source {printable(source)}")
     if theirs.is_relative_to(ours):
-        raise UsageError(f"{shown(target)}: the source {shown(source)} lies inside it")
+        raise UsageError(f"{printable(target)}: the source {printable(source)} lies inside it")
 
 
 def _open_journal(partial: Path, fingerprint: str, say: Notify) -> Journal:
     if partial.is_symlink():
-        raise CheckpointError(f"{shown(partial)}: is a link, which is not followed; remove it")
+        raise CheckpointError(f"{printable(partial)}: is a link, which is not followed; remove it")
     partial.mkdir(exist_ok=True)
     stale = (partial / _JOURNAL).exists() or (partial / _SWAPPING).exists()
     (partial / _SWAPPING).unlink(missing_ok=True)
@@ -230,7 +230,7 @@ def _check_disk(target: Path, partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed - have > free:
         rest = f" ({_gb(have)} are there already)" if have else ""
-        raise CheckpointError(f"{shown(target)}: needs {_gb(needed)} of disk{rest}, {_gb(free)} are free")
+        raise CheckpointError(f"{printable(target)}: needs {_gb(needed)} of disk{rest}, {_gb(free)} are free")
 
 
 def _gb(nbytes: int) -> str:
@@ -265,13 +265,13 @@ def _settle(partial: Path, path: Path, journal: Journal | None, ours: os.stat_re
         return
     _discard(partial, say)
     if landed:
-        say(f"{shown(path)}: is complete and in its place; the interruption came after that")
+        say(f"{printable(path)}: is complete and in its place; the interruption came after that")
 
 
 def _discard(partial: Path, say: Notify) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     if os.path.lexists(partial):
-        say(f"{shown(partial)}: cannot be removed; nothing in it is needed")
+        say(f"{printable(partial)}: cannot be removed; nothing in it is needed")
 
 
 def _is_folder(path: Path, info: os.stat_result | None) -> bool:

@@ -32,7 +32,7 @@ from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.json_file import read_object
-from bridge.hf.tensors import RowReader, num_rows, shown
+from bridge.hf.tensors import RowReader, num_rows, printable
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Table, table_for
 from bridge.torch_dist.reader import DistReader
@@ -58,7 +58,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFolder:
     """An HF folder as it is going to be imported: geometry and tables, and the config that goes beside the weights.
 
     `notices`: what of the folder is not followed or left behind, a line each.
@@ -73,7 +73,7 @@ class Source:
     notices: tuple[str, ...]
 
 
-def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dtype: str = "keep") -> Source:
+def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dtype: str = "keep") -> SourceFolder:
     """Open an HF folder and decide what it is. Raises GeometryError, CheckpointError, UsageError."""
     if dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
@@ -99,7 +99,7 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
         ]
         notices += folder.notices
     if folder.ignored:
-        notices.append(f"{path}: left behind, no part of the model: {', '.join(map(shown, folder.ignored))}")
+        notices.append(f"{path}: left behind, no part of the model: {', '.join(map(printable, folder.ignored))}")
     _check_dtypes(folder, table_for(geometry))
     prefix, config = geometry.prefix, folder.config
     text_only = text_only and geometry.multimodal
@@ -112,17 +112,17 @@ def open_source(stack: ExitStack, path: str | Path, text_only: bool = False, dty
     if geometry.tied and _differs_from_embedding(folder, prefix + "embed_tokens.weight"):
         # transformers loads such a folder untied, whatever its config says.
         geometry = replace(geometry, tied=False)
-    return Source(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
+    return SourceFolder(folder, geometry, table_for(geometry), prefix, config, text_only, tuple(notices))
 
 
 def _check_dtypes(folder: HfFolder, table: Table) -> None:
     for name, tensor in folder.tensors.items():
         if table.is_integer(name):
             if tensor.dtype != "I64":
-                raise CheckpointError(f"{folder.path}: tensor {shown(name)} is {tensor.dtype}, expected I64")
+                raise CheckpointError(f"{folder.path}: tensor {printable(name)} is {tensor.dtype}, expected I64")
         elif tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{folder.path}: tensor {shown(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
+                f"{folder.path}: tensor {printable(name)} is {tensor.dtype}: quantized, or no weight of a Gemma 4"
             )
 
 
@@ -131,8 +131,8 @@ def check_format(folder: Path) -> None:
     found = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else []
     if found and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder}: holds {shown(found[0])}, which is GGUF and not read; take the safetensors that it was made of "
-            "(of google's QAT models those named qat-q4_0-unquantized)"
+            f"{folder}: holds {printable(found[0])}, which is GGUF and not read; take the safetensors that it came "
+            "from (of google's QAT models those named qat-q4_0-unquantized)"
         )
 
 
@@ -166,7 +166,7 @@ def with_dtype(config: Any, dtype: str) -> Any:
     return {k: dtype if k in names and isinstance(v, str) else with_dtype(v, dtype) for k, v in config.items()}
 
 
-def _import_plan(source: Source, dtype: str) -> ImportPlan:
+def _import_plan(source: SourceFolder, dtype: str) -> ImportPlan:
     folder = source.folder
     return plan_import(source.table, folder.tensors, source.prefix, _DTYPES[dtype], folder.file_metadata, folder.path)
 
@@ -254,7 +254,7 @@ class _Beside:
         return result
 
 
-def _beside(source: Source, plan: ImportPlan) -> _Beside:
+def _beside(source: SourceFolder, plan: ImportPlan) -> _Beside:
     return _Beside(plan, source.folder, source.folder.path, _assets(source), source.config)
 
 
@@ -381,7 +381,7 @@ def open_checkpoint(
     return JoinedReader(readers), plan, files
 
 
-def _assets(source: Source) -> list[Path]:
+def _assets(source: SourceFolder) -> list[Path]:
     if not source.text_only:
         return list(source.folder.assets)
     return [asset for asset in source.folder.assets if str(asset) not in _PROCESSOR_FILES]
@@ -400,7 +400,7 @@ def listed_assets(hf: Path) -> list[Path]:
 def check_listed(folder: Path, assets: list[Path]) -> None:
     """Raise CheckpointError where the config, which was read before the files were listed, is not among them."""
     if Path("config.json") not in assets:
-        raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
+        raise CheckpointError(f"{printable(folder / 'config.json')}: vanished while the folder was being read")
 
 
 def copy_assets(source: Path, assets: list[Path], target: Path, config: Mapping[str, Any] | None = None) -> None:

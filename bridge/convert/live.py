@@ -24,7 +24,7 @@ from bridge.errors import MappingError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader, TensorLike
 from bridge.mapping.table import Entry, Table
-from bridge.mapping.transforms import Block
+from bridge.mapping.transforms import RowBlock
 from bridge.together import together
 
 # How much is read, sent or written at once.
@@ -110,7 +110,7 @@ def fill_boxes(held: Iterable[Box], table: Table, reader: RowReader | TensorSour
         by_key[box.key].append(box)
     for key, of_key in by_key.items():
         entry = _entry(table, key, of_key[0].global_shape)
-        whole = Block(0, 0, 0, max(1, entry.shape[0]))
+        whole = RowBlock(0, 0, 0, max(1, entry.shape[0]))
         pieces = [(whole, key)] if megatron else [(block, entry.sources[block.source].name) for block in entry.blocks]
         for block, name in pieces:
             wanted = [box for box in of_key if _overlap(box.rows, block)]
@@ -182,7 +182,7 @@ def _scatter(rows: Tensor, first_row: int, first_column: int, wanted: Sequence[B
             box.tensor[low - box.rows.start : high - box.rows.start].copy_(source)
 
 
-def _overlap(rows: range, block: Block) -> bool:
+def _overlap(rows: range, block: RowBlock) -> bool:
     return rows.start < block.row + block.num_rows and block.row < rows.stop
 
 

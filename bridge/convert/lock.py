@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge.errors import CheckpointError, UsageError
-from bridge.hf.tensors import shown, write_error
+from bridge.hf.tensors import printable, write_error
 
 _RECORD = "owner.json"
 _BEAT_S = 5.0
@@ -122,7 +122,7 @@ class Lock:
         if not self.is_ours():
             there = _read(self.path)
             who = "is gone" if there is None else f"was taken over by {there[0] or 'another process'}"
-            raise CheckpointError(f"{shown(self.path)}: the lock {who}, so nothing more is written")
+            raise CheckpointError(f"{printable(self.path)}: the lock {who}, so nothing more is written")
 
     def take(self, busy: str, notify: Callable[[str], None] | None, wait: bool) -> None:
         """Take it, from an owner that is gone too. Raises UsageError that begins with `busy`."""
@@ -136,7 +136,7 @@ class Lock:
                 # Between a look and the next the owner gave it back; or it is something else.
                 absent += 1
                 if absent > _STALE_POLLS:
-                    raise CheckpointError(f"{shown(self.path)}: is in the way of a lock; remove it")
+                    raise CheckpointError(f"{printable(self.path)}: is in the way of a lock; remove it")
                 time.sleep(0.01)
                 continue
             owner, absent = there[0], 0
@@ -144,14 +144,14 @@ class Lock:
             unchanged = unchanged + 1 if there == before else 0
             alive = gone is False or (before is not None and before[0] == owner and unchanged == 0)
             if alive and not wait:
-                raise UsageError(f"{busy} ({owner or shown(self.path)})")
+                raise UsageError(f"{busy} ({owner or printable(self.path)})")
             if gone or (gone is None and unchanged >= _STALE_POLLS):
                 if self._displace(there) and notify is not None:
-                    notify(f"{shown(self.path)}: taken over from {owner or 'an owner'}, which is gone")
+                    notify(f"{printable(self.path)}: taken over from {owner or 'an owner'}, which is gone")
                 before = None
                 continue
             if before is None and not alive and notify is not None:
-                notify(f"{shown(self.path)}: held by {owner or 'an owner'}: waiting to see whether it is alive")
+                notify(f"{printable(self.path)}: held by {owner or 'an owner'}: waiting to see whether it is alive")
             before = there
             # What is known at a look can be looked at often.
             time.sleep(_POLL_S if gone is None else _POLL_S / 10)
@@ -191,8 +191,8 @@ class Lock:
             if error.errno in _ORDINARY:
                 raise
             raise CheckpointError(
-                f"{shown(self.path.parent)}: folders cannot be renamed there ({error.strerror}), and what is complete "
-                "or absent has to be: write to another disk, and copy"
+                f"{printable(self.path.parent)}: folders cannot be renamed there ({error.strerror}), and what is "
+                "complete or absent has to be: write to another disk, and copy"
             ) from None
         return True
 
@@ -267,8 +267,8 @@ def _check_renames(path: Path, mounts: str | None = None) -> None:
             deepest, kind = mount, rest.split()[0]
     if kind in _OBJECT_STORES:
         raise CheckpointError(
-            f"{shown(resolved)}: lies on {kind} ({shown(deepest)}), where a folder cannot appear in one step: write to "
-            "another disk, and copy"
+            f"{printable(resolved)}: lies on {kind} ({printable(deepest)}), where a folder cannot appear in one "
+            "step: write to another disk, and copy"
         )
 
 
@@ -296,4 +296,6 @@ def check_ours(path: Path) -> None:
     """Raise CheckpointError where another process holds the lock at `path`: it took it over from this one."""
     there = _read(path)
     if there is not None and (there[0] is None or there[0].token not in _held):
-        raise CheckpointError(f"{shown(path)}: is held by {there[0] or 'another process'}, so nothing more is written")
+        raise CheckpointError(
+            f"{printable(path)}: is held by {there[0] or 'another process'}, so nothing more is written"
+        )

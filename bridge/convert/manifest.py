@@ -17,7 +17,7 @@ from typing import Any
 from bridge.errors import CheckpointError
 from bridge.geometry import Geometry
 from bridge.hf.json_file import read_object
-from bridge.hf.tensors import ITEM_SIZES, shown
+from bridge.hf.tensors import ITEM_SIZES, printable
 from bridge.hf.writer import write_text
 from bridge.torch_dist.reader import is_dist_checkpoint
 
@@ -66,7 +66,7 @@ class Manifest:
         data = read_object(path)
         version = data.get("version")
         if type(version) is not int or version != _VERSION:
-            raise CheckpointError(f"{path}: version {shown(str(version))}, this program reads {_VERSION}")
+            raise CheckpointError(f"{path}: version {printable(str(version))}, this program reads {_VERSION}")
         try:
             return cls._of(data)
         except ValueError as error:
@@ -91,19 +91,19 @@ class Manifest:
 
 def _check_keys(data: Mapping[str, Any], expected: Set[str], what: str) -> None:
     for key in sorted(expected ^ set(data)):
-        raise ValueError(f"{what} {'lacks' if key in expected else 'has the unknown key'} {shown(key)}")
+        raise ValueError(f"{what} {'lacks' if key in expected else 'has the unknown key'} {printable(key)}")
 
 
 def _tensor(entry: Any) -> ManifestTensor:
     if not isinstance(entry, dict):
         raise ValueError("tensors has an entry that is no object")
     name = entry.get("name")
-    _check_keys(entry, {f.name for f in fields(ManifestTensor)}, f"tensor {shown(name)}")
+    _check_keys(entry, {f.name for f in fields(ManifestTensor)}, f"tensor {printable(name)}")
     dtype, shape = entry["dtype"], entry["shape"]
     if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise ValueError(f"tensor {shown(name)}: its name or dtype")
+        raise ValueError(f"tensor {printable(name)}: its name or dtype")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"tensor {shown(name)}: its shape")
+        raise ValueError(f"tensor {printable(name)}: its shape")
     return ManifestTensor(name, dtype, tuple(shape))
 
 

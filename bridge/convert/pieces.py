@@ -12,7 +12,7 @@ import numpy as np
 
 from bridge.convert.dtypes import can_convert, convert
 from bridge.errors import MappingError
-from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorSpec, as_bytes, check_rows, num_rows, row_elements, shown
+from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorSpec, as_bytes, check_rows, num_rows, printable, row_elements
 
 _SCRATCH_BYTES = 4 << 20
 
@@ -73,35 +73,35 @@ class Scratch:
         return memoryview(self._buffer)[:nbytes]
 
 
-class Source:
+class PlannedTensor:
     """The rows of one destination tensor, read from its pieces."""
 
     def __init__(self, tensor: CopyTensor, reader: RowReader) -> None:
         self.tensor, self.reader = tensor, reader
         self.item_size = ITEM_SIZES.get(tensor.dtype, 0)
         if not self.item_size:
-            raise MappingError(f"tensor {shown(tensor.name)}: dtype {shown(tensor.dtype)} is not supported")
+            raise MappingError(f"tensor {printable(tensor.name)}: dtype {printable(tensor.dtype)} is not supported")
         self.elements = row_elements(tensor.shape)
         self.pieces = self._checked_pieces()
         self._starts = [piece.dst_row for piece in self.pieces]
 
     def _checked_pieces(self) -> list[Piece]:
         """The pieces in order, neighbours joined. Raises MappingError unless they cover the tensor exactly once."""
-        where = f"tensor {shown(self.tensor.name)}"
+        where = f"tensor {printable(self.tensor.name)}"
         merged: list[Piece] = []
         end = 0
         for piece in sorted(self.tensor.pieces, key=lambda piece: piece.dst_row):
             source = self.reader.tensors.get(piece.src_name)
             if source is None:
-                raise MappingError(f"{where} is made of {shown(piece.src_name)}, which the source does not have")
+                raise MappingError(f"{where} is made of {printable(piece.src_name)}, which the source does not have")
             if piece.num_rows <= 0 or piece.src_row < 0 or piece.src_row + piece.num_rows > num_rows(source.shape):
                 raise MappingError(
                     f"{where} takes rows {piece.src_row} to {piece.src_row + piece.num_rows} of "
-                    f"{shown(piece.src_name)}, which has {num_rows(source.shape)}"
+                    f"{printable(piece.src_name)}, which has {num_rows(source.shape)}"
                 )
             if row_elements(source.shape) != self.elements:
                 raise MappingError(
-                    f"{where} {self.tensor.shape} takes rows of {shown(piece.src_name)} {tuple(source.shape)}: "
+                    f"{where} {self.tensor.shape} takes rows of {printable(piece.src_name)} {tuple(source.shape)}: "
                     f"{self.elements} and {row_elements(source.shape)} elements a row"
                 )
             if not can_convert(source.dtype, self.tensor.dtype):
@@ -155,7 +155,7 @@ class PlannedReader:
     """
 
     def __init__(self, tensors: Iterable[CopyTensor], reader: RowReader) -> None:
-        self._sources = {tensor.name: Source(tensor, reader) for tensor in tensors}
+        self._sources = {tensor.name: PlannedTensor(tensor, reader) for tensor in tensors}
         self.tensors = {name: source.tensor.spec for name, source in self._sources.items()}
 
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:

@@ -17,7 +17,7 @@ from bridge.convert.dequantize import Bytes, Floats, to_float
 from bridge.convert.dtypes import convert
 from bridge.convert.quantize import encode, global_scale, group_scales, scales
 from bridge.errors import CheckpointError, UsageError
-from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, shown
+from bridge.hf.tensors import ITEM_SIZES, RowReader, TensorLike, TensorSpec, as_bytes, check_rows, printable
 from bridge.mapping import Table
 from bridge.mapping.table import DECODER, Entry
 from bridge.mapping.unified import in_memory
@@ -135,7 +135,7 @@ class QuantizedReader:
     def _add(self, module: _Module, dtype: str) -> None:
         preset, rows, columns = self.preset, module.rows, module.columns
         if dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError(f"tensor {shown(module.source)} is {dtype}, which is not quantized")
+            raise CheckpointError(f"tensor {printable(module.source)} is {dtype}, which is not quantized")
         groups = columns // preset.group if preset.group else 1
         width = {"F8_E4M3": columns, "int4": -(-columns // 8), "e2m1": columns // 2}[preset.kind]
         self._put(module, preset.suffix, preset.stored, (rows, width))
@@ -190,7 +190,7 @@ class QuantizedReader:
                 data = whole[(first + low) * width : (first + high) * width]
             values = to_float(data, source.dtype, (high - low, module.columns))
             if not np.isfinite(values).all():
-                raise CheckpointError(f"tensor {shown(module.source)} has a value that is no number or infinite")
+                raise CheckpointError(f"tensor {printable(module.source)} has a value that is no number or infinite")
             yield values
 
     def _largest(self, values: Floats) -> Floats:

@@ -23,7 +23,7 @@ from bridge.errors import CheckpointError
 from bridge.hf.folder import HfFolder, TensorInfo
 from bridge.hf.json_file import read_object
 from bridge.hf.quantization import ACTIVATION_SCALES, MODELOPT_FILE, Quantization, Scheme, read_quantization
-from bridge.hf.tensors import ITEM_SIZES, TensorLike, TensorSpec, as_bytes, check_rows, num_rows, row_bytes, shown
+from bridge.hf.tensors import ITEM_SIZES, TensorLike, TensorSpec, as_bytes, check_rows, num_rows, printable, row_bytes
 
 # Values dequantized at once: the arrays of one step stay within the cache.
 _BLOCK = 1 << 18
@@ -116,7 +116,7 @@ class _Matrix:
         info = self.companions[scheme.global_scale]
         found = to_float(_rows(read, info, 0, 1), info.dtype, (1,))[0]
         if not np.isfinite(found) or found <= 0:
-            raise CheckpointError(f"tensor {shown(info.name)} is {found}: no scale")
+            raise CheckpointError(f"tensor {printable(info.name)} is {found}: no scale")
         return np.float32(1) / found if scheme.reciprocal else found
 
 
@@ -201,7 +201,7 @@ class DequantizedFolder(HfFolder):
 
     def _matrices(self, plain: str, stored: Mapping[str, TensorInfo]) -> tuple[_Matrix, ...]:
         """The matrices of one weight; () for what is no matrix. Raises CheckpointError."""
-        where = f"{shown(self.path)}: tensor {shown(plain)}"
+        where = f"{printable(self.path)}: tensor {printable(plain)}"
         only = stored.get("")
         if only is not None and len(stored) == 1:
             if only.dtype not in FLOATS:
@@ -214,7 +214,7 @@ class DequantizedFolder(HfFolder):
         try:
             scheme = self._quantization.scheme_of(plain.removesuffix(".weight"))
         except CheckpointError as error:
-            raise CheckpointError(f"{shown(self.path)}: {error}") from None
+            raise CheckpointError(f"{printable(self.path)}: {error}") from None
         for suffix in (scheme.codes, *scheme.companions):
             if suffix not in stored:
                 raise CheckpointError(f"{where}{suffix} is missing: {scheme.name} needs it")
@@ -273,12 +273,12 @@ class DequantizedFolder(HfFolder):
         super().read_rows(info.name, 0, 2, data)
         rows, columns = (int(size) for size in data.view(np.int64 if info.dtype == "I64" else np.int32))
         if rows != codes.shape[0] or columns < 0 or words(scheme.kind, columns) != codes.shape[1]:
-            raise self._misfit(info, f"it says [{rows}, {columns}], {shown(codes.name)} is {list(codes.shape)}")
+            raise self._misfit(info, f"it says [{rows}, {columns}], {printable(codes.name)} is {list(codes.shape)}")
         return columns
 
     def _misfit(self, info: TensorInfo, why: str) -> CheckpointError:
         return CheckpointError(
-            f"{shown(self.path)}: tensor {shown(info.name)} is {info.dtype} {list(info.shape)}: {why}"
+            f"{printable(self.path)}: tensor {printable(info.name)} is {info.dtype} {list(info.shape)}: {why}"
         )
 
     def _add(self, name: str, shape: tuple[int, ...], parts: tuple[_Matrix, ...]) -> None:
@@ -290,7 +290,9 @@ class DequantizedFolder(HfFolder):
     def _stack(self, name: str, experts: Mapping[tuple[int, str], _Matrix]) -> None:
         """Experts that are stored one by one as [experts, rows, columns], gate above up. Raises CheckpointError."""
         if name in self._stored:
-            raise CheckpointError(f"{shown(self.path)}: tensor {shown(name)} is there as a stack and expert by expert")
+            raise CheckpointError(
+                f"{printable(self.path)}: tensor {printable(name)} is there as a stack and expert by expert"
+            )
         kinds = ("down_proj",) if name.endswith("down_proj") else ("gate_proj", "up_proj")
         count = 1 + max(number for number, _ in experts)
         parts = []
@@ -299,7 +301,7 @@ class DequantizedFolder(HfFolder):
                 part = experts.get((number, kind))
                 if part is None:
                     prefix = name.rpartition(".")[0]
-                    raise CheckpointError(f"{shown(self.path)}: tensor {prefix}.{number}.{kind}.weight is missing")
+                    raise CheckpointError(f"{printable(self.path)}: tensor {prefix}.{number}.{kind}.weight is missing")
                 first = experts[0, kinds[0]]
                 if (part.rows, part.columns) != (first.rows, first.columns):
                     raise self._misfit(part.codes, f"expert 0 is {first.rows} x {first.columns}")
@@ -331,7 +333,7 @@ class DequantizedFolder(HfFolder):
         width = (last - first) * item
         inside = 0 <= start <= stop <= num_rows(view.spec.shape) and 0 <= first < last <= elements
         if not inside or len(data) != (stop - start) * width:
-            raise CheckpointError(f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last}")
+            raise CheckpointError(f"tensor {printable(name)}: rows {start} to {stop}, elements {first} to {last}")
         # Rows of matrices that hold the elements of one row: all of them are that row where it is one matrix row.
         low, high = first // columns, -(-last // columns)
         step = max(1, _BLOCK // ((high - low) * columns)) if per_row == 1 else 1
@@ -346,7 +348,7 @@ class DequantizedFolder(HfFolder):
 
     def _check_presented(self, name: str) -> None:
         if name not in self._presented:
-            raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
+            raise CheckpointError(f"{printable(self.path)}: has no tensor {printable(name)}")
 
     def _fill(self, view: _View, start: int, stop: int, out: memoryview) -> None:
         """Rows of the matrices of a tensor, counted through all of them; they are of one size."""
@@ -392,7 +394,7 @@ def open_hf_folder(path: str | Path, dtype: str | None = None) -> HfFolder:
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{shown(folder / 'config.json')}: vanished while the folder was being read")
+        raise CheckpointError(f"{printable(folder / 'config.json')}: vanished while the folder was being read")
     config = read_object(folder / "config.json").get("quantization_config") if folder.is_dir() else None
     modelopt = folder / MODELOPT_FILE
     quantization = read_quantization(config, read_object(modelopt) if modelopt.exists() else None)

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bridge.errors import CheckpointError, UsageError
-from bridge.hf.tensors import fsync_folder, shown
+from bridge.hf.tensors import fsync_folder, printable
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -80,7 +80,7 @@ def check_replaceable(folder: Path, names: Iterable[str] = ()) -> None:
             relative = (inner / name).as_posix()
             marked = marked or relative in _MARKS or relative == _MANIFEST
             if not _of_model(folder, relative, again):
-                raise UsageError(_refusal(folder, f"it holds {shown(relative)}"))
+                raise UsageError(_refusal(folder, f"it holds {printable(relative)}"))
     if found and not marked:
         raise UsageError(_refusal(folder, f"it has no {_MARKS[0]}"))
 
@@ -97,9 +97,8 @@ def _of_model(folder: Path, relative: str, again: frozenset[str]) -> bool:
 
 
 def _refusal(folder: Path, why: str) -> str:
-    return (
-        f"{shown(folder)}: does not look like a checkpoint alone ({why}), so it is not overwritten; remove it yourself"
-    )
+    why_not = f"does not look like a checkpoint alone ({why}), so it is not overwritten; remove it yourself"
+    return f"{printable(folder)}: {why_not}"
 
 
 def sync_tree(folder: Path) -> None:
@@ -134,7 +133,7 @@ def replace_folder(new: Path, target: Path, aside: Path) -> None:
             recover(target, aside)
         except OSError as error:
             raise CheckpointError(
-                f"{shown(target)}: stands whole in {shown(aside)}, because it cannot be moved back "
+                f"{printable(target)}: stands whole in {printable(aside)}, because it cannot be moved back "
                 f"({error.strerror}); the next run will"
             ) from error
         raise

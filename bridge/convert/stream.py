@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from bridge.convert.crc import combine_crc32
-from bridge.convert.pieces import CopyTensor, Scratch, Source
+from bridge.convert.pieces import CopyTensor, PlannedTensor, Scratch
 from bridge.convert.threads import parallel
 from bridge.errors import MappingError
-from bridge.hf.tensors import Chunk, RowReader, TensorSpec, Unit, shown, split_rows
+from bridge.hf.tensors import Chunk, RowReader, TensorSpec, Unit, printable, split_rows
 
 CHUNK_BYTES = 8 << 20
 # A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
@@ -77,12 +77,12 @@ def copy(
     or an interrupt stops all threads before it propagates. Raises MappingError (the plan does not fit the tensors) and
     CheckpointError.
     """
-    plan = {tensor.name: Source(tensor, reader) for tensor in tensors}
+    plan = {tensor.name: PlannedTensor(tensor, reader) for tensor in tensors}
     units = list(writer.units(chunk_bytes))
     planned = {chunk.name for unit in units for chunk in unit.chunks}
     for name in sorted(planned ^ plan.keys()):
         raise MappingError(
-            f"tensor {shown(name)} is {'not planned' if name in planned else 'planned'} but not both ways"
+            f"tensor {printable(name)} is {'not planned' if name in planned else 'planned'} but not both ways"
         )
     total = sum(chunk.nbytes for unit in units for chunk in unit.chunks)
     largest = max((chunk.nbytes for unit in units for chunk in unit.chunks), default=0)
@@ -164,7 +164,7 @@ def compare(
 
     Bytes are compared, so NaNs and zeros of either sign count. Raises MappingError and CheckpointError.
     """
-    plan = {tensor.name: Source(tensor, source) for tensor in tensors}
+    plan = {tensor.name: PlannedTensor(tensor, source) for tensor in tensors}
     details: dict[str, str] = {}
     tasks: list[Chunk] = []
     waiting: dict[str, int] = {}

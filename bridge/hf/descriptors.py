@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import open_regular, shown
+from bridge.hf.tensors import open_regular, printable
 
 # The usual limit of a process is 1024, a careful one 64, and other code needs some as well.
 MAX_IDLE = 16
@@ -24,7 +24,7 @@ class _Open:
     users: int = 0
 
 
-class Descriptors(Closing):
+class Descriptors(CloseOnExit):
     """Open files by path: those in use, and up to `max_idle` that are kept for the next use. Thread-safe.
 
     `opener` opens a path; it raises what `use` raises.
@@ -89,5 +89,5 @@ class RegularFiles(Descriptors):
         now = (size, os.fstat(fd).st_mtime_ns)
         if self._first.setdefault(path, now) != now:
             os.close(fd)
-            raise CheckpointError(f"{shown(path)}: changed while it was being read")
+            raise CheckpointError(f"{printable(path)}: changed while it was being read")
         return fd

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import CheckpointError
 from bridge.hf.descriptors import RegularFiles
 from bridge.hf.json_file import parse_object, read_object
@@ -26,8 +26,8 @@ from bridge.hf.tensors import (
     num_rows,
     pread_bytes,
     pread_into,
+    printable,
     row_bytes,
-    shown,
 )
 
 SINGLE_FILE = "model.safetensors"
@@ -55,7 +55,7 @@ class TensorInfo:
     nbytes: int
 
 
-class HfFolder(Closing):
+class HfFolder(CloseOnExit):
     """An open HF model folder. Thread-safe; a context manager.
 
     `assets`: every file that is not weights, relative to the folder, sorted. `ignored`: weight files that the model
@@ -79,7 +79,7 @@ class HfFolder(Closing):
         self.files: list[Path] = []
         self._open = RegularFiles()
         if not self.path.is_dir():
-            raise CheckpointError(f"{shown(self.path)}: not a folder")
+            raise CheckpointError(f"{printable(self.path)}: not a folder")
         try:
             self._open_weights()
             self.assets, self.ignored = _list_assets(self.path, set(self.files))
@@ -95,7 +95,9 @@ class HfFolder(Closing):
     def _open_weights(self) -> None:
         single, index = self.path / self._single, self.path / self._index
         if os.path.lexists(single) and os.path.lexists(index):
-            raise CheckpointError(f"{shown(self.path)}: has both {single.name} and {index.name}; remove the wrong one")
+            raise CheckpointError(
+                f"{printable(self.path)}: has both {single.name} and {index.name}; remove the wrong one"
+            )
         if os.path.lexists(single):
             self._open_file(inside(self.path, single.name), None)
             return
@@ -103,22 +105,22 @@ class HfFolder(Closing):
             for name in _PICKLES:
                 if (self.path / name).exists():
                     raise CheckpointError(
-                        f"{shown(self.path)}: has only {name}, a pickle, which is not read; convert it first"
+                        f"{printable(self.path)}: has only {name}, a pickle, which is not read; convert it first"
                     )
-            raise CheckpointError(f"{shown(self.path)}: has neither {single.name} nor {index.name}")
+            raise CheckpointError(f"{printable(self.path)}: has neither {single.name} nor {index.name}")
         weight_map, self.index_metadata = _read_index(inside(self.path, index.name))
         by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             by_file.setdefault(file, set()).add(name)
         for file, names in by_file.items():
             if not file.endswith(".safetensors"):
-                raise CheckpointError(f"{shown(index)}: names {shown(file)}, which is not a safetensors file")
+                raise CheckpointError(f"{printable(index)}: names {printable(file)}, which is not a safetensors file")
             self._open_file(inside(self.path, file), names)
 
     def _open_file(self, path: Path, listed: set[str] | None) -> None:
         """Read one header; `listed` are the tensors that the index expects in the file."""
         if path in self.files:
-            raise CheckpointError(f"{shown(path)}: named twice by the index")
+            raise CheckpointError(f"{printable(path)}: named twice by the index")
         with self._open.use(path) as fd:
             self.files.append(path)
             tensors, metadata = _read_header(fd, self._open.size(path), path)
@@ -126,10 +128,12 @@ class HfFolder(Closing):
             self.file_metadata = metadata
         if listed is not None:
             for name in listed - tensors.keys():
-                raise CheckpointError(f"{shown(path)}: lacks the tensor {shown(name)} that the index lists there")
+                raise CheckpointError(
+                    f"{printable(path)}: lacks the tensor {printable(name)} that the index lists there"
+                )
             for name in tensors.keys() - listed:
                 raise CheckpointError(
-                    f"{shown(path)}: holds the tensor {shown(name)} that the index does not list there"
+                    f"{printable(path)}: holds the tensor {printable(name)} that the index does not list there"
                 )
         self._stored.update(tensors)
 
@@ -140,7 +144,7 @@ class HfFolder(Closing):
         """
         info = self._stored.get(name)
         if info is None:
-            raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
+            raise CheckpointError(f"{printable(self.path)}: has no tensor {printable(name)}")
         view = as_bytes(out)
         check_rows(name, info, start, stop, len(view))
         with self._open.use(info.file) as fd:
@@ -153,7 +157,7 @@ class HfFolder(Closing):
         """
         info = self._stored.get(name)
         if info is None:
-            raise CheckpointError(f"{shown(self.path)}: has no tensor {shown(name)}")
+            raise CheckpointError(f"{printable(self.path)}: has no tensor {printable(name)}")
         view, whole = as_bytes(out), row_bytes(info)
         item = ITEM_SIZES[info.dtype]
         width = (last - first) * item
@@ -163,7 +167,8 @@ class HfFolder(Closing):
             or len(view) != (stop - start) * width
         ):
             raise CheckpointError(
-                f"tensor {shown(name)}: rows {start} to {stop}, elements {first} to {last} of {rows} x {whole // item}"
+                f"tensor {printable(name)}: rows {start} to {stop}, elements {first} to {last} of "
+                f"{rows} x {whole // item}"
             )
         base = info.offset + first * item
         with self._open.use(info.file) as fd:
@@ -180,30 +185,30 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     index = read_object(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{shown(path)}: has no weight_map")
+        raise CheckpointError(f"{printable(path)}: has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{shown(path)}: weight_map gives no file name for {shown(name)}")
+            raise CheckpointError(f"{printable(path)}: weight_map gives no file name for {printable(name)}")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if size < 8:
-        raise CheckpointError(f"{shown(path)}: {size} bytes, too short for a safetensors file")
+        raise CheckpointError(f"{printable(path)}: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(pread_bytes(fd, 8, 0, path), "little")
     if length.to_bytes(8, "little") == _POINTER[:8]:
-        raise CheckpointError(f"{shown(path)}: a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
+        raise CheckpointError(f"{printable(path)}: a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
     if length > _MAX_HEADER:
-        raise CheckpointError(f"{shown(path)}: header of {length} bytes, more than the format allows")
+        raise CheckpointError(f"{printable(path)}: header of {length} bytes, more than the format allows")
     if 8 + length > size:
-        raise CheckpointError(f"{shown(path)}: header of {length} bytes in a file of {size}: truncated")
+        raise CheckpointError(f"{printable(path)}: header of {length} bytes in a file of {size}: truncated")
     data = pread_bytes(fd, length, 8, path)
     if not data.startswith(b"{"):
-        raise CheckpointError(f"{shown(path)}: header does not start with '{{'")
+        raise CheckpointError(f"{printable(path)}: header does not start with '{{'")
     header = parse_object(data, path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{shown(path)}: __metadata__ is not an object of strings")
+        raise CheckpointError(f"{printable(path)}: __metadata__ is not an object of strings")
     base, tensors = 8 + length, {}
     for name, entry in header.items():
         tensors[name] = _read_entry(name, entry, base, path)
@@ -212,14 +217,14 @@ def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo],
 
 
 def _read_entry(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
-    where = f"{shown(path)}: tensor {shown(name)}"
+    where = f"{printable(path)}: tensor {printable(name)}"
     if not name:
-        raise CheckpointError(f"{shown(path)}: a tensor has no name")
+        raise CheckpointError(f"{printable(path)}: a tensor has no name")
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: header entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{where}: dtype {shown(dtype)} is not supported")
+        raise CheckpointError(f"{where}: dtype {printable(dtype)} is not supported")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(f"{where}: shape is not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -244,18 +249,18 @@ def _check_layout(tensors: dict[str, TensorInfo], base: int, size: int, path: Pa
     end = base
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset < end:
-            raise CheckpointError(f"{shown(path)}: tensor {shown(info.name)} overlaps the one before it")
+            raise CheckpointError(f"{printable(path)}: tensor {printable(info.name)} overlaps the one before it")
         if info.offset > end:
             raise CheckpointError(
-                f"{shown(path)}: a hole of {info.offset - end} bytes before tensor {shown(info.name)}"
+                f"{printable(path)}: a hole of {info.offset - end} bytes before tensor {printable(info.name)}"
             )
         end = info.offset + info.nbytes
         if end > size:
             raise CheckpointError(
-                f"{shown(path)}: tensor {shown(info.name)} ends at byte {end}, the file at {size}: truncated"
+                f"{printable(path)}: tensor {printable(info.name)} ends at byte {end}, the file at {size}: truncated"
             )
     if end != size:
-        raise CheckpointError(f"{shown(path)}: {size - end} bytes behind the last tensor")
+        raise CheckpointError(f"{printable(path)}: {size - end} bytes behind the last tensor")
 
 
 def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
@@ -271,7 +276,7 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (Path(parent) / name).is_symlink():
-                raise CheckpointError(f"{shown(Path(parent) / name)}: a linked folder, which is not followed")
+                raise CheckpointError(f"{printable(Path(parent) / name)}: a linked folder, which is not followed")
         for name in names:
             path = Path(parent) / name
             if path in weights or (name == INDEX_FILE and parent == str(folder)):
@@ -287,10 +292,10 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
             continue
         check_link(folder, path)
         if not path.is_file():
-            raise CheckpointError(f"{shown(path)}: neither a file nor a folder")
+            raise CheckpointError(f"{printable(path)}: neither a file nor a folder")
         if len(asset.parts) == 1 and asset.suffix == ".json" and _mentions(path, named):
             if asset.name == "config.json":
-                raise CheckpointError(f"{shown(path)}: names a weight file that is not the model's")
+                raise CheckpointError(f"{printable(path)}: names a weight file that is not the model's")
             others.append(asset)
             continue
         kept.append(asset)

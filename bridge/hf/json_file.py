@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import open_regular, pread_bytes, shown
+from bridge.hf.tensors import open_regular, pread_bytes, printable
 
 # Of a config or a manifest; the largest published index has half a megabyte.
 MAX_JSON = 100_000_000
@@ -26,7 +26,9 @@ def read_object(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
     fd, size = open_regular(path)
     try:
         if size > max_bytes:
-            raise CheckpointError(f"{shown(path)}: {size} bytes, more than the {max_bytes} that such a file may have")
+            raise CheckpointError(
+                f"{printable(path)}: {size} bytes, more than the {max_bytes} that such a file may have"
+            )
         return parse_object(pread_bytes(fd, size, 0, path), path)
     finally:
         os.close(fd)
@@ -44,19 +46,19 @@ def parse_object(data: bytes, path: Path) -> dict[str, Any]:
         if len(result) != len(items):
             seen: set[str] = set()
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{shown(path)}: the key {shown(twice)} occurs twice")
+            raise CheckpointError(f"{printable(path)}: the key {printable(twice)} occurs twice")
         return result
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
     except RecursionError:
-        raise CheckpointError(f"{shown(path)}: JSON nested too deep") from None
+        raise CheckpointError(f"{printable(path)}: JSON nested too deep") from None
     except UnicodeDecodeError:
-        raise CheckpointError(f"{shown(path)}: not UTF-8") from None
+        raise CheckpointError(f"{printable(path)}: not UTF-8") from None
     except ValueError as error:
-        raise CheckpointError(f"{shown(path)}: not JSON ({shown(str(error))})") from None
+        raise CheckpointError(f"{printable(path)}: not JSON ({printable(str(error))})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{shown(path)}: not a JSON object")
+        raise CheckpointError(f"{printable(path)}: not a JSON object")
     _check_values(value, path, surrogates=_SURROGATE_ESCAPE.search(data) is not None)
     return value
 
@@ -74,11 +76,11 @@ def _check_values(value: dict[str, Any], path: Path, surrogates: bool) -> None:
             elif isinstance(item, list):
                 below.extend(item)
             elif surrogates and isinstance(item, str) and not _is_text(item):
-                raise CheckpointError(f"{shown(path)}: {shown(item)} holds a lone surrogate, which is no text")
+                raise CheckpointError(f"{printable(path)}: {printable(item)} holds a lone surrogate, which is no text")
         level = [item for item in below if isinstance(item, dict | list) or (surrogates and isinstance(item, str))]
         if not level:
             return
-    raise CheckpointError(f"{shown(path)}: JSON nested too deep")
+    raise CheckpointError(f"{printable(path)}: JSON nested too deep")
 
 
 def _is_text(value: str) -> bool:

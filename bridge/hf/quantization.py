@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import shown
+from bridge.hf.tensors import printable
 
 # ModelOpt writes it beside config.json, older versions of it instead of `quantization_config`.
 MODELOPT_FILE = "hf_quant_config.json"
@@ -71,7 +71,9 @@ class Quantization:
     def scheme_of(self, module: str) -> Scheme:
         """The scheme of a module that has scales. Raises CheckpointError: it should have none, or which is unknown."""
         if any(self._matches(pattern, module) for pattern in self.ignore):
-            raise CheckpointError(f"{shown(module)} has scales, but quantization_config says that it is not quantized")
+            raise CheckpointError(
+                f"{printable(module)} has scales, but quantization_config says that it is not quantized"
+            )
         if len(self.groups) == 1:
             return self.groups[0][1]
         targets = [(target, scheme) for targets, scheme in self.groups for target in targets]
@@ -80,7 +82,7 @@ class Quantization:
             for target, scheme in targets:
                 if _target_kind(target) == kind and self._matches(target, module):
                     return scheme
-        raise CheckpointError(f"{shown(module)} has scales, but no group of quantization_config is for it")
+        raise CheckpointError(f"{printable(module)} has scales, but no group of quantization_config is for it")
 
     def _matches(self, target: str, module: str) -> bool:
         if self.patterns:
@@ -103,11 +105,13 @@ def _expression(target: str) -> re.Pattern[str]:
     """Raises CheckpointError: none, or one that may not come to an end (a repeated group)."""
     text = target.removeprefix("re:")
     if len(text) > _MAX_PATTERN or re.search(r"(?<!\\)\)[*+{]", text):
-        raise CheckpointError(f"quantization_config: the expression {shown(text)} is too long or repeats a group")
+        raise CheckpointError(f"quantization_config: the expression {printable(text)} is too long or repeats a group")
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"quantization_config: {shown(text)} is no expression ({shown(str(error))})") from None
+        raise CheckpointError(
+            f"quantization_config: {printable(text)} is no expression ({printable(str(error))})"
+        ) from None
 
 
 def is_marker(config: Mapping[str, Any]) -> bool:
@@ -136,7 +140,7 @@ def read_quantization(config: Any, modelopt: Mapping[str, Any] | None = None) ->
             "quantization_config.quant_method is bitsandbytes, whose 4-bit weights no other program reads; "
             f"such weights are made while loading: {_INSTEAD}"
         )
-    raise CheckpointError(f"quantization_config.quant_method is {shown(method)}, which is not read; {_INSTEAD}")
+    raise CheckpointError(f"quantization_config.quant_method is {printable(method)}, which is not read; {_INSTEAD}")
 
 
 def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -162,7 +166,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Quantization:
             raise CheckpointError(f"quantization_config.{key} is set: sparse or rotated weights are not read")
     groups = []
     for name, group in _section(config, "config_groups", "quantization_config").items():
-        where = f"quantization_config.config_groups.{shown(name)}"
+        where = f"quantization_config.config_groups.{printable(name)}"
         if not isinstance(group, Mapping):
             raise CheckpointError(f"{where} is not an object; a preset by its name is not read")
         if group.get("weights") is None:
@@ -188,7 +192,7 @@ _PLAIN = {("float", 8): ("float-quantized", "F8_E4M3", "FP8"), ("int", 8): ("int
 def _weights(weights: Mapping[str, Any], format_name: Any, where: str) -> Scheme:
     """The scheme that QuantizationArgs of weights and a format mean. Raises CheckpointError."""
     for key in sorted(map(str, set(weights) - _WEIGHTS_KEYS)):
-        raise CheckpointError(f"{where}.weights has the unknown key {shown(key)}")
+        raise CheckpointError(f"{where}.weights has the unknown key {printable(key)}")
     if weights.get("dynamic") or weights.get("actorder") in ("group", "dynamic", True):
         key = "dynamic" if weights.get("dynamic") else "actorder"
         raise CheckpointError(f"{where}.weights.{key} is {weights[key]}: such weights are not read; {_INSTEAD}")
@@ -210,7 +214,7 @@ def _weights(weights: Mapping[str, Any], format_name: Any, where: str) -> Scheme
         label = f"{plain[2]}, {words}{'' if symmetric else ', asymmetric'}"
         return Scheme(label, plain[1], block, zero_point="" if symmetric else "_zero_point")
     raise CheckpointError(
-        f"{where}: {shown(format_name)} of {shown(str(bits))}-bit {shown(number)}, {words}"
+        f"{where}: {printable(format_name)} of {printable(str(bits))}-bit {printable(number)}, {words}"
         f"{'' if symmetric else ', asymmetric'}, is not read; {_INSTEAD}"
     )
 
@@ -232,7 +236,8 @@ def _block(weights: Mapping[str, Any], where: str) -> tuple[tuple[int | None, in
     if strategy == "block" and isinstance(shape, list) and len(shape) == 2 and all(map(_positive, shape)):
         return (shape[0], shape[1]), f"blocks of {shape[0]} x {shape[1]}"
     raise CheckpointError(
-        f"{where}.weights: strategy {shown(strategy)} with group_size {shown(str(group))} is not read; {_INSTEAD}"
+        f"{where}.weights: strategy {printable(strategy)} with group_size {printable(str(group))} is not read; "
+        f"{_INSTEAD}"
     )
 
 
@@ -249,7 +254,8 @@ def _modelopt(config: Mapping[str, Any]) -> Quantization:
         group = inner.get("weights", {}).get("group_size", group) if isinstance(inner, Mapping) else group
     if algorithm != "NVFP4" or group != 16:
         raise CheckpointError(
-            f"ModelOpt's quant_algo {shown(algorithm)} with groups of {shown(str(group))} is not read; {_INSTEAD}"
+            f"ModelOpt's quant_algo {printable(algorithm)} with groups of {printable(str(group))} is not read; "
+            f"{_INSTEAD}"
         )
     scheme = Scheme("NVFP4, groups of 16", "e2m1", (1, 16), global_scale="_scale_2", reciprocal=True, computed="BF16")
     ignore = _texts(config, "exclude_modules") or _texts(config, "ignore")
@@ -259,12 +265,12 @@ def _modelopt(config: Mapping[str, Any]) -> Quantization:
 def _fp8(config: Mapping[str, Any]) -> Quantization:
     size = config.get("weight_block_size")
     if config.get("fmt", "e4m3") != "e4m3":
-        raise CheckpointError(f"quantization_config.fmt is {shown(config['fmt'])}, expected e4m3")
+        raise CheckpointError(f"quantization_config.fmt is {printable(config['fmt'])}, expected e4m3")
     if config.get("scale_fmt") not in (None, "float"):
-        raise CheckpointError(f"quantization_config.scale_fmt is {shown(config['scale_fmt'])}, which is not read")
+        raise CheckpointError(f"quantization_config.scale_fmt is {printable(config['scale_fmt'])}, which is not read")
     if not isinstance(size, Sequence) or len(size) != 2 or not all(map(_positive, size)):
         raise CheckpointError(
-            f"quantization_config: FP8 whose weight_block_size is {shown(str(size))} is not read; {_INSTEAD}"
+            f"quantization_config: FP8 whose weight_block_size is {printable(str(size))} is not read; {_INSTEAD}"
         )
     rows, columns = size
     scheme = Scheme(

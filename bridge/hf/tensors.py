@@ -124,11 +124,13 @@ def check_specs(specs: Iterable[TensorSpec], where: str) -> dict[str, TensorSpec
     by_name: dict[str, TensorSpec] = {}
     for spec in specs:
         if spec.name in by_name:
-            raise CheckpointError(f"{where}: tensor {shown(spec.name)} is to be written twice")
+            raise CheckpointError(f"{where}: tensor {printable(spec.name)} is to be written twice")
         if spec.dtype not in ITEM_SIZES:
-            raise CheckpointError(f"{where}: tensor {shown(spec.name)} has the dtype {spec.dtype}, which is unknown")
+            raise CheckpointError(
+                f"{where}: tensor {printable(spec.name)} has the dtype {spec.dtype}, which is unknown"
+            )
         if any(size < 0 for size in spec.shape):
-            raise CheckpointError(f"{where}: tensor {shown(spec.name)} has the shape {spec.shape}")
+            raise CheckpointError(f"{where}: tensor {printable(spec.name)} has the shape {spec.shape}")
         by_name[spec.name] = spec
     return by_name
 
@@ -137,13 +139,15 @@ def check_rows(name: str, tensor: TensorLike, start: int, stop: int, have: int) 
     """Raise CheckpointError unless rows [start, stop) exist and take exactly `have` bytes."""
     rows = num_rows(tensor.shape)
     if not 0 <= start <= stop <= rows:
-        raise CheckpointError(f"tensor {shown(name)}: rows {start} to {stop} asked of {rows}")
+        raise CheckpointError(f"tensor {printable(name)}: rows {start} to {stop} asked of {rows}")
     need = (stop - start) * row_bytes(tensor)
     if have != need:
-        raise CheckpointError(f"tensor {shown(name)}: rows {start} to {stop} take {need} bytes, the buffer has {have}")
+        raise CheckpointError(
+            f"tensor {printable(name)}: rows {start} to {stop} take {need} bytes, the buffer has {have}"
+        )
 
 
-def shown(name: object) -> str:
+def printable(name: object) -> str:
     """A name from a file as one short printable line, for messages."""
     text = str(name) if isinstance(name, str | Path) else type(name).__name__
     if not text.isprintable() or not text:
@@ -165,9 +169,11 @@ def pread_into(fd: int, out: memoryview, offset: int, path: Path) -> None:
         try:
             got = os.preadv(fd, [out[done : done + _IO_BYTES]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+            raise CheckpointError(f"{printable(path)}: cannot be read ({error.strerror})") from None
         if got == 0:
-            raise CheckpointError(f"{shown(path)}: ends at byte {offset + done}, before the data that it should hold")
+            raise CheckpointError(
+                f"{printable(path)}: ends at byte {offset + done}, before the data that it should hold"
+            )
         done += got
 
 
@@ -194,7 +200,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
     """The one-line error for a failed write; `__cause__` keeps the errno for those who care about a full disk."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = "the disk is full" if full else f"cannot be written ({error.strerror})"
-    failure = CheckpointError(f"{shown(path)}: {text}")
+    failure = CheckpointError(f"{printable(path)}: {text}")
     failure.__cause__ = error
     return failure
 
@@ -205,13 +211,13 @@ def open_regular(path: Path) -> tuple[int, int]:
         # O_NONBLOCK: opening a planted pipe must not wait for a writer that never comes.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise CheckpointError(f"{shown(path)}: not found") from None
+        raise CheckpointError(f"{printable(path)}: not found") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(path)}: cannot be opened ({shown(str(error))})") from None
+        raise CheckpointError(f"{printable(path)}: cannot be opened ({printable(str(error))})") from None
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
-        raise CheckpointError(f"{shown(path)}: not a regular file")
+        raise CheckpointError(f"{printable(path)}: not a regular file")
     return fd, info.st_size
 
 
@@ -223,7 +229,9 @@ def inside(folder: Path, relative: str) -> Path:
     """
     pure = PurePosixPath(relative)
     if not relative or "\0" in relative or "\\" in relative or pure.is_absolute() or ".." in pure.parts:
-        raise CheckpointError(f"{shown(folder)}: names the file {shown(relative)}, which is not inside the folder")
+        raise CheckpointError(
+            f"{printable(folder)}: names the file {printable(relative)}, which is not inside the folder"
+        )
     path = folder / relative
     check_link(folder, path)
     return path
@@ -248,10 +256,10 @@ def check_link(folder: Path, path: Path) -> None:
                 check_link(there.parent, there)
                 return
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{shown(path)}: cannot be resolved ({shown(str(error))})") from None
+        raise CheckpointError(f"{printable(path)}: cannot be resolved ({printable(str(error))})") from None
     raise CheckpointError(
-        f"{shown(path)}: a link that leads out of the folder, to {shown(target)}, which is no file of the same name in "
-        "another model folder"
+        f"{printable(path)}: a link that leads out of the folder, to {printable(target)}, which is no file of the "
+        "same name in another model folder"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf.descriptors import Descriptors
 from bridge.hf.folder import INDEX_FILE, SINGLE_FILE
@@ -25,9 +25,9 @@ from bridge.hf.tensors import (
     fsync_folder,
     pread_bytes,
     pread_into,
+    printable,
     pwrite_all,
     row_bytes,
-    shown,
     split_rows,
     write_error,
 )
@@ -41,11 +41,11 @@ def parse_size(text: str | int) -> int:
         text = str(text)
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{shown(text)} is not a size; write it as 5GB, 500MB or 2GiB")
+        raise UsageError(f"{printable(text)} is not a size; write it as 5GB, 500MB or 2GiB")
     number, letter, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
     if size <= 0:
-        raise UsageError(f"{shown(text)} is not a size above zero")
+        raise UsageError(f"{printable(text)} is not a size above zero")
     return size
 
 
@@ -71,14 +71,18 @@ class RowLedger:
                 if start != end:
                     what = "were not written" if start > end else "were written twice"
                     low, high = sorted((start, end))
-                    raise CheckpointError(f"{shown(self._folder)}: rows {low} to {high} of {shown(name)} {what}")
+                    raise CheckpointError(
+                        f"{printable(self._folder)}: rows {low} to {high} of {printable(name)} {what}"
+                    )
                 end = stop
             rows = spec.shape[0] if spec.shape else 1
             if end != rows:
-                raise CheckpointError(f"{shown(self._folder)}: rows {end} to {rows} of {shown(name)} were not written")
+                raise CheckpointError(
+                    f"{printable(self._folder)}: rows {end} to {rows} of {printable(name)} were not written"
+                )
 
 
-class UnitFiles(Closing):
+class UnitFiles(CloseOnExit):
     """Files of a known size that are written in any order, begun at their first write. Thread-safe."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -108,8 +112,8 @@ class UnitFiles(Closing):
                 raise
         except FileNotFoundError:
             if again:
-                raise CheckpointError(f"{shown(path)}: vanished while it was being written") from None
-            raise CheckpointError(f"{shown(path)}: cannot be written (its folder vanished)") from None
+                raise CheckpointError(f"{printable(path)}: vanished while it was being written") from None
+            raise CheckpointError(f"{printable(path)}: cannot be written (its folder vanished)") from None
         except OSError as error:
             raise write_error(path, error) from None
         return fd
@@ -152,7 +156,7 @@ class UnitFiles(Closing):
             have = path.lstat().st_size if path.is_file() and not path.is_symlink() else None
             if have != size:
                 what = "vanished" if have is None else f"has {have} bytes, not {size}"
-                raise CheckpointError(f"{shown(path)}: {what}, after it was written")
+                raise CheckpointError(f"{printable(path)}: {what}, after it was written")
 
     def close(self) -> None:
         """Close the files without finishing. Safe to call twice, and after finish()."""
@@ -189,9 +193,9 @@ class HfWriter(UnitFiles):
     ) -> None:
         super().__init__(folder)
         self._single = single
-        self.specs = check_specs(tensors, shown(self.folder))
+        self.specs = check_specs(tensors, printable(self.folder))
         if not self.specs:
-            raise CheckpointError(f"{shown(self.folder)}: no tensors to write")
+            raise CheckpointError(f"{printable(self.folder)}: no tensors to write")
         self._ledger = RowLedger(self.specs, self.folder)
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, tuple[str, int]] = {}
@@ -245,7 +249,7 @@ class HfWriter(UnitFiles):
         del crc
         spec = self.specs.get(name)
         if spec is None:
-            raise CheckpointError(f"{shown(self.folder)}: no tensor {shown(name)} was planned")
+            raise CheckpointError(f"{printable(self.folder)}: no tensor {printable(name)} was planned")
         view, size = as_bytes(array), row_bytes(spec)
         stop = start + (len(view) // size if size else 0)
         check_rows(name, spec, start, stop, len(view))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import RowReader
-from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.spec import Factor, LoraSpec, Target
 from bridge.mapping import Table
 
 
@@ -41,8 +41,8 @@ class Adapter:
     table: Table
     spec: LoraSpec
     targets: tuple[Target, ...]
-    value: Callable[[Target, Part], Tensor]
-    dtype: Callable[[Target, Part], str]
+    value: Callable[[Target, Factor], Tensor]
+    dtype: Callable[[Target, Factor], str]
     files: tuple[Path, ...]
     base: str | None
     revision: str | None = None

@@ -26,8 +26,8 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES, TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import write_text
-from bridge.lora.spec import LoraSpec, Part, Target
-from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, cut, part_name
+from bridge.lora.spec import Factor, LoraSpec, Target
+from bridge.lora.table import Adapted, AdapterTable, Values, adapter_table, part_name, peft_view
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.torch_dist.reader import DistReader
@@ -88,7 +88,7 @@ class AdapterFolder:
         base = table_for(checkpoint.geometry)
         return cls(checkpoint, manifest, adapter_table(base, resolve(manifest.spec, base)))
 
-    def tensors(self) -> Iterator[tuple[str, Part, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Factor, Tensor]]:
         """(HF name of the weight on disk, part, canonical tensor on the CPU), in the order of the table.
 
         Shapes are those of `Target.shape_of`, dtypes as stored. Raises MappingError or
@@ -108,14 +108,14 @@ class AdapterFolder:
             reader.close()
             raise
 
-        def value(target: Target, part: Part) -> Tensor:
+        def value(target: Target, part: Factor) -> Tensor:
             return _canonical(reader, self.table, target, part)
 
         weakref.finalize(value, reader.close)
         return value
 
 
-def _canonical(reader: DistReader, table: AdapterTable, target: Target, part: Part) -> Tensor:
+def _canonical(reader: DistReader, table: AdapterTable, target: Target, part: Factor) -> Tensor:
     """The rows of one target in the Megatron tensor that may hold those of others as well."""
     entry, index = table.by_hf_name[part_name(target.name, part)]
     dtype = TORCH_DTYPES[reader.tensors[entry.key].dtype]
@@ -123,7 +123,7 @@ def _canonical(reader: DistReader, table: AdapterTable, target: Target, part: Pa
     for block in (block for block in entry.blocks if block.source == index):
         rows = whole[block.source_row : block.source_row + block.num_rows]
         reader.read_rows(entry.key, block.row, block.row + block.num_rows, rows.view(torch.uint8).numpy())
-    return cut(whole, target, part).contiguous()
+    return peft_view(whole, target, part).contiguous()
 
 
 def write_adapter(
@@ -131,7 +131,7 @@ def write_adapter(
     base: str | Path,
     spec: LoraSpec,
     values: Values,
-    dtype: Callable[[Target, Part], torch.dtype],
+    dtype: Callable[[Target, Factor], torch.dtype],
     *,
     sources: list[Path] | None = None,
     overwrite: bool = False,
@@ -174,7 +174,7 @@ def write_adapter(
 
 
 def _dtypes(
-    table: AdapterTable, adapted: Adapted, dtype: Callable[[Target, Part], torch.dtype]
+    table: AdapterTable, adapted: Adapted, dtype: Callable[[Target, Factor], torch.dtype]
 ) -> Iterator[tuple[str, torch.dtype]]:
     """The keys of a Megatron tensor's adapters, each with the dtype that all its sources have."""
     for part in adapted.parts:
@@ -186,7 +186,7 @@ def _dtypes(
 
 
 def _fused(
-    table: AdapterTable, adapted: Adapted, part: Part, values: Values, dtypes: Mapping[str, torch.dtype]
+    table: AdapterTable, adapted: Adapted, part: Factor, values: Values, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[str, Tensor]:
     """One Megatron tensor of adapters: its key, and all of it."""
     targets = [adapted.targets[source] for source in adapted.order]
@@ -199,7 +199,7 @@ def _fused(
             raise CheckpointError(f"{part_name(target.name, part)} is {list(value.shape)}, expected {list(shape)}")
         for block in entry.blocks:
             if block.source == index:
-                rows = cut(whole[block.row : block.row + block.num_rows], target, part)
+                rows = peft_view(whole[block.row : block.row + block.num_rows], target, part)
                 first = block.source_row
                 rows.copy_(value[first : first + len(rows)])
     return entry.key, whole

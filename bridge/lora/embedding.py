@@ -26,7 +26,7 @@ class EmbeddingAdapter(torch.nn.Module):
     """The adapter of this rank's rows of an embedding [rows, hidden]: `lora_A` [rows, r], `lora_B` [r, hidden]."""
 
     # The axis of the weight that each parameter has not: see `megatron.linear.adapter_items`.
-    LOST: ClassVar = {"lora_A": -1, "lora_B": -2, "lora_magnitude": -2}
+    MISSING_AXIS: ClassVar = {"lora_A": -1, "lora_B": -2, "lora_magnitude": -2}
 
     def __init__(self, table: VocabParallelEmbedding, rank: int, scaling: float, dora: bool) -> None:
         super().__init__()

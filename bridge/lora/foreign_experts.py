@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.errors import CheckpointError
-from bridge.lora.dress import PREFIX, Piece, each_expert, plain
-from bridge.lora.spec import ALL_LINEAR, LoraSpec, Part, Target, endings
+from bridge.lora.formats import PREFIX, StoredTensor, each_expert, plain
+from bridge.lora.spec import ALL_LINEAR, Factor, LoraSpec, Target, endings
 from bridge.lora.targets import module_names, resolve
 from bridge.mapping import Table
 
@@ -39,7 +39,7 @@ class ForeignExperts:
     fused: bool
 
     @property
-    def own(self) -> bool:
+    def separate_a(self) -> bool:
         """Whether gate and up have an A each."""
         return self.room is not None and not self.fused
 
@@ -48,15 +48,15 @@ class ForeignExperts:
         """What is to be said of it."""
         if self.room is None:
             return "experts are stored as stacks of matrices, as engines read them"
-        twice = ": gate and up, which have an A each, are one adapter of twice the rank here" if self.own else ""
+        twice = ": gate and up, which have an A each, are one adapter of twice the rank here" if self.separate_a else ""
         return f"experts are stored one by one ({self.room}.0.*){twice}"
 
-    def pieces(self, target: Target, part: Part) -> Iterator[Piece]:
+    def stored_tensors(self, target: Target, part: Factor) -> Iterator[StoredTensor]:
         """The stored tensors of one target."""
         if self.room is None:
             yield plain(target, part)
         else:
-            yield from each_expert(target, part, self.room, self.fused, self.own)
+            yield from each_expert(target, part, self.room, self.fused, self.separate_a)
 
     def targets(self, spec: LoraSpec, table: Table, file: Path) -> tuple[Target, ...]:
         """What the folder adapts: the modules that its config names, and the experts that it holds factors of.
@@ -77,7 +77,7 @@ class ForeignExperts:
         if len(sizes) > 1:
             raise CheckpointError(f"{file}: the experts of {layer} have several ranks or alphas, {sorted(sizes)}")
         rank, alpha = sizes.pop() if sizes else (spec.rank, spec.alpha)
-        if self.own and name == "gate_up_proj":
+        if self.separate_a and name == "gate_up_proj":
             # Of the same scaling: alpha / rank, or alpha / sqrt(rank).
             rank, alpha = 2 * rank, alpha * (math.sqrt(2) if spec.rslora else 2)
         return replace(target, rank=rank, alpha=alpha)

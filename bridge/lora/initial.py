@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from bridge.lora.spec import Part, Target
+from bridge.lora.spec import Factor, Target
 from bridge.lora.table import Values
 
 
@@ -19,7 +19,7 @@ def initial_values(seed: int) -> Values:
     `inject.start_magnitudes`. A tensor depends on the seed and its name alone: it is the same in every layout.
     """
 
-    def value(target: Target, part: Part) -> Tensor:
+    def value(target: Target, part: Factor) -> Tensor:
         if part != ("B" if target.kind == "embedding" else "A"):
             return torch.zeros(target.shape_of(part))
         digest = hashlib.sha256(f"{seed} {target.name}".encode()).digest()

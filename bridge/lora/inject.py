@@ -21,8 +21,8 @@ from bridge.errors import UsageError
 from bridge.hf.tensors import TensorSpec
 from bridge.lora.embedding import EmbeddingAdapter
 from bridge.lora.linear import ExpertAdapter, LinearAdapter, Placement
-from bridge.lora.spec import Part, Target
-from bridge.lora.table import Adapted, AdapterTable, Values, cut, part_name
+from bridge.lora.spec import Factor, Target
+from bridge.lora.table import Adapted, AdapterTable, Values, part_name, peft_view
 from bridge.megatron.linear import Split
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.moe import GroupedExperts
@@ -117,7 +117,7 @@ class _Reader:
 
     def __init__(self, table: AdapterTable, values: Values) -> None:
         self._values = values
-        self._source: dict[str, tuple[Target, Part]] = {}
+        self._source: dict[str, tuple[Target, Factor]] = {}
         self.tensors: dict[str, TensorSpec] = {}
         for adapted in table.adapted.values():
             for target in adapted.targets.values():
@@ -133,7 +133,7 @@ class _Reader:
         if self._last[0] != name:
             target, part = self._source[name]
             whole = torch.zeros(self.tensors[name].shape)
-            cut(whole, target, part).copy_(self._values(target, part))
+            peft_view(whole, target, part).copy_(self._values(target, part))
             self._last = (name, whole)
         rows = self._last[1][start:stop].contiguous().view(torch.uint8).flatten()
         torch.from_numpy(np.frombuffer(out, dtype=np.uint8)).copy_(rows)

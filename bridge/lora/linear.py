@@ -54,7 +54,7 @@ class LinearAdapter(torch.nn.Module):
     """
 
     # The axis of the weight that each parameter has not: see `megatron.linear.adapter_items`.
-    LOST: ClassVar = {"lora_A": -2, "lora_B": -1, "lora_magnitude": -1}
+    MISSING_AXIS: ClassVar = {"lora_A": -2, "lora_B": -1, "lora_magnitude": -1}
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class ExpertAdapter(torch.nn.Module):
     stay partial, and only the gradient of the factor that every rank holds is summed.
     """
 
-    LOST: ClassVar = {"lora_A": -2, "lora_B": -1}
+    MISSING_AXIS: ClassVar = {"lora_A": -2, "lora_B": -1}
 
     def __init__(self, weight: Tensor, rank: int, scaling: float, split: Split, group: dist.ProcessGroup) -> None:
         super().__init__()

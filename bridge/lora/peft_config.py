@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError, CheckpointError
-from bridge.hf.tensors import shown
+from bridge.hf.tensors import printable
 from bridge.lora.adapter import Adapter
-from bridge.lora.dress import FORMATS, engine_targets
+from bridge.lora.formats import FORMATS, engine_targets
 from bridge.lora.spec import ALL_LINEAR, LoraSpec
 from bridge.lora.targets import named_parameters, resolve
 
 CONFIG_FILE = "adapter_config.json"
-# Our own entry in a config: the format, and the spec as it was in a dress that PEFT does not read; in PEFT's own only
+# Our own entry in a config: the format, and the spec as it was in a format that PEFT does not read; in PEFT's own only
 # what PEFT has no field for.
 _OURS = "gemma4_bridge"
 _READ = {
@@ -56,14 +56,14 @@ _TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says: the dress of the tensors, what they adapt, and the model's folder or id.
+    """What an `adapter_config.json` says: the format of the tensors, what they adapt, and the model's folder or id.
 
-    `foreign`: the dress is not one that we wrote down, so the names of the tensors have to tell. `revision`: of the
+    `foreign`: the format is not one that we wrote down, so the names of the tensors have to tell. `revision`: of the
     base on the hub. `ties`: what was done to an embedding was done to the head that is tied to it. `notes`: see
     `Adapter`.
     """
 
-    dress: str
+    adapter_format: str
     spec: LoraSpec
     base: str | None
     ties: bool = False
@@ -80,7 +80,7 @@ class PeftConfig:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found; a PEFT adapter has one{other_adapters(path.parent)}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON ({shown(str(error))})") from None
+            raise CheckpointError(f"{path}: cannot be read as JSON ({printable(str(error))})") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: holds no JSON object")
         try:
@@ -134,7 +134,7 @@ def _check_fields(config: Mapping[str, Any]) -> Iterator[str]:
         if name in _READ or name in _WITHOUT_EFFECT or value is None or value is False or value in ("", [], {}):
             continue
         why = f": it {_REFUSED[name]}" if name in _REFUSED else " (no field of PEFT 0.21)"
-        raise CheckpointError(f"{shown(name)} is {shown(json.dumps(value))}, which is not supported{why}")
+        raise CheckpointError(f"{printable(name)} is {printable(json.dumps(value))}, which is not supported{why}")
     if config.get("task_type") not in _TASKS:
         raise CheckpointError(f"task_type is {config['task_type']!r}: a model with another head")
     if config.get("bias", "none") not in _BIASES:
@@ -155,7 +155,7 @@ def _text(config: Mapping[str, Any], name: str) -> str | None:
 def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = config.get(name) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"{name} is {shown(json.dumps(value))}, expected names")
+        raise CheckpointError(f"{name} is {printable(json.dumps(value))}, expected names")
     return tuple(value)
 
 
@@ -174,12 +174,12 @@ def _names(config: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
 def _pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = config.get(name) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} is {shown(json.dumps(value))}, expected patterns and numbers")
+        raise CheckpointError(f"{name} is {printable(json.dumps(value))}, expected patterns and numbers")
     return value
 
 
-def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
-    """The `adapter_config.json` of an adapter in a dress."""
+def config_json(adapter: Adapter, adapter_format: str) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter in a format."""
     spec = adapter.spec
     common: dict[str, Any] = {
         "peft_type": "LORA",
@@ -196,11 +196,11 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
             t.kind == "saved" and bool(adapter.table.copies_of(t.name)) for t in adapter.targets
         ),
     }
-    if dress == "peft":
+    if adapter_format == "peft":
         modules, parameters = _peft_targets(adapter)
         # PEFT has one dropout for all: the rest goes into an entry of our own, which it leaves alone.
         patterns = {"dropout_pattern": dict(spec.dropout_pattern)}
-        common |= {_OURS: {"format": dress, **patterns}} if spec.dropout_pattern else {}
+        common |= {_OURS: {"format": adapter_format, **patterns}} if spec.dropout_pattern else {}
         return common | {
             "r": spec.rank,
             "lora_alpha": _integral(spec.alpha),
@@ -219,8 +219,8 @@ def config_json(adapter: Adapter, dress: str) -> dict[str, Any]:
         "r": largest.rank,
         "lora_alpha": _integral(largest.scaling * largest.rank),
         "use_rslora": False,
-        "target_modules": engine_targets(dress, adapter.targets, adapter.table),
-        _OURS: {"format": dress, "spec": spec.to_json()},
+        "target_modules": engine_targets(adapter_format, adapter.targets, adapter.table),
+        _OURS: {"format": adapter_format, "spec": spec.to_json()},
     }
 
 

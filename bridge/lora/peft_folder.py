@@ -23,12 +23,12 @@ from bridge.convert.stream import Progress
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import BridgeError, CheckpointError
 from bridge.hf.folder import INDEX_FILE, HfFolder
-from bridge.hf.tensors import TensorSpec, num_rows, row_bytes, shown
+from bridge.hf.tensors import TensorSpec, num_rows, printable, row_bytes
 from bridge.hf.writer import HfWriter, write_text
 from bridge.lora.adapter import Adapter, BaseCopy, adapter_assets
-from bridge.lora.dress import Piece, check_servable, pieces
+from bridge.lora.formats import StoredTensor, check_servable, stored_tensors
 from bridge.lora.peft_config import CONFIG_FILE, PeftConfig, config_json
-from bridge.lora.spec import Part, Target
+from bridge.lora.spec import Factor, Target
 from bridge.lora.stored import read_names
 from bridge.mapping import Table
 
@@ -37,11 +37,11 @@ _PICKLE = "adapter_model.bin"
 
 
 def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
-    """Open a folder in any dress, for the model of `table`.
+    """Open a folder in any format, for the model of `table`.
 
     Raises CheckpointError: what `PeftConfig.read` and `read_names` raise; a target that matches nothing; a tensor that
     is missing, or of another shape, as in an adapter for another model. Reading a tensor raises it where the copies of
-    a dress (the A of gate and up; K that serves as V) differ from each other.
+    a format (the A of gate and up; K that serves as V) differ from each other.
     """
     folder = Path(path)
     config = PeftConfig.read(folder)
@@ -58,15 +58,15 @@ def open_peft(stack: ExitStack, path: str | Path, table: Table) -> Adapter:
         entry, index = table.by_hf_name[name]
         if source.tensors[key].shape != entry.sources[index].shape:
             raise CheckpointError(
-                f"{file}: {shown(key)} has the shape {list(source.tensors[key].shape)}, in the base it has "
+                f"{file}: {printable(key)} has the shape {list(source.tensors[key].shape)}, in the base it has "
                 f"{list(entry.sources[index].shape)}: the base was resized for this adapter; do the same to it first"
             )
 
-    def value(target: Target, part: Part) -> Tensor:
-        return _assembled(source, stored.pieces[target.name, part], keys)
+    def value(target: Target, part: Factor) -> Tensor:
+        return _assembled(source, stored.stored_tensors[target.name, part], keys)
 
-    def dtype(target: Target, part: Part) -> str:
-        return source.tensors[keys[stored.pieces[target.name, part][0].key]].dtype
+    def dtype(target: Target, part: Factor) -> str:
+        return source.tensors[keys[stored.stored_tensors[target.name, part][0].key]].dtype
 
     return Adapter(
         folder,
@@ -99,7 +99,7 @@ def _open_weights(folder: Path) -> HfFolder:
     return HfFolder(folder, single=WEIGHTS_FILE, index=index)
 
 
-def _assembled(source: HfFolder, parts: Sequence[Piece], keys: Mapping[str, str]) -> Tensor:
+def _assembled(source: HfFolder, parts: Sequence[StoredTensor], keys: Mapping[str, str]) -> Tensor:
     """The canonical tensor whose pieces are stored; zero where there is none."""
     target, part = parts[0].target, parts[0].part
     whole = torch.zeros(target.shape_of(part), dtype=TORCH_DTYPES[source.tensors[keys[parts[0].key]].dtype])
@@ -118,7 +118,7 @@ def _assembled(source: HfFolder, parts: Sequence[Piece], keys: Mapping[str, str]
                     "false in config.json, and an lm_head.weight), or merge with PEFT"
                 )
             raise CheckpointError(
-                f"{source.files[0]}: {shown(piece.key)} is not the same as {shown(parts[0].key)}: {why}"
+                f"{source.files[0]}: {printable(piece.key)} is not the same as {printable(parts[0].key)}: {why}"
             )
         view.copy_(stored)
     return whole
@@ -132,25 +132,25 @@ def write_peft(
     target: str | Path,
     adapter: Adapter,
     *,
-    dress: str = "peft",
+    adapter_format: str = "peft",
     overwrite: bool = False,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Conversion:
-    """Write an adapter as a folder in a dress; complete or absent.
+    """Write an adapter as a folder in a format; complete or absent.
 
-    Raises UsageError (what a folder or the dress cannot hold, an existing target) and CheckpointError.
+    Raises UsageError (what a folder or the format cannot hold, an existing target) and CheckpointError.
     """
     if notify is not None:
         for note in adapter.notes:
             notify(note)
-    check_servable(dress, adapter.targets)
-    planned = list(pieces(dress, adapter.targets, adapter.table))
+    check_servable(adapter_format, adapter.targets)
+    planned = list(stored_tensors(adapter_format, adapter.targets, adapter.table))
     dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}
     specs = [TensorSpec(p.key, dtypes[p.target.name, p.part], p.shape) for p in planned]
     total = sum(spec.nbytes for spec in specs)
     home = adapter.assets_folder or adapter.path
-    text = json.dumps(config_json(adapter, dress), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config_json(adapter, adapter_format), indent=2, sort_keys=True) + "\n"
     with staged(
         target,
         plan=plan_digest([], "adapter", text),

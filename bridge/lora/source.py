@@ -22,7 +22,7 @@ from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.merge import Base, check_copies, open_base, say_notes
 from bridge.lora.peft_config import CONFIG_FILE, PeftConfig, other_adapters
 from bridge.lora.peft_folder import open_peft
-from bridge.lora.spec import Part, Target
+from bridge.lora.spec import Factor, Target
 from bridge.lora.table import part_name
 from bridge.mapping import Table, table_for
 from bridge.torch_dist.reader import DistReader
@@ -39,11 +39,11 @@ def open_megatron(stack: ExitStack, path: str | Path) -> Adapter:
     Raises CheckpointError that names what is missing or damaged.
     """
     if is_peft_folder(path):
-        raise UsageError(f"{path}: is a PEFT folder already; `adapter convert` writes it in another dress")
+        raise UsageError(f"{path}: is a PEFT folder already; `adapter convert` writes it in another format")
     folder = _megatron(path)
     reader = stack.enter_context(DistReader(folder.checkpoint.weights))
 
-    def dtype(target: Target, part: Part) -> str:
+    def dtype(target: Target, part: Factor) -> str:
         entry, _ = folder.table.by_hf_name[part_name(target.name, part)]
         return reader.tensors[entry.key].dtype
 
@@ -112,7 +112,7 @@ def import_peft(
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Conversion:
-    """A PEFT folder, in any dress, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
+    """A PEFT folder, in any format, as a Megatron adapter of the Megatron checkpoint `base`. Raises a BridgeError."""
     with ExitStack() as stack:
         model = MegatronFolder.open(base)
         adapter = open_peft(stack, path, table_for(model.geometry))
@@ -123,7 +123,7 @@ def import_peft(
         total = sum(_nbytes(adapter, target, part) for target in adapter.targets for part in target.parts)
         done = 0
 
-        def value(target: Target, part: Part) -> Tensor:
+        def value(target: Target, part: Factor) -> Tensor:
             nonlocal done
             done += _nbytes(adapter, target, part)
             if progress is not None:
@@ -142,5 +142,5 @@ def import_peft(
         return Conversion(target, len(table.entries), total, 0)
 
 
-def _nbytes(adapter: Adapter, target: Target, part: Part) -> int:
+def _nbytes(adapter: Adapter, target: Target, part: Factor) -> int:
     return ITEM_SIZES[adapter.dtype(target, part)] * math.prod(target.shape_of(part))

@@ -15,7 +15,7 @@ from bridge.mapping.transforms import Shape
 ALL_LINEAR = "all-linear"
 Kind = Literal["linear", "experts", "embedding", "saved"]
 # The tensors of an adapter: the two factors, and DoRA's magnitudes; or the weight itself, where it is trained whole.
-Part = Literal["A", "B", "magnitude", "weight"]
+Factor = Literal["A", "B", "magnitude", "weight"]
 
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "dropout_pattern")
@@ -152,13 +152,13 @@ class Target:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Factor, ...]:
         """The tensors that it has."""
         if self.kind == "saved":
             return ("weight",)
         return ("A", "B", "magnitude") if self.dora else ("A", "B")
 
-    def shape_of(self, part: Part) -> Shape:
+    def shape_of(self, part: Factor) -> Shape:
         """The canonical shape of one of them: magnitudes are [out], of an embedding [hidden]."""
         if part == "weight":
             return self.shape

@@ -16,11 +16,11 @@ from pathlib import Path
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import shown
-from bridge.lora.dress import PREFIX, Piece, pieces
+from bridge.hf.tensors import printable
 from bridge.lora.foreign_experts import find_experts
+from bridge.lora.formats import PREFIX, StoredTensor, stored_tensors
 from bridge.lora.peft_config import CONFIG_FILE, PeftConfig
-from bridge.lora.spec import LoraSpec, Part, Target, endings, spelled_out
+from bridge.lora.spec import Factor, LoraSpec, Target, endings, spelled_out
 from bridge.lora.targets import HEAD, module_name, module_names, resolve
 from bridge.mapping import Table, table_for
 from bridge.mapping.unified import in_memory
@@ -42,7 +42,7 @@ class Stored:
 
     spec: LoraSpec
     targets: tuple[Target, ...]
-    pieces: Mapping[tuple[str, Part], Sequence[Piece]]
+    stored_tensors: Mapping[tuple[str, Factor], Sequence[StoredTensor]]
     keys: Mapping[str, str]
     copies: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -68,16 +68,16 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
     _check_tied(config, targets, named, keys)
     if experts is not None or named is not table:
         spec = spelled_out(spec, [replace(t, module=_moved(t.module, theirs, ours)) for t in targets])
-    dress = "vllm" if config.foreign and _has_v_for_k(keys, named) else config.dress
+    adapter_format = "vllm" if config.foreign and _has_v_for_k(keys, named) else config.adapter_format
     on_disk = partial(_moved, theirs=named.geometry.prefix, ours=table.geometry.prefix)
-    found: dict[tuple[str, Part], list[Piece]] = {}
-    for piece in pieces(dress, targets, named, None if experts is None else experts.pieces):
+    found: dict[tuple[str, Factor], list[StoredTensor]] = {}
+    for piece in stored_tensors(adapter_format, targets, named, None if experts is None else experts.stored_tensors):
         found.setdefault((on_disk(piece.target.name), piece.part), []).append(piece)
     _check_tensors(source, [piece for listed in found.values() for piece in listed], keys)
     known = {piece.key for listed in found.values() for piece in listed}
     idle, copies = [], []
     for key in (key for key in keys if key not in known):
-        what, name = _left_over(key.removeprefix(PREFIX), named, f"{file}: holds {shown(keys[key])}")
+        what, name = _left_over(key.removeprefix(PREFIX), named, f"{file}: holds {printable(keys[key])}")
         if what == "idle":
             idle.append(key.removeprefix(PREFIX))
         else:
@@ -87,7 +87,7 @@ def read_names(config: PeftConfig, source: HfFolder, table: Table) -> Stored:
             f"{len(idle)} tensors act on nothing and are left out: layers that share K/V have no k and v of their own "
             f"({', '.join(idle[:2])}{', ...' if len(idle) > 2 else ''})"
         )
-    notes += [f"{shown(key)} is the base's own weight and left out" for _, key in copies]
+    notes += [f"{printable(key)} is the base's own weight and left out" for _, key in copies]
     return Stored(spec, resolve(spec, table), found, keys, tuple(copies), tuple(notes))
 
 
@@ -102,10 +102,10 @@ def _with_prefix(names: Iterable[str], file: Path) -> dict[str, str]:
             adapters.add(match[2])
             key = key[: match.start()] + match[1] + (".weight" if match[1] in (".lora_A", ".lora_B") else "")
         if key in keys:
-            raise CheckpointError(f"{file}: {shown(name)} and {shown(keys[key])} are one tensor")
+            raise CheckpointError(f"{file}: {printable(name)} and {printable(keys[key])} are one tensor")
         keys[key] = name
     if len(adapters) > 1:
-        raise CheckpointError(f"{file}: holds several adapters, {', '.join(sorted(map(shown, adapters)))}")
+        raise CheckpointError(f"{file}: holds several adapters, {', '.join(sorted(map(printable, adapters)))}")
     return keys
 
 
@@ -189,20 +189,20 @@ def _left_over(key: str, table: Table, holds: str) -> tuple[str, str]:
     raise CheckpointError(f"{holds}, {why}")
 
 
-def _check_tensors(source: HfFolder, expected: list[Piece], keys: Mapping[str, str]) -> None:
+def _check_tensors(source: HfFolder, expected: list[StoredTensor], keys: Mapping[str, str]) -> None:
     file = source.files[0]
-    kinds: dict[tuple[str, Part], tuple[str, str]] = {}
+    kinds: dict[tuple[str, Factor], tuple[str, str]] = {}
     for piece in expected:
         found = source.tensors[keys[piece.key]] if piece.key in keys else None
         if found is None:
-            raise CheckpointError(f"{file}: has no {shown(piece.key)}: incomplete, or an adapter for another model")
+            raise CheckpointError(f"{file}: has no {printable(piece.key)}: incomplete, or an adapter for another model")
         if found.shape != piece.shape:
             raise CheckpointError(
-                f"{file}: {shown(piece.key)} has the shape {list(found.shape)}, expected {list(piece.shape)} (rank "
+                f"{file}: {printable(piece.key)} has the shape {list(found.shape)}, expected {list(piece.shape)} (rank "
                 f"{piece.target.rank}): an adapter for another model, or of another rank than {CONFIG_FILE} says"
             )
         if found.dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError(f"{file}: {shown(piece.key)} is {found.dtype}, which is not supported")
+            raise CheckpointError(f"{file}: {printable(piece.key)} is {found.dtype}, which is not supported")
         kind, first = kinds.setdefault((piece.target.name, piece.part), (found.dtype, piece.key))
         if kind != found.dtype:
-            raise CheckpointError(f"{file}: {shown(piece.key)} is {found.dtype}, {shown(first)} is {kind}")
+            raise CheckpointError(f"{file}: {printable(piece.key)} is {found.dtype}, {printable(first)} is {kind}")

@@ -12,8 +12,8 @@ and with DoRA `KEY.lora_magnitude` [out], arranged like B; `[E, r, in]`, `[E, ou
 
 r is the largest rank in the tensor: smaller ones are filled up with rows and columns of zeros, which get no gradient
 and stay zero. Rows of B that belong to a tensor without an adapter are zeros as well. This table's Hugging Face tensors
-are named `TENSOR.lora_A` and so on after the weight's name on disk; the filling is part of them, and `cut` takes it
-off.
+are named `TENSOR.lora_A` and so on after the weight's name on disk; the filling is part of them, and `peft_view`
+takes it off.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.lora.spec import Part, Target
+from bridge.lora.spec import Factor, Target
 from bridge.mapping.table import Entry, HfTensor, Shard, Table
-from bridge.mapping.transforms import Block, Shape
+from bridge.mapping.transforms import RowBlock, Shape
 
 # Where adapters come from: (target, part) -> a tensor of the shape `target.shape_of(part)`, without filling.
-Values = Callable[[Target, Part], Tensor]
+Values = Callable[[Target, Factor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Adapted:
         return self.parts == ("weight",)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Factor, ...]:
         """The tensors that its targets have."""
         return self.targets[self.order[0]].parts
 
@@ -109,12 +109,12 @@ def adapter_table(table: Table, targets: Sequence[Target]) -> AdapterTable:
     return AdapterTable(table.geometry, entries, {}, {}, adapted)
 
 
-def part_name(name: str, part: Part) -> str:
+def part_name(name: str, part: Factor) -> str:
     """The name of one tensor of the adapter of the HF tensor `name`, in an adapter table."""
     return name if part == "weight" else f"{name}.lora_{part}"
 
 
-def cut(tensor: Tensor, target: Target, part: Part) -> Tensor:
+def peft_view(tensor: Tensor, target: Target, part: Factor) -> Tensor:
     """A tensor of the table, or rows of it, without its filling and turned as PEFT has it: a view."""
     if part in ("magnitude", "weight"):
         return tensor
@@ -123,10 +123,10 @@ def cut(tensor: Tensor, target: Target, part: Part) -> Tensor:
     return tensor.narrow(-2 if part == "A" else -1, 0, target.rank)
 
 
-def canonical(entry: Entry, index: int, whole: Tensor, target: Target, part: Part) -> Tensor:
+def canonical(entry: Entry, index: int, whole: Tensor, target: Target, part: Factor) -> Tensor:
     """Of a tensor of the table, all of it, the part of one target as PEFT has it; `index`: which of its sources."""
     rows = [whole[block.row : block.row + block.num_rows] for block in entry.blocks if block.source == index]
-    return cut(torch.cat(rows), target, part).contiguous()
+    return peft_view(torch.cat(rows), target, part).contiguous()
 
 
 def _entries(adapted: Adapted) -> Iterator[Entry]:
@@ -143,7 +143,7 @@ def _entries(adapted: Adapted) -> Iterator[Entry]:
         yield replace(weight, key=f"{key}.lora_{part}", shape=shape, sources=sources, blocks=blocks, row=row)
 
 
-def _layout(adapted: Adapted, part: Part) -> tuple[Shape, Shard, list[Shape], tuple[Block, ...]]:
+def _layout(adapted: Adapted, part: Factor) -> tuple[Shape, Shard, list[Shape], tuple[RowBlock, ...]]:
     """Of one Megatron tensor: its shape, how it is split, the shapes of its sources and the blocks of their rows."""
     weight, rank, order = adapted.weight, adapted.rank, adapted.order
     shape, shard = weight.shape, weight.row.shard
@@ -151,8 +151,8 @@ def _layout(adapted: Adapted, part: Part) -> tuple[Shape, Shard, list[Shape], tu
         if part == "A":
             return (shape[0], rank), (shard[0], None), [(shape[0], rank)], weight.blocks
         if part == "B":
-            return (rank, shape[1]), (None, shard[1]), [(rank, shape[1])], (Block(0, 0, 0, rank),)
-        return shape[1:], shard[1:], [shape[1:]], (Block(0, 0, 0, shape[1]),)
+            return (rank, shape[1]), (None, shard[1]), [(rank, shape[1])], (RowBlock(0, 0, 0, rank),)
+        return shape[1:], shard[1:], [shape[1:]], (RowBlock(0, 0, 0, shape[1]),)
     if adapted.experts:
         experts, rows, columns = shape
         if part == "A":
@@ -162,7 +162,7 @@ def _layout(adapted: Adapted, part: Part) -> tuple[Shape, Shard, list[Shape], tu
         return shape, shard, [shape] * len(order), weight.blocks
     if part == "A":
         shapes: list[Shape] = [(rank, shape[1])] * len(order)
-        blocks = tuple(Block(number * rank, number, 0, rank) for number in range(len(order)))
+        blocks = tuple(RowBlock(number * rank, number, 0, rank) for number in range(len(order)))
         return (len(order) * rank, shape[1]), (None, shard[1]), shapes, blocks
     # As the rows of the weight are: of B [out, r], or of magnitudes [out].
     columns_of: Shape = (rank,) if part == "B" else ()

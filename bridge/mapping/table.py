@@ -8,7 +8,7 @@ from functools import cached_property
 
 from bridge.errors import MappingError
 from bridge.geometry import Geometry, LayerGeometry
-from bridge.mapping.transforms import Block, Shape, Transform, copy
+from bridge.mapping.transforms import RowBlock, Shape, Transform, copy
 
 # One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
 Shard = tuple[str | None, ...]
@@ -82,7 +82,7 @@ class Entry:
     key: str
     shape: Shape
     sources: tuple[HfTensor, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[RowBlock, ...]
     row: Row
     layer: LayerGeometry | None = None
 

@@ -40,30 +40,30 @@ def local_query_groups(layer: LayerGeometry, tp_size: int) -> int:
 
 
 def norm_and_rotate(
-    mixed: Tensor,
-    own: range,
-    kinds: int,
+    mixed_qkv: Tensor,
+    query_rows: range,
+    kv_rows: int,
     query_weight: Tensor,
     key_weight: Tensor | None,
     rotary: Rotary,
     eps: float,
     kernels: str,
 ) -> tuple[Tensor, ...]:
-    """`mixed` [s, b, groups, rows, d] -> query [s, b, groups * len(own), d], and key and value [s, b, groups, d].
+    """`mixed_qkv` [s, b, groups, rows, d] -> query [s, b, groups * len(query_rows), d], key, value [s, b, groups, d].
 
-    The last `kinds` rows of a group are no queries: k and v (2), k from which v is made too (1), none (0; then there is
-    no key and value). Of its queries those in `own` are wanted. q and k are normed with a weight [d] and rotated, v is
-    normed without one.
+    The last `kv_rows` rows of a group are no queries: k and v (2), k from which v is made too (1), none (0; then
+    there is no key and value). Of its queries those in `query_rows` are wanted. q and k are normed with a weight [d]
+    and rotated, v is normed without one.
     """
-    if fused(kernels, mixed):
+    if fused(kernels, mixed_qkv):
         from bridge.megatron.kernels.qkv_norm_rope import qkv_norm_rope
 
-        return qkv_norm_rope(mixed, own, kinds, query_weight, key_weight, *rotary, eps)
-    query, *rest = mixed.split([mixed.shape[3] - kinds, *[1] * kinds], dim=3)
+        return qkv_norm_rope(mixed_qkv, query_rows, kv_rows, query_weight, key_weight, *rotary, eps)
+    query, *rest = mixed_qkv.split([mixed_qkv.shape[3] - kv_rows, *[1] * kv_rows], dim=3)
     # Groups are joined after the norm, which keeps its input: before, that would be a copy.
-    query = rms_norm(query[:, :, :, own.start : own.stop], query_weight, eps, kernels=kernels)
+    query = rms_norm(query[:, :, :, query_rows.start : query_rows.stop], query_weight, eps, kernels=kernels)
     query = rotate(query.flatten(2, 3), rotary)
-    if not kinds:
+    if not kv_rows:
         return (query,)
     # Where there is no v_proj, V is the raw key projection.
     key, value = rest[0].squeeze(3), rest[-1].squeeze(3)
@@ -97,10 +97,10 @@ class Gemma4Attention(SelfAttention):
         shared_kv: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[s (/tp), b, h] -> the same, and the keys and values used. `shared_kv` is what a KV-shared layer reads."""
-        mixed, own = self._project(hidden_states)
-        weights = self.q_layernorm(), self.k_layernorm() if self._kinds else None
+        mixed_qkv, query_rows = self._project(hidden_states)
+        weights = self.q_layernorm(), self.k_layernorm() if self._kv_rows else None
         query, *made = norm_and_rotate(
-            mixed, own, self._kinds, *weights, rotary, self.config.layernorm_epsilon, self.config.kernels
+            mixed_qkv, query_rows, self._kv_rows, *weights, rotary, self.config.layernorm_epsilon, self.config.kernels
         )
         if made:
             kv = KeyValue(*made)
@@ -121,21 +121,23 @@ class Gemma4Attention(SelfAttention):
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, range]:
         """[s, b, local groups, rows of a group, d], and which of a group's query rows are this rank's."""
         layer, tp_size = self.layer, self.world_size
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed_qkv, _ = self.linear_qkv(hidden_states)
         if layer.shares_kv:
-            mixed = mixed.unflatten(-1, (1, -1, layer.head_dim))
-            return mixed, range(mixed.shape[3])
+            mixed_qkv = mixed_qkv.unflatten(-1, (1, -1, layer.head_dim))
+            return mixed_qkv, range(mixed_qkv.shape[3])
         heads_per_group = layer.num_attention_heads // layer.num_query_groups
         ranks_per_group = max(1, tp_size // layer.num_query_groups)
         if ranks_per_group > 1:
-            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            mixed_qkv = all_gather_last_dim_from_tensor_parallel_region(mixed_qkv, group=self.pg_collection.tp)
             group = get_pg_rank(self.pg_collection.tp) // ranks_per_group
-            mixed = mixed.chunk(layer.num_query_groups, dim=-1)[group]
-        own = heads_per_group // ranks_per_group
-        first = get_pg_rank(self.pg_collection.tp) % ranks_per_group * own
-        return mixed.unflatten(-1, (-1, heads_per_group + self._kinds, layer.head_dim)), range(first, first + own)
+            mixed_qkv = mixed_qkv.chunk(layer.num_query_groups, dim=-1)[group]
+        query_rows = heads_per_group // ranks_per_group
+        first = get_pg_rank(self.pg_collection.tp) % ranks_per_group * query_rows
+        return mixed_qkv.unflatten(-1, (-1, heads_per_group + self._kv_rows, layer.head_dim)), range(
+            first, first + query_rows
+        )
 
     @property
-    def _kinds(self) -> int:
+    def _kv_rows(self) -> int:
         """Rows of a group that are no queries."""
         return 0 if self.layer.shares_kv else 1 if self.layer.k_eq_v else 2

@@ -17,8 +17,8 @@ from bridge.megatron.attention import KeyValue
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.layer import layer_spec
+from bridge.megatron.layer_options import layer_linears
 from bridge.megatron.norm import RMSNorm
-from bridge.megatron.parts import parts
 from bridge.megatron.pipeline import Boundary
 from bridge.megatron.ple import PerLayerEmbedding
 from bridge.megatron.rope import Rotary
@@ -39,7 +39,7 @@ class Gemma4Block(TransformerBlock):
     ) -> None:
         backends = dict(config.attention_backends)
         geometry = config.geometry
-        linears = parts(config.layer_spec)
+        linears = layer_linears(config.layer_spec)
         specs = [
             layer_spec(layer, mask_rule(geometry, layer, config.vision_mask), backends[layer.kind], linears)
             for layer in geometry.layers[layers.start : layers.stop]

@@ -55,10 +55,10 @@ class CoreAttention(torch.nn.Module):
         pieces = math.gcd(key.shape[2], _PIECES)
         exchange = exchange_of(visibility, self.rule)
         both = torch.cat([key, value], dim=-1).chunk(pieces, dim=2)
-        flights = [exchange.start(piece, self.cp_group) for piece in both]
+        exchanges = [exchange.start(piece, self.cp_group) for piece in both]
         outputs = []
-        for part, flight in zip(query.chunk(pieces, dim=2), flights, strict=True):
-            key, value = flight.wait().chunk(2, dim=-1)
+        for part, rows in zip(query.chunk(pieces, dim=2), exchanges, strict=True):
+            key, value = rows.wait().chunk(2, dim=-1)
             outputs.append(self._attend(part, key, value, visibility))
         return torch.cat(outputs, dim=2).flatten(2)
 

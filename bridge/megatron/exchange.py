@@ -5,8 +5,8 @@ global layer that is what a gather would bring, less what lies in the future; fo
 window (more where a vision block reaches further), and documents that lie within one rank bring nothing. Every rank
 knows the description of the whole row, so all agree on who sends what without asking.
 
-What is on its way is a `Flight`. Between `start` and `wait` there is time to compute; and as the backward pass runs the
-same nodes in the opposite order, so there is between the departure of the gradients and their arrival.
+What is on its way is a `RowExchange`. Between `start` and `wait` there is time to compute; and as the backward pass
+runs the same nodes in the opposite order, so there is between the departure of the gradients and their arrival.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from bridge.megatron.zigzag import Span, places
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExchangePlan:
     """Who gets which rows, from the view of one rank.
 
-    `columns`: the places in the row that this rank ends up with, ascending. `send`: local rows, destination after
+    `columns`: the places in the row that this rank ends up with, ascending. `send_rows`: local rows, destination after
     destination, `send_counts` of them each; `receive_counts` rows come from each rank. `order`: where each column
     stands in [own rows | received rows].
     """
 
     columns: tuple[Span, ...]
-    send: Tensor
+    send_rows: Tensor
     send_counts: list[int]
     receive_counts: list[int]
     order: Tensor
 
-    def start(self, x: Tensor, group: dist.ProcessGroup) -> Flight:
+    def start(self, x: Tensor, group: dist.ProcessGroup) -> RowExchange:
         """Send for the rows [own rows, ...] of other ranks. Every rank of the group must call it."""
-        return Flight(self, group, x)
+        return RowExchange(self, group, x)
 
 
-class Flight:
+class RowExchange:
     """Rows on their way here, and in the backward pass their gradients on the way back."""
 
-    def __init__(self, exchange: Exchange, group: dist.ProcessGroup, own: Tensor) -> None:
-        self.exchange, self.group = exchange, group
+    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup, own: Tensor) -> None:
+        self.plan, self.group = plan, group
         self._work: dist.Work | None = None
         # What travels must live as long as it does.
         self._sent: Tensor | None = None
         self.grads: tuple[Tensor, Tensor] | None = None
-        self._rows: tuple[Tensor, Tensor] | None = own.detach(), _Depart.apply(own, self)
+        self._rows: tuple[Tensor, Tensor] | None = own.detach(), _SendRows.apply(own, self)
 
     def wait(self) -> Tensor:
         """[columns, ...]: own rows and received ones in the order of the row; differentiable. Once."""
         assert self._rows is not None
         own, received = self._rows
-        # The graph holds the flight: if the flight held the graph, neither would be freed.
+        # The graph holds this object: if it held the graph, neither would be freed.
         self._rows = None
-        columns: Tensor = _Arrive.apply(own, received, self)
+        columns: Tensor = _ReceiveRows.apply(own, received, self)
         return columns
 
-    def send(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
-        """Begin an all-to-all of rows; the tensor it fills is complete after `land`."""
+    def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """Begin an all-to-all of rows; the tensor it fills is complete after `wait_for_rows`."""
         self._sent = x.contiguous()
         received = x.new_empty(sum(receive_counts), *x.shape[1:])
         self._work = dist.all_to_all_single(
@@ -70,23 +70,23 @@ class Flight:
         )
         return received
 
-    def land(self) -> None:
+    def wait_for_rows(self) -> None:
         """Wait for what was sent last."""
         assert self._work is not None
         self._work.wait()
         self._work = self._sent = None
 
 
-def exchange_of(visibility: Visibility, rule: MaskRule) -> Exchange:
+def exchange_of(visibility: Visibility, rule: MaskRule) -> ExchangePlan:
     """The exchange of one step and rule, planned by the first layer that asks."""
     exchange = visibility.cache.get(("exchange", rule))
     if exchange is None:
         exchange = visibility.cache[("exchange", rule)] = _plan(visibility, rule)
-    assert isinstance(exchange, Exchange)
+    assert isinstance(exchange, ExchangePlan)
     return exchange
 
 
-def _plan(visibility: Visibility, rule: MaskRule) -> Exchange:
+def _plan(visibility: Visibility, rule: MaskRule) -> ExchangePlan:
     zigzag = visibility.zigzag
     assert zigzag is not None
     first, stop = (visibility.host or visibility).reach(rule)
@@ -106,9 +106,9 @@ def _plan(visibility: Visibility, rule: MaskRule) -> Exchange:
     incoming = [travels(other, rank) for other in range(zigzag.size)]
     send = [_local(span, own) for spans in outgoing for span in spans]
     held = places([*own, *(span for spans in incoming for span in spans)], device)
-    return Exchange(
+    return ExchangePlan(
         columns=needed[rank],
-        send=places(send, device) if send else torch.zeros(0, dtype=torch.int64, device=device),
+        send_rows=places(send, device) if send else torch.zeros(0, dtype=torch.int64, device=device),
         send_counts=[_length(spans) for spans in outgoing],
         receive_counts=[_length(spans) for spans in incoming],
         order=held.argsort(),
@@ -133,45 +133,45 @@ def _length(spans: list[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-class _Depart(torch.autograd.Function):
-    """Own rows -> received rows, which are there once the flight has landed."""
+class _SendRows(torch.autograd.Function):
+    """Own rows -> received rows, which are there once they have arrived."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight  # type: ignore[attr-defined]
-        exchange = flight.exchange
-        return flight.send(x[exchange.send], exchange.send_counts, exchange.receive_counts)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rows: RowExchange) -> Tensor:
+        ctx.rows = rows  # type: ignore[attr-defined]
+        plan = rows.plan
+        return rows.all_to_all(x[plan.send_rows], plan.send_counts, plan.receive_counts)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor, None]:
-        flight: Flight = ctx.flight  # type: ignore[attr-defined]
-        flight.land()
-        assert flight.grads is not None
-        own, returned = flight.grads
-        flight.grads = None
+        rows: RowExchange = ctx.rows  # type: ignore[attr-defined]
+        rows.wait_for_rows()
+        assert rows.grads is not None
+        own, returned = rows.grads
+        rows.grads = None
         # A row may have gone to several ranks: their gradients are summed in float32, whatever travelled.
-        return own.float().index_add_(0, flight.exchange.send, returned.float()).to(own.dtype), None
+        return own.float().index_add_(0, rows.plan.send_rows, returned.float()).to(own.dtype), None
 
 
-class _Arrive(torch.autograd.Function):
-    """Received rows -> columns. Its backward pass sends the gradients off; `_Depart` collects what comes back.
+class _ReceiveRows(torch.autograd.Function):
+    """Received rows -> columns. Its backward pass sends the gradients off; `_SendRows` collects what comes back.
 
-    The gradient of the own rows waits in the flight, so that all gradients of a row are summed before one rounding.
+    The gradient of the own rows waits in the exchange, so that all gradients of a row are summed before one rounding.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, received: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight  # type: ignore[attr-defined]
-        flight.land()
-        return torch.cat([own, received])[flight.exchange.order]
+    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, received: Tensor, rows: RowExchange) -> Tensor:
+        ctx.rows = rows  # type: ignore[attr-defined]
+        rows.wait_for_rows()
+        return torch.cat([own, received])[rows.plan.order]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
-        flight: Flight = ctx.flight  # type: ignore[attr-defined]
-        exchange = flight.exchange
+        rows: RowExchange = ctx.rows  # type: ignore[attr-defined]
+        plan = rows.plan
         held = torch.empty_like(grad)
-        held[exchange.order] = grad
-        received = sum(exchange.receive_counts)
+        held[plan.order] = grad
+        received = sum(plan.receive_counts)
         own, others = held.split([len(held) - received, received])
-        flight.grads = own, flight.send(others, exchange.receive_counts, exchange.send_counts)
+        rows.grads = own, rows.all_to_all(others, plan.receive_counts, plan.send_counts)
         return None, others, None

@@ -21,10 +21,10 @@ from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.core_attention import CoreAttention
 from bridge.megatron.kv_cache import CachedStep
+from bridge.megatron.layer_options import LayerLinears
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.moe import Gemma4MoE
 from bridge.megatron.norm import RMSNorm, init_device
-from bridge.megatron.parts import Parts
 from bridge.megatron.rope import Rotary
 from bridge.megatron.visibility import MaskRule, Visibility
 
@@ -36,7 +36,7 @@ def _qkv_linear(
     return linear(input_size, qkv_rows(layer), **kwargs)
 
 
-def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: Parts) -> ModuleSpec:
+def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: LayerLinears) -> ModuleSpec:
     """The Megatron spec of one layer, from its geometry, its mask and the classes of its linears."""
     attention = ModuleSpec(
         module=Gemma4Attention,

@@ -30,10 +30,10 @@ class ColumnLinear(ColumnParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapters = torch.nn.ModuleDict()
-        self.alone = _alone(self)
+        self.single_rank = _is_single_rank(self)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.alone and not args and not kwargs:
+        if self.single_rank and not args and not kwargs:
             return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
         output, bias = super().forward(input_, *args, **kwargs)
         return adapted(self, input_, output, self.bias), bias
@@ -47,10 +47,10 @@ class RowLinear(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.adapters = torch.nn.ModuleDict()
-        self.alone = _alone(self)
+        self.single_rank = _is_single_rank(self)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.alone:
+        if self.single_rank:
             return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
         output, bias = super().forward(input_)
         return adapted(self, input_, output, self.bias), bias
@@ -73,7 +73,7 @@ class ReplicatedLinear(torch.nn.Linear):
         return adapted(self, input, super().forward(input), self.bias)
 
 
-def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+def _is_single_rank(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
     """Whether Megatron's linear is torch's: one rank holds all of it, and there is nothing to fuse or to send.
 
     Megatron's own way through it is a layer of Python and two autograd functions in it, forward and backward, for every
@@ -96,8 +96,8 @@ def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, An
     """The sharded tensors of all adapters of a model, out of those of the weights that they adapt.
 
     `state` is the model's sharded state dict. Each parameter of an adapter has its weight's axes but one, which the
-    adapter names (`LOST`): a factor has the rank in its place, magnitudes have nothing there. Along the others it is
-    cut as the weight is. Ranks that differ in the axis that fell away hold replicas.
+    adapter names (`MISSING_AXIS`): a factor has the rank in its place, magnitudes have nothing there. Along the
+    others it is cut as the weight is. Ranks that differ in the axis that fell away hold replicas.
     """
     held = {id(item.data): (name, item) for name, item in state.items() if hasattr(item, "data")}
     found: dict[str, Any] = {}
@@ -107,26 +107,26 @@ def adapter_items(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, An
             place = name.removesuffix(weight) + f"adapters.{weight}."
             key = item.key.removesuffix(".weight")
             for part, parameter in adapter.named_parameters():
-                found[place + part] = _derived(item, parameter, f"{key}.{part}", adapter.LOST[part])
+                found[place + part] = _derived(item, parameter, f"{key}.{part}", adapter.MISSING_AXIS[part])
     return found
 
 
 def _derived(
-    item: ShardedTensor | ShardedTensorFactory, parameter: Tensor, key: str, lost: int
+    item: ShardedTensor | ShardedTensorFactory, parameter: Tensor, key: str, missing_axis: int
 ) -> ShardedTensor | ShardedTensorFactory:
-    """`parameter`, cut as `item` is along all axes but `lost`; without padding, where the item is (`sharding`)."""
+    """`parameter`, cut as `item` is along all axes but `missing_axis`; without padding, where the item is."""
     boxes = item.build() if isinstance(item, ShardedTensorFactory) else [item]
     dims = len(boxes[0].global_shape)
-    lost %= dims
+    missing_axis %= dims
     gone = parameter.dim() < dims
-    rank = 1 if gone else parameter.shape[lost]
-    kept = [axis for axis in range(dims) if axis != lost]
+    rank = 1 if gone else parameter.shape[missing_axis]
+    kept = [axis for axis in range(dims) if axis != missing_axis]
     main, *rest = item.replica_id
     # All zeros is the main replica: a place further down the axis that is not there makes another.
-    replica_id = (main, rest[0] + boxes[0].global_offset[lost], *rest[1:])
+    replica_id = (main, rest[0] + boxes[0].global_offset[missing_axis], *rest[1:])
 
     def axes(whole: Sequence[int], size: int) -> tuple[int, ...]:
-        full = tuple(size if axis == lost else value for axis, value in enumerate(whole))
+        full = tuple(size if axis == missing_axis else value for axis, value in enumerate(whole))
         return tuple(full[axis] for axis in kept) if gone else full
 
     def sharded(key: str, part: Tensor, box: ShardedTensor, replica_id: ReplicaId) -> ShardedTensor:
@@ -148,7 +148,7 @@ def _derived(
     if not differ and tuple(parameter.shape) == axes(boxes[0].local_shape, rank):
         return sharded(key, parameter, boxes[0], replica_id)
     axis = differ[0] if differ else kept[0]
-    dim = axis - (gone and lost < axis)
+    dim = axis - (gone and missing_axis < axis)
     sizes = [box.local_shape[axis] for box in boxes] if differ else [parameter.shape[dim]]
 
     @torch.no_grad()

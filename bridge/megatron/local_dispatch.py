@@ -37,7 +37,7 @@ class LocalDispatcher(MoETokenDispatcher):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         self._places = (token, back)
         sorted_probs = probs.flatten().index_select(0, token * probs.shape[1] + experts[order])
-        return _Spread.apply(tokens.flatten(0, -2), token, back, self._topk, self._kernels), sorted_probs
+        return _Dispatch.apply(tokens.flatten(0, -2), token, back, self._topk, self._kernels), sorted_probs
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         return hidden_states, probs
@@ -55,22 +55,22 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[t * topk, h] sorted by expert -> the sum of each token's, in the shape that came in."""
-        combined: Tensor = _Collect.apply(hidden_states, *self._places, self._topk, self._kernels)
+        combined: Tensor = _Combine.apply(hidden_states, *self._places, self._topk, self._kernels)
         # The next layer has its own: what is kept for the backward pass alone is let go of by it.
         self._places, self.routing_map = (), None
         return combined.view(self._shape)
 
 
-def _collect(rows: Tensor, back: Tensor, topk: int, kernels: str) -> Tensor:
+def _combine(rows: Tensor, back: Tensor, topk: int, kernels: str) -> Tensor:
     """[t * topk, h] -> [t, h], a token's rows being those at `back`."""
     if fused(kernels, rows):
         from bridge.megatron.kernels import permute
 
-        return permute.collect(rows, back, topk)
+        return permute.combine(rows, back, topk)
     return rows.index_select(0, back).unflatten(0, (-1, topk)).sum(1)
 
 
-class _Spread(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     """Tokens to their copies. Gradients of a token's copies are gathered and summed: nothing is added atomically."""
 
     @staticmethod
@@ -82,16 +82,16 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (back,) = ctx.saved_tensors
-        return _collect(gradient, back, *ctx.how), None, None, None, None
+        return _combine(gradient, back, *ctx.how), None, None, None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     """The other way round."""
 
     @staticmethod
     def forward(ctx: Any, copies: Tensor, token: Tensor, back: Tensor, topk: int, kernels: str) -> Tensor:
         ctx.save_for_backward(token)
-        return _collect(copies, back, topk, kernels)
+        return _combine(copies, back, topk, kernels)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

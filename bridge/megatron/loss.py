@@ -68,16 +68,16 @@ class Head:
         # Rounded to the dtype of the logits after each operation, as transformers and the unfused path do.
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_()
 
-    def capped(self, squashed: Tensor) -> Tensor:
+    def capped(self, tanh_logits: Tensor) -> Tensor:
         """The float32 logits that the loss sees, a new tensor."""
         if self.softcap is not None:
-            return (squashed * self.softcap).float()
-        return squashed.float() if squashed.dtype is not torch.float32 else squashed.clone()
+            return (tanh_logits * self.softcap).float()
+        return tanh_logits.float() if tanh_logits.dtype is not torch.float32 else tanh_logits.clone()
 
-    def blocks(self, squashed: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def blocks(self, tanh_logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Rows of a chunk, few enough that intermediate values stay small, and the same rows of `others`."""
-        rows = max(1, _BLOCK_BYTES // (4 * squashed.shape[1]))
-        return zip(*(tensor.split(rows) for tensor in (squashed, *others)), strict=True)
+        rows = max(1, _BLOCK_BYTES // (4 * tanh_logits.shape[1]))
+        return zip(*(tensor.split(rows) for tensor in (tanh_logits, *others)), strict=True)
 
     def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Columns of `labels` [n] among this rank's words, and whether they are there at all."""
@@ -85,9 +85,9 @@ class Head:
         here = (column >= 0) & (column < self.weight.shape[0])
         return torch.where(here, column, 0), here
 
-    def measure(self, squashed: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(self, tanh_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp over the whole vocabulary and the label's logit, float32 [n] each."""
-        top, *local = self._statistics(squashed, *self.local(labels))
+        top, *local = self._statistics(tanh_logits, *self.local(labels))
         parts = torch.stack(local)
         if self.group is not None:
             own_top = top.clone()
@@ -96,14 +96,14 @@ class Head:
             dist.all_reduce(parts, group=self.group)
         return parts[0].log_() + top, parts[1]
 
-    def _statistics(self, squashed: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _statistics(self, tanh_logits: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of this rank's words: the highest logit, the sum of exp(logit - highest), the label's logit. [n] each."""
-        if fused(self.kernels, squashed):
+        if fused(self.kernels, tanh_logits):
             from bridge.megatron.kernels import cross_entropy
 
-            return cross_entropy.statistics(squashed, torch.where(here, column, -1), self.softcap)
+            return cross_entropy.statistics(tanh_logits, torch.where(here, column, -1), self.softcap)
         highest, sums, targets = [], [], []
-        for block, col, own in self.blocks(squashed, column, here):
+        for block, col, own in self.blocks(tanh_logits, column, here):
             logits = self.capped(block)
             top = logits.amax(-1)
             targets.append(torch.where(own, logits.gather(1, col[:, None])[:, 0], 0.0))
@@ -111,18 +111,18 @@ class Head:
             sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
         return torch.cat(highest), torch.cat(sums), torch.cat(targets)
 
-    def differentiate(self, squashed: Tensor, labels: Tensor, lse: Tensor, weights: Tensor | None = None) -> None:
+    def differentiate(self, tanh_logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor | None = None) -> None:
         """Turn a chunk of `logits` into the gradient of its (weighted) losses to the raw logits, in place."""
         column, here = self.local(labels)
-        if fused(self.kernels, squashed):
+        if fused(self.kernels, tanh_logits):
             from bridge.megatron.kernels import cross_entropy
 
             column = torch.where(here, column, -1)
-            cross_entropy.differentiate(squashed, column, lse, self.softcap, self.z_loss, weights)
+            cross_entropy.differentiate(tanh_logits, column, lse, self.softcap, self.z_loss, weights)
             return
         scale = torch.ones_like(lse) if weights is None else weights
         ones = here.to(lse.dtype)
-        for block, col, own, z, factor in self.blocks(squashed, column, ones, lse, scale):
+        for block, col, own, z, factor in self.blocks(tanh_logits, column, ones, lse, scale):
             gradient = self.capped(block).sub_(z[:, None]).exp_()
             if self.z_loss:
                 gradient *= (1 + 2 * self.z_loss * z)[:, None]
@@ -157,19 +157,19 @@ def _add_gradient(total: Tensor, head: Head, hidden: Tensor, labels: Tensor, lse
     if hidden.dtype is torch.float32:
         # By tokens, as in the forward pass: the logits have to be those that `lse` was measured of, to the last bit.
         for rows, targets, z, factors in zip(*map(head.chunks, (hidden, labels, lse, weights)), strict=True):
-            squashed = head.logits(rows)
-            head.differentiate(squashed, targets, z, factors)
-            total.addmm_(squashed.t(), rows)
-            del squashed  # before the next chunk's are made
+            tanh_logits = head.logits(rows)
+            head.differentiate(tanh_logits, targets, z, factors)
+            total.addmm_(tanh_logits.t(), rows)
+            del tanh_logits  # before the next chunk's are made
         return
     words = max(_TILE, _CHUNK_BYTES // (n * hidden.dtype.itemsize + h * 4) // _TILE * _TILE)
     hidden = whole_tiles(hidden)  # rows of zeros add nothing
     for first, (rows, part) in enumerate(zip(head.weight.split(words), total.split(words), strict=True)):
         some = replace(head, weight=rows, first_word=head.first_word + first * words)
-        squashed = some.logits(hidden)
-        some.differentiate(squashed[:n], labels, lse, weights)
-        part += _product(squashed.t(), hidden)
-        del squashed  # before the next words' are made
+        tanh_logits = some.logits(hidden)
+        some.differentiate(tanh_logits[:n], labels, lse, weights)
+        part += _product(tanh_logits.t(), hidden)
+        del tanh_logits  # before the next words' are made
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -196,17 +196,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
             rows, targets = hidden.detach()[chunk], labels[chunk]
             tiles = head.logits(whole_tiles(rows))
-            squashed = tiles[: len(rows)]
-            z, target = head.measure(squashed, targets)
+            tanh_logits = tiles[: len(rows)]
+            z, target = head.measure(tanh_logits, targets)
             lse.copy_(z)
             losses[chunk] = z - target + head.z_loss * z * z if head.z_loss else z - target
             if grad_hidden is not None or grad_weight is not None:
-                head.differentiate(squashed, targets, z)
+                head.differentiate(tanh_logits, targets, z)
             if grad_hidden is not None:
                 grad_hidden[chunk] = _product(tiles, head.weight)[: len(rows)].to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight[:words].addmm_(squashed.t(), rows)
-            del squashed, tiles  # before the next chunk's are made
+                grad_weight[:words].addmm_(tanh_logits.t(), rows)
+            del tanh_logits, tiles  # before the next chunk's are made
         if squares is not None:
             squares += lses.double().square_().sum()
         ctx.save_for_backward(hidden, weight, labels, kept, lses)

@@ -104,7 +104,7 @@ class GroupedExperts(MegatronModule):
         activation = geglu(self._product("linear_fc1", tokens, offsets), self.config.kernels)
         output = self._product("linear_fc2", activation, offsets)
         # The products round to the tokens' dtype; transformers multiplies by the float32 probability after fc2.
-        return weigh(output, probs, self.config.kernels), None
+        return scale_rows(output, probs, self.config.kernels), None
 
     def _product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """[t, in] @ each expert's weight, transposed: rows up to `offsets[e]` are of expert e or one before."""
@@ -135,12 +135,12 @@ class GroupedExperts(MegatronModule):
         }
 
 
-def weigh(output: Tensor, probs: Tensor, kernels: str) -> Tensor:
+def scale_rows(output: Tensor, probs: Tensor, kernels: str) -> Tensor:
     """Rows of experts [t, h] times their float32 probabilities [t], rounded once, to the dtype of `output`."""
     if fused(kernels, output):
-        from bridge.megatron.kernels import weigh as triton
+        from bridge.megatron.kernels import scale_rows as triton
 
-        return triton.weigh(output, probs)
+        return triton.scale_rows(output, probs)
     return (output * probs.unsqueeze(-1)).to(output.dtype)
 
 

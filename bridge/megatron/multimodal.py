@@ -35,7 +35,7 @@ from bridge.megatron.zigzag import Zigzag
 # What can be frozen by name: the fronts (12B has one for vision only) and the projectors.
 FREEZABLE = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 # By what the towers perceive: the kinds of soft tokens that each of them makes. Its name is in those of its parts.
-SENSES = {"vision": frozenset({"image", "video"}), "audio": frozenset({"audio"})}
+MODALITIES = {"vision": frozenset({"image", "video"}), "audio": frozenset({"audio"})}
 # Media that are read where towers are planned: on the host, unless they come on a device.
 ON_HOST = frozenset({"image_position_ids", "video_position_ids", "num_frames_per_video", "input_features_mask"})
 
@@ -198,12 +198,12 @@ class Gemma4MultimodalModel(Gemma4Model):
         if media.pixel_values_videos is not None and media.video_position_ids is not None:
             batches["video"] = Images("frame", media.pixel_values_videos, media.video_position_ids)
         if batches:
-            soft |= self._see(batches)
+            soft |= self._vision_tokens(batches)
         if media.input_features is not None and media.input_features_mask is not None:
-            soft["audio"] = self._hear(media.input_features, media.input_features_mask)
+            soft["audio"] = self._audio_tokens(media.input_features, media.input_features_mask)
         return soft
 
-    def _see(self, batches: dict[str, Images]) -> dict[str, Tensor]:
+    def _vision_tokens(self, batches: dict[str, Images]) -> dict[str, Tensor]:
         # Images and frames go through the tower together, which is quicker, and uses each parameter once: Megatron's
         # overlapped gradient reduction counts the uses of a step.
         vision = self.config.geometry.vision
@@ -214,7 +214,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         counts = [batch.num_patches // vision.kernel**2 for batch in batches.values()]
         return dict(zip(batches, tokens.split(counts), strict=True))
 
-    def _hear(self, features: Tensor, mask: Tensor) -> Tensor:
+    def _audio_tokens(self, features: Tensor, mask: Tensor) -> Tensor:
         audio = self.config.geometry.audio
         if audio is None:
             raise UsageError("audio was given, but this model takes none (it has no audio_config)")
@@ -256,10 +256,10 @@ class Gemma4MultimodalModel(Gemma4Model):
                 tp = self.pg_collection.tp
                 tokens = copy_to_tensor_model_parallel_region(tokens, group=tp)
                 rows = rows.chunk(get_pg_size(tp))[get_pg_rank(tp)]
-            embeddings = PutIn.apply(embeddings, tokens.to(embeddings.dtype), rows)
+            embeddings = ScatterSoftTokens.apply(embeddings, tokens.to(embeddings.dtype), rows)
         if not (torch.is_grad_enabled() and self.config.every_gradient):
             return embeddings
-        return UseInNothing.apply(embeddings, *self._unused(soft))
+        return ZeroGradients.apply(embeddings, *self._unused(soft))
 
     def _index(self, input_ids: Tensor, soft: dict[str, Tensor], counts: dict[str, int] | None) -> Tensor:
         """Which soft token, counted through `soft`, each token of [b, s] becomes; -1 = none. Raises UsageError."""
@@ -280,23 +280,23 @@ class Gemma4MultimodalModel(Gemma4Model):
                 start += given
         return index
 
-    def media_parameters(self, sense: str) -> Iterator[Tensor]:
-        """Trained parameters of the towers and projectors of a sense (`SENSES`), as far as this stage holds them."""
+    def media_parameters(self, modality: str) -> Iterator[Tensor]:
+        """Trained parameters of the towers and projectors of a modality (`MODALITIES`), as far as on this stage."""
         for name in FREEZABLE:
             module = getattr(self, name, None)
-            if module is not None and sense in name:
+            if module is not None and modality in name:
                 yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
 
     def _unused(self, soft: dict[str, Tensor]) -> Iterator[Tensor]:
         """Trained parameters of the towers and projectors that this batch did not use."""
-        for sense, kinds in SENSES.items():
+        for modality, kinds in MODALITIES.items():
             if not kinds.intersection(soft):
-                yield from self._media_parameters[sense]
+                yield from self._media_parameters[modality]
 
     @cached_property
     def _media_parameters(self) -> dict[str, list[Tensor]]:
         """As of the first forward pass with gradients since the model was last put into its mode."""
-        return {sense: list(self.media_parameters(sense)) for sense in SENSES}
+        return {modality: list(self.media_parameters(modality)) for modality in MODALITIES}
 
     def train(self, mode: bool = True) -> Gemma4MultimodalModel:
         """As of every module. What is trained may have changed: it is looked up again."""
@@ -305,7 +305,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         return self
 
 
-class PutIn(torch.autograd.Function):
+class ScatterSoftTokens(torch.autograd.Function):
     """Row `rows` [s, b] of `tokens` [n, h] over `embeddings` [s, b, h], where it is not -1; a token comes once at most.
 
     So the gradient of the tokens is a gather. That of an indexed tensor is a sum over all places, text among them,
@@ -337,7 +337,7 @@ class PutIn(torch.autograd.Function):
         return d_embeddings, d_tokens, None
 
 
-class UseInNothing(torch.autograd.Function):
+class ZeroGradients(torch.autograd.Function):
     """Hand a tensor on, and zeros as gradients to parameters that had no part in it.
 
     Megatron's overlapped gradient reduction waits for every parameter of a bucket. A rank whose batch has no image must

@@ -13,7 +13,7 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.megatron import parts
+from bridge.megatron import layer_options
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.drafter import Gemma4Drafter
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
@@ -43,19 +43,19 @@ class Gemma4Provider:
     attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
     overrides: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-    layer_spec: str = parts.LOCAL
+    layer_spec: str = layer_options.LOCAL
     fp8: str = "none"
     fp8_experts: bool = False
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
-        parts.check_layer_spec(self.layer_spec, self.fp8, self.dtype)
+        layer_options.check_layer_spec(self.layer_spec, self.fp8, self.dtype)
         if self.fp8_experts:
-            parts.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
-            parts.check_fp8_gpu()
+            layer_options.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
+            layer_options.check_fp8_gpu()
         for kind, backend in self.attention_backends.items():
-            if kind not in ("sliding", "global") or backend not in parts.ATTENTION:
-                known = ", ".join(parts.ATTENTION)
+            if kind not in ("sliding", "global") or backend not in layer_options.ATTENTION:
+                known = ", ".join(layer_options.ATTENTION)
                 raise UsageError(f"attention backend {kind}={backend}: known are {known}, for sliding and global")
         for part in set(self.frozen) - set(FREEZABLE):
             raise UsageError(f"{part} cannot be frozen; known are {', '.join(FREEZABLE)}")
@@ -84,7 +84,7 @@ class Gemma4Provider:
             "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
             "layer_spec": self.layer_spec,
             "fp8_experts": self.fp8_experts,
-            **parts.FP8[self.fp8],
+            **layer_options.FP8[self.fp8],
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,
             "num_attention_heads": first.num_attention_heads,

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import ITEM_SIZES, shown
+from bridge.hf.tensors import ITEM_SIZES, printable
 from bridge.torch_dist import pickles
 from bridge.torch_dist.pickles import Call, Global, Persistent
 
@@ -229,7 +229,7 @@ def _tensor_of(
         raise odd
     member = members.get(f"{root}data/{key}")
     if member is None:
-        raise CheckpointError(f"{where}: its storage {shown(key)} is not in the archive")
+        raise CheckpointError(f"{where}: its storage {printable(key)} is not in the archive")
     start, size, crc = _locate(read, member, length, where)
     last = offset + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * ITEM_SIZES[dtype] > size:

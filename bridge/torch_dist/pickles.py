@@ -11,12 +11,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge.errors import CheckpointError
-from bridge.hf.tensors import shown
+from bridge.hf.tensors import printable
 
 _MAX_STACK = 1_000_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,171 +96,166 @@ def loads(data: bytes, allowed: Callable[[str, str], bool], where: str) -> Any:
 
 
 class _Interpreter:
+    """A stack machine over the opcodes of `_OPCODES`; each is a method that takes its operands from `data`."""
+
     def __init__(self, data: bytes, allowed: Callable[[str, str], bool], where: str) -> None:
         self.data, self.allowed, self.where = data, allowed, where
         self.memo: dict[int, Any] = {}
+        self.stack: list[Any] = []
+        self.pos = 0
+
+    def run(self) -> Any:
+        while True:
+            opcode = self.data[self.pos]
+            self.pos += 1
+            if opcode == _STOP:
+                break
+            operation = _OPCODES.get(opcode)
+            if operation is None:
+                raise self.fail(f"its pickle uses the opcode 0x{opcode:02x}, which no checkpoint needs")
+            operation(self)
+            if len(self.stack) > _MAX_STACK:
+                raise self.fail("pickle nested too deep")
+        if len(self.stack) != 1:
+            raise self.fail("damaged pickle")
+        return self.pop()
 
     def fail(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {text}")
 
-    def make_global(self, module: Any, name: Any) -> Global:
+    def take(self, count: int) -> bytes:
+        if count < 0 or self.pos + count > len(self.data):
+            raise self.fail("truncated pickle")
+        self.pos += count
+        return self.data[self.pos - count : self.pos]
+
+    def integer(self, size: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(size), "little", signed=signed)
+
+    def line(self) -> str:
+        end = self.data.index(b"\n", self.pos)
+        text = self.data[self.pos : end].decode("utf-8")
+        self.pos = end + 1
+        return text
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if value is _MARK:
+            raise self.fail("damaged pickle")
+        return value
+
+    def since_mark(self) -> list[Any]:
+        index = len(self.stack) - 1
+        while self.stack[index] is not _MARK:
+            index -= 1
+            if index < 0:
+                raise self.fail("damaged pickle")
+        items = self.stack[index + 1 :]
+        del self.stack[index:]
+        return items
+
+    def top(self, kind: type[T]) -> T:
+        value = self.stack[-1]
+        if type(value) is not kind:
+            raise self.fail("damaged pickle")
+        return value
+
+    def push_tuple(self, count: int) -> None:
+        values = [self.pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(values)))
+
+    def push_global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise self.fail("damaged pickle")
         if not self.allowed(module, name):
             raise self.fail(
-                f"its pickle names {shown(module + '.' + name)}, which no checkpoint needs: refused as unsafe"
+                f"its pickle names {printable(module + '.' + name)}, which no checkpoint needs: refused as unsafe"
             )
-        return Global(module, name)
+        self.stack.append(Global(module, name))
 
-    def run(self) -> Any:
-        # One branch an opcode, roughly in the order of how often they occur.
-        data, memo = self.data, self.memo
-        stack: list[Any] = []
-        pos = 0
+    def push_named_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.push_global(module, name)
 
-        def take(count: int) -> bytes:
-            nonlocal pos
-            if count < 0 or pos + count > len(data):
-                raise self.fail("truncated pickle")
-            pos += count
-            return data[pos - count : pos]
-
-        def line() -> str:
-            nonlocal pos
-            end = data.index(b"\n", pos)
-            text = data[pos:end].decode("utf-8")
-            pos = end + 1
-            return text
-
-        def since_mark() -> list[Any]:
-            index = len(stack) - 1
-            while stack[index] is not _MARK:
-                index -= 1
-                if index < 0:
-                    raise self.fail("damaged pickle")
-            items = stack[index + 1 :]
-            del stack[index:]
-            return items
-
-        def pop() -> Any:
-            value = stack.pop()
-            if value is _MARK:
-                raise self.fail("damaged pickle")
-            return value
-
-        while True:
-            op = data[pos]
-            pos += 1
-            if op == 0x94:  # MEMOIZE
-                memo[len(memo)] = stack[-1]
-            elif op == 0x68:  # BINGET
-                stack.append(memo[data[pos]])
-                pos += 1
-            elif op == 0x6A:  # LONG_BINGET
-                stack.append(memo[int.from_bytes(take(4), "little")])
-            elif op == 0x4B:  # BININT1
-                stack.append(data[pos])
-                pos += 1
-            elif op == 0x4D:  # BININT2
-                stack.append(int.from_bytes(take(2), "little"))
-            elif op == 0x4A:  # BININT
-                stack.append(int.from_bytes(take(4), "little", signed=True))
-            elif op == 0x8A:  # LONG1
-                stack.append(int.from_bytes(take(take(1)[0]), "little", signed=True))
-            elif op == 0x28:  # MARK
-                stack.append(_MARK)
-            elif op == 0x71:  # BINPUT
-                memo[take(1)[0]] = stack[-1]
-            elif op == 0x72:  # LONG_BINPUT
-                memo[int.from_bytes(take(4), "little")] = stack[-1]
-            elif op == 0x29:  # EMPTY_TUPLE
-                stack.append(())
-            elif op == 0x85:  # TUPLE1
-                stack.append((pop(),))
-            elif op == 0x86:  # TUPLE2
-                last = pop()
-                stack.append((pop(), last))
-            elif op == 0x87:  # TUPLE3
-                last, middle = pop(), pop()
-                stack.append((pop(), middle, last))
-            elif op == 0x74:  # TUPLE
-                stack.append(tuple(since_mark()))
-            elif op == 0x81:  # NEWOBJ
-                args, cls = pop(), pop()
-                if type(cls) is not Global or type(args) is not tuple:
-                    raise self.fail("damaged pickle")
-                stack.append(New(cls, args))
-            elif op == 0x52:  # REDUCE
-                args, func = pop(), pop()
-                if type(func) is not Global or type(args) is not tuple:
-                    raise self.fail("damaged pickle")
-                stack.append(Call(func, args))
-            elif op == 0x62:  # BUILD
-                state = pop()
-                if type(stack[-1]) not in (New, Call):
-                    raise self.fail("damaged pickle")
-                stack[-1].state = state
-            elif op == 0x7D:  # EMPTY_DICT
-                stack.append(Pairs([]))
-            elif op == 0x73:  # SETITEM
-                value, key = pop(), pop()
-                self.items_of(stack[-1]).append((key, value))
-            elif op == 0x75:  # SETITEMS
-                items = since_mark()
-                if len(items) % 2:
-                    raise self.fail("damaged pickle")
-                self.items_of(stack[-1]).extend(zip(items[::2], items[1::2], strict=True))
-            elif op == 0x5D:  # EMPTY_LIST
-                stack.append([])
-            elif op == 0x61:  # APPEND
-                value = pop()
-                self.list_of(stack[-1]).append(value)
-            elif op == 0x65:  # APPENDS
-                items = since_mark()
-                self.list_of(stack[-1]).extend(items)
-            elif op == 0x8C:  # SHORT_BINUNICODE
-                stack.append(take(take(1)[0]).decode("utf-8"))
-            elif op == 0x58:  # BINUNICODE
-                stack.append(take(int.from_bytes(take(4), "little")).decode("utf-8"))
-            elif op == 0x93:  # STACK_GLOBAL
-                name, module = pop(), pop()
-                stack.append(self.make_global(module, name))
-            elif op == 0x63:  # GLOBAL
-                module = line()
-                stack.append(self.make_global(module, line()))
-            elif op == 0x51:  # BINPERSID
-                stack.append(Persistent(pop()))
-            elif op == 0x4E:  # NONE
-                stack.append(None)
-            elif op == 0x88:  # NEWTRUE
-                stack.append(True)
-            elif op == 0x89:  # NEWFALSE
-                stack.append(False)
-            elif op == 0x47:  # BINFLOAT
-                stack.append(struct.unpack(">d", take(8))[0])
-            elif op == 0x95:  # FRAME
-                take(8)
-            elif op == 0x80:  # PROTO
-                if take(1)[0] > 5:
-                    raise self.fail("pickle of an unknown protocol")
-            elif op == 0x2E:  # STOP
-                if len(stack) != 1:
-                    raise self.fail("damaged pickle")
-                return pop()
-            else:
-                raise self.fail(f"its pickle uses the opcode 0x{op:02x}, which no checkpoint needs")
-            if len(stack) > _MAX_STACK:
-                raise self.fail("pickle nested too deep")
-
-    def items_of(self, value: Any) -> list[tuple[Any, Any]]:
-        if type(value) is not Pairs:
+    def push_applied(self, kind: type[New] | type[Call]) -> None:
+        args, what = self.pop(), self.pop()
+        if type(what) is not Global or type(args) is not tuple:
             raise self.fail("damaged pickle")
-        return value.items
+        self.stack.append(kind(what, args))
 
-    def list_of(self, value: Any) -> list[Any]:
-        if type(value) is not list:
+    def set_state(self) -> None:
+        state = self.pop()
+        if type(self.stack[-1]) not in (New, Call):
             raise self.fail("damaged pickle")
-        return value
+        self.stack[-1].state = state
+
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.top(Pairs).items.append((key, value))
+
+    def set_items(self) -> None:
+        items = self.since_mark()
+        if len(items) % 2:
+            raise self.fail("damaged pickle")
+        self.top(Pairs).items.extend(zip(items[::2], items[1::2], strict=True))
+
+    def append(self) -> None:
+        value = self.pop()
+        self.top(list).append(value)
+
+    def extend(self) -> None:
+        items = self.since_mark()
+        self.top(list).extend(items)
+
+    def memoize(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def skip_frame(self) -> None:
+        self.take(8)
+
+    def check_protocol(self) -> None:
+        if self.integer(1) > 5:
+            raise self.fail("pickle of an unknown protocol")
+
+
+_STOP = 0x2E
+_OPCODES: dict[int, Callable[[_Interpreter], None]] = {
+    0x94: lambda pickle: pickle.memoize(len(pickle.memo)),  # MEMOIZE
+    0x71: lambda pickle: pickle.memoize(pickle.integer(1)),  # BINPUT
+    0x72: lambda pickle: pickle.memoize(pickle.integer(4)),  # LONG_BINPUT
+    0x68: lambda pickle: pickle.stack.append(pickle.memo[pickle.integer(1)]),  # BINGET
+    0x6A: lambda pickle: pickle.stack.append(pickle.memo[pickle.integer(4)]),  # LONG_BINGET
+    0x4B: lambda pickle: pickle.stack.append(pickle.integer(1)),  # BININT1
+    0x4D: lambda pickle: pickle.stack.append(pickle.integer(2)),  # BININT2
+    0x4A: lambda pickle: pickle.stack.append(pickle.integer(4, signed=True)),  # BININT
+    0x8A: lambda pickle: pickle.stack.append(pickle.integer(pickle.integer(1), signed=True)),  # LONG1
+    0x47: lambda pickle: pickle.stack.append(struct.unpack(">d", pickle.take(8))[0]),  # BINFLOAT
+    0x4E: lambda pickle: pickle.stack.append(None),  # NONE
+    0x88: lambda pickle: pickle.stack.append(True),  # NEWTRUE
+    0x89: lambda pickle: pickle.stack.append(False),  # NEWFALSE
+    0x8C: lambda pickle: pickle.stack.append(pickle.take(pickle.integer(1)).decode("utf-8")),  # SHORT_BINUNICODE
+    0x58: lambda pickle: pickle.stack.append(pickle.take(pickle.integer(4)).decode("utf-8")),  # BINUNICODE
+    0x28: lambda pickle: pickle.stack.append(_MARK),  # MARK
+    0x29: lambda pickle: pickle.stack.append(()),  # EMPTY_TUPLE
+    0x85: lambda pickle: pickle.push_tuple(1),  # TUPLE1
+    0x86: lambda pickle: pickle.push_tuple(2),  # TUPLE2
+    0x87: lambda pickle: pickle.push_tuple(3),  # TUPLE3
+    0x74: lambda pickle: pickle.stack.append(tuple(pickle.since_mark())),  # TUPLE
+    0x5D: lambda pickle: pickle.stack.append([]),  # EMPTY_LIST
+    0x61: _Interpreter.append,  # APPEND
+    0x65: _Interpreter.extend,  # APPENDS
+    0x7D: lambda pickle: pickle.stack.append(Pairs([])),  # EMPTY_DICT
+    0x73: _Interpreter.set_item,  # SETITEM
+    0x75: _Interpreter.set_items,  # SETITEMS
+    0x63: lambda pickle: pickle.push_global(pickle.line(), pickle.line()),  # GLOBAL
+    0x93: _Interpreter.push_named_global,  # STACK_GLOBAL
+    0x81: lambda pickle: pickle.push_applied(New),  # NEWOBJ
+    0x52: lambda pickle: pickle.push_applied(Call),  # REDUCE
+    0x62: _Interpreter.set_state,  # BUILD
+    0x51: lambda pickle: pickle.stack.append(Persistent(pickle.pop())),  # BINPERSID
+    0x95: _Interpreter.skip_frame,  # FRAME
+    0x80: _Interpreter.check_protocol,  # PROTO
+}
 
 
 def dumps(tree: Any) -> bytes:

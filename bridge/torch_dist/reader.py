@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import CheckpointError
 from bridge.hf.descriptors import RegularFiles
 from bridge.hf.tensors import (
@@ -31,8 +31,8 @@ from bridge.hf.tensors import (
     open_regular,
     pread_bytes,
     pread_into,
+    printable,
     row_bytes,
-    shown,
 )
 from bridge.torch_dist import pickles
 from bridge.torch_dist.format import DTYPE_OF_TORCH, TensorItem, contiguous_strides, parse_item
@@ -109,7 +109,7 @@ def is_weight(key: str) -> bool:
     return not key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state")) and "_extra_state" not in key
 
 
-class DistReader(Closing):
+class DistReader(CloseOnExit):
     """An open `torch_dist` folder. Thread-safe; a context manager.
 
     `tensors`: those keys that `select` keeps (by default the weights), each checked to be covered by its chunks.
@@ -133,11 +133,11 @@ class DistReader(Closing):
         fd, size = open_regular(path)
         try:
             if size > _MAX_METADATA:
-                raise CheckpointError(f"{shown(path)}: {size} bytes, which no checkpoint needs")
+                raise CheckpointError(f"{printable(path)}: {size} bytes, which no checkpoint needs")
             data = pread_bytes(fd, size, 0, path)
         finally:
             os.close(fd)
-        where = shown(path)
+        where = printable(path)
         root = _state(pickles.loads(data, _allowed, where), "Metadata", where)
         entries, storage = root.get("state_dict_metadata"), root.get("storage_data")
         if not isinstance(entries, Pairs) or not isinstance(storage, Pairs):
@@ -152,14 +152,14 @@ class DistReader(Closing):
             if not select(key):
                 continue
             if key in tensors:
-                raise CheckpointError(f"{where}: the key {shown(key)} occurs twice")
+                raise CheckpointError(f"{where}: the key {printable(key)} occurs twice")
             tensors[key] = self._tensor(key, entry, places.get(key, {}), where)
         return tensors
 
     def _tensor(
         self, key: str, entry: Any, places: dict[tuple[int, ...], tuple[str, int, int]], where: str
     ) -> DistTensor:
-        where = f"{where}: tensor {shown(key)}"
+        where = f"{where}: tensor {printable(key)}"
         state = _state(entry, "TensorStorageMetadata", where)
         shape, dtype = _shape(state.get("size"), where), _dtype(state.get("properties"), where)
         listed = state.get("chunks")
@@ -176,7 +176,7 @@ class DistReader(Closing):
             path = inside(self.folder, file)
             if offset + length > self._files.size(path):
                 raise CheckpointError(
-                    f"{shown(path)}: shorter than the chunk at {offsets} of tensor {shown(key)}: truncated"
+                    f"{printable(path)}: shorter than the chunk at {offsets} of tensor {printable(key)}: truncated"
                 )
             chunks.append(DistChunk(offsets, sizes, path, offset, length))
         _check_cover(shape, chunks, where)
@@ -190,7 +190,7 @@ class DistReader(Closing):
         item = self._items.get((chunk.file, chunk.offset))
         if item is not None:
             return item
-        where = f"{shown(chunk.file)}: item at byte {chunk.offset} (tensor {shown(tensor.key)})"
+        where = f"{printable(chunk.file)}: item at byte {chunk.offset} (tensor {printable(tensor.key)})"
 
         def read(offset: int, nbytes: int) -> bytes:
             if offset < 0 or nbytes < 0 or offset + nbytes > chunk.length:
@@ -215,7 +215,7 @@ class DistReader(Closing):
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{shown(self.folder)}: has no tensor {shown(name)}")
+            raise CheckpointError(f"{printable(self.folder)}: has no tensor {printable(name)}")
         view = as_bytes(out)
         check_rows(name, tensor, start, stop, len(view))
         if not len(view):
@@ -294,18 +294,18 @@ def is_dist_checkpoint(folder: str | Path) -> bool:
 
 def _check_config(folder: Path) -> None:
     if not folder.is_dir():
-        raise CheckpointError(f"{shown(folder)}: not a folder")
+        raise CheckpointError(f"{printable(folder)}: not a folder")
     path = inside(folder, CONFIG_FILE)
     fd, size = open_regular(path)
     try:
         config = json.loads(pread_bytes(fd, min(size, 1 << 20), 0, path))
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{shown(path)}: not JSON") from None
+        raise CheckpointError(f"{printable(path)}: not JSON") from None
     finally:
         os.close(fd)
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     if backend != "torch_dist":
-        raise CheckpointError(f"{shown(path)}: the format is {shown(backend)}, only torch_dist is read")
+        raise CheckpointError(f"{printable(path)}: the format is {printable(backend)}, only torch_dist is read")
 
 
 def _allowed(module: str, name: str) -> bool:
@@ -339,7 +339,7 @@ def _dtype(node: Any, where: str) -> str:
     if not isinstance(dtype, Global):
         raise CheckpointError(f"{where}: damaged metadata (no dtype)")
     if dtype.name not in DTYPE_OF_TORCH:
-        raise CheckpointError(f"{where}: the dtype {shown(dtype.name)} is not supported")
+        raise CheckpointError(f"{where}: the dtype {printable(dtype.name)} is not supported")
     return DTYPE_OF_TORCH[dtype.name]
 
 
@@ -358,12 +358,12 @@ def _places(
         place = _state(info, "_StorageInfo", where)
         file, offset, length = (place.get(name) for name in ("relative_path", "offset", "length"))
         if type(file) is not str or type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
-            raise CheckpointError(f"{where}: damaged metadata (no place of {shown(key)})")
+            raise CheckpointError(f"{where}: damaged metadata (no place of {printable(key)})")
         if place.get("transform_descriptors"):
-            raise CheckpointError(f"{where}: {shown(key)} is stored compressed, which is not supported")
+            raise CheckpointError(f"{where}: {printable(key)} is stored compressed, which is not supported")
         offsets = _shape(fields["offset"], where)
         if places.setdefault(key, {}).setdefault(offsets, (file, offset, length)) != (file, offset, length):
-            raise CheckpointError(f"{where}: {shown(key)} has two places for its chunk at {offsets}")
+            raise CheckpointError(f"{where}: {printable(key)} has two places for its chunk at {offsets}")
     return places
 
 

@@ -25,8 +25,8 @@ from bridge.hf.tensors import (
     fsync_folder,
     pread_bytes,
     pread_into,
+    printable,
     row_bytes,
-    shown,
     split_rows,
 )
 from bridge.hf.writer import RowLedger, UnitFiles, write_text
@@ -70,7 +70,7 @@ class DistWriter(UnitFiles):
         file_bytes: int = FILE_BYTES,
     ) -> None:
         super().__init__(folder)
-        self.specs = check_specs(tensors, shown(self.folder))
+        self.specs = check_specs(tensors, printable(self.folder))
         self._ledger = RowLedger(self.specs, self.folder)
         self._items: dict[tuple[str, int], _Item] = {}
         self._by_file: dict[str, list[_Item]] = {}
@@ -80,7 +80,9 @@ class DistWriter(UnitFiles):
         file, filled = "", file_bytes
         for spec in tensors:
             if spec.dtype not in DTYPES:
-                raise CheckpointError(f"{shown(self.folder)}: tensor {shown(spec.name)} has the dtype {spec.dtype}")
+                raise CheckpointError(
+                    f"{printable(self.folder)}: tensor {printable(spec.name)} has the dtype {spec.dtype}"
+                )
             for chunk in split_rows(spec, chunk_bytes):
                 length = sum(item_sizes(spec.dtype, self._chunk_shape(spec, chunk)))
                 if filled + length > file_bytes:
@@ -120,12 +122,14 @@ class DistWriter(UnitFiles):
         """
         spec = self.specs.get(name)
         if spec is None:
-            raise CheckpointError(f"{shown(self.folder)}: no tensor {shown(name)} was planned")
+            raise CheckpointError(f"{printable(self.folder)}: no tensor {printable(name)} was planned")
         view, size = as_bytes(array), row_bytes(spec)
         while True:
             item = self._items.get((name, start))
             if item is None or len(view) < item.chunk.nbytes:
-                raise CheckpointError(f"{shown(self.folder)}: rows from {start} of {shown(name)} are not whole chunks")
+                raise CheckpointError(
+                    f"{printable(self.folder)}: rows from {start} of {printable(name)} are not whole chunks"
+                )
             chunk = item.chunk
             check_rows(name, spec, chunk.start, chunk.stop, chunk.nbytes)
             payload, view = view[: chunk.nbytes], view[chunk.nbytes :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf, load_from_megatron
 from bridge.convert.quantized_folder import open_hf_folder
 from bridge.errors import VerificationError
 from bridge.lora.checkpoint import AdapterFolder
 from bridge.lora.inject import attach, fill
-from bridge.mapping import table_for
+from bridge.mapping import Table, table_for
+from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.context_parallel import gather, take
+from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
@@ -32,6 +35,8 @@ LOGITS_RELATIVE = 1e-5
 GRADIENT_RELATIVE = 1e-4
 BF16_KL = 1e-3
 
+ForwardStep = Callable[[Iterator[Sample], torch.nn.Module], tuple[Tensor, Any]]
+
 
 def run_parity(task: ParityTask) -> list[Check]:
     """Build, load, run Megatron's own schedule, compare the last step. Returns the rows that this rank measured.
@@ -43,6 +48,27 @@ def run_parity(task: ParityTask) -> list[Check]:
         "perform_initialization": False, **task.overrides})  # fmt: skip
     model = provider.build(groups)
     table = table_for(task.geometry)
+    _load(task, model, table)
+    wrapped = _in_ddp(task, model, provider.config)
+    dp_rank, captured = groups.dp.rank(), list[Tensor]()
+    forward_step = _forward_step(task, model[-1], groups.cp, captured)
+    for step in range(task.steps):
+        rows = _rows_of(task, dp_rank + task.steps - 1 - step, groups.dp.size())
+        batches = _batches(task, rows)
+        captured.clear()
+        _run_schedule(task, wrapped, provider.config, forward_step, batches)
+
+    checks: list[Check] = []
+    if task.logits and captured and groups.tp.rank() == groups.cp.rank() == 0:
+        ours = [logits[batch.attention_mask.bool()] for logits, batch in zip(captured, batches, strict=True)]
+        checks += _compare_logits(task, torch.cat(ours).float(), rows, dp_rank)
+    if task.gradients:
+        gatherer = Gatherer(model, table, lambda p: getattr(p, "main_grad", None))
+        checks += _compare_gradients(task, gatherer)
+    return checks
+
+
+def _load(task: ParityTask, model: list[Gemma4Model], table: Table) -> None:
     if task.megatron:
         with DistReader(task.checkpoint) as reader:
             load_from_megatron(model, table, reader)
@@ -54,23 +80,39 @@ def run_parity(task: ParityTask) -> list[Check]:
         attach(model, adapter.table)
         fill(model, adapter.table, adapter.values())
 
+
+def _in_ddp(task: ParityTask, model: list[Gemma4Model], config: Gemma4TransformerConfig) -> list[torch.nn.Module]:
+    """The chunks of a model as Megatron's schedules take them: in DDP where gradients are wanted."""
     wrapped: list[torch.nn.Module] = list(model)
-    config = provider.config
     if task.gradients:
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=task.overlap_grad_reduce)
         wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in model]
         config.finalize_model_grads_func = finalize_model_grads
     for chunk in wrapped:
         chunk.train(task.gradients)
+    return wrapped
 
-    dp_rank, dp_size = groups.dp.rank(), groups.dp.size()
+
+def _rows_of(task: ParityTask, dp_rank: int, dp_size: int) -> slice:
+    """The rows of the sample that a data-parallel rank computes. Raises VerificationError where they do not divide."""
     rows = task.sample.input_ids.shape[0]
     per_rank = rows // dp_size
     if rows % dp_size or per_rank % task.micro_batch_size:
         raise VerificationError(
             f"{rows} rows do not divide into dp={dp_size} × micro batches of {task.micro_batch_size}"
         )
-    captured: list[Tensor] = []
+    first = dp_rank % dp_size * per_rank
+    return slice(first, first + per_rank)
+
+
+def _batches(task: ParityTask, rows: slice) -> list[Sample]:
+    starts = range(rows.start, rows.stop, task.micro_batch_size)
+    batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in starts]
+    return [batch.pack() for batch in batches] if task.packed else batches
+
+
+def _forward_step(task: ParityTask, last: Gemma4Model, cp: ProcessGroup, captured: list[Tensor]) -> ForwardStep:
+    """What Megatron's schedule calls for a batch; `captured` takes the logits [b, s, vocab] of the last stage."""
 
     def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -79,46 +121,41 @@ def run_parity(task: ParityTask) -> list[Check]:
 
         def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             # A copy: Megatron's cross entropy works in place, and in a batch of one row on these very numbers.
-            whole = gather(gather_from_tensor_model_parallel_region(logits.detach().clone()), groups.cp)
+            whole = gather(gather_from_tensor_model_parallel_region(logits.detach().clone()), cp)
             captured.append(whole[..., : task.geometry.vocab_size])  # behind it are logits of no word
-            counted = take(batch.counted, groups.cp)
-            labels = take(batch.labels.clamp(min=0), groups.cp)
+            counted = take(batch.counted, cp)
+            labels = take(batch.labels.clamp(min=0), cp)
             # The last stage's own loss, on [s, b, vocab / tp].
-            losses = model[-1].compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+            losses = last.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
             return (losses * counted).sum(), counted.sum().to(torch.int), {}
 
         return output, loss
 
-    for step in range(task.steps):
-        first = (dp_rank + task.steps - 1 - step) % dp_size * per_rank
-        mine = range(first, first + per_rank, task.micro_batch_size)
-        batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in mine]
-        if task.packed:
-            batches = [batch.pack() for batch in batches]
-        rows_per_batch, length = batches[0].input_ids.shape
-        captured.clear()
-        if task.gradients:
-            for chunk in wrapped:
-                chunk.zero_grad_buffer()  # type: ignore[operator]
-        with torch.set_grad_enabled(task.gradients):
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(batches) for _ in wrapped],
-                model=wrapped,
-                num_microbatches=len(batches),
-                seq_length=length * config.pipeline_payload,
-                micro_batch_size=rows_per_batch,
-                forward_only=not task.gradients,
-            )
+    return forward_step
 
-    checks: list[Check] = []
-    if task.logits and captured and groups.tp.rank() == groups.cp.rank() == 0:
-        ours = [logits[batch.attention_mask.bool()] for logits, batch in zip(captured, batches, strict=True)]
-        checks += _compare_logits(task, torch.cat(ours).float(), slice(mine.start, mine.stop), dp_rank)
+
+def _run_schedule(
+    task: ParityTask,
+    wrapped: list[torch.nn.Module],
+    config: Gemma4TransformerConfig,
+    forward_step: ForwardStep,
+    batches: list[Sample],
+) -> None:
+    """Forward, and backward where gradients are wanted, of all batches."""
     if task.gradients:
-        gatherer = Gatherer(model, table, lambda p: getattr(p, "main_grad", None))
-        checks += _compare_gradients(task, gatherer)
-    return checks
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+    rows_per_batch, length = batches[0].input_ids.shape
+    with torch.set_grad_enabled(task.gradients):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(batches),
+            seq_length=length * config.pipeline_payload,
+            micro_batch_size=rows_per_batch,
+            forward_only=not task.gradients,
+        )
 
 
 def _compare_logits(task: ParityTask, ours: Tensor, rows: slice, dp_rank: int) -> list[Check]:

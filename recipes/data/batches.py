@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from bridge.closing import Closing
+from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
 from recipes.data.collate import batch_tensors, join_media
 from recipes.data.options import at_least, one_of
@@ -78,7 +78,7 @@ class Position:
     row: int
 
 
-class Batches(Closing, Iterator[dict[str, Tensor]]):
+class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;

@@ -35,8 +35,8 @@ def parse(value: Any, where: Where, options: CorpusOptions) -> tuple[tuple[Sampl
     names, columns = options.layout.columns, _COLUMNS[options.records]
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: expected an object")
-    renamed: dict[Any, str] = {theirs: ours for ours, theirs in names.items() if ours not in ("role", "content")}
-    record: dict[str, Any] = {renamed.get(key, key): each for key, each in value.items() if each is not None}
+    renamed = {theirs: ours for ours, theirs in names.items() if ours not in ("role", "content")}
+    record: dict[str, Any] = {str(renamed.get(key, key)): each for key, each in value.items() if each is not None}
     missing = [names.get(name, name) for name in columns if name not in record]
     if missing:
         raise DataError(f"{where}: has no {missing[0]}; a record of preferences has {', '.join(columns)}")

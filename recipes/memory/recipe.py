@@ -13,7 +13,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
-from bridge.megatron.parts import check_fp8_experts
+from bridge.megatron.layer_options import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe

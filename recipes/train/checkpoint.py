@@ -38,7 +38,7 @@ from bridge.hf.tensors import fsync_folder
 from bridge.hf.writer import write_text
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
-from recipes.train.media import sense_of
+from recipes.train.media import modality_of
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
 from recipes.train.sole import check_sole
@@ -52,7 +52,7 @@ _REPLACED = ".replaced"
 class Progress:
     """How far a run is. `step`: of the schedule; `updates`: Adam's, less those left out; `data`: the position in it.
 
-    `sense_updates`: those of the towers, by sense: fewer than `updates` where steps were without media for them.
+    `sense_updates`: those of the towers, by modality: fewer than `updates` where steps were without media for them.
 
     `best_eval`, `best_step`: the best value of `best_of` (`eval.best`) of an evaluation, and after which step it was;
     `evaluated`: the step of the last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the
@@ -171,11 +171,11 @@ def load(run: Run, folder: Path) -> Progress:
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)
     loaded = _loaded(state, folder)
-    senses = sense_of(run.models)
+    modalities = modality_of(run.models)
 
     def updates(parameter: torch.Tensor | None) -> int:
-        sense = None if parameter is None else senses.get(parameter)
-        return progress.updates if sense is None else progress.sense_updates.get(sense, 0)
+        modality = None if parameter is None else modalities.get(parameter)
+        return progress.updates if modality is None else progress.sense_updates.get(modality, 0)
 
     set_state(run.optimizer, loaded["optimizer"], updates)
     if "rng" in loaded:

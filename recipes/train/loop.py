@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
-from bridge.megatron.multimodal import SENSES
+from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
 from recipes.data.training import prepared
 from recipes.losses.policy import training_objective
@@ -24,7 +24,7 @@ from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.log import Log
 from recipes.train.lora import export_merged
-from recipes.train.media import mask_change, sense_of, senses_in
+from recipes.train.media import mask_change, modality_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.passes import Batch
 from recipes.train.rollouts import Rollouts, RolloutStopped
@@ -182,8 +182,8 @@ class _Loop:
         self._logged = progress.step
         forget_auxiliary_loss()
         # Only the first stage knows, which is also the one that counts.
-        self._senses = sense_of(run.models)
-        self._frozen = set(SENSES) - set(self._senses.values())
+        self._modalities = modality_of(run.models)
+        self._frozen = set(MODALITIES) - set(self._modalities.values())
 
     def run(self) -> Outcome:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case.
@@ -260,8 +260,8 @@ class _Loop:
         self._unlogged(figures[0], squares, *figures[1:])
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
-            unused = [sense for sense, count in zip(SENSES, used, strict=True) if not count]
-            idle = [parameter for parameter, sense in self._senses.items() if sense in unused]
+            unused = [modality for modality, count in zip(MODALITIES, used, strict=True) if not count]
+            idle = [parameter for parameter, modality in self._modalities.items() if modality in unused]
             norm, changed = update(run, self._largest_norm(), idle)
         self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
@@ -314,8 +314,8 @@ class _Loop:
         memory = _NORM_MEMORY if progress.updates else 0.0
         progress.norm_mean = memory * progress.norm_mean + (1 - memory) * norm
         progress.updates += 1
-        for sense, count in zip(SENSES, used, strict=True):
-            progress.sense_updates[sense] = progress.sense_updates.get(sense, 0) + bool(count)
+        for modality, count in zip(MODALITIES, used, strict=True):
+            progress.sense_updates[modality] = progress.sense_updates.get(modality, 0) + bool(count)
         progress.skipped_in_row = 0
 
     def _log(self, norm: float, changed: bool) -> None:

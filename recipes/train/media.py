@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bridge.geometry import Geometry
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import SENSES, Gemma4MultimodalModel, Media
+from bridge.megatron.multimodal import MODALITIES, Gemma4MultimodalModel, Media
 from bridge.megatron.visibility import FORWARD, vision_masks
 
 # What of a batch only the first pipeline stage takes.
@@ -26,8 +26,8 @@ _GIVEN_BY = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input
 
 
 def senses_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
-    """For every one of `SENSES`, 1 where any of this rank's microbatches has media for it, else 0."""
-    return [float(any(name in batch for batch in batches for name in _GIVEN_BY[sense])) for sense in SENSES]
+    """For every one of `MODALITIES`, 1 where any of this rank's microbatches has media for it, else 0."""
+    return [float(any(name in batch for batch in batches for name in _GIVEN_BY[modality])) for modality in MODALITIES]
 
 
 def mask_change(geometry: Geometry, now: str, before: str | None, updates: int) -> str | None:
@@ -46,14 +46,14 @@ def mask_change(geometry: Geometry, now: str, before: str | None, updates: int) 
     )
 
 
-def sense_of(models: Sequence[Gemma4Model]) -> dict[Tensor, str]:
-    """The sense of every trained parameter that belongs to one, of this rank's models."""
+def modality_of(models: Sequence[Gemma4Model]) -> dict[Tensor, str]:
+    """The modality of every trained parameter that belongs to one, of this rank's models."""
     return {
-        parameter: sense
+        parameter: modality
         for model in models
         if isinstance(model, Gemma4MultimodalModel)
-        for sense in SENSES
-        for parameter in model.media_parameters(sense)
+        for modality in MODALITIES
+        for parameter in model.media_parameters(modality)
     }
 
 

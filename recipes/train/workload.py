@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
 from bridge.geometry import Geometry
-from bridge.megatron.multimodal import SENSES
+from bridge.megatron.multimodal import MODALITIES
 from bridge.megatron.visibility import GENERATE, Visibility, mask_rule
 from bridge.token_ids import IGNORE
 
@@ -22,23 +22,23 @@ def training_flops(
 ) -> float:
     """FLOPs of forward and backward passes over batches as the data yields them (whole rows of one rank).
 
-    Three times the forward pass, but of senses (`SENSES`) in `frozen` once. With `adapters` the weights are frozen and
-    no gradients of them are needed: twice; attention has no weights. The adapters' own products, about a hundredth, are
+    Three times the forward pass, but of modalities in `frozen` once. With `adapters` the weights are frozen and no
+    gradients of them are needed: twice; attention has no weights. The adapters' own products, about a hundredth, are
     not counted. The head counts where there is a label. `vision_mask`: see `mask_rule`.
     """
-    linears, attention, senses = 0, 0, dict.fromkeys(SENSES, 0)
+    linears, attention, modalities = 0, 0, dict.fromkeys(MODALITIES, 0)
     for batch in batches:
         of_linears, of_attention = _text_flops(geometry, batch, vision_mask)
         linears, attention = linears + of_linears, attention + of_attention
         for name in ("image_position_ids", "video_position_ids"):
             if name in batch:
                 patches = (batch[name] != -1).all(-1).sum(-1).tolist()
-                senses["vision"] += vision_flops(geometry, patches)
+                modalities["vision"] += vision_flops(geometry, patches)
         if "input_features_mask" in batch:
-            senses["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
+            modalities["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
     trained = 2.0 if adapters else 3.0
-    of_senses = sum((1.0 if sense in frozen else trained) * count for sense, count in senses.items())
-    return trained * linears + 3.0 * attention + of_senses
+    of_modalities = sum((1.0 if sense in frozen else trained) * count for sense, count in modalities.items())
+    return trained * linears + 3.0 * attention + of_modalities
 
 
 def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor], vision_mask: str) -> tuple[int, int]:

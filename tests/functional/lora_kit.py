@@ -19,7 +19,7 @@ from torch import Tensor
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.lora.initial import initial_values
-from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.spec import Factor, LoraSpec, Target
 from bridge.lora.table import Values, adapter_table, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
@@ -53,7 +53,7 @@ def moved_values(seed: int, toy: Path) -> Values:
     """
     initial, weights = initial_values(seed), HfFolder(toy)
 
-    def value(target: Target, part: Part) -> Tensor:
+    def value(target: Target, part: Factor) -> Tensor:
         if part == "weight":
             whole = np.empty(target.shape, dtype=np.float32)
             weights.read_rows(target.name, 0, target.shape[0], whole)
@@ -168,7 +168,7 @@ def peft_training(training: Training) -> Result:
     return result
 
 
-def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple[tuple[Target, Part], Tensor]]:
+def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple[tuple[Target, Factor], Tensor]]:
     held = {name.replace(".modules_to_save.default", ""): p for name, p in model.named_parameters()}
     experts = [t.module for t in targets if t.kind == "experts"]
     for target in targets:
@@ -190,13 +190,13 @@ def _places(model: torch.nn.Module, targets: Sequence[Target]) -> Iterator[tuple
             yield (target, part), held[f"base_model.model.{module}.{place}"]
 
 
-def _to_peft(value: Tensor, target: Target, part: Part) -> Tensor:
+def _to_peft(value: Tensor, target: Target, part: Factor) -> Tensor:
     if target.kind != "experts":
         return value
     return value.flatten(0, 1) if part == "A" else value.permute(1, 2, 0).flatten(1)
 
 
-def _from_peft(value: Tensor | None, target: Target, part: Part) -> Tensor:
+def _from_peft(value: Tensor | None, target: Target, part: Factor) -> Tensor:
     shape = target.shape_of(part)
     if value is None:
         return torch.zeros(shape)
@@ -215,7 +215,7 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
 
     from bridge.convert.live import Gatherer, iter_hf
     from bridge.lora.inject import fill
-    from bridge.lora.table import AdapterTable, cut
+    from bridge.lora.table import AdapterTable, peft_view
     from bridge.megatron.context_parallel import take
     from recipes.config import resolve as resolve_recipe
     from recipes.train.setup import assemble, start_ranks
@@ -268,7 +268,7 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
         found = {}
         for name, tensor in iter_hf(Gatherer(run.models, table, value)):
             target, part = names[name]
-            kept = cut(tensor, target, part)
+            kept = peft_view(tensor, target, part)
             assert tensor.count_nonzero() == kept.count_nonzero(), f"{name}: its filling is not zero"
             found[name] = kept.clone()
         return found

@@ -42,7 +42,7 @@ def folders(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_way(folders: Path, tmp_path: Path) -> None:
-    """In, out, into both dresses and back, and merged from each side."""
+    """In, out, into both formats and back, and merged from each side."""
     done = cli("import", folders / "peft", tmp_path / "adapter", "--base", folders / "megatron")
     tensors = load_file(folders / "peft" / WEIGHTS_FILE)
     assert done == {
@@ -80,17 +80,17 @@ def test_an_exported_folder_tokenizes_and_renders(variant: str, toy: Toy, tmp_pa
     import_hf(base, tmp_path / "base")
     spec = LoraSpec(2, 4.0, ".*language_model.*(q|o)_proj")
     write_adapter(tmp_path / "adapter", tmp_path / "base", spec, initial_values(0), lambda *_: torch.float32)
-    for dress in ("peft", "vllm", "sglang"):
-        cli("export", tmp_path / "adapter", tmp_path / dress, "--format", dress)
+    for adapter_format in ("peft", "vllm", "sglang"):
+        cli("export", tmp_path / "adapter", tmp_path / adapter_format, "--format", adapter_format)
     cli("convert", tmp_path / "vllm", tmp_path / "converted", "--base", base)
-    for dress in ("peft", "vllm", "sglang", "converted"):
-        files = {path.name for path in (tmp_path / dress).iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}
+    for adapter_format in ("peft", "vllm", "sglang", "converted"):
+        files = {path.name for path in (tmp_path / adapter_format).iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}
         assert {"tokenizer.json", "chat_template.jinja", "processor_config.json"} <= files
         assert not files & {"config.json", "generation_config.json"}
-        assert all((tmp_path / dress / name).read_bytes() == (base / name).read_bytes() for name in files)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / dress)
+        assert all((tmp_path / adapter_format / name).read_bytes() == (base / name).read_bytes() for name in files)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / adapter_format)
         assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
-        processor = AutoProcessor.from_pretrained(tmp_path / dress)
+        processor = AutoProcessor.from_pretrained(tmp_path / adapter_format)
         said = [{"role": "user", "content": [{"type": "text", "text": "a word"}]}]
         theirs = AutoProcessor.from_pretrained(base).apply_chat_template(said, tokenize=False)
         assert processor.apply_chat_template(said, tokenize=False) == theirs

@@ -1,4 +1,4 @@
-"""Adapter folders: what PEFT saves is read, what is written PEFT loads, and no dress loses a bit."""
+"""Adapter folders: what PEFT saves is read, what is written PEFT loads, and no format loses a bit."""
 
 from __future__ import annotations
 
@@ -127,17 +127,17 @@ SMALL: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_
 
 @pytest.fixture(scope="module")
 def served(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table]:
-    """An adapter of a 26B text toy with everything that the dresses differ in: experts, and layers where V is K."""
+    """An adapter of a 26B text toy with everything that the formats differ in: experts, and layers where V is K."""
     folder, adapter = toy("26b-a4b", text_only=True), tmp_path_factory.mktemp("served") / "adapter"
     make_adapter(folder, adapter, **SMALL, target_parameters=list(EXPERTS))
     return adapter, table_for(Geometry.from_folder(folder))
 
 
-def test_the_dress_of_vllm(served: tuple[Path, Table], tmp_path: Path) -> None:
+def test_the_format_of_vllm(served: tuple[Path, Table], tmp_path: Path) -> None:
     """Names and shapes as vLLM #41754 and OpenPipe/ART #865 (run on v0.28) give them; values against PEFT's."""
     adapter, table = served
     with ExitStack() as stack:
-        write_peft(tmp_path / "vllm", open_peft(stack, adapter, table), dress="vllm")
+        write_peft(tmp_path / "vllm", open_peft(stack, adapter, table), adapter_format="vllm")
     theirs, ours = load_file(adapter / WEIGHTS_FILE), load_file(tmp_path / "vllm" / WEIGHTS_FILE)
     prefix, rank, width = "base_model.model.model.layers.3.", 4, 24
     for expert in (0, 7):
@@ -163,11 +163,11 @@ def test_the_dress_of_vllm(served: tuple[Path, Table], tmp_path: Path) -> None:
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
-def test_the_dress_of_sglang(served: tuple[Path, Table], tmp_path: Path) -> None:
+def test_the_format_of_sglang(served: tuple[Path, Table], tmp_path: Path) -> None:
     """Names and shapes as SGLang #21466 gives them."""
     adapter, table = served
     with ExitStack() as stack:
-        write_peft(tmp_path / "sglang", open_peft(stack, adapter, table), dress="sglang")
+        write_peft(tmp_path / "sglang", open_peft(stack, adapter, table), adapter_format="sglang")
     theirs, ours = load_file(adapter / WEIGHTS_FILE), load_file(tmp_path / "sglang" / WEIGHTS_FILE)
     prefix = "base_model.model.model.layers.3.experts."
     down_a, down_b = (ours[f"{prefix}down_proj.lora_{part}.weight"] for part in "AB")
@@ -191,8 +191,8 @@ def test_sglang_finds_a_value_in_every_layer(variant: str, targets: list[str], t
     table = table_for(Geometry.from_folder(folder))
     make_adapter(folder, tmp_path / "peft", target_modules=targets)
     with ExitStack() as stack:
-        write_peft(tmp_path / "sglang", open_peft(stack, tmp_path / "peft", table), dress="sglang")
-        write_peft(tmp_path / "vllm", open_peft(stack, tmp_path / "peft", table), dress="vllm")
+        write_peft(tmp_path / "sglang", open_peft(stack, tmp_path / "peft", table), adapter_format="sglang")
+        write_peft(tmp_path / "vllm", open_peft(stack, tmp_path / "peft", table), adapter_format="vllm")
         write_peft(tmp_path / "back", open_peft(stack, tmp_path / "sglang", table))
     assert bits(tmp_path / "back") == bits(tmp_path / "peft")
     ours, theirs = load_file(tmp_path / "sglang" / WEIGHTS_FILE), load_file(tmp_path / "peft" / WEIGHTS_FILE)
@@ -211,13 +211,13 @@ def test_sglang_finds_a_value_in_every_layer(variant: str, targets: list[str], t
             break
 
 
-@pytest.mark.parametrize("dress", ["vllm", "sglang"])
-def test_dresses_lose_nothing(dress: str, served: tuple[Path, Table], tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter_format", ["vllm", "sglang"])
+def test_formats_lose_nothing(adapter_format: str, served: tuple[Path, Table], tmp_path: Path) -> None:
     adapter, table = served
     with ExitStack() as stack:
-        write_peft(tmp_path / "dressed", open_peft(stack, adapter, table), dress=dress)
-        other = "sglang" if dress == "vllm" else "vllm"
-        write_peft(tmp_path / "other", open_peft(stack, tmp_path / "dressed", table), dress=other)
+        write_peft(tmp_path / "in_format", open_peft(stack, adapter, table), adapter_format=adapter_format)
+        other = "sglang" if adapter_format == "vllm" else "vllm"
+        write_peft(tmp_path / "other", open_peft(stack, tmp_path / "in_format", table), adapter_format=other)
         write_peft(tmp_path / "back", open_peft(stack, tmp_path / "other", table))
     assert bits(tmp_path / "back") == bits(adapter)
     configs = [peft.LoraConfig.from_pretrained(str(path)) for path in (adapter, tmp_path / "back")]
@@ -228,7 +228,7 @@ def test_dresses_lose_nothing(dress: str, served: tuple[Path, Table], tmp_path: 
 def test_copies_that_differ_are_refused(broken: str, served: tuple[Path, Table], tmp_path: Path) -> None:
     adapter, table = served
     with ExitStack() as stack:
-        write_peft(tmp_path / "vllm", open_peft(stack, adapter, table), dress="vllm")
+        write_peft(tmp_path / "vllm", open_peft(stack, adapter, table), adapter_format="vllm")
         tensors = load_file(tmp_path / "vllm" / WEIGHTS_FILE)
         tensors[f"base_model.model.model.{broken}.weight"][0, 0] += 1
         save_file(tensors, tmp_path / "vllm" / WEIGHTS_FILE)
@@ -238,21 +238,27 @@ def test_copies_that_differ_are_refused(broken: str, served: tuple[Path, Table],
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("dress", ["vllm", "sglang"])
-def test_engines_know_factors_of_linears_alone(dress: str, made: Any, toy: Toy, tmp_path: Path) -> None:
-    with ExitStack() as stack, pytest.raises(UsageError, match=f"q_proj: {dress} reads no DoRA magnitudes"):
+@pytest.mark.parametrize("adapter_format", ["vllm", "sglang"])
+def test_engines_know_factors_of_linears_alone(adapter_format: str, made: Any, toy: Toy, tmp_path: Path) -> None:
+    with ExitStack() as stack, pytest.raises(UsageError, match=f"q_proj: {adapter_format} reads no DoRA magnitudes"):
         make_adapter(toy("31b", text_only=True), tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
         table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
-        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "dora", table), dress=dress)
-    with ExitStack() as stack, pytest.raises(UsageError, match=f"embed_tokens.*: {dress} has no adapters of embedd"):
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "dora", table), adapter_format=adapter_format)
+    with (
+        ExitStack() as stack,
+        pytest.raises(UsageError, match=f"embed_tokens.*: {adapter_format} has no adapters of embedd"),
+    ):
         _, adapter, _, table = made("e4b")
-        write_peft(tmp_path / "no", open_peft(stack, adapter, table), dress=dress)
-    with ExitStack() as stack, pytest.raises(UsageError, match=f"norm.weight: {dress} reads no modules_to_save"):
+        write_peft(tmp_path / "no", open_peft(stack, adapter, table), adapter_format=adapter_format)
+    with (
+        ExitStack() as stack,
+        pytest.raises(UsageError, match=f"norm.weight: {adapter_format} reads no modules_to_save"),
+    ):
         make_adapter(
             toy("31b", text_only=True), tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["norm"]
         )
         table = table_for(Geometry.from_folder(toy("31b", text_only=True)))
-        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "whole", table), dress=dress)
+        write_peft(tmp_path / "no", open_peft(stack, tmp_path / "whole", table), adapter_format=adapter_format)
     assert not (tmp_path / "no").exists()
 
 
@@ -273,8 +279,8 @@ def test_peft_has_one_dropout(toy: Toy, tmp_path: Path) -> None:
     ].lora_dropout == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("dress", ["vllm", "sglang"])
-def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter_format", ["vllm", "sglang"])
+def test_engines_know_one_scaling(adapter_format: str, toy: Toy, tmp_path: Path) -> None:
     """Ranks may differ as long as alpha does in proportion."""
     folder = toy("31b", text_only=True)
     table = table_for(Geometry.from_folder(folder))
@@ -283,23 +289,23 @@ def test_engines_know_one_scaling(dress: str, toy: Toy, tmp_path: Path) -> None:
     make_adapter(folder, tmp_path / "even", **options, alpha_pattern={"o_proj": 12})
     with ExitStack() as stack:
         with pytest.raises(UsageError, match=r"o_proj: scaled by 0\.75, .*q_proj by 1\.5"):
-            write_peft(tmp_path / "no", open_peft(stack, tmp_path / "uneven", table), dress=dress)
-        write_peft(tmp_path / "yes", open_peft(stack, tmp_path / "even", table), dress=dress)
+            write_peft(tmp_path / "no", open_peft(stack, tmp_path / "uneven", table), adapter_format=adapter_format)
+        write_peft(tmp_path / "yes", open_peft(stack, tmp_path / "even", table), adapter_format=adapter_format)
     config = json.loads((tmp_path / "yes" / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 12)
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("dress", ["vllm", "sglang"])
-def test_engines_need_not_know_rslora(dress: str, toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter_format", ["vllm", "sglang"])
+def test_engines_need_not_know_rslora(adapter_format: str, toy: Toy, tmp_path: Path) -> None:
     """SGLang scales by lora_alpha / r, whatever use_rslora says."""
     folder = toy("31b", text_only=True)
     table = table_for(Geometry.from_folder(folder))
     make_adapter(folder, tmp_path / "peft", target_modules=["o_proj"], r=16, lora_alpha=6, use_rslora=True)
     with ExitStack() as stack:
-        write_peft(tmp_path / "dressed", open_peft(stack, tmp_path / "peft", table), dress=dress)
-        back = open_peft(stack, tmp_path / "dressed", table)
-    config = json.loads((tmp_path / "dressed" / CONFIG_FILE).read_text())
+        write_peft(tmp_path / "in_format", open_peft(stack, tmp_path / "peft", table), adapter_format=adapter_format)
+        back = open_peft(stack, tmp_path / "in_format", table)
+    config = json.loads((tmp_path / "in_format" / CONFIG_FILE).read_text())
     assert (config["use_rslora"], config["lora_alpha"] / config["r"]) == (False, 6 / 16**0.5)
     assert (back.spec.rslora, back.spec.alpha, back.targets[0].scaling) == (True, 6, 1.5)
 
@@ -386,7 +392,7 @@ def test_a_target_is_replaced_only_on_request(served: tuple[Path, Table], tmp_pa
         write_peft(tmp_path / "out", ours)
         with pytest.raises(UsageError, match="exists"):
             write_peft(tmp_path / "out", ours)
-        write_peft(tmp_path / "out", ours, dress="sglang", overwrite=True)
+        write_peft(tmp_path / "out", ours, adapter_format="sglang", overwrite=True)
     assert len(bits(tmp_path / "out")) == len(bits(adapter)) + 2 * table.geometry.num_layers
 
 
@@ -400,6 +406,6 @@ def test_tensors_are_read_one_at_a_time(served: tuple[Path, Table], tmp_path: Pa
             order.append((target.name, part))
             return ours.value(target, part)
 
-        write_peft(tmp_path / "out", Adapter(**{**ours.__dict__, "value": value}), dress="vllm")
+        write_peft(tmp_path / "out", Adapter(**{**ours.__dict__, "value": value}), adapter_format="vllm")
     assert order == [(target.name, part) for target in ours.targets for part in "AB"]
     assert np.unique(order, axis=0).shape[0] == len(order)

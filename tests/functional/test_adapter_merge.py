@@ -17,7 +17,7 @@ from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
 from bridge.lora.adapter import Adapter
 from bridge.lora.merge import MergedReader, merge_adapter, open_base
 from bridge.lora.peft_folder import WEIGHTS_FILE, open_peft
-from bridge.lora.spec import LoraSpec, Part, Target
+from bridge.lora.spec import Factor, LoraSpec, Target
 from bridge.lora.targets import resolve
 from bridge.toy import VARIANTS
 from tests.functional import adapter_kit
@@ -89,7 +89,7 @@ def test_where_dora_begins_the_base_stays_as_it_is(toy: Toy, tmp_path: Path) -> 
     base = toy("31b", text_only=True, dtype="bfloat16")
     before, spec = tensors(base), LoraSpec(4, 8.0, ("q_proj", "down_proj", "embed_tokens"), dora=True)
 
-    def value(target: Target, part: Part) -> torch.Tensor:
+    def value(target: Target, part: Factor) -> torch.Tensor:
         if part == "magnitude":
             dim = 0 if target.kind == "embedding" else 1
             return torch.linalg.norm(before[target.name].double(), dim=dim).bfloat16()

@@ -105,7 +105,7 @@ def _bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
 def test_every_layout_exports_the_same_bytes(
     ranks: RankPool, toy: Toy, variant: str, lora: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every dress that can have it."""
+    """Checkpoints that a run writes, optimizer and all, in several layouts; each in every format that can have it."""
     folder = toy(variant)
     layouts: dict[str, dict[str, Any]] = {"one": {}, "tp2": {"tp": 2, "sequence_parallel": True}, "pp2": {"pp": 2}}
     if variant == "26b-a4b":
@@ -115,14 +115,18 @@ def test_every_layout_exports_the_same_bytes(
     for name, parallel in layouts.items():
         world_size = math.prod(parallel.get(key, 1) for key in ("tp", "pp", "ep"))
         ranks.run(save_run, folder, tmp_path / name, parallel, lora, world_size=world_size)
-        for dress in ("peft",) if lora else ("peft", "vllm", "sglang"):
+        for adapter_format in ("peft",) if lora else ("peft", "vllm", "sglang"):
             with ExitStack() as stack:
                 adapter = open_megatron(stack, tmp_path / name)
                 assert adapter.base == str(folder)
-                write_peft(tmp_path / f"{name}-{dress}", adapter, dress=dress)
+                write_peft(tmp_path / f"{name}-{adapter_format}", adapter, adapter_format=adapter_format)
             for file in (WEIGHTS_FILE, CONFIG_FILE):
-                first = (tmp_path / f"one-{dress}" / file).read_bytes()
-                assert (tmp_path / f"{name}-{dress}" / file).read_bytes() == first, (name, dress, file)
+                first = (tmp_path / f"one-{adapter_format}" / file).read_bytes()
+                assert (tmp_path / f"{name}-{adapter_format}" / file).read_bytes() == first, (
+                    name,
+                    adapter_format,
+                    file,
+                )
     assert len({value[1] for value in _bits(tmp_path / "one-peft").values()}) > 20
 
 

@@ -19,7 +19,7 @@ def events_and_differences() -> tuple[list[str], float, float]:
     """On each of two ranks: what happened in which order, and how far it is from one rank: output, worst gradient."""
     from bridge.megatron import core_attention
     from bridge.megatron.core_attention import CoreAttention
-    from bridge.megatron.exchange import Flight
+    from bridge.megatron.exchange import RowExchange
 
     groups = initialize(Parallel(cp=2))
     generator = torch.Generator().manual_seed(0)
@@ -33,11 +33,11 @@ def events_and_differences() -> tuple[list[str], float, float]:
 
     events: list[str] = []
     parts = [zigzag.take(tensor.detach(), 0).requires_grad_() for tensor in whole]
-    send, select = Flight.send, core_attention.select
+    all_to_all, select = RowExchange.all_to_all, core_attention.select
 
-    def logged_send(self: Flight, *arguments: object) -> Tensor:
-        events.append("send")
-        return send(self, *arguments)
+    def logged_send(self: RowExchange, *arguments: object) -> Tensor:
+        events.append("all_to_all")
+        return all_to_all(self, *arguments)
 
     def logged_select(*arguments: object) -> object:
         backend = select(*arguments)
@@ -50,7 +50,7 @@ def events_and_differences() -> tuple[list[str], float, float]:
 
         return backend._replace(attend=attend)
 
-    with patch.object(Flight, "send", logged_send), patch.object(core_attention, "select", logged_select):
+    with patch.object(RowExchange, "all_to_all", logged_send), patch.object(core_attention, "select", logged_select):
         output = attention(*parts, visibility.on(zigzag))
         output.square().sum().backward()
 
@@ -66,6 +66,6 @@ def test_the_next_piece_travels_while_one_is_computed(ranks: RankPool) -> None:
     for events, difference, gradients in ranks.run(events_and_differences, world_size=2):
         # All pieces are on their way before the first is computed; the gradients of one leave before the next
         # one's are computed.
-        assert events == ["send"] * GROUPS + ["attend"] * GROUPS + ["attend", "send"] * GROUPS
+        assert events == ["all_to_all"] * GROUPS + ["attend"] * GROUPS + ["attend", "all_to_all"] * GROUPS
         assert difference <= 1e-6
         assert gradients <= 1e-6

@@ -28,8 +28,8 @@ def both_specs(folder: str) -> dict[str, Any]:
     from bridge.lora.table import adapter_table
     from bridge.lora.targets import resolve
     from bridge.megatron import te_linear
+    from bridge.megatron.layer_options import LayerLinears
     from bridge.megatron.parallel import initialize
-    from bridge.megatron.parts import Parts
     from bridge.verify.sample import random_sample
 
     called: dict[str, set[str]] = {}
@@ -48,7 +48,7 @@ def both_specs(folder: str) -> dict[str, Any]:
         def set_extra_state(self, state: Any) -> None:
             assert state is not None
 
-    stand_ins = Parts(
+    stand_ins = LayerLinears(
         *te_linear.quantizable(
             type("Column", (LikeTe, ColumnParallelLinear), {}), type("Row", (LikeTe, RowParallelLinear), {})
         )
@@ -65,7 +65,7 @@ def both_specs(folder: str) -> dict[str, Any]:
     spec = LoraSpec(4, 8.0, "all-linear", parameters=())
     found: dict[str, Any] = {"called": called}
     for name in ("local", "te"):
-        with patch("bridge.megatron.block.parts", return_value=stand_ins) if name == "te" else patch.dict({}):
+        with patch("bridge.megatron.block.layer_linears", return_value=stand_ins) if name == "te" else patch.dict({}):
             provider = bridge.provider(dtype=torch.float32, overrides={"perform_initialization": False})
             model = provider.build()
         bridge.load_hf_weights(model)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridge.megatron.attention_backends import BACKENDS, flex_triton
 from bridge.megatron.kernels.attention_backward import attention_backward
-from bridge.megatron.kernels.attention_tiles import Part, plan
+from bridge.megatron.kernels.attention_tiles import TileRange, plan
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
 from bridge.megatron.zigzag import Zigzag
@@ -157,5 +157,10 @@ def test_forward_and_backward() -> None:
 def test_parts() -> None:
     """Of at most so many tiles, a tile of queries at the least."""
     low, high = [0, 0, 0, 2, 3], [1, 2, 9, 4, 5]
-    assert plan(low, high, 4) == [Part(0, 2, 0, 2), Part(2, 3, 0, 9), Part(3, 4, 2, 4), Part(4, 5, 3, 5)]
-    assert plan(low, high, 45) == [Part(0, 5, 0, 9)]
+    assert plan(low, high, 4) == [
+        TileRange(0, 2, 0, 2),
+        TileRange(2, 3, 0, 9),
+        TileRange(3, 4, 2, 4),
+        TileRange(4, 5, 3, 5),
+    ]
+    assert plan(low, high, 45) == [TileRange(0, 5, 0, 9)]

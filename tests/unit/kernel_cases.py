@@ -29,7 +29,7 @@ from bridge.megatron.activation import gated_gelu, geglu
 from bridge.megatron.attention import norm_and_rotate
 from bridge.megatron.fp8_experts import quantize_columns, quantize_rows
 from bridge.megatron.local_dispatch import LocalDispatcher
-from bridge.megatron.moe import weigh
+from bridge.megatron.moe import scale_rows
 from bridge.megatron.norm import rms_norm
 from bridge.megatron.parallel import Parallel
 from bridge.megatron.provider import Gemma4Provider
@@ -434,7 +434,7 @@ def test_outputs_of_experts_are_weighed(shape: tuple[int, int], dtype: torch.dty
         torch.rand(shape[0], device=DEVICE),
         random(*shape, dtype=dtype),
     )
-    found, expected = (both(partial(weigh, kernels=who), [rows, probs], [gradient]) for who in ("triton", "torch"))
+    found, expected = (both(partial(scale_rows, kernels=who), [rows, probs], [gradient]) for who in ("triton", "torch"))
     assert [x.dtype for x in found] == [dtype, dtype, torch.float32]
     for a, b in zip(found[:2], expected[:2], strict=True):
         assert torch.equal(a, b)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron import parts
+from bridge.megatron import layer_options
 from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, flex, flex_triton, select
 from bridge.megatron.attention_backends.flex import block_mask
 from bridge.megatron.mask import Mask, mask_of
@@ -362,4 +362,4 @@ def test_compiled_flex_skips_blocks_and_agrees() -> None:
 
 def test_a_recipe_knows_their_names() -> None:
     """Where torch is not imported."""
-    assert (AUTO, *BACKENDS) == parts.ATTENTION
+    assert (AUTO, *BACKENDS) == layer_options.ATTENTION

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bridge.errors import ParallelError
-from bridge.megatron.exchange import Exchange, exchange_of
+from bridge.megatron.exchange import ExchangePlan, exchange_of
 from bridge.megatron.visibility import MaskRule, Visibility
 from bridge.megatron.zigzag import Zigzag, places
 
@@ -14,7 +14,9 @@ SIZE, LENGTH = 4, 256  # chunks of 32 tokens
 CAUSAL, SLIDING = MaskRule(None, "causal"), MaskRule(8, "windowed")
 
 
-def exchanges(rule: MaskRule, bounds: torch.Tensor | None = None, image: tuple[int, int] = (0, 0)) -> list[Exchange]:
+def exchanges(
+    rule: MaskRule, bounds: torch.Tensor | None = None, image: tuple[int, int] = (0, 0)
+) -> list[ExchangePlan]:
     """The plans of all ranks for one row."""
     types = torch.zeros(1, LENGTH, dtype=torch.int64)
     types[0, slice(*image)] = 1
@@ -45,7 +47,7 @@ def test_ranks_agree_on_who_sends_what(rule: MaskRule) -> None:
     own = [Zigzag(LENGTH, SIZE, rank).take(row, 0) for rank in range(SIZE)]
     for rank, plan in enumerate(plans):
         assert plan.receive_counts == [other.send_counts[rank] for other in plans]
-        sent = [own[source][other.send].split(other.send_counts)[rank] for source, other in enumerate(plans)]
+        sent = [own[source][other.send_rows].split(other.send_counts)[rank] for source, other in enumerate(plans)]
         held = torch.cat([own[rank], *sent])
         assert torch.equal(held[plan.order], places(plan.columns, row.device))
 

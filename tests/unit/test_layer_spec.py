@@ -19,7 +19,7 @@ import torch
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.megatron import parts, te_linear
+from bridge.megatron import layer_options, te_linear
 from bridge.megatron.linear import ColumnLinear, RowLinear
 from bridge.megatron.provider import Gemma4Provider
 from bridge.toy.config import toy_config
@@ -34,7 +34,7 @@ def provider(**options: Any) -> Gemma4Provider:
 
 
 def test_local_is_the_default() -> None:
-    assert parts.parts("local") == parts.Parts(ColumnLinear, RowLinear)
+    assert layer_options.layer_linears("local") == layer_options.LayerLinears(ColumnLinear, RowLinear)
     config = provider().config
     assert config.layer_spec == "local" and config.fp8 is None
 

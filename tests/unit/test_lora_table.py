@@ -19,8 +19,8 @@ from bridge.geometry import Geometry
 from bridge.lora.adapter import Adapter
 from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.initial import initial_values
-from bridge.lora.spec import LoraSpec, Part, Target
-from bridge.lora.table import AdapterTable, adapter_table, cut, part_name
+from bridge.lora.spec import Factor, LoraSpec, Target
+from bridge.lora.table import AdapterTable, adapter_table, part_name, peft_view
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.toy import write_toy
@@ -50,7 +50,7 @@ def table(base: Path, spec: LoraSpec = SPEC) -> AdapterTable:
     return adapter_table(model, resolve(spec, model))
 
 
-def values(target: Target, part: Part) -> Tensor:
+def values(target: Target, part: Factor) -> Tensor:
     """Numbers that bf16 holds exactly, another for every place."""
     shape = target.shape_of(part)
     start = len(target.name) + target.parts.index(part)
@@ -167,9 +167,13 @@ def test_an_error_names_a_tensor_for_each_dtype(base: Path) -> None:
 
 def test_the_filling_is_cut_off() -> None:
     target = Target("t", (6, 5), 2, 4.0, False, "t")
-    assert cut(torch.ones(4, 5), target, "A").shape == (2, 5) and cut(torch.ones(6, 4), target, "B").shape == (6, 2)
+    assert peft_view(torch.ones(4, 5), target, "A").shape == (2, 5) and peft_view(
+        torch.ones(6, 4), target, "B"
+    ).shape == (6, 2)
     table = Target("t", (6, 5), 2, 4.0, False, "t", "embedding")
-    assert cut(torch.ones(6, 2), table, "A").shape == table.shape_a and cut(torch.ones(2, 5), table, "B").shape == (
+    assert peft_view(torch.ones(6, 2), table, "A").shape == table.shape_a and peft_view(
+        torch.ones(2, 5), table, "B"
+    ).shape == (
         5,
         2,
     )

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from bridge.megatron import kernels
 from bridge.megatron.attention_backends import flex
-from bridge.megatron.kernels.attention_tiles import TILE, Part, Runs, plan
+from bridge.megatron.kernels.attention_tiles import TILE, Runs, TileRange, plan
 from bridge.megatron.mask import Mask
 
 _HOPPER = (9, 0)
@@ -81,7 +81,7 @@ def _runs(mask: Mask, size: int) -> Runs:
     return Runs(*(x.to(torch.int32).contiguous() for x in every))
 
 
-def parts_of(mask: Mask, query: Tensor) -> list[Part]:
+def parts_of(mask: Mask, query: Tensor) -> list[TileRange]:
     """The queries in parts whose weights and gradients of scores take at most `WORKSPACE` bytes, if one tile's do."""
     most = WORKSPACE // (2 * query.shape[1] * query.shape[2] * TILE * TILE * query.element_size())
     key = ("flex_triton parts", most)

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bridge.megatron.kernels.attention_tiles import TILE, Part, Runs
-from bridge.megatron.kernels.rounding import dot, narrow
+from bridge.megatron.kernels.attention_tiles import TILE, Runs, TileRange
+from bridge.megatron.kernels.rounding import dot, round_to
 
 # What products take of an operand at a time; most of D in one program.
 _DEPTH = 64
@@ -145,8 +145,8 @@ def attention_weights_kernel(
         corner = line * (column_tiles * TILE) + tl.program_id(1) * TILE
         place = inner * (column_tiles * TILE) + tl.arange(0, TILE)[None, :]
         dtype: tl.constexpr = probabilities.dtype.element_ty
-        tl.store(probabilities + corner + place, narrow(p, dtype))
-        tl.store(d_scores + corner + place, narrow(d_s, dtype))
+        tl.store(probabilities + corner + place, round_to(p, dtype))
+        tl.store(d_scores + corner + place, round_to(d_s, dtype))
 
 
 @_jit
@@ -196,7 +196,7 @@ def attention_d_query_kernel(
         k = tl.load(key + column * key_s + k_at, (depth < columns - column)[:, None], other=0.0)
         total = dot(d_s, k, total)
     at = d_query + batch * d_query_b + head * d_query_h + row.to(tl.int64)[:, None] * d_query_s + wide
-    tl.store(at, narrow(total, d_query.dtype.element_ty), (row < rows)[:, None])
+    tl.store(at, round_to(total, d_query.dtype.element_ty), (row < rows)[:, None])
 
 
 @_jit
@@ -287,7 +287,7 @@ def attention_backward(
     lse: Tensor,
     d_output: Tensor,
     runs: Runs,
-    parts: Sequence[Part],
+    parts: Sequence[TileRange],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query [sq, b, heads, D], key and value [sk, b, groups, D] of softmax(q k^T) v; D a power of 2 >= 16.
 

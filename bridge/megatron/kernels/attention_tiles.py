@@ -29,7 +29,7 @@ class Runs(NamedTuple):
     row_high: Tensor
 
 
-class Part(NamedTuple):
+class TileRange(NamedTuple):
     """Tiles of queries that share the workspace, and the tiles of columns that any of them sees: all [start, stop)."""
 
     row_start: int
@@ -42,19 +42,19 @@ class Part(NamedTuple):
         return (self.row_stop - self.row_start) * (self.column_stop - self.column_start)
 
 
-def plan(low: Sequence[int], high: Sequence[int], most: int) -> list[Part]:
+def plan(low: Sequence[int], high: Sequence[int], most: int) -> list[TileRange]:
     """Tiles of queries, which see the tiles of columns `low` to before `high`, in parts of at most `most` tiles.
 
     A tile of queries is never split: one alone may have more.
     """
-    parts: list[Part] = []
+    parts: list[TileRange] = []
     for row, (start, stop) in enumerate(zip(low, high, strict=True)):
-        alone = Part(row, row + 1, start, stop)
+        single = TileRange(row, row + 1, start, stop)
         if parts:
             last = parts[-1]
-            joined = Part(last.row_start, row + 1, min(last.column_start, start), max(last.column_stop, stop))
+            joined = TileRange(last.row_start, row + 1, min(last.column_start, start), max(last.column_stop, stop))
             if joined.tiles <= most:
                 parts[-1] = joined
                 continue
-        parts.append(alone)
+        parts.append(single)
     return parts

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 # Words of a row that one program of the first pass reads; more programs than rows keep a large device busy.
 _PART = 16384
@@ -21,16 +21,16 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _squashed(logits: tl.tensor, cap: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def _tanh_logits(logits: tl.tensor, cap: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """tanh(logits / cap) of float32 values, rounded to `dtype` as two operations."""
-    x = narrow(logits / cap, dtype).to(tl.float32)
+    x = round_to(logits / cap, dtype).to(tl.float32)
     # (1 - e) / (1 + e) with e = exp(-2 |x|) cancels where x is small; its series is exact there.
     e = tl.exp(-2 * tl.abs(x))
     far = (1 - e) / (1 + e)
     square = x * x
     near = tl.abs(x) * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     tanh = tl.where(tl.abs(x) < 0.25, near, far)
-    return narrow(tl.where(x < 0, -tanh, tanh), dtype).to(tl.float32)
+    return round_to(tl.where(x < 0, -tanh, tanh), dtype).to(tl.float32)
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def cross_entropy_statistics_kernel(
         word = part * PART + start + tl.arange(0, BLOCK)
         x = tl.load(logits + row * words + word, word < words, other=-float("inf")).to(tl.float32)
         if SOFTCAP:
-            capped = narrow(_squashed(x, cap, dtype) * cap, dtype).to(tl.float32)
+            capped = round_to(_tanh_logits(x, cap, dtype) * cap, dtype).to(tl.float32)
             x = tl.where(word < words, capped, -float("inf"))
         found += tl.where(word == wanted, x, 0.0)
         # Of each lane on its own: nothing is reduced before the end. A lane that has seen no word has no sum.
@@ -92,17 +92,17 @@ def cross_entropy_gradient_kernel(
     dtype: tl.constexpr = logits.dtype.element_ty
     z = tl.load(lse + row)
     x = tl.load(logits + row * words + word, mask, other=0.0).to(tl.float32)
-    squashed = x
+    tanh_logits = x
     if SOFTCAP:
-        squashed = _squashed(x, cap, dtype)
-        x = narrow(squashed * cap, dtype).to(tl.float32)
+        tanh_logits = _tanh_logits(x, cap, dtype)
+        x = round_to(tanh_logits * cap, dtype).to(tl.float32)
     gradient = tl.exp(x - z) * (1 + 2 * z_loss * z)
     gradient -= tl.where(word == tl.load(column + row), 1.0, 0.0)
     if weights is not None:
         gradient *= tl.load(weights + row)
     if SOFTCAP:
-        gradient *= 1 - squashed * squashed
-    tl.store(logits + row * words + word, narrow(gradient, dtype), mask)
+        gradient *= 1 - tanh_logits * tanh_logits
+    tl.store(logits + row * words + word, round_to(gradient, dtype), mask)
 
 
 def statistics(logits: Tensor, column: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:

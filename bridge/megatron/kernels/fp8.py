@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bridge.megatron.kernels.launch import as_rows, row_tile
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 _LARGEST = tl.constexpr(448.0)
 _SMALLEST = tl.constexpr(1e-30)
@@ -39,7 +39,7 @@ def quantize_rows_kernel(
     wide = tl.load(x + row[:, None] * x_stride + column, mask, other=0.0).to(tl.float32)
     top = tl.maximum(tl.max(tl.abs(wide), 1), _SMALLEST)
     scaled = wide * tl.div_rn(tl.full((ROWS,), _LARGEST, tl.float32), top)[:, None]
-    tl.store(values + row[:, None] * N + column, narrow(scaled, values.dtype.element_ty), mask)
+    tl.store(values + row[:, None] * N + column, round_to(scaled, values.dtype.element_ty), mask)
     tl.store(scales + row, tl.div_rn(top, tl.full((ROWS,), _LARGEST, tl.float32)), row < rows)
 
 
@@ -69,7 +69,7 @@ def quantize_columns_kernel(
         row = start + tl.arange(0, HEIGHT)
         mask = (row < N)[:, None] & (column < M)[None, :]
         wide = tl.load(x + row[:, None] * M + column[None, :], mask, other=0.0).to(tl.float32)
-        turned = tl.trans(narrow(wide * factor[None, :], values.dtype.element_ty))
+        turned = tl.trans(round_to(wide * factor[None, :], values.dtype.element_ty))
         place = matrix * N * M + column[:, None] * N + row[None, :]
         tl.store(values + place, turned, (column < M)[:, None] & (row < N)[None, :])
     tl.store(scales + matrix * M + column, tl.div_rn(top, tl.full((WIDTH,), _LARGEST, tl.float32)), column < M)

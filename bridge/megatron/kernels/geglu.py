@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridge.megatron.kernels.launch import as_rows, power_of_2
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 _TILE = 1024
 _TWICE_ROOT = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -56,8 +56,8 @@ def geglu_forward_kernel(
     factor = tl.load(up + row * up_stride + column, mask, other=0.0).to(tl.float32)
     activation = x * _share(x)
     dtype: tl.constexpr = output.dtype.element_ty
-    activation = narrow(activation, dtype).to(tl.float32)
-    tl.store(output + row * n + column, narrow(activation * factor, dtype), mask)
+    activation = round_to(activation, dtype).to(tl.float32)
+    tl.store(output + row * n + column, round_to(activation * factor, dtype), mask)
 
 
 @triton.jit
@@ -85,11 +85,11 @@ def geglu_backward_kernel(
     gradient = tl.load(d_output + row * d_output_stride + column, mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = d_gate.dtype.element_ty
     share = _share(x)
-    activation = narrow(x * share, dtype).to(tl.float32)
+    activation = round_to(x * share, dtype).to(tl.float32)
     slope = share + x * share * (1 - share) * (1 + 3 * 0.044715 * x * x) * _TWICE_ROOT
-    d_activation = narrow(gradient * factor, dtype).to(tl.float32)
-    tl.store(d_gate + row * d_gate_stride + column, narrow(d_activation * slope, dtype), mask)
-    tl.store(d_up + row * d_up_stride + column, narrow(gradient * activation, dtype), mask)
+    d_activation = round_to(gradient * factor, dtype).to(tl.float32)
+    tl.store(d_gate + row * d_gate_stride + column, round_to(d_activation * slope, dtype), mask)
+    tl.store(d_up + row * d_up_stride + column, round_to(gradient * activation, dtype), mask)
 
 
 def geglu(x: Tensor) -> Tensor:

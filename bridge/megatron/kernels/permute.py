@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bridge.megatron.kernels.launch import as_rows, power_of_2
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 _BLOCK = 1024
 
@@ -35,10 +35,10 @@ def sum_experts_kernel(
     for copy in tl.static_range(COPIES):
         place = tl.load(places + token * COPIES + copy)
         total += tl.load(source + place * source_stride + column, column < n, other=0.0).to(tl.float32)
-    tl.store(output + token * n + column, narrow(total, output.dtype.element_ty), column < n)
+    tl.store(output + token * n + column, round_to(total, output.dtype.element_ty), column < n)
 
 
-def collect(rows: Tensor, places: Tensor, copies: int) -> Tensor:
+def combine(rows: Tensor, places: Tensor, copies: int) -> Tensor:
     """`rows` [t * copies, n] -> [t, n]: of each token the sum of its rows, those at `places` [t * copies] int64."""
     rows, n = as_rows(rows), rows.shape[1]
     tokens = len(places) // copies

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridge.megatron.kernels.launch import TILE, num_programs, num_warps, power_of_2
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 # Products of bf16 that are rounded, then added and rounded, become one fused operation with one rounding otherwise.
 OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _kinds(
+def _kv_rows(
     row: tl.tensor, rows: tl.tensor, QUERIES: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Of rows of a token [n, 1]: whether they are queries of this rank, keys, values."""
@@ -39,7 +39,7 @@ def _kinds(
 
 @triton.jit
 def _round(x: tl.tensor, like: tl.tensor) -> tl.tensor:
-    return narrow(x, like.dtype.element_ty).to(tl.float32)
+    return round_to(x, like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _weights(
 
 @triton.jit
 def qkv_norm_rope_forward_kernel(
-    mixed: tl.tensor,
+    mixed_qkv: tl.tensor,
     query_weight: tl.tensor,
     key_weight: tl.tensor,
     cos: tl.tensor,
@@ -89,11 +89,11 @@ def qkv_norm_rope_forward_kernel(
     column = tl.arange(0, HALF)[None, :]
     half = D // 2
     group = row // ROWS
-    is_query, is_key, is_value = _kinds(row, ROWS, QUERIES, FIRST, OWN)
+    is_query, is_key, is_value = _kv_rows(row, ROWS, QUERIES, FIRST, OWN)
     in_half = column < half
     mask = (row < GROUPS * ROWS) & in_half & (is_query | is_key | is_value)
 
-    start = mixed + token * token_stride + group * group_stride + row % ROWS * row_stride + column
+    start = mixed_qkv + token * token_stride + group * group_stride + row % ROWS * row_stride + column
     x1 = tl.load(start, mask, other=0.0).to(tl.float32)
     x2 = tl.load(start + half, mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
@@ -101,8 +101,8 @@ def qkv_norm_rope_forward_kernel(
     if value is not None:
         place = value + (token * GROUPS + group) * D + column
         is_source = mask & (is_key if V_IS_K else is_value)
-        tl.store(place, narrow(x1, place.dtype.element_ty), is_source)
-        tl.store(place + half, narrow(x2, place.dtype.element_ty), is_source)
+        tl.store(place, round_to(x1, place.dtype.element_ty), is_source)
+        tl.store(place + half, round_to(x2, place.dtype.element_ty), is_source)
     n1 = _round(x1 * _weights(query_weight, key_weight, is_query, is_key, column, mask), query)
     n2 = _round(x2 * _weights(query_weight, key_weight, is_query, is_key, column + half, mask), query)
 
@@ -112,17 +112,17 @@ def qkv_norm_rope_forward_kernel(
     y1 = _round(n1 * cos1, query) - _round(n2 * sin1, query)
     y2 = _round(n2 * cos2, query) + _round(n1 * sin2, query)
     place = query + (token * GROUPS * OWN + group * OWN + row % ROWS - FIRST) * D + column
-    tl.store(place, narrow(y1, place.dtype.element_ty), mask & is_query)
-    tl.store(place + half, narrow(y2, place.dtype.element_ty), mask & is_query)
+    tl.store(place, round_to(y1, place.dtype.element_ty), mask & is_query)
+    tl.store(place + half, round_to(y2, place.dtype.element_ty), mask & is_query)
     if key is not None:
         place = key + (token * GROUPS + group) * D + column
-        tl.store(place, narrow(y1, place.dtype.element_ty), mask & is_key)
-        tl.store(place + half, narrow(y2, place.dtype.element_ty), mask & is_key)
+        tl.store(place, round_to(y1, place.dtype.element_ty), mask & is_key)
+        tl.store(place + half, round_to(y2, place.dtype.element_ty), mask & is_key)
 
 
 @triton.jit
 def qkv_norm_rope_backward_kernel(
-    mixed: tl.tensor,
+    mixed_qkv: tl.tensor,
     query_weight: tl.tensor,
     key_weight: tl.tensor,
     cos: tl.tensor,
@@ -130,7 +130,7 @@ def qkv_norm_rope_backward_kernel(
     d_query: tl.tensor,
     d_key: tl.tensor,
     d_value: tl.tensor,
-    d_mixed: tl.tensor,
+    d_mixed_qkv: tl.tensor,
     d_weight: tl.tensor,
     tokens: tl.tensor,
     token_stride: tl.tensor,
@@ -161,7 +161,7 @@ def qkv_norm_rope_backward_kernel(
     column = tl.arange(0, HALF)[None, :]
     half = D // 2
     group = row // ROWS
-    is_query, is_key, is_value = _kinds(row, ROWS, QUERIES, FIRST, OWN)
+    is_query, is_key, is_value = _kv_rows(row, ROWS, QUERIES, FIRST, OWN)
     in_half = column < half
     there = (row < GROUPS * ROWS) & in_half
     mask = there & (is_query | is_key | is_value)
@@ -173,7 +173,7 @@ def qkv_norm_rope_backward_kernel(
 
     for number in range(tl.program_id(0), tokens, tl.num_programs(0)):
         token = number + tl.zeros((1, 1), tl.int64)
-        start = mixed + token * token_stride + group * group_stride + row % ROWS * row_stride + column
+        start = mixed_qkv + token * token_stride + group * group_stride + row % ROWS * row_stride + column
         x1 = tl.load(start, mask, other=0.0).to(tl.float32)
         x2 = tl.load(start + half, mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
@@ -189,8 +189,8 @@ def qkv_norm_rope_backward_kernel(
         angle = token * D + column
         cos1, cos2 = tl.load(cos + angle, in_half).to(tl.float32), tl.load(cos + angle + half, in_half).to(tl.float32)
         sin1, sin2 = tl.load(sin + angle, in_half).to(tl.float32), tl.load(sin + angle + half, in_half).to(tl.float32)
-        g1 = _round(_round(y1 * cos1, d_mixed) + _round(y2 * sin2, d_mixed), d_mixed)
-        g2 = _round(_round(y2 * cos2, d_mixed) - _round(y1 * sin1, d_mixed), d_mixed)
+        g1 = _round(_round(y1 * cos1, d_mixed_qkv) + _round(y2 * sin2, d_mixed_qkv), d_mixed_qkv)
+        g2 = _round(_round(y2 * cos2, d_mixed_qkv) - _round(y1 * sin1, d_mixed_qkv), d_mixed_qkv)
         if d_weight is not None:
             total1 += g1 * x1
             total2 += g2 * x2
@@ -202,9 +202,9 @@ def qkv_norm_rope_backward_kernel(
             g1 += tl.load(place, is_source, other=0.0).to(tl.float32)
             g2 += tl.load(place + half, is_source, other=0.0).to(tl.float32)
         inner = ((tl.sum(g1 * x1, 1) + tl.sum(g2 * x2, 1)) / D)[:, None]
-        place = d_mixed + token * (GROUPS * ROWS * D) + row * D + column
-        tl.store(place, narrow((g1 - x1 * inner) * scale, place.dtype.element_ty), there)
-        tl.store(place + half, narrow((g2 - x2 * inner) * scale, place.dtype.element_ty), there)
+        place = d_mixed_qkv + token * (GROUPS * ROWS * D) + row * D + column
+        tl.store(place, round_to((g1 - x1 * inner) * scale, place.dtype.element_ty), there)
+        tl.store(place + half, round_to((g2 - x2 * inner) * scale, place.dtype.element_ty), there)
 
     if d_weight is not None:
         blocks = tl.num_programs(1)
@@ -216,69 +216,69 @@ def qkv_norm_rope_backward_kernel(
 
 
 def qkv_norm_rope(
-    mixed: Tensor,
-    own: range,
-    kinds: int,
+    mixed_qkv: Tensor,
+    query_rows: range,
+    kv_rows: int,
     query_weight: Tensor,
     key_weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """As `bridge.megatron.attention.norm_and_rotate`; all of one dtype, `mixed` of any strides but in d."""
-    return _QkvNormRope.apply(mixed, query_weight, key_weight, cos, sin, own, kinds, eps)
+    """As `bridge.megatron.attention.norm_and_rotate`; all of one dtype, `mixed_qkv` of any strides but in d."""
+    return _QkvNormRope.apply(mixed_qkv, query_weight, key_weight, cos, sin, query_rows, kv_rows, eps)
 
 
 class _QkvNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        mixed: Tensor,
+        mixed_qkv: Tensor,
         query_weight: Tensor,
         key_weight: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        own: range,
-        kinds: int,
+        query_rows: range,
+        kv_rows: int,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        length, batch, groups, _, d = mixed.shape
-        counts = [groups * len(own)] + ([groups, groups] if kinds else [])
-        outputs = [torch.empty(length, batch, n, d, dtype=mixed.dtype, device=mixed.device) for n in counts]
-        if mixed.numel():
-            tokens = _tokens(mixed)
-            shape, blocks = _tile(tokens, own, kinds)
-            with torch.cuda.device_of(mixed):
+        length, batch, groups, _, d = mixed_qkv.shape
+        counts = [groups * len(query_rows)] + ([groups, groups] if kv_rows else [])
+        outputs = [torch.empty(length, batch, n, d, dtype=mixed_qkv.dtype, device=mixed_qkv.device) for n in counts]
+        if mixed_qkv.numel():
+            tokens = _tokens(mixed_qkv)
+            shape, blocks = _tile(tokens, query_rows, kv_rows)
+            with torch.cuda.device_of(mixed_qkv):
                 qkv_norm_rope_forward_kernel[(len(tokens) * blocks,)](
                     tokens,
                     query_weight,
                     key_weight,
                     cos.contiguous(),
                     sin.contiguous(),
-                    *(outputs if kinds else [*outputs, None, None]),
+                    *(outputs if kv_rows else [*outputs, None, None]),
                     *tokens.stride()[:3],
                     eps=eps,
                     **shape,
                 )
-        ctx.save_for_backward(mixed, query_weight, key_weight, cos, sin)
-        ctx.own, ctx.kinds, ctx.eps = own, kinds, eps
+        ctx.save_for_backward(mixed_qkv, query_weight, key_weight, cos, sin)
+        ctx.query_rows, ctx.kv_rows, ctx.eps = query_rows, kv_rows, eps
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_query: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-        mixed, query_weight, key_weight, cos, sin = ctx.saved_tensors
-        tokens = _tokens(mixed)
-        shape, blocks = _tile(tokens, ctx.own, ctx.kinds)
-        programs = num_programs(mixed, len(tokens))
-        d_mixed = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+        mixed_qkv, query_weight, key_weight, cos, sin = ctx.saved_tensors
+        tokens = _tokens(mixed_qkv)
+        shape, blocks = _tile(tokens, ctx.query_rows, ctx.kv_rows)
+        programs = num_programs(mixed_qkv, len(tokens))
+        d_mixed_qkv = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
         parts = None
         if any(ctx.needs_input_grad[1:3]):
-            parts = torch.empty(programs, blocks, 2, mixed.shape[-1], dtype=torch.float32, device=mixed.device)
+            parts = torch.empty(programs, blocks, 2, mixed_qkv.shape[-1], dtype=torch.float32, device=mixed_qkv.device)
         gradients: list[Tensor | None] = [_tokens(x) for x in (d_query, *rest)]
         gradients += [None] * (3 - len(gradients))
         if programs:
-            with torch.cuda.device_of(mixed):
+            with torch.cuda.device_of(mixed_qkv):
                 qkv_norm_rope_backward_kernel[(programs, blocks)](
                     tokens,
                     query_weight,
@@ -286,7 +286,7 @@ class _QkvNormRope(torch.autograd.Function):
                     cos.contiguous(),
                     sin.contiguous(),
                     *gradients,
-                    d_mixed,
+                    d_mixed_qkv,
                     parts,
                     len(tokens),
                     *tokens.stride()[:3],
@@ -298,7 +298,7 @@ class _QkvNormRope(torch.autograd.Function):
         if parts is not None:
             for i, (weight, total) in enumerate(zip((query_weight, key_weight), parts.sum((0, 1)), strict=True)):
                 d_weights[i] = total.to(weight.dtype) if ctx.needs_input_grad[1 + i] else None
-        return d_mixed, *d_weights, None, None, None, None, None
+        return d_mixed_qkv, *d_weights, None, None, None, None, None
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _tile(tokens: Tensor, own: range, kinds: int) -> tuple[dict[str, Any], int]:
+def _tile(tokens: Tensor, query_rows: range, kv_rows: int) -> tuple[dict[str, Any], int]:
     """Constants of the kernels, and how many programs share the rows of a token."""
     _, groups, rows, d = tokens.shape
     half = power_of_2(d // 2)
@@ -315,10 +315,10 @@ def _tile(tokens: Tensor, own: range, kinds: int) -> tuple[dict[str, Any], int]:
     shape = {
         "GROUPS": groups,
         "ROWS": rows,
-        "QUERIES": rows - kinds,
-        "FIRST": own.start,
-        "OWN": len(own),
-        "V_IS_K": kinds == 1,
+        "QUERIES": rows - kv_rows,
+        "FIRST": query_rows.start,
+        "OWN": len(query_rows),
+        "V_IS_K": kv_rows == 1,
         "D": d,
         "BLOCK": block,
         "HALF": half,

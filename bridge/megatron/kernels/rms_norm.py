@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridge.megatron.kernels.launch import as_rows, num_programs, row_tile
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def rms_norm_forward_kernel(
         normed *= tl.load(weight + column, column < N, other=0.0).to(tl.float32)
     if residual is not None:
         # The norm has a dtype of its own before it is added.
-        normed = narrow(normed, dtype).to(tl.float32)
+        normed = round_to(normed, dtype).to(tl.float32)
         normed += tl.load(residual + row * residual_stride + column, mask, other=0.0).to(tl.float32)
-    tl.store(output + row * N + column, narrow(normed, dtype), mask)
+    tl.store(output + row * N + column, round_to(normed, dtype), mask)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def rms_norm_backward_kernel(
         if weight is not None:
             gradient *= w
         inner = tl.sum(gradient * normed, 1)[:, None] / N
-        tl.store(dx + row * N + column, narrow((gradient - normed * inner) * scale, dx.dtype.element_ty), mask)
+        tl.store(dx + row * N + column, round_to((gradient - normed * inner) * scale, dx.dtype.element_ty), mask)
     if dw is not None:
         tl.store(dw + tl.program_id(0) * N + column, tl.sum(total, 0)[None, :], column < N)
 

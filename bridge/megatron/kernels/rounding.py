@@ -11,7 +11,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def round_to(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """`x` float32, rounded to `dtype` to nearest, ties to even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)

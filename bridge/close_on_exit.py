@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 
-class Closing:
+class CloseOnExit:
     """A context manager whose end is its `close`."""
 
     def close(self) -> None:

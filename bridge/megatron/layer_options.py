@@ -41,7 +41,7 @@ FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerLinears:
     """The linears of a layer: q/k/v and the FFN's first are `column`, the output projection and its second `row`."""
 
     column: type[torch.nn.Module]
@@ -49,15 +49,15 @@ class Parts:
 
 
 @cache
-def parts(name: str) -> Parts:
+def layer_linears(name: str) -> LayerLinears:
     """The parts of a spec that `check_layer_spec` allows."""
     if name == TE:
         from bridge.megatron.te_linear import te_linears
 
-        return Parts(*te_linears())
+        return LayerLinears(*te_linears())
     from bridge.megatron.linear import ColumnLinear, RowLinear
 
-    return Parts(ColumnLinear, RowLinear)
+    return LayerLinears(ColumnLinear, RowLinear)
 
 
 def check_names(name: str, fp8: str) -> None:

@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def quiet() -> None:
+def silence_warnings() -> None:
     """Call it before the first import of Megatron in a program of a user: nothing of it is of use to them."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", module=r"torch\.distributed")

@@ -1,6 +1,6 @@
 """How the tensors of an adapter are named and laid out for those who read them: PEFT, vLLM, SGLang.
 
-A *dress* lists, for every target, the stored pieces of each of its parts. A piece is a view of the canonical tensor:
+A *format* lists, for every target, the stored pieces of each of its parts. A piece is a view of the canonical tensor:
 writing takes the view, reading fills it, so that the two cannot disagree. Where two pieces are views of the same
 elements (one A that serves gate and up, K that serves as V), reading holds the second against the first.
 
@@ -12,9 +12,9 @@ elements (one A that serves gate and up, K that serves as V), reading holds the 
 - `sglang`: `experts.{gate_up_proj,down_proj}`, A [E, r, in], B [E, out, r] (sgl-project/sglang #21466).
 
 Both engines compute q, k and v in one matrix and, where V is K, pack K twice: without an adapter for v_proj they would
-serve another V than was trained (vllm-project/vllm #41944). So both dresses hold the k adapter under v_proj as well.
+serve another V than was trained (vllm-project/vllm #41944). So both formats hold the k adapter under v_proj as well.
 SGLang does not load a layer that has an adapter of q or k and none of v (sgl-project/sglang #25913): where there is
-none, as in layers that share K/V, its dress has one of zeros.
+none, as in layers that share K/V, its format has one of zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.lora.spec import Part, Target
+from bridge.lora.spec import Factor, Target
 from bridge.mapping import Table
 from bridge.mapping.transforms import Shape
 
@@ -35,7 +35,7 @@ _GATE_UP, _DOWN = ".gate_up_proj", ".down_proj"
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredTensor:
     """One stored tensor: `view` takes it out of the canonical tensor of its target, in a shape of as many elements.
 
     `again` says that its elements are in an earlier piece as well.
@@ -44,98 +44,107 @@ class Piece:
     key: str
     shape: Shape
     target: Target
-    part: Part
+    part: Factor
     view: Callable[[Tensor], Tensor]
     again: bool = False
 
 
 # How the factors of experts are stored: (target, part) -> their pieces.
-Experts = Callable[[Target, Part], Iterator[Piece]]
+Experts = Callable[[Target, Factor], Iterator[StoredTensor]]
 
 
-def pieces(dress: str, targets: Sequence[Target], table: Table, experts: Experts | None = None) -> Iterator[Piece]:
-    """The stored tensors of an adapter in one dress, target after target. Raises UsageError for an unknown dress.
+def stored_tensors(
+    adapter_format: str, targets: Sequence[Target], table: Table, experts: Experts | None = None
+) -> Iterator[StoredTensor]:
+    """The stored tensors of an adapter in one format, target after target. Raises UsageError for an unknown format.
 
     `experts`: how those are stored, where another tool has names of its own for them.
     """
-    if dress not in FORMATS:
-        raise UsageError(f"format {dress!r}: expected one of {', '.join(FORMATS)}")
+    if adapter_format not in FORMATS:
+        raise UsageError(f"format {adapter_format!r}: expected one of {', '.join(FORMATS)}")
     wrapped = {t.module for t in targets}
     for target in targets:
         for part in target.parts:
             if target.kind == "saved":
-                yield Piece(f"{PREFIX}{target.module}", target.shape, target, part, lambda whole: whole)
+                yield StoredTensor(f"{PREFIX}{target.module}", target.shape, target, part, lambda whole: whole)
                 for copied in table.copies_of(target.name):
                     # A tied head is stored once more (`ensure_weight_tying`).
-                    yield Piece(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
+                    yield StoredTensor(f"{PREFIX}{copied}", target.shape, target, part, lambda whole: whole, again=True)
                 continue
             if target.kind == "experts":
                 if experts is not None:
                     yield from experts(target, part)
-                elif dress == "peft":
+                elif adapter_format == "peft":
                     yield _stacked(target, part, nested=target.module.removesuffix(_GATE_UP) + _DOWN in wrapped)
-                elif dress == "sglang":
+                elif adapter_format == "sglang":
                     yield plain(target, part)
                 else:
                     yield from each_expert(target, part)
                 continue
             yield plain(target, part)
-            if dress != "peft":
-                yield from _value(target, part, table, wrapped if dress == "sglang" else None)
+            if adapter_format != "peft":
+                yield from _value(target, part, table, wrapped if adapter_format == "sglang" else None)
 
 
-def check_servable(dress: str, targets: Sequence[Target]) -> None:
+def check_servable(adapter_format: str, targets: Sequence[Target]) -> None:
     """Raise UsageError where an engine would serve something else.
 
     It knows one scaling, and no embeddings, magnitudes or whole modules.
     """
-    if dress == "peft":
+    if adapter_format == "peft":
         return
     first = targets[0]
     for target in targets:
         if target.kind == "embedding":
-            raise UsageError(f"{target.module}: {dress} has no adapters of embeddings; merge this adapter instead")
+            raise UsageError(
+                f"{target.module}: {adapter_format} has no adapters of embeddings; merge this adapter instead"
+            )
         if target.kind == "saved":
-            raise UsageError(f"{target.module}: {dress} reads no modules_to_save; merge this adapter instead")
+            raise UsageError(f"{target.module}: {adapter_format} reads no modules_to_save; merge this adapter instead")
         if target.dora:
-            raise UsageError(f"{target.module}: {dress} reads no DoRA magnitudes; merge this adapter instead")
+            raise UsageError(f"{target.module}: {adapter_format} reads no DoRA magnitudes; merge this adapter instead")
         if target.scaling != first.scaling:
             raise UsageError(
-                f"{target.module}: scaled by {target.scaling:g}, {first.module} by {first.scaling:g}; {dress} knows "
-                "one scaling for all, so merge this adapter instead"
+                f"{target.module}: scaled by {target.scaling:g}, {first.module} by {first.scaling:g}; "
+                f"{adapter_format} knows one scaling for all, so merge this adapter instead"
             )
 
 
-def engine_targets(dress: str, targets: Sequence[Target], table: Table) -> list[str]:
-    """The last parts of the names in a dress: what `target_modules` says for an engine, which reads no patterns."""
-    names = (piece.key.rpartition(".lora_")[0] for piece in pieces(dress, targets, table) if piece.part == "A")
+def engine_targets(adapter_format: str, targets: Sequence[Target], table: Table) -> list[str]:
+    """The last parts of the names in a format: what `target_modules` says for an engine, which reads no patterns."""
+    names = (
+        piece.key.rpartition(".lora_")[0]
+        for piece in stored_tensors(adapter_format, targets, table)
+        if piece.part == "A"
+    )
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def plain(target: Target, part: Part, module: str | None = None, again: bool = False) -> Piece:
+def plain(target: Target, part: Factor, module: str | None = None, again: bool = False) -> StoredTensor:
     """A tensor that is stored as it is, under the name of its module or of `module`."""
     kind = f"lora_embedding_{part}" if target.kind == "embedding" else f"lora_{part}.weight"
     kind = "lora_magnitude_vector" if part == "magnitude" else kind
-    return Piece(
+    return StoredTensor(
         f"{PREFIX}{module or target.module}.{kind}", target.shape_of(part), target, part, lambda whole: whole, again
     )
 
 
-def _stacked(target: Target, part: Part, nested: bool) -> Piece:
+def _stacked(target: Target, part: Factor, nested: bool) -> StoredTensor:
     module = target.module.rpartition(".")[0] + (".base_layer" if nested else "")
     experts, first, second = target.shape_of(part)
     key = f"{PREFIX}{module}.lora_{part}.weight"
     if part == "A":
-        return Piece(key, (experts * first, second), target, part, lambda whole: whole)
-    return Piece(key, (first, second * experts), target, part, lambda whole: whole.permute(1, 2, 0))
+        return StoredTensor(key, (experts * first, second), target, part, lambda whole: whole)
+    return StoredTensor(key, (first, second * experts), target, part, lambda whole: whole.permute(1, 2, 0))
 
 
 def each_expert(
-    target: Target, part: Part, room: str = "moe.experts", fused: bool = False, own: bool = False
-) -> Iterator[Piece]:
+    target: Target, part: Factor, room: str = "moe.experts", fused: bool = False, separate_a: bool = False
+) -> Iterator[StoredTensor]:
     """The factors of every expert for itself, under `room`, gate and up apart unless they are `fused`.
 
-    `own`: gate and up have an A each, which are halves of the rank here: B is zero where one would meet the other's.
+    `separate_a`: gate and up have an A each, which are halves of the rank here: B is zero where one would meet the
+    other's.
     """
     layer, _, name = target.module.rpartition(".experts.")
     experts, first, second = target.shape_of(part)
@@ -144,17 +153,17 @@ def each_expert(
     for expert in range(experts):
         for index, projection in enumerate(names):
             rows, columns = slice(0, first), slice(0, second)
-            if not whole and (part == "B" or own):
+            if not whole and (part == "B" or separate_a):
                 rows = _half(first, index)
-            if not whole and part == "B" and own:
+            if not whole and part == "B" and separate_a:
                 columns = _half(second, index)
-            yield Piece(
+            yield StoredTensor(
                 f"{PREFIX}{layer}.{room}.{expert}.{projection}.lora_{part}.weight",
                 (rows.stop - rows.start, columns.stop - columns.start),
                 target,
                 part,
                 lambda whole, at=(expert, rows, columns): whole[at],  # type: ignore[misc]
-                again=part == "A" and index > 0 and not own,
+                again=part == "A" and index > 0 and not separate_a,
             )
 
 
@@ -162,7 +171,7 @@ def _half(size: int, index: int) -> slice:
     return slice(index * size // 2, (index + 1) * size // 2)
 
 
-def _value(target: Target, part: Part, table: Table, filled: set[str] | None) -> Iterator[Piece]:
+def _value(target: Target, part: Factor, table: Table, filled: set[str] | None) -> Iterator[StoredTensor]:
     """What stands under v_proj of a layer without one: the adapter of k where K serves as V, or zeros.
 
     `filled`: the modules that have adapters, where zeros are wanted beside those of q and k.
@@ -180,4 +189,6 @@ def _value(target: Target, part: Part, table: Table, filled: set[str] | None) ->
     # Once a layer: beside q, or beside k where q has none.
     if target.module == q or q not in filled:
         shape = (target.rank, target.shape[1]) if part == "A" else (layer.kv_size, target.rank)
-        yield Piece(f"{PREFIX}{v}.lora_{part}.weight", shape, target, part, lambda whole: whole.new_zeros(shape), True)
+        yield StoredTensor(
+            f"{PREFIX}{v}.lora_{part}.weight", shape, target, part, lambda whole: whole.new_zeros(shape), True
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridge.megatron.kernels.launch import as_rows, row_tile
-from bridge.megatron.kernels.rounding import narrow
+from bridge.megatron.kernels.rounding import round_to
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def weigh_experts_forward_kernel(
     mask = (row < rows)[:, None] & (column < N)
     weight = tl.load(weights + row, row < rows, other=0.0)[:, None]
     wide = tl.load(x + row[:, None] * x_stride + column, mask, other=0.0).to(tl.float32)
-    tl.store(output + row[:, None] * N + column, narrow(wide * weight, output.dtype.element_ty), mask)
+    tl.store(output + row[:, None] * N + column, round_to(wide * weight, output.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -58,11 +58,11 @@ def weigh_experts_backward_kernel(
     weight = tl.load(weights + row, row < rows, other=0.0)[:, None]
     wide = tl.load(x + row[:, None] * x_stride + column, mask, other=0.0).to(tl.float32)
     gradient = tl.load(d_output + row[:, None] * d_output_stride + column, mask, other=0.0).to(tl.float32)
-    tl.store(dx + row[:, None] * N + column, narrow(gradient * weight, dx.dtype.element_ty), mask)
+    tl.store(dx + row[:, None] * N + column, round_to(gradient * weight, dx.dtype.element_ty), mask)
     tl.store(d_weights + row, tl.sum(gradient * wide, 1), row < rows)
 
 
-def weigh(x: Tensor, weights: Tensor) -> Tensor:
+def scale_rows(x: Tensor, weights: Tensor) -> Tensor:
     """`x` [t, n] times `weights` [t] float32, in the dtype of `x`."""
     return _Weigh.apply(x, weights)
 
