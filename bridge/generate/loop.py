@@ -301,7 +301,8 @@ def _evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
     for chunk in chunks:
         chunk.eval()
     try:
-        with torch.inference_mode():
+        # Not inference mode: Megatron keeps buffers (of sequence parallelism), which training then could not write to.
+        with torch.no_grad():
             yield
     finally:
         for module, training in modes:

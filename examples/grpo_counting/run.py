@@ -1,6 +1,6 @@
-"""A toy Gemma 4 learns sums of two digits by reward alone: toy checkpoint, the form of an answer, GRPO.
+"""A toy Gemma 4 learns to count letters by reward alone: toy checkpoint, the form of an answer, GRPO.
 
-python examples/grpo_sums/run.py [--variant e2b] [--seed 1] [--work FOLDER] [key=value ...]
+python examples/grpo_counting/run.py [--variant e2b] [--seed 1] [--work FOLDER] [key=value ...]
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="e2b")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path(".sums"))
+    parser.add_argument("--work", type=Path, default=Path(".counting"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of grpo.yaml")
     said = parser.parse_args()
     shutil.rmtree(said.work, ignore_errors=True)
     said.work.mkdir(parents=True)
     start = time.perf_counter()
     toy, form, run = (said.work / name for name in ("toy", "form", "run"))
-    write_sums(said.work, said.seed)
+    write_questions(said.work, said.seed)
     subprocess.run([*BRIDGE, "toy", said.variant, str(toy), "--dtype", "float32"], check=True)
     common = [f"data.cache={said.work / 'cache'}", f"train.seed={said.seed}"]
     train(HERE / "sft.yaml", [f"model.hf={toy}", f"data.path={said.work / 'form.jsonl'}", f"output={form}", *common])
-    asked = [f"model.megatron={form}", f"data.path={said.work / 'sums.jsonl'}", f"output={run}", *common]
+    asked = [f"model.megatron={form}", f"data.path={said.work / 'counts.jsonl'}", f"output={run}", *common]
     train(HERE / "grpo.yaml", [*asked, *said.overrides])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rewards = [line["reward"] for line in lines if "reward" in line]
@@ -49,21 +49,17 @@ def train(recipe: Path, overrides: list[str]) -> None:
     subprocess.run([*BRIDGE, "train", str(recipe), *overrides], check=True)
 
 
-def write_sums(work: Path, seed: int) -> None:
-    """Sums of two digits of 0 to 4, with what they come to; and the same questions with answers at random."""
-    pairs = [(a, b) for a in range(5) for b in range(5)]
+def write_questions(work: Path, seed: int) -> None:
+    """Rows of one to eight letters, with how many there are; and the same questions with answers at random."""
     dice = random.Random(seed)
-    form = [(a, b, dice.randrange(10)) for a, b in pairs for _ in range(20)]
-    dice.shuffle(form)
-    write(work / "form.jsonl", form)
-    write(work / "sums.jsonl", [(a, b, a + b) for a, b in pairs])
+    rows = [(" ".join(dice.choices("abcdefgh", k=count)), count) for count in range(1, 9) for _ in range(32)]
+    dice.shuffle(rows)
+    write(work / "form.jsonl", [(letters, dice.randint(1, 8)) for letters, _ in rows])
+    write(work / "counts.jsonl", rows)
 
 
-def write(path: Path, rows: list[tuple[int, int, int]]) -> None:
-    lines = (
-        json.dumps({"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": str(c)}]})
-        for a, b, c in rows
-    )
+def write(path: Path, rows: list[tuple[str, int]]) -> None:
+    lines = (json.dumps({"prompt": letters, "completion": str(count)}) for letters, count in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
