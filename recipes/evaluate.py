@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bridge.generate.memory import MAX_ROWS
 from bridge.generate.task import ModelTask
 from recipes.config import DataConfig, ParallelConfig, Recipe, TrainConfig
 from recipes.data.batches import BatchOptions
@@ -39,7 +40,7 @@ class EvaluationTask:
     metrics: tuple[str, ...] = ()
     rows: int = 0
     micro_batch_size: int = 4
-    max_rows: int = 16
+    max_rows: int = MAX_ROWS
     progress: Path | None = None
 
     def samples(self) -> Samples:

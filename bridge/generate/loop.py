@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from bridge.errors import UsageError
+from bridge.generate.memory import MAX_ROWS
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions, choose, uniform
 from bridge.generate.stages import run_step
@@ -62,7 +63,7 @@ class Generator:
         chunks: Sequence[Gemma4Model],
         groups: ProcessGroupCollection,
         *,
-        max_rows: int = 16,
+        max_rows: int = MAX_ROWS,
         prefill_tokens: int = 2048,
         decode: Decode | None = None,
         on_token: OnToken | None = None,

@@ -99,16 +99,6 @@ class KeyValueCaches:
         return sum(cache.key.nbytes + cache.value.nbytes for cache in self.layers.values())
 
 
-def cache_bytes(geometry: Geometry, layers: range, rows: int, positions: int, itemsize: int, tp_size: int = 1) -> int:
-    """What `rows` of `positions` tokens take on a rank that holds `layers`: mirrors of earlier stages included."""
-    sources = {geometry.layers[i].kv_source for i in layers}
-    total = 0
-    for layer in (geometry.layers[i] for i in sources):
-        columns = positions if layer.window is None else min(layer.window, positions)
-        total += 2 * max(1, layer.num_query_groups // tp_size) * layer.head_dim * columns
-    return total * rows * itemsize
-
-
 @dataclass(frozen=True)
 class NewTokens:
     """Tokens at positions `start` to `stop` of the row in `slot`. `prompt` [1, prompt] says which of its tokens are of

@@ -17,7 +17,9 @@ from bridge.errors import UsageError
 Config = dict[str, Any]
 Smaller = int | list[int] | Callable[[Mapping[str, Any]], int]
 
-HEAD_DIM, GLOBAL_HEAD_DIM, TOWER_HEAD_DIM = 16, 32, 8
+# Global heads are twice as wide, as in the published models. Other widths are for kernels that have a smallest one.
+HEAD_DIM, TOWER_HEAD_DIM = 16, 8
+WINDOW, WINDOW_OF_OTHER_HEADS = 8, 16
 
 # Per variant: layers, and how many of them share K/V. Two periods of the published pattern; the shared layers are the
 # second period, so that they are of both types and both producers lie in the first.
@@ -44,7 +46,7 @@ _SMALLER: dict[str, dict[str, Smaller]] = {
         "num_experts": 8,
         "top_k_experts": 3,
         "moe_intermediate_size": 24,
-        "sliding_window": 8,
+        "sliding_window": WINDOW,
     },
     "vision_config": {
         "num_hidden_layers": 2,
@@ -118,8 +120,8 @@ def published(variant: str) -> Config:
     return config
 
 
-def shrink(config: Config, variant: str) -> Config:
-    """A published multimodal config, made small in every dimension."""
+def shrink(config: Config, variant: str, head_dim: int | None = None) -> Config:
+    """A published multimodal config, made small in every dimension. `head_dim`: of sliding layers, if another."""
     small = {**config, **_SMALL_TOKEN_IDS}
     for section, table in _SMALLER.items():
         values = config.get(section)
@@ -129,8 +131,10 @@ def shrink(config: Config, variant: str) -> Config:
         small[section] = values | {field: value(values) if callable(value) else value for field, value in given.items()}
     small = _cut(small, _LAYERS[variant])
     text = small["text_config"]
+    if head_dim is not None:
+        text |= {"head_dim": head_dim, "sliding_window": WINDOW_OF_OTHER_HEADS}
     text["per_layer_config"] = {
-        layer: own | {"head_dim": GLOBAL_HEAD_DIM} for layer, own in text["per_layer_config"].items()
+        layer: own | {"head_dim": 2 * text["head_dim"]} for layer, own in text["per_layer_config"].items()
     }
     return small
 
@@ -159,20 +163,28 @@ def toy_config(
     untied: bool = False,
     vocab_size: int | None = None,
     ple_vocab_size: int | None = None,
+    head_dim: int | None = None,
     drafter: bool = False,
     ordered: bool | None = None,
 ) -> ToyConfig:
-    """The config of a toy, or of the published size; of `drafter` that of the toy's drafter. Raises UsageError.
+    """The config of a toy, or of the published size; of `drafter` that of the toy's drafter.
 
     `ordered`: whether a drafter's head knows clusters of tokens, None: as the published one of the variant.
-    `vocab_size` is that of all tables; `ple_vocab_size` of the per-layer one, where that is to be another.
+    `vocab_size` is that of all tables; `ple_vocab_size` of the per-layer one, where that is to be another. `head_dim`
+    is that of sliding layers, global ones have twice as much.
+
+    Raises UsageError for an unknown variant, a head dim that cannot be, or options that exclude each other.
     """
     if drafter and (full_size or text_only):
         raise UsageError("a toy's drafter is small and has text alone: neither full_size nor text_only")
     if ordered is not None and not drafter:
         raise UsageError("ordered embeddings are a drafter's")
     config = published(variant)
-    config = config if full_size else shrink(config, variant)
+    if head_dim is not None and (full_size or head_dim < 4 or head_dim % 4):
+        raise UsageError(
+            f"head_dim {head_dim}: it is a toy's, and a multiple of 4 (a quarter of a global head is rotated)"
+        )
+    config = config if full_size else shrink(config, variant, head_dim)
     text = dict(config["text_config"])
     for field, size in (("vocab_size", vocab_size), ("vocab_size_per_layer_input", ple_vocab_size or vocab_size)):
         if size is not None and text.get(field):

@@ -34,6 +34,7 @@ def write_toy(
     dead_kv: bool = True,
     vocab_size: int | None = None,
     ple_vocab_size: int | None = None,
+    head_dim: int | None = None,
     drafter: bool = False,
     ordered: bool | None = None,
     overwrite: bool = False,
@@ -55,6 +56,7 @@ def write_toy(
             that no model reads.
         vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
         ple_vocab_size: rows of the per-layer table, where they are to be others.
+        head_dim: of sliding layers, with global heads of twice as much and a window of 16.
         drafter: the toy's drafter in its place: a small model that drafts its tokens (docs/drafters.md).
         ordered: whether the drafter's head computes the logits of a part of the vocabulary, as the published ones of
             e2b and e4b do; None: as those do.
@@ -80,6 +82,7 @@ def write_toy(
         untied=untied,
         vocab_size=vocab_size,
         ple_vocab_size=ple_vocab_size,
+        head_dim=head_dim,
         drafter=drafter,
         ordered=ordered,
     )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from bridge.generate.memory import cache_bytes
 from bridge.mapping.table import DECODER, Entry, Table
 from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
@@ -32,7 +33,8 @@ class Plan:
     `lora_rank`: adapters of that rank, the model frozen; 0: none. `adapters`: their table; by default they are those of
     the projections of attention and of the dense FFN. `whole`: Megatron keys of what is trained beside them.
     `optimizer_bytes` of a trained parameter: 12 (a float32 copy and two moments), 8 where the model is float32 itself,
-    6 or 10 with the precision-aware optimizer.
+    6 or 10 with the precision-aware optimizer. `answers`: rows that evaluation answers at once, and the tokens
+    of the longest, prompt and answer.
     """
 
     parallel: Parallel
@@ -44,6 +46,7 @@ class Plan:
     adapters: Table | None = None
     whole: frozenset[str] = frozenset()
     trained: Trained = everything
+    answers: tuple[int, int] = (0, 0)
 
     def trains(self, entry: Entry) -> bool:
         """Whether a weight of the model is trained."""
@@ -154,6 +157,11 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
         "backward pass of a layer": total + worst,
         "gradients of the embeddings": round(total * (1 - 1 / under_way)) + tables,
     }
+    if plan.answers[0]:
+        of_layers = [index for _, indices in stages for index in indices]
+        caches = cache_bytes(geometry, of_layers, *plan.answers, e, parallel.tp)
+        # Activations of a step are gone by then.
+        peaks["keys and values of answers"] = caches
     return activations, peaks
 
 

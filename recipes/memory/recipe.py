@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import UsageError
+from bridge.generate.memory import MAX_ROWS
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
@@ -73,7 +74,17 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         adapters=adapters,
         whole=whole,
         trained=_trained(recipe.model.freeze),
+        answers=_answers(recipe),
     )
+
+
+def _answers(recipe: Recipe) -> tuple[int, int]:
+    """Rows that an evaluation answers at once, and their tokens at most, prompt and answer; (0, 0): none."""
+    longest = max(
+        recipe.train.sample_tokens if recipe.train.samples else 0,
+        recipe.eval.metric_tokens if recipe.eval.metrics else 0,
+    )
+    return (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.generate.loop import Decode, Generator
+from bridge.generate.memory import MAX_ROWS
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.together import together
@@ -28,7 +29,7 @@ def answers(
     decode: Decode,
     signalled: StopSignal,
     progress: Callable[[int], None] | None = None,
-    max_rows: int = 16,
+    max_rows: int = MAX_ROWS,
     first_index: int = 0,
 ) -> list[Completion] | None:
     """The answers to prompts 0 to `count` - 1. Collective; training goes on as if nothing had been.
@@ -67,7 +68,7 @@ class AnswerMetrics:
         signalled: StopSignal,
         say: Say,
         progress: Callable[[int], None] | None = None,
-        max_rows: int = 16,
+        max_rows: int = MAX_ROWS,
     ) -> dict[str, float] | None:
         """Means over the answers: METRIC over all sets, and METRIC/SET of each that has a name. Collective.
 

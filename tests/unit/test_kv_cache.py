@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bridge.generate.memory import cache_bytes
 from bridge.geometry import Geometry
-from bridge.megatron.kv_cache import KeyValueCaches, LayerCache, cache_bytes
+from bridge.megatron.kv_cache import KeyValueCaches, LayerCache
 from bridge.toy import VARIANTS
 from bridge.toy.config import published
 

@@ -164,6 +164,20 @@ def test_proposals_fit_and_the_best_is_first() -> None:
     assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
 
 
+@pytest.mark.parametrize("asked", [["train.samples=8"], ["eval.metrics=[exact_match]", "eval.metric_tokens=128"]])
+def test_answers_at_evaluations_are_counted(asked: list[str]) -> None:
+    """The keys and values of a replica's rows: a window in sliding layers, the whole length in global ones."""
+    said = ["data.path=x", "parallel.tp=2", "train.seq_length=8064"]
+    table = table_for(geometry_of("31b"))
+    moment = "keys and values of answers"
+    assert moment not in estimate(table, plan_of(load_recipe("lora/31b", said), 2, table)).peaks
+    found = estimate(table, plan_of(load_recipe("lora/31b", [*said, *asked]), 2, table)).peaks[moment]
+    layers = table.geometry.layers
+    columns = {layer.kind: (8192 if layer.window is None else layer.window) for layer in layers}
+    each = (2 * layer.num_query_groups // 2 * layer.head_dim * columns[layer.kind] for layer in layers)
+    assert found == 16 * 2 * sum(each)
+
+
 @pytest.mark.parametrize("name", ["sft/e4b", "sft/12b", "sft/26b-a4b", "lora/31b", "pretrain/e2b"])
 def test_a_proposal_written_as_overrides_is_that_proposal(name: str) -> None:
     """Read back over the recipe that was asked about, all that it says about the layout included, it needs as much."""

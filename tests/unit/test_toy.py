@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -99,6 +100,23 @@ def test_untied(variant: str, text_only: bool, toys: Any, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" in tensors_of(tmp_path)
     assert (folder / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_of_another_width(variant: str) -> None:
+    """For kernels that have a smallest head: only heads and the window are others."""
+    usual, wide = (Geometry.from_dict(toy_config(variant, head_dim=heads).written) for heads in (None, 64))
+    for ours, theirs in zip(wide.layers, usual.layers, strict=True):
+        assert ours.head_dim == (128 if ours.kind == "global" else 64)
+        assert ours.window == (None if ours.kind == "global" else 16)
+        same = dataclasses.replace(ours, head_dim=theirs.head_dim, window=theirs.window)
+        assert same == theirs
+
+
+@pytest.mark.parametrize("wrong", [{"head_dim": 6}, {"head_dim": 0}, {"head_dim": 64, "full_size": True}])
+def test_heads_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"head_dim {wrong['head_dim']}: "):
+        toy_config("e2b", **wrong)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

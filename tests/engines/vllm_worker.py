@@ -1,0 +1,58 @@
+"""Runs in .venv-engines: one vLLM engine in this process, asked by a file and answering by one.
+
+`python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}`, options of
+vllm.LLM; fields of asks and answers are those of `Ask` and `Answer` in kit.py; `never` are tokens that no answer has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job_file: str, answer_file: str) -> None:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    from vllm import LLM
+
+    llm = LLM(model=job["model"], **job["options"])
+    numbers: dict[str, int] = {}
+    answers = [ask(llm, asked, numbers) for asked in job["asks"]]
+    Path(answer_file).write_text(json.dumps(answers), encoding="utf-8")
+
+
+def ask(llm: Any, asked: dict[str, Any], numbers: dict[str, int]) -> list[dict[str, Any]]:
+    """`numbers`: what adapters are called in this engine, by folder."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    def request(folder: str | None) -> LoRARequest | None:
+        return None if folder is None else LoRARequest(folder, numbers.setdefault(folder, len(numbers) + 1), folder)
+
+    never = dict.fromkeys(asked["never"], -100.0)
+    params = SamplingParams(
+        temperature=0, max_tokens=asked["max_tokens"], prompt_logprobs=-1, ignore_eos=True, logit_bias=never
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in asked["ids"]],
+        params,
+        lora_request=[request(folder) for folder in asked["adapters"] or [None] * len(asked["ids"])],
+    )
+    return [
+        {"logprobs": [values(row) for row in output.prompt_logprobs[1:]], "tokens": list(output.outputs[0].token_ids)}
+        for output in outputs
+    ]
+
+
+def values(row: dict[int, Any]) -> list[float]:
+    """The log-probabilities of a vocabulary, in its order."""
+    return [row[token].logprob for token in range(len(row))]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    # After adapters vLLM's own end is a segmentation fault.
+    os._exit(0)
