@@ -24,6 +24,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.case import Case
 from benchmarks.cases import cases as gpu_cases
@@ -34,6 +35,7 @@ from benchmarks.training_sides import recipe_of, transformers_step
 from bridge.flops import decoder_flops, head_flops
 from bridge.mapping import table_for
 from bridge.megatron.loss import linear_cross_entropy
+from bridge.token_ids import IGNORE
 from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
 
@@ -67,9 +69,9 @@ class _EmptyBridge(RandomBridge):
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None: ...
 
 
-def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
-    """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them; `lora`: changes to
-    the recipe's group of that name."""
+def count_ours(case: Case, watch: int = 0, loss: str | None = None, **lora: Any) -> Counted:
+    """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them; `loss`: of
+    preferences, of which each half of a row is an answer; `lora`: changes to the recipe's group of that name."""
     from recipes.check import check_recipe
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
@@ -77,6 +79,7 @@ def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
     recipe = recipe_of(case)
     recipe.train.global_batch_size = 1
     recipe.lora = replace(recipe.lora, **lora)
+    recipe.preference.loss = loss
     start_ranks()
     bridge = case.model.bridge()
     with FakeDevice() as device, _without_collector():
@@ -86,7 +89,7 @@ def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
             load=True,
             bridge=_EmptyBridge(bridge.geometry, bridge.table, model=case.model),
         )
-        batches = list(islice(case.batches(), 1))
+        batches = [batch if loss is None else _as_pair(batch) for batch in islice(case.batches(), 1)]
         # The first update makes the optimizer's state.
         run.scheduler.step(1)
         update(run, float("inf"))
@@ -112,6 +115,14 @@ def count_ours(case: Case, watch: int = 0, **lora: Any) -> Counted:
         passes.copies,
         passes.at_peak,
     )
+
+
+def _as_pair(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels = batch["labels"]
+    half = (torch.arange(labels.shape[1]) >= labels.shape[1] // 2).long().expand_as(labels)
+    numbers = torch.where(labels != IGNORE, half, -1)
+    lengths = torch.stack([(numbers == answer).sum() for answer in (0, 1)])
+    return batch | {"sequence_ids": numbers, "completion_lengths": lengths}
 
 
 def count_theirs(case: Case, loss: bool) -> Counted:

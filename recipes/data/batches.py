@@ -10,13 +10,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
-from recipes.data.collate import batch_tensors, join_media
+from recipes.data.chat import Encoded
+from recipes.data.collate import KL, batch_tensors, join_media, mismatched
 from recipes.data.options import at_least, one_of
 from recipes.data.packing import Plan, plan_epoch
 from recipes.data.part import Samples
@@ -35,7 +39,9 @@ class BatchOptions:
     parallelism). `pack_buffer`: how many shuffled samples are packed together. `epochs`: None goes on for ever; a
     number ends there, the last step filled up with rows without labels. `workers`: threads; 0 works in the caller's.
     `prefetch`: batches made ahead. `on_change`: what becomes of a place in other rows: "refuse", or "restart" at the
-    first row. `prompts`: those of chosen answers are learnt too (ORPO).
+    first row. `prompts`: those of chosen answers are learnt too (ORPO). `mismatched`: also, for KTO's
+    estimate of a divergence, rows of the same prompts with the answers before theirs in the data, as tensors whose
+    names begin with `KL`.
 
     The samples that `CorpusOptions.together` counts stay in one row, or unpacked are rows of one batch: of pairs
     `micro_batch_size` counts the pairs.
@@ -56,6 +62,7 @@ class BatchOptions:
     prefetch: int = 4
     on_change: str = "refuse"
     prompts: bool = False
+    mismatched: bool = False
 
     def __post_init__(self) -> None:
         one_of("data.on_change", self.on_change, ("refuse", "restart"))
@@ -82,17 +89,29 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
-    `close` ends the threads. `notify` gets a line where the data is begun anew.
+    `close` ends the threads. `notify` gets a line where the data is begun anew. `ref_logps`: of preferences, by the
+    fingerprints of corpora, what a reference makes of their samples, float64 [samples].
     """
 
     def __init__(
-        self, corpus: Samples, options: BatchOptions, notify: Callable[[str], None] = lambda line: None
+        self,
+        corpus: Samples,
+        options: BatchOptions,
+        notify: Callable[[str], None] = lambda line: None,
+        ref_logps: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")
-        self.corpus, self.options, self._notify = corpus, options, notify
+        self.corpus, self.options, self._notify, self._ref_logps = corpus, options, notify, ref_logps
         self._lengths = corpus.lengths.reshape(-1, corpus.options.together)
+        if options.mismatched:
+            # Either of a sample's rows has to fit where the sample is put.
+            asked = np.asarray([int(corpus[sample].supervised.argmax()) for sample in range(len(corpus))])
+            answers = corpus.lengths - asked
+            self._lengths = np.minimum(np.maximum(corpus.lengths, asked + np.roll(answers, 1)), options.seq_length)[
+                :, None
+            ]
         if int(self._lengths.max()) > options.seq_length:
             raise DataError(
                 f"{corpus.folder}: its longest sample has {int(self._lengths.max())} tokens, a row only "
@@ -239,22 +258,42 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
                 [] for row in rows if not row for _ in range(together)
             ]
         samples = [[corpus[sample] for sample in row] for row in rows]
-        width = options.seq_length
+        batch = self._tensors(samples)
+        if options.mismatched:
+            behind = [[self._mismatched(sample) for sample in row] for row in rows]
+            batch |= {f"{KL}{name}": tensor for name, tensor in self._tensors(behind).items()}
+        if corpus.options.records != SAMPLES:
+            batch |= self._numbered([sample for row in rows for sample in row])
+        media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
+        return after, batch | join_media(media)
+
+    def _tensors(self, samples: list[list[Encoded]]) -> dict[str, Tensor]:
+        options, width = self.options, self.options.seq_length
         if not options.packing:
             longest = max((len(sample) for row in samples for sample in row), default=1)
             width = -(-longest // options.pad_multiple) * options.pad_multiple
-        batch = batch_tensors(
+        return batch_tensors(
             samples,
             width=width,
-            pad_id=corpus.pad_id,
+            pad_id=self.corpus.pad_id,
             packed=options.packing,
-            with_types=corpus.has_media,
+            with_types=self.corpus.has_media,
             document_multiple=options.document_multiple,
-            answers=corpus.options.records != SAMPLES,
+            answers=self.corpus.options.records != SAMPLES,
             prompts=options.prompts,
         )
-        media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
-        return after, batch | join_media(media)
+
+    def _mismatched(self, sample: int) -> Encoded:
+        return mismatched(self.corpus[sample], self.corpus[(sample - 1) % len(self.corpus)], self.options.seq_length)
+
+    def _numbered(self, samples: list[int]) -> dict[str, Tensor]:
+        """`sample_ids` int64 [answers], and their `ref_logps`, float64, where these are known."""
+        numbers = np.asarray(samples, np.int64)
+        found = {"sample_ids": torch.from_numpy(numbers)}
+        known = self._ref_logps.get(self.corpus.fingerprint)
+        names = ("ref_logps", f"{KL}ref_logps")
+        rows = () if known is None else zip(names, known, strict=False)
+        return found | {name: torch.from_numpy(row[numbers]) for name, row in rows}
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from recipes.data.chat import Encoded
 
 IGNORE = -100
+# What begins the names of tensors of answers behind other prompts (KTO).
+KL = "KL_"
 
 # What the image and video processors put where there is no patch.
 _PAD_VALUES = {"image_position_ids": -1, "video_position_ids": -1}
@@ -43,20 +45,18 @@ def batch_tensors(
     mask, positions, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     bounds = [0]
     numbers = np.full(shape, -1, np.int64)
-    lengths: list[int] = []
-    desirable: list[int] = []
+    count = 0
     for number, row in enumerate(rows):
         at = 0
         for sample in row:
             end = at + len(sample)
             ids[number, at:end] = sample.ids
             learnt = sample.supervised[1:]
-            numbers[number, at : end - 1] = np.where(learnt, len(lengths), -1)
-            if prompts and not len(lengths) % 2:
+            numbers[number, at : end - 1] = np.where(learnt, count, -1)
+            if prompts and not count % 2:
                 learnt = sample.types[1:] == 0
             labels[number, at : end - 1] = np.where(learnt, sample.ids[1:], IGNORE)
-            lengths.append(int(sample.supervised[1:].sum()))
-            desirable.append(int(sample.desirable))
+            count += 1
             mask[number, at:end] = 1
             types[number, at:end] = sample.types
             # Padding that a multiple asks for belongs to its sample: the next one starts behind it.
@@ -73,11 +73,29 @@ def batch_tensors(
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
     if answers:
         tensors["sequence_ids"] = torch.from_numpy(numbers)
-        tensors["completion_lengths"] = torch.tensor(lengths, dtype=torch.int64)
-        tensors["desirable"] = torch.tensor(desirable, dtype=torch.int64)
+        tensors |= _of_answers([sample for row in rows for sample in row])
     if packed:
         tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     return tensors
+
+
+def _of_answers(samples: Sequence[Encoded]) -> dict[str, Tensor]:
+    lengths, wanted = [int(each.supervised[1:].sum()) for each in samples], [int(each.desirable) for each in samples]
+    return {
+        "completion_lengths": torch.tensor(lengths, dtype=torch.int64),
+        "desirable": torch.tensor(wanted, dtype=torch.int64),
+    }
+
+
+def mismatched(asked: Encoded, answered: Encoded, length: int) -> Encoded:
+    """The prompt of one sample with the answer of another, at most so many tokens of it."""
+    here, there = int(asked.supervised.argmax()), int(answered.supervised.argmax())
+
+    def joined(prompt: np.ndarray, answer: np.ndarray) -> np.ndarray:
+        return np.concatenate([prompt[:here], answer[there:]])[:length]
+
+    learnt = joined(np.zeros_like(asked.supervised), answered.supervised)
+    return Encoded(joined(asked.ids, answered.ids), learnt, joined(asked.types, answered.types), asked.media)
 
 
 def join_media(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -108,8 +108,11 @@ def statistics_table(statistics: Statistics) -> Table:
 
 
 def packing_figures(corpus: Corpus) -> dict[str, Any]:
-    """How full rows of the corpus's `seq_length` get: packed in the first epoch of seed 0, and one sample a row."""
+    """How full rows of the corpus's `seq_length` get: packed in the first epoch of seed 0, and one sample a row.
+
+    Pairs that do not fit into one row are left out of the packed ones."""
     length = corpus.options.seq_length
-    plan = plan_epoch(corpus.lengths, epoch=0, seed=0, shuffle=True, packing=True, seq_length=length)
+    lengths = corpus.lengths.reshape(-1, corpus.options.together)
+    plan = plan_epoch(lengths[lengths.sum(1) <= length], epoch=0, seed=0, shuffle=True, packing=True, seq_length=length)
     alone = float(corpus.lengths.sum()) / (len(corpus) * length)
     return {"rows": len(plan), "efficiency": plan.efficiency, "unpacked_efficiency": alone}

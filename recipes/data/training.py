@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
+import numpy as np
 from torch import Tensor
 
 from bridge.convert.manifest import MegatronFolder
@@ -25,9 +27,9 @@ from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import Part, Samples
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
-from recipes.losses.names import ANSWERS, loss_names
+from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
-from recipes.train.data import DataFactory, Streams
+from recipes.train.data import Answers, DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -93,6 +95,7 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         workers=data.workers,
         on_change=data.on_change,
         prompts=loss_names(recipe.preference) == ("orpo",),
+        mismatched=loss_names(recipe.preference) == (KTO,),
     )
 
 
@@ -135,8 +138,11 @@ def streams(
     """Batch what `data.path` names: `opened`, or opened here. Raises DataError and UsageError."""
     opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
-    batches = Batches(opened.train, batch, say)
-    evaluation = {name: partial(once, corpus, batch) for name, corpus in opened.evaluation.items()}
+    ref_logps: dict[str, np.ndarray] = {}
+    batches = Batches(opened.train, batch, say, ref_logps)
+    evaluation = {name: partial(once, corpus, batch, ref_logps) for name, corpus in opened.evaluation.items()}
+    sets = (opened.train, *opened.evaluation.values()) if records_of(recipe) != SAMPLES else ()
+    answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
     whole = opened.train.corpus if isinstance(opened.train, Part) else opened.train
     known = (whole.statistics, whole.options, whole.files)
     facts = {
@@ -148,10 +154,12 @@ def streams(
         "cache": str(whole.folder),
     }
     notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation, opened.train)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps, opened.train)
 
 
-def once(samples: Samples, batch: BatchOptions) -> Iterator[dict[str, Tensor]]:
+def once(
+    samples: Samples, batch: BatchOptions, ref_logps: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> Iterator[dict[str, Tensor]]:
     """In order and once: that ends with rows without labels, as many microbatches on every rank."""
-    with Batches(samples, replace(batch, shuffle=False, epochs=1)) as batches:
+    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps) as batches:
         yield from batches

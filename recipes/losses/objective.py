@@ -178,7 +178,7 @@ class AnswerLoss:
     @property
     def names(self) -> tuple[str, ...]:
         figures = tuple(f"{what}/{kind}" for kind in ("chosen", "rejected") for what in ("count", "rewards", "logps"))
-        return ("loss", "answers", *figures)
+        return ("loss", "answers", *figures, *(("kl",) if self.name == known.KTO else ()))
 
     def count(self, batch: Batch) -> Tensor:
         lengths = batch["completion_lengths"]
@@ -194,6 +194,8 @@ class AnswerLoss:
             for of in (desirable, ~desirable):
                 rewards = self.options.beta * ratios
                 figures += [of.sum().double(), rewards.where(of, 0.0).sum(), logps.where(of, 0.0).sum()]
+        if self.name == known.KTO:
+            figures.append(kl * count)
         if cp.rank():
             count, figures = torch.zeros_like(count), [torch.zeros_like(figure) for figure in figures]
         return loss.float(), count, torch.stack(figures)
@@ -206,7 +208,7 @@ class AnswerLoss:
                     found[f"{what}/{kind}"] = sums[f"{what}/{kind}"] / sums[f"count/{kind}"]
         if {"rewards/chosen", "rewards/rejected"} <= found.keys():
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-        return found
+        return found | {"kl": sums["kl"] / sums["answers"]} if "kl" in sums else found
 
 
 def objective_of(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:

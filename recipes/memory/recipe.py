@@ -19,6 +19,7 @@ from bridge.megatron.layer_options import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe
+from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
 from recipes.memory.parameters import everything
@@ -55,8 +56,11 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
+    names = loss_names(recipe.preference)
+    # Unpacked, each answer of a pair is a row.
+    rows = 2 if names and names[0] not in ANSWERS and not recipe.data.packing else 1
     load = Load(
-        recipe.train.micro_batch_size,
+        rows * recipe.train.micro_batch_size,
         length,
         e,
         parallel.recompute,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from bridge.geometry import Geometry
@@ -36,11 +37,21 @@ Evaluation = Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]]
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The answers of a set of preferences; `batches` begins one round of them, in which `sample_ids` number them."""
+
+    samples: Samples
+    batches: Callable[[], Iterator[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
 class Streams:
     """`evaluation`: what is evaluated on; `evaluated`, `trained`: the samples that it is made of, where they are known.
 
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
-    epoch among it.
+    epoch among it. `answers`: of preferences, what a reference that is computed once is asked for; `ref_logps`: where
+    it goes, float64 [1, samples] by the fingerprints of the samples, for batches that are made from then on; with KTO
+    [2, samples], the second row of answers behind other prompts.
     """
 
     train: BatchStream
@@ -48,6 +59,8 @@ class Streams:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     evaluated: Mapping[str, Samples] = field(default_factory=dict)
+    answers: tuple[Answers, ...] = ()
+    ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
     trained: Samples | None = None
 
 

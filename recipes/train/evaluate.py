@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import islice
+from dataclasses import replace
 
 import torch
 
 from bridge.errors import TrainingError
-from bridge.token_ids import IGNORE
-from recipes.losses.objective import Objective, objective_of
+from recipes.losses.names import KTO
+from recipes.losses.objective import AnswerLoss, Objective, objective_of
 from recipes.train.data import Evaluation
-from recipes.train.passes import ANSWERS, Batch
+from recipes.train.passes import in_groups
+from recipes.train.reference import divergence
 from recipes.train.setup import BuiltModel
 from recipes.train.signals import StopSignal
 from recipes.train.step import reduce_sums, run_microbatches
-
-# Microbatches that go through a pipeline together, for each of its stages. More hide more of its filling, and make a
-# signal wait longer.
-_PER_STAGE = 4
 
 
 def evaluate(
@@ -38,16 +35,12 @@ def evaluate(
     objective = objective_of(run.recipe.preference)
     totals: dict[str, list[float]] = {}
     right, seen = 0.0, 0
-    stages = run.provider.parallel.pp
-    size = _PER_STAGE * stages if stages > 1 else 1
     for name, begin in evaluation.items():
         figures = [0.0] * len(objective.names)
-        batches = begin()
-        while group := list(islice(batches, size)):
-            if run.provider.parallel.vpp > 1:
-                # An interleaved schedule takes microbatches in multiples of the stages.
-                group += [without_rows(group[-1])] * (-len(group) % stages)
-            sums = run_microbatches(run, group, train=False, accuracy=accuracy)
+        if isinstance(objective, AnswerLoss) and objective.name == KTO:
+            objective = replace(objective, kl=divergence(run, in_groups(run, begin())))
+        for group in in_groups(run, begin()):
+            sums = run_microbatches(run, group, train=False, accuracy=accuracy, objective=objective)
             told = sums.new_tensor([float(bool(signalled))])
             *found, correct, stop = reduce_sums(torch.cat([sums, told]))
             if stop:
@@ -71,23 +64,3 @@ def _values(objective: Objective, totals: Mapping[str, list[float]]) -> dict[str
     counted = "tokens" if objective.counted == "supervised" else objective.counted
     values = {f"eval_{name}": value for name, value in of(total).items()} | {f"eval_{counted}": total[1]}
     return values | {f"eval_loss/{name}": of(figures)["loss"] for name, figures in totals.items() if name}
-
-
-def without_rows(batch: Batch) -> Batch:
-    """A microbatch of the same shape in which nothing is real and nothing has a label."""
-    ids = batch["input_ids"]
-    empty = {
-        "input_ids": torch.zeros_like(ids),
-        "labels": torch.full_like(ids, IGNORE),
-        "attention_mask": torch.zeros_like(ids),
-        "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
-    }
-    if "sequence_ids" in batch:
-        empty["sequence_ids"] = torch.full_like(ids, -1)
-        empty |= {name: batch[name][:0] for name in ANSWERS & set(batch)}
-    if "mm_token_type_ids" in batch:
-        empty["mm_token_type_ids"] = torch.zeros_like(ids)
-    if "cu_seqlens" in batch:
-        # Each row is padding, and a document of its own.
-        empty["cu_seqlens"] = torch.arange(len(ids) + 1, dtype=torch.int32) * ids.shape[1]
-    return empty

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from bridge.errors import TrainingError, UsageError
 from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
+from recipes.data.collate import KL
 from recipes.data.training import prepared
+from recipes.data.training import say as say_once
+from recipes.losses.objective import objective_of
 from recipes.losses.policy import training_objective
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
@@ -26,15 +30,17 @@ from recipes.train.log import Log
 from recipes.train.lora import export_merged
 from recipes.train.media import mask_change, modality_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
-from recipes.train.passes import Batch
+from recipes.train.passes import Batch, mismatched_rows
+from recipes.train.reference import reference_of
 from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
+from recipes.train.start import start_logps
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
-from recipes.train.workload import training_flops
+from recipes.train.workload import forward_flops, training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
 _NORM_MEMORY, _NORM_WARM = 0.95, 20
@@ -83,6 +89,10 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         if streams.trained is not None and recipe.grpo.rewards:
             rollouts = Rollouts(run, streams.trained, signalled, lambda: log)
             streams = rollouts.streams(streams)
+        if objective_of(recipe.preference).referenced and reference_of(recipe) == "start":
+            # Adapters are as they began: it is a checkpoint that moves them.
+            begin = partial(run.bridge.load_hf_weights, run.models) if resumable and run.lora is None else None
+            start_logps(run, streams, begin, say_once)
         progress = Progress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
@@ -247,7 +257,7 @@ class _Loop:
         if batches is None:
             return math.nan, True
         clear_gradients(run)
-        sums = run_microbatches(run, batches, train=True)
+        sums = run_microbatches(run, batches, train=True, objective=self._objective)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
         found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
@@ -289,7 +299,14 @@ class _Loop:
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
         geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
-        return training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
+
+    def _without_gradients(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+        """What of a step goes through once more, for its reference and for KTO's divergence."""
+        based = self._objective.referenced and reference_of(self.recipe) == "base"
+        behind = [mismatched_rows(batch) for batch in batches if any(name.startswith(KL) for name in batch)]
+        return [batches, behind, behind] if based else [behind]
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]] | None:
         """The microbatches of a step; None where a signal came while answers were sampled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from bridge.megatron.multimodal import ON_HOST, count_placeholders
 from bridge.megatron.visibility import Visibility, send
 from bridge.token_ids import IGNORE, check_ids, check_labels
 from recipes.check import row_multiple
+from recipes.data.collate import KL
 from recipes.train.media import MEDIA_NAMES
 from recipes.train.setup import BuiltModel
 
@@ -30,8 +32,11 @@ _ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type
 # [answers] each.
 ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
 _KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
+# Microbatches that go through a pipeline together without gradients, for each of its stages. More hide more of its
+# filling, and make a signal wait longer.
+_PER_STAGE = 4
 # What processors give besides, for themselves.
-_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video"}
+_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids"}
 
 
 class Prepared(NamedTuple):
@@ -48,7 +53,7 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
 
     Media stay behind where no tower is: on every pipeline stage but the first.
     """
-    unknown = sorted(set(batch) - _KNOWN - _IGNORED)
+    unknown = sorted(name for name in set(batch) - _KNOWN - _IGNORED if not name.startswith(KL))
     if unknown:
         raise UsageError(f"the data yields {unknown[0]}, which the model does not take")
     media = MEDIA_NAMES & set(batch)
@@ -129,6 +134,45 @@ def through(
             forward_only=not train,
         )
     return reports
+
+
+def in_groups(run: BuiltModel, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Microbatches without gradients, as many at a time as a pipeline wants."""
+    stages = run.provider.parallel.pp
+    size = _PER_STAGE * stages if stages > 1 else 1
+    while group := list(islice(batches, size)):
+        if run.provider.parallel.vpp > 1:
+            # An interleaved schedule takes microbatches in multiples of the stages.
+            group += [without_rows(group[-1])] * (-len(group) % stages)
+        yield group
+
+
+def mismatched_rows(batch: Batch) -> Batch:
+    """The rows of a batch whose answers stand behind other prompts, as a batch of its own, with the prompts' media."""
+    of_prompts = {name: tensor for name, tensor in batch.items() if name in MEDIA_NAMES}
+    return of_prompts | {name.removeprefix(KL): batch[name] for name in batch if name.startswith(KL)}
+
+
+def without_rows(batch: Batch) -> Batch:
+    """A microbatch of the same shape in which nothing is real and nothing has a label."""
+    ids = batch["input_ids"]
+    empty = {
+        "input_ids": torch.zeros_like(ids),
+        "labels": torch.full_like(ids, IGNORE),
+        "attention_mask": torch.zeros_like(ids),
+        "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
+    }
+    if "sequence_ids" in batch:
+        empty["sequence_ids"] = torch.full_like(ids, -1)
+        empty |= {name: batch[name][:0] for name in (ANSWERS | {"sample_ids"}) & set(batch)}
+    if any(name.startswith(KL) for name in batch):
+        empty |= {f"{KL}{name}": tensor for name, tensor in without_rows(mismatched_rows(batch)).items()}
+    if "mm_token_type_ids" in batch:
+        empty["mm_token_type_ids"] = torch.zeros_like(ids)
+    if "cu_seqlens" in batch:
+        # Each row is padding, and a document of its own.
+        empty["cu_seqlens"] = torch.arange(len(ids) + 1, dtype=torch.int32) * ids.shape[1]
+    return empty
 
 
 def _with_masks_of_its_own(microbatch: Prepared) -> Prepared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,10 +13,14 @@ from torch import Tensor
 from bridge.errors import TrainingError
 from bridge.lora.inject import disabled
 from recipes.config import Recipe
-from recipes.losses.objective import Objective, PreferenceLoss, answer_logps
+from recipes.losses.names import KTO
+from recipes.losses.objective import AnswerLoss, Objective, PreferenceLoss, answer_logps
 from recipes.losses.policy import PolicyLoss
-from recipes.train.passes import Passed, Prepared, through
+from recipes.train.passes import Batch, Passed, Prepared, mismatched_rows, prepare, through
 from recipes.train.setup import BuiltModel
+
+# (token losses, their microbatch, context-parallel ranks) -> log-probabilities
+LogProbabilities = Callable[[Tensor, Mapping[str, Tensor], dist.ProcessGroup], Tensor]
 
 
 def reference_of(recipe: Recipe) -> str:
@@ -28,38 +32,64 @@ def reference_of(recipe: Recipe) -> str:
 
 
 def settled(
-    run: BuiltModel, objective: Objective, microbatches: list[Prepared], train: bool
+    run: BuiltModel, objective: Objective, batches: Sequence[Batch], train: bool
 ) -> tuple[Objective, list[Prepared]]:
     """The objective and the microbatches of a step with all that their losses need. Collective."""
+    if isinstance(objective, AnswerLoss) and objective.name == KTO and objective.kl is None:
+        objective = replace(objective, kl=divergence(run, [batches]))
+    microbatches = _prepared(run, batches)
     if objective.referenced and any("ref_logps" not in each.batch for each in microbatches):
-        microbatches = _with_base(run, microbatches, objective)
+        of = objective.logps if isinstance(objective, PolicyLoss) else answer_logps
+        microbatches = _with_base(run, microbatches, of)
     if isinstance(objective, PreferenceLoss) and objective.nll and train:
         objective = replace(objective, nll_scale=_nll_scale(objective, microbatches))
     return objective, microbatches
 
 
-def log_probabilities(run: BuiltModel, microbatches: Sequence[Prepared], objective: Objective) -> list[Tensor]:
-    """Of every microbatch's answers, float64 [answers], or of their tokens where the objective is of those, [b, s]; on
-    ranks of the last stage, nothing elsewhere. Collective."""
-    of = objective.logps if isinstance(objective, PolicyLoss) else answer_logps
+def divergence(run: BuiltModel, groups: Iterable[Sequence[Batch]]) -> Tensor:
+    """KTO's estimate of how far the policy is from the reference, float64 [], alike on every rank: the mean of
+    log π / π_ref of answers behind other prompts than theirs, at least 0. Collective."""
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for batches in groups:
+        microbatches = _prepared(run, [mismatched_rows(batch) for batch in batches])
+        policy = log_probabilities(run, microbatches)
+        if any("ref_logps" not in each.batch for each in microbatches):
+            microbatches = _with_base(run, microbatches)
+        if run.groups.tp.rank() or run.groups.cp.rank():
+            continue  # others have the same
+        for each, logps in zip(microbatches, policy, strict=True) if policy else ():
+            total += torch.stack([(logps - each.batch["ref_logps"]).sum(), logps.new_tensor(len(logps))])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).clamp(min=0)
+
+
+def _prepared(run: BuiltModel, batches: Sequence[Batch]) -> list[Prepared]:
+    return [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
+
+
+def log_probabilities(
+    run: BuiltModel, microbatches: Sequence[Prepared], of: LogProbabilities = answer_logps
+) -> list[Tensor]:
+    """Of every microbatch's answers, float64 [answers], or what `of` makes of its token losses; on ranks of the last
+    stage, nothing elsewhere. Collective."""
     reports = through(run, microbatches, partial(_logps, of=of, cp=run.groups.cp), train=False)
     return [report["logps"] for report in reports]
 
 
 def _logps(
-    losses: Tensor, passed: Passed, of: Callable[..., Tensor], cp: dist.ProcessGroup
+    losses: Tensor, passed: Passed, of: LogProbabilities, cp: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     logps = of(losses, passed.batch, cp)
     return losses.sum(), torch.ones_like(passed.batch["labels"][0, 0]), {"logps": logps}
 
 
-def _with_base(run: BuiltModel, microbatches: list[Prepared], objective: Objective) -> list[Prepared]:
+def _with_base(run: BuiltModel, microbatches: list[Prepared], of: LogProbabilities = answer_logps) -> list[Prepared]:
     """With the log-probabilities of the model without its adapters: in the same weights, one more forward pass."""
     if reference_of(run.recipe) != "base":
         raise TrainingError("preference.reference=start: the data yields no ref_logps")
     run.gather_weights()
     with disabled(run.models):
-        found = log_probabilities(run, microbatches, objective)
+        found = log_probabilities(run, microbatches, of)
     if not found:
         return microbatches  # a stage that makes no losses
     return [

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from bridge.megatron.context_parallel import take
 from recipes.losses.objective import Objective, objective_of
-from recipes.losses.policy import training_objective
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import leave_out
-from recipes.train.passes import Batch, Passed, Prepared, prepare, through
+from recipes.train.passes import Batch, Passed, Prepared, through
 from recipes.train.reference import settled
 from recipes.train.setup import BuiltModel, Run
 
@@ -24,16 +23,22 @@ from recipes.train.setup import BuiltModel, Run
 SUMS = ("real", "slots", "squares", "correct")
 
 
-def run_microbatches(run: BuiltModel, batches: Sequence[Batch], *, train: bool, accuracy: bool = False) -> Tensor:
-    """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too.
+def run_microbatches(
+    run: BuiltModel,
+    batches: Sequence[Batch],
+    *,
+    train: bool,
+    accuracy: bool = False,
+    objective: Objective | None = None,
+) -> Tensor:
+    """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too;
+    `objective`: in the place of the recipe's.
 
     Returns this rank's part of the objective's `names` and of `SUMS`, float64: zeros but on one tensor-parallel rank
     of the last stage. Gradients are of the objective's mean over what it counts, of all microbatches, data-parallel and
     context-parallel ranks.
     """
-    prepared = [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
-    objective = training_objective(run.recipe) if train else objective_of(run.recipe.preference)
-    objective, prepared = settled(run, objective, prepared, train)
+    objective, prepared = settled(run, objective or objective_of(run.recipe.preference), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)

@@ -26,6 +26,22 @@ def training_flops(
     gradients of them are needed: twice; attention has no weights. The adapters' own products, about a hundredth, are
     not counted. The head counts where there is a label. `vision_mask`: see `mask_rule`.
     """
+    linears, attention, modalities = _forward(geometry, batches, vision_mask)
+    trained = 2.0 if adapters else 3.0
+    of_modalities = sum((1.0 if modality in frozen else trained) * count for modality, count in modalities.items())
+    return trained * linears + 3.0 * attention + of_modalities
+
+
+def forward_flops(geometry: Geometry, batches: Sequence[Mapping[str, Tensor]], vision_mask: str = GENERATE) -> float:
+    """FLOPs of a forward pass over such batches."""
+    linears, attention, modalities = _forward(geometry, batches, vision_mask)
+    return float(linears + attention + sum(modalities.values()))
+
+
+def _forward(
+    geometry: Geometry, batches: Sequence[Mapping[str, Tensor]], vision_mask: str
+) -> tuple[int, int, dict[str, int]]:
+    """(linears with the head, attention, each modality), forward."""
     linears, attention, modalities = 0, 0, dict.fromkeys(MODALITIES, 0)
     for batch in batches:
         of_linears, of_attention = _text_flops(geometry, batch, vision_mask)
@@ -36,9 +52,7 @@ def training_flops(
                 modalities["vision"] += vision_flops(geometry, patches)
         if "input_features_mask" in batch:
             modalities["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
-    trained = 2.0 if adapters else 3.0
-    of_modalities = sum((1.0 if sense in frozen else trained) * count for sense, count in modalities.items())
-    return trained * linears + 3.0 * attention + of_modalities
+    return linears, attention, modalities
 
 
 def _text_flops(geometry: Geometry, batch: Mapping[str, Tensor], vision_mask: str) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ LENGTH, SEED = 40, 3
 LR, WEIGHT_DECAY, CLIP, BETAS, EPS = 5e-3, 0.01, 1.0, (0.9, 0.95), 1e-6
 LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 SPEC = LoraSpec(4, 8.0, LINEARS)
-# What TRL calls them, and so do we.
-FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+UNREFERENCED = ("orpo", "cpo", "simpo")
 
 
 @dataclass(frozen=True)
@@ -80,44 +80,42 @@ def encoded(records: Sequence[Answers]) -> list[Any]:
     return found
 
 
-@dataclass
-class Stream:
-    """This rank's microbatches of `rows` records each. Packed: `per_row` records in a row."""
+class Records:
+    """The records of an epoch, as `Batches` takes a corpus."""
 
-    work: Preferences
-    recipe: Any
-    dp_rank: int
-    dp_size: int
-    taken: int = 0
-    records: list[Answers] = field(default_factory=list)
+    def __init__(self, work: Preferences, folder: Path) -> None:
+        from recipes.data.options import CorpusOptions
 
-    def __next__(self) -> dict[str, Tensor]:
-        from recipes.data.collate import batch_tensors
+        kind = "labelled" if work.single else "pairs"
+        self.options, self.folder = CorpusOptions("records", 4096, records=kind), folder
+        self._samples = encoded(work.records()[: 2 * work.batch])
+        self.pad_id, self.has_media, self.fingerprint, self.inputs = 0, False, f"records {work.said['loss']}", {}
 
-        self.records = self.records or self.work.records()
-        train, packing = self.recipe.train, self.recipe.data.packing
-        per_row = self.work.batch // train.global_batch_size
-        count = train.micro_batch_size * per_row
-        start = self.taken + self.dp_rank * count
-        self.taken += count * self.dp_size
-        samples = encoded(self.records[start : start + count])
-        in_row = len(samples) // train.micro_batch_size if packing else 1
-        rows = [samples[at : at + in_row] for at in range(0, len(samples), in_row)]
-        return batch_tensors(
-            rows,
-            width=train.seq_length,
-            pad_id=0,
-            packed=packing,
-            with_types=False,
-            answers=True,
-            prompts=self.recipe.preference.loss == "orpo",
-        )
+    def __len__(self) -> int:
+        return len(self._samples)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"records": self.taken}
+    def __getitem__(self, sample: int) -> Any:
+        return self._samples[sample]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state["records"]
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(sample) for sample in self._samples])
+
+
+def streams(work: Preferences, recipe: Any, dp_rank: int, dp_size: int) -> Any:
+    """What the loop asks of data."""
+    from recipes.data.batches import Batches
+    from recipes.data.training import batch_options, once
+    from recipes.train.data import Answers, Streams
+
+    folder = Path(recipe.output).with_name("ref_logps")
+    folder.mkdir(exist_ok=True)
+    records: Any = Records(work, folder)
+    options = replace(batch_options(recipe, dp_rank, dp_size), shuffle=False)
+    known: dict[str, np.ndarray] = {}
+    train = Batches(records, options, ref_logps=known)
+    evaluation = {"": partial(once, records, options, known)}
+    return Streams(train, evaluation, answers=(Answers(records, partial(once, records, options)),), ref_logps=known)
 
 
 def recipe(work: Preferences, output: Path) -> dict[str, Any]:
@@ -150,13 +148,9 @@ def recipe(work: Preferences, output: Path) -> dict[str, Any]:
 def train_preferences(work: Preferences, said: dict[str, Any], overrides: list[str]) -> int:
     """Train a recipe on the records; the last step. Runs on every rank."""
     from recipes.config import resolve
-    from recipes.train.data import Streams
     from recipes.train.loop import train
 
-    def data(recipe: Any, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
-        return Streams(Stream(work, recipe, dp_rank, dp_size))
-
-    return train(resolve(said, overrides), data).step
+    return train(resolve(said, overrides), lambda recipe, geometry, *dp: streams(work, recipe, *dp)).step
 
 
 def logged(output: Path) -> list[dict[str, float]]:
@@ -201,6 +195,15 @@ def trl_training(work: Preferences, folder: Path) -> Theirs:
             figures.append({"loss": float(loss.detach())} | said)
             return loss
 
+        # Of the experimental trainers.
+        def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
+            return _tokenised(feature)
+
+        def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: Any = "train") -> Any:
+            loss, said = super().get_batch_loss_metrics(model, batch, train_eval)
+            figures.append({"loss": float(loss.detach())} | said)
+            return loss, said
+
     adapters: dict[str, Any] = {}
     if work.spec is not None:
         spec = work.spec
@@ -230,7 +233,7 @@ def trl_training(work: Preferences, folder: Path) -> Theirs:
         beta=work.said.get("beta", 0.1),
         **options,
     )
-    if work.spec is None:
+    if work.spec is None and work.said["loss"] not in UNREFERENCED:
         adapters["ref_model"] = reference
     trainer = Trainer(
         model=model,
@@ -268,6 +271,13 @@ def _trl(work: Preferences) -> tuple[Any, Any, dict[str, Any]]:
     """The trainer, its config, and what the losses are called there."""
     said = {name: value for name, value in work.said.items() if name not in ("loss", "beta", "reference")}
     names = work.said["loss"]
+    if names in UNREFERENCED:
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        if names == "orpo":
+            return ORPOTrainer, ORPOConfig, said
+        return CPOTrainer, CPOConfig, {"loss_type": "simpo" if names == "simpo" else "sigmoid", **said}
     if not work.single:
         from trl import DPOConfig, DPOTrainer
 
@@ -277,10 +287,79 @@ def _trl(work: Preferences) -> tuple[Any, Any, dict[str, Any]]:
     return KTOTrainer, KTOConfig, {"loss_type": names, **said}
 
 
+def _tokenised(row: dict[str, Any]) -> dict[str, Any]:
+    """As the experimental trainers have a row."""
+    found: dict[str, Any] = {"prompt_input_ids": row["prompt_ids"]}
+    for name in ("chosen", "rejected"):
+        ids = [*row["prompt_ids"], *row[f"{name}_ids"]]
+        labels = [-100] * len(row["prompt_ids"]) + list(row[f"{name}_ids"])
+        found |= {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
+    return found
+
+
 def _rows(work: Preferences) -> list[dict[str, Any]]:
     """The records as TRL has them when they are tokenised."""
+    records, epoch = work.records(), 2 * work.batch
+    if not work.single:
+        return [
+            {"prompt_ids": list(record.prompt), "prompt": "", "chosen": "", "rejected": ""}
+            | {f"{name}_ids": list(ids) for name, ids in zip(("chosen", "rejected"), record.answers, strict=True)}
+            for record in records
+        ]
     return [
-        {"prompt_ids": list(record.prompt)}
-        | {f"{name}_ids": list(ids) for name, ids in zip(("chosen", "rejected"), record.answers, strict=True)}
-        for record in work.records()
+        {
+            "prompt_ids": list(record.prompt),
+            "completion_ids": list(record.answers[0]),
+            "label": record.desirable,
+            # The answer before it in the data.
+            **(
+                {"KL_completion_ids": list(records[(index - 1) % epoch].answers[0])}
+                if work.said["loss"] == "kto"
+                else {}
+            ),
+        }
+        for index, record in enumerate(records)
     ]
+
+
+def write_pairs(folder: Path, pictures: bool) -> Path:
+    """Eight pairs, some with a picture or two, and eight labelled answers, as JSON lines; the first file's path."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, labelled = [], []
+    for number in range(8):
+        content: list[dict[str, str]] = [{"type": "text", "text": f"Count {number} up to {number + number % 3}."}]
+        for picture in range(number % 3 if pictures else 0):
+            name = f"{number}-{picture}.png"
+            Image.new("RGB", (24 + 8 * number, 24 + 16 * picture), (31 * number, 40, 90 * picture)).save(folder / name)
+            content.insert(0, {"type": "image", "path": name})
+        prompt = [{"role": "user", "content": content}]
+        answers = [" ".join(str(number + step) for step in range(1 + 2 * more + number % 3)) for more in (0, 1)]
+        pairs.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+        labelled.append({"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0})
+    for name, rows in (("pairs", pairs), ("labelled", labelled)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "pairs.jsonl"
+
+
+def train_data(said: dict[str, Any], overrides: list[str]) -> tuple[int, bool]:
+    """Train a recipe on its own data; (last step, stopped). Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    outcome = train(resolve(said, overrides))
+    return outcome.step, outcome.stopped
+
+
+def width_of(path: Path, toy: Path, cache: Path, rows: int, multiple: int = 16, **options: Any) -> int:
+    """The least length at which so many rows hold all of them, packed."""
+    from recipes.data import Batches, BatchOptions, CorpusOptions, open_corpus
+    from recipes.data.preference import of_its_kind
+
+    corpus = open_corpus(of_its_kind(CorpusOptions(str(path), 4096, cache=str(cache))), toy)
+    sizes = corpus.lengths.reshape(-1, corpus.options.together).sum(1)
+    for length in range(-(-int(sizes.max()) // multiple) * multiple, 4096, multiple):
+        if Batches(corpus, BatchOptions(length, packing=True, **options)).rows(0) == rows:
+            return length
+    raise AssertionError("no length gives so many rows")

@@ -77,7 +77,7 @@ def sample(said: dict[str, Any], layout: list[str]) -> Sampled:
 
     from recipes.config import resolve
     from recipes.data.training import prepared
-    from recipes.losses.policy import training_objective
+    from recipes.losses.policy import policy_loss
     from recipes.train.passes import prepare
     from recipes.train.reference import log_probabilities
     from recipes.train.rollouts import Rollouts
@@ -94,7 +94,7 @@ def sample(said: dict[str, Any], layout: list[str]) -> Sampled:
     finally:
         rollouts.close()
     held = [prepare(batch, run, LENGTH) for batch in batches]
-    found = log_probabilities(run, held, training_objective(asked))
+    found = log_probabilities(run, held, policy_loss(asked.grpo).logps)
     apart = torch.zeros((), dtype=torch.float64)
     for each, logps in zip(held, found, strict=bool(found)):
         mask = each.batch["sequence_ids"] >= 0

@@ -129,6 +129,25 @@ def test_media(ranks: RankPool, toy: Toy, variant: str) -> None:
     assert_teacher_forced(ranks, folder, prompts, found)
 
 
+FAR_LAYOUTS = {"one": ONE, "DP2": ONE, **{name: LAYOUTS[name] for name in ("TP2", "PP2", "TP2+SP PP2")}}
+FAR_CASES = [
+    (variant, layout) for variant in VARIANTS for layout in FAR_LAYOUTS if (variant, layout) != ("26b-a4b", "TP2")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "layout"), [*FAR_CASES, *EXPERT_CASES])
+def test_two_hundred_tokens(ranks: RankPool, toy: Toy, variant: str, layout: str) -> None:
+    """Seven rows of text, and every kind of media, all at once: twenty-five windows behind their prompts."""
+    folder, parallel = toy(variant), (FAR_LAYOUTS | EXPERT_LAYOUTS)[layout]
+    (named,) = ranks.run(media_prompts, folder, world_size=1)
+    prompts = [*random_prompts(Geometry.from_folder(folder)), *named.values()]
+    size = 2 if layout == "DP2" else None
+    options = replace(GREEDY, max_new_tokens=200)
+    found = ask(ranks, folder, prompts, options, parallel, world_size=size, max_rows=len(prompts), prefill_tokens=24)
+    assert_teacher_forced(ranks, folder, prompts, found)
+
+
 def test_media_with_a_static_cache(ranks: RankPool, toy: Toy) -> None:
     """12B's own generation with pictures, the way in which its class masks them as it is served."""
     folder = toy("12b")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.case import Case
 from bridge.convert.folders import import_hf
 from bridge.geometry import Geometry
 from bridge.lora.checkpoint import AdapterFolder, write_adapter
@@ -23,7 +24,16 @@ from .preference_kit import SEED, SPEC, Preferences, Theirs, logged, recipe, tra
 pytest.importorskip("trl")
 
 FIGURES, WEIGHTS = 1e-5, 1e-4
-COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+COMPARED = (
+    "loss",
+    "kl",
+    "nll_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def difference(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, floa
 
 
 def figures_of(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: difference(ours, theirs, name) for name in COMPARED if name in theirs[0]}
+    return {name: difference(ours, theirs, name) for name in COMPARED if name in theirs[0] and name in ours[0]}
 
 
 def trained_apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -73,8 +83,75 @@ def check(ranks: RankPool, work: Preferences, folder: Path, record_property: Any
     assert max(found.values()) <= FIGURES and apart[0] <= WEIGHTS, (found, apart)
 
 
+BASE = {"reference": "base"}
+# Of adapters against the base, and of all weights against what they were, which is computed once.
+LOSSES: dict[str, dict[str, Any]] = {
+    "sigmoid": {"loss": "sigmoid"},
+    "mpo": {"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "kto": {"loss": "kto", "desirable_weight": 1.2},
+    "apo_zero_unpaired": {"loss": "apo_zero_unpaired"},
+    "orpo": {"loss": "orpo"},
+    "cpo": {"loss": "cpo"},
+    "simpo": {"loss": "simpo", "beta": 2.0, "cpo_alpha": 0.0},
+    **{
+        name: {"loss": name, **({"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {})}
+        for name in ("sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "apo_zero",
+                     "apo_down", "aot", "sppo_hard")
+    },
+}  # fmt: skip
+
+
 def test_dpo_of_adapters_is_trls(
     ranks: RankPool, toy: Toy, adapter: Path, tmp_path: Path, record_property: Any
 ) -> None:
-    said = {"loss": "sigmoid", "beta": 0.1, "reference": "base"}
+    said = {**LOSSES["sigmoid"], **BASE}
     check(ranks, Preferences(toy("e4b"), said, spec=SPEC, adapter=adapter), tmp_path, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sigmoid"])
+def test_every_loss_of_adapters_is_trls(
+    ranks: RankPool, toy: Toy, adapter: Path, tmp_path: Path, record_property: Any, name: str
+) -> None:
+    said = LOSSES[name] if name in ("orpo", "cpo", "simpo") else {**LOSSES[name], **BASE}
+    check(ranks, Preferences(toy("e4b"), said, spec=SPEC, adapter=adapter), tmp_path, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid", "mpo", "kto", "orpo", "cpo", "simpo"])
+def test_losses_of_all_weights_are_trls(
+    ranks: RankPool, toy: Toy, tmp_path: Path, record_property: Any, name: str
+) -> None:
+    check(ranks, Preferences(toy("e4b"), LOSSES[name]), tmp_path, record_property)
+
+
+def counted(case: Case, loss: str | None) -> tuple[int, dict[str, dict[str, int]], int]:
+    """On a rank: bytes at most in a step, what it reads from the device, and what outlives it."""
+    from benchmarks.full_size import count_ours
+
+    found = count_ours(case, loss=loss)
+    return found.peak, found.reads, found.left
+
+
+MEMORY = 1.1
+
+
+@pytest.mark.parametrize(
+    ("case", "losses"),
+    [
+        (Case("e4b", "lora", 96, size="toy", recompute="full"), ("sigmoid",)),
+        pytest.param(Case("e4b", "lora", 4096, recompute="full"), ("sigmoid", "orpo"), marks=pytest.mark.slow),
+    ],
+    ids=["toy", "published"],
+)
+def test_memory_of_a_step(ranks: RankPool, record_property: Any, case: Case, losses: tuple[str, ...]) -> None:
+    """A step of preferences holds what one of the same rows learnt as they are holds, and reads nothing besides."""
+    ((plain, reads, left),) = ranks.run(counted, case, None, world_size=1, timeout_s=600)
+    for loss in losses:
+        ((peak, theirs, behind),) = ranks.run(counted, case, loss, world_size=1, timeout_s=600)
+        record_property("bytes", f"{loss}: {peak} of {plain}, {peak / plain:.4f}")
+        print(loss, peak, plain, peak / plain)
+        assert peak <= MEMORY * plain and behind == left
+        assert {when: set(where) for when, where in theirs.items()} == {
+            when: set(where) for when, where in reads.items()
+        }

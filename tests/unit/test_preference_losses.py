@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.config import PreferenceConfig
+from bridge.errors import UsageError
+from recipes.check import check_recipe
+from recipes.config import PreferenceConfig, resolve
 from recipes.losses.names import ALL
 from recipes.losses.objective import objective_of
 
@@ -63,3 +65,29 @@ def test_is_what_trl_computes(name: str) -> None:
 def test_every_loss_has_a_case() -> None:
     named = {loss for case in CASES.values() for loss in case.losses}
     assert named == set(ALL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["preference.loss=sigmod"], "preference.loss=sigmod: there is none; did you mean sigmoid?"),
+        (["preference.loss=[sigmoid,kto]"], "kto cannot be added to others"),
+        (["preference.loss=[sigmoid,sigmoid]"], "sigmoid cannot be added to others"),
+        (["preference.loss=[sigmoid,sft]", "preference.loss_weights=[1]"], "there are 2 losses"),
+        (["preference.loss=orpo", "preference.loss_weights=[1]"], "is for DPO's losses"),
+        (["preference.loss=exo_pair"], "must be above 0 with exo_pair"),
+        (["preference.loss=sigmoid", "preference.beta=0"], "preference.beta=0: must be above 0"),
+        (["preference.loss=sigmoid", "preference.reference=base"], "there are none; start it is"),
+        (["preference.loss=sigmoid", "preference.reference=copy"], "is one of auto, base, start"),
+        (["preference.loss=sigmoid", "train.z_loss=1e-4"], "train.z_loss=0.0001"),
+        (["preference.loss=sigmoid", "data.overlong=split"], "a pair cannot be cut"),
+        (["preference.beta=0.2"], "preference.beta needs preference.loss"),
+        (["preference.losses=sigmoid"], "did you mean preference.loss?"),
+        (["loss_type=sigmoid"], "did you mean preference.loss?"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_built(overrides: list[str], message: str) -> None:
+    said = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 1, "seq_length": 64}}
+    with pytest.raises(UsageError) as caught:
+        check_recipe(resolve(said, overrides), 1)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

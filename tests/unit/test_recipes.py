@@ -260,7 +260,7 @@ def test_smoke_recipes_bring_their_data(tmp_path: Path) -> None:
     from .data_helpers import model_folder
 
     model = model_folder(tmp_path / "model")
-    for name in ("sft/smoke", "lora/smoke"):
+    for name in ("sft/smoke", "lora/smoke", "dpo/smoke", "kto/smoke"):
         recipe = load_recipe(name, [f"model.hf={model}", f"data.cache={tmp_path / 'cache'}"])
         check_startable(recipe, 1)
         statistics = corpora(recipe).train.statistics
