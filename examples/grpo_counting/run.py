@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--variant", default="e2b")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(".counting"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of grpo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of rewards.yaml")
     said = parser.parse_args()
     shutil.rmtree(said.work, ignore_errors=True)
     said.work.mkdir(parents=True)
@@ -34,9 +34,9 @@ def main() -> None:
     write_questions(said.work, said.seed)
     subprocess.run([*BRIDGE, "toy", said.variant, str(toy), "--dtype", "float32"], check=True)
     common = [f"data.cache={said.work / 'cache'}", f"train.seed={said.seed}"]
-    train(HERE / "sft.yaml", [f"model.hf={toy}", f"data.path={said.work / 'form.jsonl'}", f"output={form}", *common])
+    train(HERE / "form.yaml", [f"model.hf={toy}", f"data.path={said.work / 'form.jsonl'}", f"output={form}", *common])
     asked = [f"model.megatron={form}", f"data.path={said.work / 'counts.jsonl'}", f"output={run}", *common]
-    train(HERE / "grpo.yaml", [*asked, *said.overrides])
+    train(HERE / "rewards.yaml", [*asked, *said.overrides])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rewards = [line["reward"] for line in lines if "reward" in line]
     first, last = (sum(part) / len(part) for part in (rewards[:2], rewards[-MEAN_OVER:]))
