@@ -69,15 +69,18 @@ def test_a_step_is_the_same_in_every_layout(
         found[name] = logged(tmp_path / name, FIGURES)
     one = found.pop("one")
     assert one[0]["clip_ratio"] > 0.1 and one[1]["kl"] > 0 and one[0]["kl"] == 0
-    worst = {}
-    for name, lines in found.items():
-        worst[name] = max(
-            abs(a[figure] - b[figure]) / max(abs(b[figure]), 1e-3)
+    worst = {
+        f"{name} {figure}": max(
+            # Of a KL the distance itself: log-probabilities that differ by 1e-6 enter it squared, so that it is no more
+            # exact than they are over what the policy has moved.
+            abs(a[figure] - b[figure]) / (1 if figure == "kl" else max(abs(b[figure]), 1e-3))
             for a, b in zip(lines, one, strict=True)
-            for figure in FIGURES
         )
+        for name, lines in found.items()
+        for figure in FIGURES
+    }
     record_property("worst", worst)
-    print(worst)
+    print(worst, one)
     assert max(worst.values()) <= LAYOUT, worst
 
 
