@@ -16,7 +16,7 @@ from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from bridge.generate.opened import OpenedModel
-    from bridge.generate.rows import Prompt
+    from bridge.generate.rows import Completion, Prompt
     from bridge.generate.sampling import SamplingOptions
     from bridge.generate.session import Session
     from recipes.data.prompts import PromptEncoder
@@ -45,6 +45,12 @@ def generate(
         Path | None, typer.Option(metavar="JSONL", help="Write answers there; the same command again goes on.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A drafter of the model: the same answers, in fewer passes.")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="It proposes so many at once; its generation config says, or 4.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Of the k likeliest.")] = None,
@@ -70,9 +76,10 @@ def generate(
     """Let a model answer: a prompt, a file of them, or a conversation. Greedy unless --temperature is above 0.
 
     Answers stream to the terminal, or go to --output as JSONL: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason. The log-probabilities are the model's own, before temperature and cuts.
+    finish_reason; with --drafter also rounds, [proposed, accepted] of each pass. The log-probabilities are the model's
+    own, before temperature and cuts.
     """
-    from bridge.generate.opened import open_model, stop_token_ids
+    from bridge.generate.opened import open_model, stop_token_ids, with_drafter
     from bridge.generate.sampling import SamplingOptions
     from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
@@ -99,6 +106,12 @@ def generate(
     parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
     check_layout(opened.task.geometry, parallel)
+    if drafter is not None:
+        opened = with_drafter(opened, drafter, draft_tokens)
+        assert opened.task.drafter is not None
+        check_layout(opened.task.drafter.geometry, opened.task.drafter.parallel)
+    elif draft_tokens is not None:
+        raise UsageError("--draft-tokens goes with --drafter")
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -154,6 +167,7 @@ class _Run:
     ) -> None:
         self._opened, self._options = opened, options
         self._raw, self._allow_urls, self._max_rows = raw, allow_urls, max_rows
+        self._met: list[Completion] = []
 
     def _encoder(self) -> PromptEncoder:
         from recipes.data.prompts import PromptEncoder
@@ -162,6 +176,7 @@ class _Run:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
+        from bridge.generate.acceptance import Acceptance
         from bridge.generate.session import Session
         from bridge.ranks import RankPool
 
@@ -170,12 +185,15 @@ class _Run:
         threads = max(1, (os.cpu_count() or 1) // world)
         for notice in self._opened.notices:
             err.print(notice)
-        err.print(f"loading {task.weights}{f' with {task.adapter}' if task.adapter else ''} ({task.parallel})")
+        beside = [str(found) for found in (task.adapter, task.drafter and task.drafter.weights) if found]
+        err.print(f"loading {task.weights}{f' with {" and ".join(beside)}' if beside else ''} ({task.parallel})")
         with (
             RankPool(world, threads_per_rank=threads) as pool,
             Session(pool, task, self._opened.assets, max_rows=self._max_rows) as session,
         ):
             yield session
+        if task.drafter is not None:
+            err.print(str(Acceptance.of(self._met)))
 
     def answer_one(self, record: dict[str, Any], output: Path | None, model: str) -> None:
         """One prompt; its answers stream to the terminal, one after the other where there are several."""
@@ -209,6 +227,7 @@ class _Run:
             with self._session() as session:
                 waiting, samples, done = {}, self._options.num_return_sequences, 0
                 for completion in session.generate(prompts, self._options):
+                    self._met.append(completion)
                     waiting[completion.index, completion.sample] = completion
                     while (ready := waiting.pop(divmod(done, samples), None)) is not None:
                         print(json.dumps(record(ready), ensure_ascii=False), flush=True)
@@ -224,6 +243,7 @@ class _Run:
                 with self._session() as session:
                     begun = file.done
                     for completion in session.generate(prompts[first:], self._options, first_index=first):
+                        self._met.append(completion)
                         if completion.index * self._options.num_return_sequences + completion.sample >= begun:
                             file.write(completion, lambda done: err.print(f"{done} of {total} answers"))
         out.print(f"wrote {total} answers: {output}")
@@ -231,7 +251,8 @@ class _Run:
     def _identity(self, model: str) -> str:
         """What the answers are of, as far as a name and the newest checkpoint say it."""
         task = self._opened.task
-        return f"{model} {task.weights.name} {task.adapter} {task.dtype}"
+        drafter = "" if task.drafter is None else f" {task.drafter.weights} {task.draft_tokens}"
+        return f"{model} {task.weights.name} {task.adapter} {task.dtype}{drafter}"
 
     def _stream(self, session: Session, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[str]:
         """Print answers while they are made; returns their texts."""
@@ -243,6 +264,7 @@ class _Run:
                 out.print(f"[{completion.sample}] {completion.text}")
             else:
                 shown.end(completion.text)
+            self._met.append(completion)
             texts.append(completion.text)
             if completion.finish_reason == "length":
                 err.print(f"(cut at --max-new-tokens {self._options.max_new_tokens})")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
-from recipes.config import LoraConfig, PreferenceConfig, Recipe
+from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
 from recipes.keys import meant
 from recipes.losses import names as known
 from recipes.losses.names import loss_names
@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_preference(recipe)
     check_grpo(recipe)
     _check_lora(recipe)
+    _check_drafter(recipe)
     _check_export(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
     return _check_batch(recipe, world_size)
@@ -245,6 +246,32 @@ def _check_metrics(recipe: Recipe) -> None:
         )
     if said.best != "loss" and not recipe.train.patience:
         raise UsageError(f"eval.best={said.best}: is what train.patience goes by; set it")
+
+
+def _check_drafter(recipe: Recipe) -> None:
+    said = recipe.drafter
+    if said.path is None:
+        if said != DrafterConfig():
+            raise UsageError("drafter: its keys need drafter.path")
+        return
+    for key in ("cross_entropy", "kl", "centroids"):
+        if getattr(said, key) < 0:
+            raise UsageError(f"drafter.{key}={getattr(said, key)}: must be at least 0")
+    if said.steps < 1 or not (said.cross_entropy or said.kl):
+        raise UsageError("drafter: steps is at least 1, and cross_entropy or kl above 0")
+    train, parallel = recipe.train, recipe.parallel
+    for key, given in (
+        ("lora", recipe.lora.rank or recipe.lora.adapter),
+        ("preference.loss", recipe.preference.loss),
+        ("train.z_loss", train.z_loss),
+        ("train.aux_loss", train.aux_loss),
+        ("train.samples", train.samples),
+        ("eval.metrics", recipe.eval.metrics),
+        ("parallel.pp", parallel.pp > 1),
+        ("parallel.overlap", parallel.overlap),
+    ):
+        if given:
+            raise UsageError(f"{key} does not go with drafter.path, which trains the drafter of a frozen model")
 
 
 def _check_export(recipe: Recipe) -> None:

@@ -283,6 +283,22 @@ class LoraConfig:
 
 
 @dataclass
+class DrafterConfig:
+    """A drafter of the model, trained in its place, where `path` is set: an HF folder or id, or a Megatron checkpoint.
+
+    The model itself is frozen. Each token begins a draft of `steps` tokens, which is given those of the data. Factors:
+    `cross_entropy` of the data's tokens, `kl` of the model's own distribution (KL(model || drafter)), `centroids` of
+    the clusters that hold the data's tokens (ordered embeddings; 0: the centroids stay as they are).
+    """
+
+    path: str | None = None
+    steps: int = 4
+    cross_entropy: float = 1.0
+    kl: float = 1.0
+    centroids: float = 1.0
+
+
+@dataclass
 class CheckpointConfig:
     """`every`: steps between checkpoints, 0: only the last. `keep`: how many stay, 0: all.
 
@@ -328,6 +344,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -21,31 +21,16 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.generate.memory import MAX_ROWS
+from bridge.generate.row import Row
 from bridge.generate.rows import Completion, Prompt
-from bridge.generate.sampling import SamplingOptions, choose, uniform
-from bridge.generate.stages import run_step
+from bridge.generate.sampling import SamplingOptions, choose
+from bridge.generate.speculative import Speculator
+from bridge.generate.stages import StepOutput, run_step
 from bridge.megatron.kv_cache import CachedStep, KeyValueCaches, NewTokens, padded
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
 from bridge.megatron.visibility import Visibility
 from bridge.token_ids import check_ids
-
-
-@dataclass
-class _Row:
-    index: int
-    sample: int
-    prompt: Prompt
-    visibility: Visibility
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    slot: int = -1
-    seen: int = 0  # tokens of it that are in the caches
-    embeddings: Tensor | None = None  # of its prompt [prompt, 1, h], on the first stage, while it is read
-
-    def __len__(self) -> int:
-        return len(self.prompt.ids) + len(self.tokens)
-
 
 OnToken = Callable[[int, int, int], None]  # index, sample, token
 Decode = Callable[[Sequence[int]], str]
@@ -55,7 +40,8 @@ class Generator:
     """Generates with a model as it stands: `chunks` are this rank's, live or loaded, in any layout but CP.
 
     `max_rows` rows at once on a replica; prompts are read `prefill_tokens` tokens at a time, or one image. `decode`
-    turns tokens into text; stop strings need it. `on_token` and `on_finish` are called on every rank of a replica.
+    turns tokens into text; stop strings need it. With a `speculator` a step gives a row several tokens, those that it
+    would get one by one, or of their distribution. `on_token` and `on_finish` are called on every rank of a replica.
     """
 
     def __init__(
@@ -68,6 +54,7 @@ class Generator:
         decode: Decode | None = None,
         on_token: OnToken | None = None,
         on_finish: Callable[[Completion], None] | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         if groups.cp.size() > 1:
             raise UsageError(
@@ -80,6 +67,7 @@ class Generator:
         self.geometry = self.config.geometry
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.decode, self.on_token, self.on_finish = decode, on_token, on_finish
+        self.speculator = speculator
         self.device = next(p.device for chunk in chunks for p in chunk.parameters())
         # Experts of one layer lie on several replicas: they take every step together, also those without a row.
         self.together = self.geometry.moe is not None and groups.dp.size() > 1
@@ -105,17 +93,17 @@ class Generator:
             found = [completion for part in parts for completion in part]
         return sorted(found, key=lambda completion: (completion.index, completion.sample))
 
-    def _row(self, index: int, sample: int, prompt: Prompt) -> _Row:
+    def _row(self, index: int, sample: int, prompt: Prompt) -> Row:
         if not prompt.ids:
             raise UsageError(f"prompt {index} has no tokens")
         check_ids(np.asarray(prompt.ids), self.geometry, f"prompt {index}")
         ids = torch.tensor([prompt.ids])
         types = None if prompt.mm_token_type_ids is None else prompt.mm_token_type_ids.reshape(1, -1).cpu()
-        return _Row(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))
+        return Row(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))
 
-    def _run(self, rows: Sequence[_Row], options: SamplingOptions) -> Iterator[Completion]:
-        caches = KeyValueCaches(self.geometry)
-        waiting, active, reading = deque(rows), list[_Row](), list[_Row]()
+    def _run(self, rows: Sequence[Row], options: SamplingOptions) -> Iterator[Completion]:
+        caches = KeyValueCaches(self.geometry, 0 if self.speculator is None else self.speculator.spare)
+        waiting, active, reading = deque(rows), list[Row](), list[Row]()
         while self._any(bool(waiting or active or reading)):
             while waiting and len(active) + len(reading) < self.max_rows:
                 row = waiting.popleft()
@@ -126,6 +114,8 @@ class Generator:
                 # In the order of their slots: a row that is read is behind all that answer.
                 while reading and reading[0].seen >= len(reading[0].prompt.ids):
                     active.append(reading.pop(0))
+            elif self.speculator is not None and active:
+                self._speculate(self.speculator, caches, active, options)
             else:
                 self._step(caches, active, [NewTokens(row.slot, row.seen, len(row)) for row in active], options)
             yield from self._finish(caches, active, reading, options)
@@ -137,9 +127,9 @@ class Generator:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.groups.dp)
         return bool(flag)
 
-    def _read(self, caches: KeyValueCaches, rows: list[_Row], options: SamplingOptions) -> None:
+    def _read(self, caches: KeyValueCaches, rows: list[Row], options: SamplingOptions) -> None:
         """The next part of the prompts that are read, up to `prefill_tokens` of them together."""
-        room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[_Row]()
+        room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[Row]()
         for row in rows:
             if chosen and room <= 0:
                 break
@@ -153,7 +143,7 @@ class Generator:
             room -= stop - row.seen
         self._step(caches, chosen, parts, options)
 
-    def _cut(self, row: _Row, room: int) -> int:
+    def _cut(self, row: Row, room: int) -> int:
         """Where the next part of a prompt ends: after `room` tokens, or at the edge of an image near there."""
         length = len(row.prompt.ids)
         stop = min(length, row.seen + max(room, 1))
@@ -167,7 +157,7 @@ class Generator:
         first, last = int(inside[0]), int(inside[-1])
         return first if first > row.seen else last + 1
 
-    def _embed_prompt(self, row: _Row) -> Tensor:
+    def _embed_prompt(self, row: Row) -> Tensor:
         """[prompt, 1, h] on every rank of the first stage, soft tokens where placeholders stand."""
         model = self.chunks[0]
         multiple = self.groups.tp.size() if self.config.sequence_parallel else 1
@@ -184,14 +174,11 @@ class Generator:
         return whole[:length]
 
     def _step(
-        self, caches: KeyValueCaches, rows: Sequence[_Row], parts: Sequence[NewTokens], options: SamplingOptions
+        self, caches: KeyValueCaches, rows: Sequence[Row], parts: Sequence[NewTokens], options: SamplingOptions
     ) -> None:
         """Run new tokens through the model; rows whose prompt is read to its end get their next token."""
-        step = CachedStep.of(caches, parts, self.device, self.groups.tp, self.config.sequence_parallel)
-        ids = [i for row, part in zip(rows, parts, strict=True) for i in _tokens(row, part)]
-        input_ids = torch.tensor([ids + [self.geometry.pad_token_id or 0] * step.padding], device=self.device)
-        embeddings = self._embeddings(rows, parts, step, input_ids) if self.chunks[0].pre_process else None
-        logits = run_step(self.chunks, self.groups, step, input_ids, embeddings)
+        step = self._cached_step(caches, parts)
+        output = self._run_step(step, rows, [_tokens(row, part) for row, part in zip(rows, parts, strict=True)])
         ready = [i for i, (row, part) in enumerate(zip(rows, parts, strict=True)) if part.stop == len(row)]
         for row, part in zip(rows, parts, strict=True):
             row.seen = part.stop
@@ -200,15 +187,55 @@ class Generator:
         if not ready:
             return
         chosen = [rows[i] for i in ready]
-        tokens, logprobs = self._choose(None if logits is None else logits[ready], chosen, options)
-        for row, token, logprob in zip(chosen, tokens, logprobs, strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            if self.on_token is not None:
-                self.on_token(row.index, row.sample, token)
+        tokens, logprobs = self._choose(None if output is None else output.logits[ready], chosen, options)
+        for i, row, token, logprob in zip(ready, chosen, tokens, logprobs, strict=True):
+            if output is not None and self.speculator is not None:
+                row.state = output.states[i]
+            self._add(row, token, logprob)
+
+    def _cached_step(self, caches: KeyValueCaches, parts: Sequence[NewTokens], *, every: bool = False) -> CachedStep:
+        return CachedStep.of(caches, parts, self.device, self.groups.tp, self.config.sequence_parallel, every=every)
+
+    def _run_step(self, step: CachedStep, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> StepOutput | None:
+        """The model's pass over the new tokens `ids` of `rows`, of their prompts or behind them."""
+        flat = [i for of_row in ids for i in of_row]
+        input_ids = torch.tensor([flat + [self.geometry.pad_token_id or 0] * step.padding], device=self.device)
+        embeddings = self._embeddings(rows, step.rows, step, input_ids) if self.chunks[0].pre_process else None
+        return run_step(self.chunks, self.groups, step, input_ids, embeddings)
+
+    def _add(self, row: Row, token: int, logprob: float) -> None:
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if self.on_token is not None:
+            self.on_token(row.index, row.sample, token)
+
+    def _speculate(
+        self, speculator: Speculator, caches: KeyValueCaches, rows: Sequence[Row], options: SamplingOptions
+    ) -> None:
+        """Tokens are proposed for every row; one pass over them says which it would have got anyway, and one more."""
+        drafts = speculator.draft(caches, rows, options)
+        parts = [NewTokens(row.slot, row.seen, len(row) + len(d)) for row, d in zip(rows, drafts.tokens, strict=True)]
+        step = self._cached_step(caches, parts, every=True)
+        ids = [[row.tokens[-1], *d] for row, d in zip(rows, drafts.tokens, strict=True)]
+        output = self._run_step(step, rows, ids)
+        first = 0
+        for row, part, (tokens, logprobs) in zip(
+            rows, parts, speculator.accepted(output, drafts, rows, options), strict=True
+        ):
+            begun = len(row.tokens)
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                self._add(row, token, logprob)
+                if self._completion(row, options) is not None:
+                    break
+            got = len(row.tokens) - begun
+            row.rounds.append((len(part) - 1, got - 1))
+            row.seen += got
+            if output is not None:
+                row.state = output.states[first + got - 1]
+            first += len(part)
 
     def _embeddings(
-        self, rows: Sequence[_Row], parts: Sequence[NewTokens], step: CachedStep, input_ids: Tensor
+        self, rows: Sequence[Row], parts: Sequence[NewTokens], step: CachedStep, input_ids: Tensor
     ) -> Tensor:
         """[n (/tp), 1, h]: what prompts were embedded to, and the embeddings of tokens that were generated."""
         model = self.chunks[0]
@@ -227,12 +254,11 @@ class Generator:
         return whole.chunk(self.groups.tp.size())[self.groups.tp.rank()].contiguous()
 
     def _choose(
-        self, logits: Tensor | None, rows: Sequence[_Row], options: SamplingOptions
+        self, logits: Tensor | None, rows: Sequence[Row], options: SamplingOptions
     ) -> tuple[list[int], list[float]]:
         """The last stage chooses; ranks of the other stages are told. [rows] each."""
         if logits is not None:
-            draws = [uniform(options.seed, row.index, row.sample, len(row.tokens)) for row in rows]
-            previous = [[*row.prompt.ids, *row.tokens] for row in rows]
+            draws, previous = [row.drawn(options) for row in rows], [row.previous() for row in rows]
             both = torch.stack([x.double() for x in choose(logits, options, draws, previous)])
         else:
             both = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
@@ -242,7 +268,7 @@ class Generator:
         return [int(token) for token in tokens], logprobs
 
     def _finish(
-        self, caches: KeyValueCaches, active: list[_Row], reading: list[_Row], options: SamplingOptions
+        self, caches: KeyValueCaches, active: list[Row], reading: list[Row], options: SamplingOptions
     ) -> Iterator[Completion]:
         """Rows that have ended, whose slots go to the rows behind them: those that answer stay without a gap."""
         for row in list(active):
@@ -258,7 +284,7 @@ class Generator:
             yield completion
 
     def _fill(
-        self, caches: KeyValueCaches, slot: int, others: list[_Row], active: list[_Row], reading: list[_Row]
+        self, caches: KeyValueCaches, slot: int, others: list[Row], active: list[Row], reading: list[Row]
     ) -> None:
         """Close the gap at `slot`: the last row that answers moves there, and the last that is read to its place."""
         for group in (active, reading):
@@ -269,7 +295,7 @@ class Generator:
                 slot, last.slot = last.slot, slot
                 group.sort(key=lambda row: row.slot)
 
-    def _completion(self, row: _Row, options: SamplingOptions) -> Completion | None:
+    def _completion(self, row: Row, options: SamplingOptions) -> Completion | None:
         reason, text = None, ""
         if row.tokens[-1] in options.stop_token_ids:
             reason = "stop"
@@ -284,10 +310,11 @@ class Generator:
             return None
         if not text and self.decode is not None and not options.stop_strings:
             text = self.decode(row.tokens)
-        return Completion(row.index, row.sample, row.prompt.ids, tuple(row.tokens), tuple(row.logprobs), reason, text)
+        said, rounds = (tuple(row.tokens), tuple(row.logprobs)), tuple(row.rounds)
+        return Completion(row.index, row.sample, row.prompt.ids, *said, reason, text, rounds)
 
 
-def _tokens(row: _Row, part: NewTokens) -> list[int]:
+def _tokens(row: Row, part: NewTokens) -> list[int]:
     """The ids of a row at some positions, of its prompt or of its answer."""
     prompt = len(row.prompt.ids)
     if part.stop <= prompt:

@@ -9,14 +9,19 @@ from pathlib import Path
 
 from bridge.api import Gemma4Bridge
 from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
-from bridge.errors import CheckpointError, UsageError
+from bridge.errors import CheckpointError, GeometryError, UsageError
 from bridge.generate.task import ModelTask
+from bridge.geometry import bound
 from bridge.hf.hub import resolve
+from bridge.hf.json_file import read_object
 from bridge.mapping import table_for
+from bridge.megatron.layout import drafter_layout
 from bridge.megatron.parallel import Parallel
 
 # Without a generation_config.json: end of text, end of a turn.
 _STOP_IDS = (1, 106)
+# Where a drafter's generation_config.json does not say how many tokens it proposes at once.
+_DRAFT_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,17 @@ def stop_token_ids(assets: Path) -> tuple[int, ...]:
 
 
 def open_model(
-    name: str, *, adapter: str | None = None, parallel: Parallel | None = None, dtype: str = "bfloat16"
+    name: str,
+    *,
+    adapter: str | None = None,
+    parallel: Parallel | None = None,
+    dtype: str = "bfloat16",
+    drafter: bool = False,
 ) -> OpenedModel:
-    """Find out what `name` is; of a LoRA run the base comes from where the run says. Raises a BridgeError."""
+    """Find out what `name` is; of a LoRA run the base comes from where the run says. Raises a BridgeError.
+
+    `drafter`: whether it is to be one.
+    """
     path = resolve(name)
     held = Path(adapter) if adapter is not None else None
     if held is not None and not held.is_dir():
@@ -68,7 +81,36 @@ def open_model(
         # A head on disk is compared with the embedding: where they differ the model is untied, as in transformers.
         bridge = Gemma4Bridge.from_hf(path)
         opened = OpenedModel(ModelTask(bridge.geometry, path, False, layout, dtype), path, bridge.notices)
+    if drafter != (opened.task.geometry.drafter is not None):
+        what = "is no drafter" if drafter else "is a drafter, which says nothing alone; generate takes it as --drafter"
+        raise UsageError(f"{name}: {what}")
     return opened if held is None else _with_adapter(opened, held)
+
+
+def with_drafter(opened: OpenedModel, name: str, draft_tokens: int | None) -> OpenedModel:
+    """With a drafter: an HF folder or id, a Megatron checkpoint, a run. Raises a BridgeError.
+
+    `draft_tokens`: how many tokens it proposes at once; None: what its generation config says, or 4.
+    """
+    target = opened.task
+    found = open_model(name, parallel=drafter_layout(target.parallel), dtype=target.dtype, drafter=True)
+    try:
+        geometry = bound(found.task.geometry, target.geometry)
+    except GeometryError as error:
+        raise GeometryError(f"--drafter {name}: {error}") from None
+    tokens = _draft_tokens(found.assets) if draft_tokens is None else draft_tokens
+    if tokens < 1:
+        raise UsageError(f"--draft-tokens {tokens}: at least one token is proposed")
+    task = replace(target, drafter=replace(found.task, geometry=geometry), draft_tokens=tokens)
+    return replace(opened, task=task, notices=(*opened.notices, *found.notices))
+
+
+def _draft_tokens(assets: Path) -> int:
+    path = assets / "generation_config.json"
+    given = read_object(path).get("num_assistant_tokens") if path.is_file() else None
+    if given is not None and (type(given) is not int or given < 1):
+        raise CheckpointError(f"{path}: num_assistant_tokens is {given!r}, expected a number above 0")
+    return _DRAFT_TOKENS if given is None else given
 
 
 def _with_adapter(opened: OpenedModel, path: Path) -> OpenedModel:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def record(completion: Completion) -> dict[str, object]:
-    """A line of the output. `sample` is there where a prompt has several answers."""
+    """A line of the output. `sample` is there where a prompt has several answers, `rounds` where there is a drafter."""
     line = {
         "index": completion.index,
         "prompt_tokens": list(completion.prompt_tokens),
@@ -27,6 +27,8 @@ def record(completion: Completion) -> dict[str, object]:
         "logprobs": list(completion.logprobs),
         "finish_reason": completion.finish_reason,
     }
+    if completion.rounds:
+        line["rounds"] = [list(of_pass) for of_pass in completion.rounds]
     return line | {"sample": completion.sample} if completion.sample else line
 
 

@@ -25,7 +25,8 @@ class Completion:
     """What one row was answered. `index` is the prompt's, `sample` the number among its `num_return_sequences`.
 
     `logprobs` are the model's own of `tokens`; `finish_reason` is "stop" (a stop id or string) or "length". `text` is
-    the answer up to a stop string, "" where the generator has no tokenizer.
+    the answer up to a stop string, "" where the generator has no tokenizer. `rounds`: of each pass of the model over
+    tokens that a drafter proposed, how many those were and how many of them were accepted.
     """
 
     index: int
@@ -35,3 +36,4 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str
     text: str = ""
+    rounds: tuple[tuple[int, int], ...] = ()

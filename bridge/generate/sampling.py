@@ -54,9 +54,12 @@ class SamplingOptions:
             raise UsageError(f"num_return_sequences={self.num_return_sequences} answers would be one: temperature is 0")
 
 
-def uniform(seed: int, row: int, sample: int, step: int) -> float:
-    """A number of [0, 1) that nothing else decides: neither batch nor layout nor the order in which rows come."""
-    digest = hashlib.blake2b(f"{seed} {row} {sample} {step}".encode(), digest_size=8).digest()
+def uniform(seed: int, row: int, sample: int, step: int, use: str = "") -> float:
+    """A number of [0, 1) that nothing else decides: neither batch nor layout nor the order in which rows come.
+
+    `use`: of several numbers for one step, which.
+    """
+    digest = hashlib.blake2b(f"{seed} {row} {sample} {step}{use}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53
 
 
@@ -69,14 +72,19 @@ def choose(
     `previous`: what each row holds already, prompt and answer.
     """
     logits = logits.float()
-    scores = _penalised(logits, options.repetition_penalty, previous)
     if options.temperature == 0:
-        tokens = scores.argmax(-1)
+        tokens = _penalised(logits, options.repetition_penalty, previous).argmax(-1)
     else:
-        tokens = _draw(_cut(scores / options.temperature, options), draws)
+        tokens = draw(distribution(logits, options, previous), draws)
     # Of one token a row: no second [rows, vocab].
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return tokens, logprobs
+
+
+def distribution(logits: Tensor, options: SamplingOptions, previous: Sequence[Sequence[int]]) -> Tensor:
+    """The probabilities that tokens are drawn with, float64 [rows, vocab]; `options` are not greedy."""
+    scores = _penalised(logits.float(), options.repetition_penalty, previous)
+    return _cut(scores / options.temperature, options).double().softmax(-1)
 
 
 def _penalised(logits: Tensor, penalty: float, previous: Sequence[Sequence[int]]) -> Tensor:
@@ -104,8 +112,11 @@ def _cut(scores: Tensor, options: SamplingOptions) -> Tensor:
     return scores
 
 
-def _draw(scores: Tensor, draws: Sequence[float]) -> Tensor:
-    """Inverse transform over the words in their order: a sort could break ties in another way elsewhere."""
-    cumulated = scores.double().softmax(-1).cumsum(-1)
-    wanted = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, wanted, right=True)[:, 0].clamp_(max=scores.shape[-1] - 1)
+def draw(weights: Tensor, draws: Sequence[float]) -> Tensor:
+    """Tokens [rows], in proportion to `weights`, float64 [rows, vocab], which need not sum to one.
+
+    Inverse transform over the words in their order: a sort could break ties in another way elsewhere.
+    """
+    cumulated = weights.cumsum(-1)
+    wanted = torch.tensor(draws, dtype=torch.float64, device=weights.device)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, wanted, right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)

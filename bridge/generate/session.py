@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import ParallelError
-from bridge.generate.task import ModelTask, build_model
+from bridge.generate.task import ModelTask, build_model, build_speculator
 
 if TYPE_CHECKING:
     from bridge.generate.rows import Completion, Prompt
@@ -116,6 +116,7 @@ def _completion(event: dict[str, Any]) -> Completion:
     from bridge.generate.rows import Completion
 
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in event.items()}
+    fields["rounds"] = tuple(map(tuple, event["rounds"]))
     return Completion(**fields)
 
 
@@ -126,6 +127,7 @@ def answer_requests(task: ModelTask, folder: Path, tokenizer: Path | None, setti
     from bridge.generate.loop import Generator
 
     model, groups = build_model(task)
+    speculator = build_speculator(task, model, groups)
     decode = None if tokenizer is None else _decoder(tokenizer)
     writes = groups.tp.rank() == groups.pp.rank() == 0
     number = 0
@@ -145,7 +147,7 @@ def answer_requests(task: ModelTask, folder: Path, tokenizer: Path | None, setti
                     ),
                     "on_finish": lambda completion, file=events: print(json.dumps(asdict(completion)), file=file),
                 }
-            generator = Generator(model, groups, decode=decode, **listeners, **settings)
+            generator = Generator(model, groups, decode=decode, speculator=speculator, **listeners, **settings)
             generator.generate(prompts, options, first_index)
         number += 1
 

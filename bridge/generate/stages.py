@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,14 +18,21 @@ from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.model import Gemma4Model
 
 
+class StepOutput(NamedTuple):
+    """Of [n] tokens: logits [n, vocab], float32, and states [n, h] behind the final norm."""
+
+    logits: Tensor
+    states: Tensor
+
+
 def run_step(
     chunks: Sequence[Gemma4Model],
     groups: ProcessGroupCollection,
     step: CachedStep,
     input_ids: Tensor,
     embeddings: Tensor | None,
-) -> Tensor | None:
-    """Logits [rows, vocab], float32, of the last token of each row, on every rank of the last stage; None elsewhere.
+) -> StepOutput | None:
+    """What the model gives of the tokens whose output is wanted, on every rank of the last stage; None elsewhere.
 
     `input_ids` [1, n] on every stage; `embeddings` [n (/tp), 1, h] on the first, None elsewhere. Stage after stage, as
     many as there are chunks on all pipeline ranks: a step is short, and one alone is in flight.
@@ -47,8 +54,8 @@ def run_step(
             input_ids,
             decoder_input=embeddings if stage == 0 else None,
             visibility=step,
-            output_processor=_last_logits,
-            output_processor_context=len(step.rows),
+            output_processor=_output,
+            output_processor_context=step.outputs,
         )
         if stage == pp_size * len(chunks) - 1:
             return output
@@ -56,7 +63,7 @@ def run_step(
     return None
 
 
-def _last_logits(
+def _output(
     *,
     hidden_states: Tensor,
     output_layer: Any,
@@ -65,15 +72,16 @@ def _last_logits(
     config: Any,
     context: int,
     **unused: Any,
-) -> Tensor:
-    """As Megatron's GPTModel calls an `output_processor`; `hidden_states` are of one token a row, and padding.
+) -> StepOutput:
+    """As Megatron's GPTModel calls an `output_processor`; `hidden_states` are of `context` tokens, and padding.
 
     `unused` are the arguments of other output processors.
     """
     if config.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
     weight = output_layer.weight if output_weight is None else output_weight
-    logits = scale_logits(hidden_states[:context, 0] @ weight.t())
+    states = hidden_states[:context, 0]
+    logits = scale_logits(states @ weight.t())
     whole = gather_from_tensor_model_parallel_region(logits, group=output_layer.tp_group)
     # Ranks may hold rows behind the vocabulary, so that it divides among them.
-    return whole[:, : config.geometry.vocab_size].float()
+    return StepOutput(whole[:, : config.geometry.vocab_size].float(), states)

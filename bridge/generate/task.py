@@ -14,8 +14,11 @@ from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from bridge.generate.speculative import Speculator
     from bridge.megatron.model import Gemma4Model
     from bridge.megatron.provider import Gemma4Provider
 
@@ -25,6 +28,7 @@ class ModelTask:
     """A model for ranks to build. `weights` is an HF folder, or the weights folder of a Megatron checkpoint.
 
     `adapter`: a PEFT folder or a Megatron adapter, which the model gets beside its weights; `dtype` is torch's name.
+    `drafter`: a drafter of it, bound to it, which proposes `draft_tokens` tokens at once.
     """
 
     geometry: Geometry
@@ -33,6 +37,8 @@ class ModelTask:
     parallel: Parallel = field(default_factory=Parallel)
     dtype: str = "bfloat16"
     adapter: Path | None = None
+    drafter: ModelTask | None = None
+    draft_tokens: int = 4
 
 
 def provider_of(task: ModelTask) -> Gemma4Provider:
@@ -47,8 +53,6 @@ def provider_of(task: ModelTask) -> Gemma4Provider:
 
 def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollection]:
     """This rank's chunks, with their weights and adapters. torch.distributed must be initialised. Collective."""
-    from bridge.convert.live import load_from_hf, load_from_megatron
-    from bridge.convert.quantized_folder import open_hf_folder
     from bridge.lora.inject import attach, fill
     from bridge.lora.merge import check_copies, open_base
     from bridge.lora.peft_folder import open_peft
@@ -56,16 +60,12 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
     from bridge.lora.table import adapter_table
     from bridge.mapping import table_for
     from bridge.megatron.parallel import initialize
-    from bridge.torch_dist.reader import DistReader
 
     groups = initialize(task.parallel)
     model = provider_of(task).build(groups)
     table = table_for(task.geometry)
     with ExitStack() as stack:
-        if task.megatron:
-            load_from_megatron(model, table, stack.enter_context(DistReader(task.weights)))
-        else:
-            load_from_hf(model, table, stack.enter_context(open_hf_folder(task.weights)))
+        _load(stack, task, model)
         if task.adapter is not None:
             peft = is_peft_folder(task.adapter)
             adapter = open_peft(stack, task.adapter, table) if peft else open_megatron(stack, task.adapter)
@@ -75,3 +75,33 @@ def build_model(task: ModelTask) -> tuple[list[Gemma4Model], ProcessGroupCollect
             attach(model, adapters)
             fill(model, adapters, adapter.value)
     return model, groups
+
+
+def build_speculator(task: ModelTask, chunks: list[Gemma4Model], groups: ProcessGroupCollection) -> Speculator | None:
+    """What proposes tokens for a model that was built of `task`; None without a drafter. Collective."""
+    from bridge.generate.speculative import Speculator
+    from bridge.megatron.drafter import Gemma4Drafter, drafter_groups
+
+    if task.drafter is None:
+        return None
+    drafter = None
+    alone = drafter_groups(groups)
+    if chunks[-1].post_process:
+        (drafter,) = provider_of(task.drafter).build(alone)
+        assert isinstance(drafter, Gemma4Drafter)
+        drafter.eval()
+        with ExitStack() as stack:
+            _load(stack, task.drafter, [drafter])
+    return Speculator(drafter, chunks, groups, task.draft_tokens)
+
+
+def _load(stack: ExitStack, task: ModelTask, model: Sequence[Gemma4Model]) -> None:
+    from bridge.convert.live import load_from_hf, load_from_megatron
+    from bridge.convert.quantized_folder import open_hf_folder
+    from bridge.mapping import table_for
+    from bridge.torch_dist.reader import DistReader
+
+    if task.megatron:
+        load_from_megatron(model, table_for(task.geometry), stack.enter_context(DistReader(task.weights)))
+    else:
+        load_from_hf(model, table_for(task.geometry), stack.enter_context(open_hf_folder(task.weights)))

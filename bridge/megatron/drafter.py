@@ -7,7 +7,6 @@ of two of the target's layers there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,6 @@ from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.linear import ReplicatedLinear
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.norm import init_device
-from bridge.megatron.parallel import Parallel
 from bridge.megatron.rope import Rotary
 from bridge.megatron.visibility import Visibility
 
@@ -118,11 +116,6 @@ class Gemma4Drafter(Gemma4Model):
         chosen = torch.where(here, (rows @ hidden[:, :, None])[..., 0], 0.0)
         chosen = reduce_from_tensor_model_parallel_region(chosen, group=group).float()
         return chosen.new_full((len(hidden), vocab_size), -torch.inf).scatter(1, tokens, chosen)
-
-
-def drafter_layout(parallel: Parallel) -> Parallel:
-    """The layout of a drafter beside a target of `parallel`: whole on the last stage."""
-    return replace(parallel, pp=1, vpp=1, ep=1, etp=1)
 
 
 def drafter_groups(groups: ProcessGroupCollection) -> ProcessGroupCollection:

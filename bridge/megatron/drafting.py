@@ -51,19 +51,20 @@ def run_target(
     attention_mask: Tensor | None = None,
     packed_seq_params: PackedSeqParams | None = None,
     mm_token_type_ids: Tensor | None = None,
+    visibility: Visibility | None = None,
     **media: Any,
 ) -> Tensor | TargetPass:
     """One stage's pass over what `Gemma4Model.forward` takes, without a gradient: a payload, or at last a pass."""
-    visibility, position_ids = described(
-        input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, None
+    seen, position_ids = described(
+        input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, visibility
     )
-    assert isinstance(visibility, Visibility)
+    assert isinstance(seen, Visibility)
     with torch.no_grad():
         output = chunk(
             input_ids,
             position_ids,
             mm_token_type_ids=mm_token_type_ids,
-            visibility=visibility,
+            visibility=seen,
             output_processor=_states,
             **media,
         )
@@ -72,8 +73,8 @@ def run_target(
     zigzag = None
     if chunk.pg_collection.cp.size() > 1:
         zigzag = Zigzag.of(input_ids.shape[1], chunk.pg_collection.cp)
-        visibility, position_ids = visibility.on(zigzag), zigzag.take(position_ids)
-    return TargetPass(output, dict(chunk.decoder.published), input_ids, visibility, position_ids, zigzag)
+        seen, position_ids = seen.on(zigzag), zigzag.take(position_ids)
+    return TargetPass(output, dict(chunk.decoder.published), input_ids, seen, position_ids, zigzag)
 
 
 def _states(*, hidden_states: Tensor, **unused: Any) -> Tensor:
@@ -104,5 +105,6 @@ def draft(
 
 
 def shifted(rows: Tensor, by: int, filler: int) -> Tensor:
-    """`rows` [b, s] with what stands `by` places further on in each place, `filler` behind their end."""
-    return torch.nn.functional.pad(rows[:, by:], (0, min(by, rows.shape[1])), value=filler)
+    """`rows` [b, s, ...] with what stands `by` places further on in each place, `filler` behind their end."""
+    by = min(by, rows.shape[1])
+    return torch.cat([rows[:, by:], rows.new_full((len(rows), by, *rows.shape[2:]), filler)], dim=1)

@@ -1,9 +1,10 @@
 """Keys and values of the tokens that rows have so far, and what attention is given while a model generates.
 
 A `CachedStep` takes the place of a `Visibility`: it describes new tokens of several rows, packed into one sequence, and
-where the keys and values of their earlier tokens lie. Sliding layers keep a ring of the window's length, global layers
-grow, layers that share K/V keep nothing: they read the cache of the layer that makes them. A pipeline stage that holds
-readers of an earlier stage's layer mirrors its cache out of what crosses the boundary.
+where the keys and values of their earlier tokens lie. Sliding layers keep a ring of the window's length (and of a few
+tokens more, where some that are written may be taken back: what a drafter proposed), global layers grow, layers that
+share K/V keep nothing: they read the cache of the layer that makes them. A pipeline stage that holds readers of an
+earlier stage's layer mirrors its cache out of what crosses the boundary.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ _GROWTH = 1.5
 class LayerCache:
     """Keys and values of one layer, [slots, groups, capacity, head_dim] each; a row has one slot.
 
-    The token at position p lies in column p, or p mod `window` where there is a window: older ones are overwritten.
+    The token at position p lies in column p, or p mod `ring` where there is one: older ones are overwritten.
     """
 
-    window: int | None
+    ring: int | None
     key: Tensor
     value: Tensor
 
     def reserve(self, slots: int, positions: int) -> None:
         """Room for `slots` rows of `positions` tokens."""
-        columns = positions if self.window is None else min(self.window, positions)
+        columns = positions if self.ring is None else min(self.ring, positions)
         have = self.key.shape
         if slots <= have[0] and columns <= have[2]:
             return
         if columns > have[2]:
             columns = max(columns, int(have[2] * _GROWTH))
-            columns = columns if self.window is None else min(self.window, columns)
+            columns = columns if self.ring is None else min(self.ring, columns)
         shape = (max(slots, have[0]), have[1], max(columns, have[2]), have[3])
         for name in ("key", "value"):
             old = getattr(self, name)
@@ -56,13 +57,13 @@ class LayerCache:
 
     def columns(self, positions: Tensor) -> Tensor:
         """Where tokens at `positions` lie."""
-        return positions if self.window is None else positions % self.window
+        return positions if self.ring is None else positions % self.ring
 
     def write(self, slot: int, start: int, key: Tensor, value: Tensor) -> None:
-        """Tokens from position `start` on of one row, [n, groups, head_dim] each; of more than a window the last."""
+        """Tokens from position `start` on of one row, [n, groups, head_dim] each; of more than a ring the last."""
         stop = start + len(key)
-        if self.window is not None and len(key) > self.window:
-            start, key, value = stop - self.window, key[-self.window :], value[-self.window :]
+        if self.ring is not None and len(key) > self.ring:
+            start, key, value = stop - self.ring, key[-self.ring :], value[-self.ring :]
         columns = self.columns(torch.arange(start, stop, device=key.device))
         self.key[slot][:, columns] = key.transpose(0, 1)
         self.value[slot][:, columns] = value.transpose(0, 1)
@@ -74,10 +75,13 @@ class LayerCache:
 
 
 class KeyValueCaches:
-    """The caches of a stage, by the layer that makes the keys and values; made when the first come in."""
+    """The caches of a stage, by the layer that makes the keys and values; made when the first come in.
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
+    `spare`: how many tokens that were written last a row may lose again, and be gone on with from before them.
+    """
+
+    def __init__(self, geometry: Geometry, spare: int = 0) -> None:
+        self.geometry, self.spare = geometry, spare
         self.layers: dict[int, LayerCache] = {}
 
     def of(self, source: int, key: Tensor) -> LayerCache:
@@ -85,7 +89,9 @@ class KeyValueCaches:
         if source not in self.layers:
             groups, head_dim = key.shape[2:]
             empty = key.new_zeros(0, groups, 0, head_dim)
-            self.layers[source] = LayerCache(self.geometry.layers[source].window, empty, empty.clone())
+            window = self.geometry.layers[source].window
+            ring = None if window is None else window + self.spare
+            self.layers[source] = LayerCache(ring, empty, empty.clone())
         return self.layers[source]
 
     def move(self, source: int, target: int) -> None:
@@ -118,7 +124,8 @@ class CachedStep:
     """New tokens of several rows in one sequence [n, 1, ...], row after row, `padding` tokens behind them.
 
     Keys and values of the new tokens are written to `caches`. Either one token a row, or parts of prompts that cut no
-    image. Under sequence parallelism n is a multiple of the ranks of `tp_group` (`padded`).
+    image; or, with `every`, tokens of text, of each of which the model's output is wanted. Under sequence parallelism n
+    is a multiple of the ranks of `tp_group` (`padded`).
     """
 
     caches: KeyValueCaches
@@ -130,8 +137,9 @@ class CachedStep:
     # Layers whose new keys and values are in the caches already.
     written: set[int] = field(default_factory=set)
     masks: dict[object, Mask] = field(default_factory=dict)
-    unseen: dict[int, Tensor | None] = field(default_factory=dict)
+    unseen: dict[object, Tensor | None] = field(default_factory=dict)
     narrowed: bool = False
+    every: bool = False
 
     @classmethod
     def of(
@@ -141,16 +149,28 @@ class CachedStep:
         device: torch.device,
         tp_group: ProcessGroup,
         sequence_parallel: bool,
+        *,
+        every: bool = False,
     ) -> CachedStep:
         """Without a row there is one token of padding at the least: experts' ranks wait for each other."""
         multiple = tp_group.size() if sequence_parallel else 1
         padding = padded(sum(map(len, rows)), multiple) - sum(map(len, rows))
-        return cls(caches, tuple(rows), padding, device, tp_group, sequence_parallel)
+        return cls(caches, tuple(rows), padding, device, tp_group, sequence_parallel, every=every)
 
     @cached_property
     def one_each(self) -> bool:
         """Whether every row has one token here, the last that it has so far."""
         return self.narrowed or all(len(row) == 1 for row in self.rows)
+
+    @cached_property
+    def all_wanted(self) -> bool:
+        """Whether the model's output is wanted of every token here."""
+        return self.every or self.one_each
+
+    @property
+    def outputs(self) -> int:
+        """Of how many tokens the model's output is wanted: the first ones of `last`, its padding behind them."""
+        return sum(map(len, self.rows)) if self.every else len(self.rows)
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -161,7 +181,7 @@ class CachedStep:
     @cached_property
     def last(self) -> CachedStep:
         """The same step for the last token of each row: those before it have no reader behind layers that share K/V."""
-        if self.one_each:
+        if self.all_wanted:
             return self
         multiple = self.tp_group.size() if self.sequence_parallel else 1
         padding = padded(len(self.rows), multiple) - len(self.rows)
@@ -175,7 +195,7 @@ class CachedStep:
 
     def take_last(self, x: Tensor) -> Tensor:
         """Of [n (/tp), 1, ...] the last tokens: [rows and padding (/tp), 1, ...]."""
-        if self.one_each:
+        if self.all_wanted:
             return x
         if not self.sequence_parallel:
             return x[self.last_index]
@@ -184,7 +204,7 @@ class CachedStep:
 
     def put_back(self, x: Tensor) -> Tensor:
         """The inverse of `take_last`, zeros for other tokens: pipeline stages send sequences of one length."""
-        if self.one_each:
+        if self.all_wanted:
             return x
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x.contiguous(), group=self.tp_group)
@@ -195,7 +215,7 @@ class CachedStep:
 
     def rotary(self, tables: dict[LayerKind, Rotary]) -> dict[LayerKind, Rotary]:
         """Tables [n, 1, 1, d] -> those of the last tokens."""
-        if self.one_each:
+        if self.all_wanted:
             return tables
         return {kind: Rotary(x.cos[self.last_index], x.sin[self.last_index]) for kind, x in tables.items()}
 
@@ -208,10 +228,9 @@ class CachedStep:
             return torch.zeros_like(query)
         cache = self.caches.of(source, key)
         cache.reserve(*self._size)
-        if self.one_each:
+        if self.all_wanted:
             self._write(source, cache, key, value)
-            attended = self._attend_last(cache, query[: len(self.rows), 0])[:, None]
-            return torch.nn.functional.pad(attended, (0, 0) * 3 + (0, self.padding)) if self.padding else attended
+            return self._attend_written(cache, rule.window, query)
         output = torch.zeros_like(query)
         start = 0
         for row in self.rows:
@@ -228,36 +247,85 @@ class CachedStep:
         if source in self.written:
             return
         self.written.add(source)
-        if all(len(row) == 1 for row in self.rows):
-            count = len(self.rows)
-            places = self._slots, slice(None), cache.columns(self._positions)
-            cache.key[places], cache.value[places] = key[:count, 0], value[:count, 0]
+        if self.every or all(len(row) == 1 for row in self.rows):
+            slots, positions = self._tokens
+            places = slots, slice(None), cache.columns(positions)
+            cache.key[places], cache.value[places] = key[: len(slots), 0], value[: len(slots), 0]
             return
         start = 0
         for row in self.rows:
             tokens = slice(start, start := start + len(row))
             cache.write(row.slot, row.start, key[tokens, 0], value[tokens, 0])
 
-    def _attend_last(self, cache: LayerCache, query: Tensor) -> Tensor:
-        """`query` [rows, heads, d], one token a row, over all that the rows' slots hold -> the same."""
+    def _attend_written(self, cache: LayerCache, window: int | None, query: Tensor) -> Tensor:
+        """`query` [n, 1, heads, d] over all that the rows' slots hold, the new tokens too -> the same."""
         longest = self._size[1]
-        columns = longest if cache.window is None else min(cache.window, longest)
+        columns = longest if cache.ring is None else min(cache.ring, longest)
         key, value = (x[self._chosen, :, :columns] for x in (cache.key, cache.value))
-        groups = key.shape[1]
-        scores = (query.unflatten(1, (groups, -1)) @ key.transpose(2, 3)).float()
-        unseen = self._unseen(columns)
+        places = self._places
+        rows = query[places, 0] if places is not None else query[: len(self.rows), 0][:, None]  # [rows, q, heads, d]
+        length, groups = rows.shape[1], key.shape[1]
+        grouped = rows.transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)
+        scores = (grouped @ key.transpose(2, 3)).float()
+        unseen = self._unseen(cache, columns, window)
         if unseen is not None:
-            scores = scores.masked_fill_(unseen, -torch.inf)
-        return (scores.softmax(-1).to(value.dtype) @ value).flatten(1, 2)
+            scores = scores.unflatten(2, (-1, length)).masked_fill_(unseen, -torch.inf).flatten(2, 3)
+        attended = scores.softmax(-1).to(value.dtype) @ value
+        attended = attended.unflatten(2, (-1, length)).flatten(1, 2).transpose(1, 2)
+        attended = attended[:, 0] if places is None else attended[self._filled]
+        return torch.nn.functional.pad(attended[:, None], (0, 0) * 3 + (0, len(query) - len(attended)))
 
-    def _unseen(self, columns: int) -> Tensor | None:
-        """[rows, 1, 1, columns] bool: columns that a row has not filled yet; None where all have filled all."""
-        if columns not in self.unseen:
+    def _unseen(self, cache: LayerCache, columns: int, window: int | None) -> Tensor | None:
+        """[rows, 1, 1, q, columns] bool: columns that a token does not see; None where all see all."""
+        asked = columns, cache.ring, window
+        if asked not in self.unseen:
+            # One token a row sees all that its slot holds, if the slot is full and no longer than its window.
+            whole = self.one_each and cache.ring == window
             found = None
-            if min(row.stop for row in self.rows) < columns:
-                found = (torch.arange(columns, device=self.device) > self._positions[:, None])[:, None, None]
-            self.unseen[columns] = found
-        return self.unseen[columns]
+            if not whole or min(row.stop for row in self.rows) < columns:
+                found = ~self._seen(cache.ring, columns, window)[:, None, None]
+            self.unseen[asked] = found
+        return self.unseen[asked]
+
+    def _seen(self, ring: int | None, columns: int, window: int | None) -> Tensor:
+        """[rows, q, columns] bool. A column of a ring holds the last position of the row that it may hold."""
+        held = torch.arange(columns, device=self.device)[None]
+        if ring is not None:
+            last = self._positions[:, None]
+            held = last - (last - held) % ring
+        distance = self._query_positions[:, :, None] - held[:, None]
+        seen = (distance >= 0) & (held >= 0)[:, None]
+        return seen if window is None else seen & (distance < window)
+
+    @cached_property
+    def _places(self) -> Tensor | None:
+        """[rows, q]: where in the sequence the tokens of each row stand, the last one repeated; None: one a row."""
+        if self.one_each:
+            return None
+        lengths = torch.tensor([len(row) for row in self.rows])
+        offsets = torch.arange(int(lengths.max())).minimum(lengths[:, None] - 1)
+        return ((lengths.cumsum(0) - lengths)[:, None] + offsets).to(self.device)
+
+    @cached_property
+    def _filled(self) -> Tensor:
+        """[rows, q] bool: which of `_places` are tokens, and no repetition."""
+        lengths = torch.tensor([len(row) for row in self.rows])
+        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.device)
+
+    @cached_property
+    def _query_positions(self) -> Tensor:
+        """[rows, q]"""
+        if self.one_each:
+            return self._positions[:, None]
+        assert self._places is not None
+        return self.position_ids[0][self._places]
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """The slot and the position of every token, [n] each."""
+        numbers = [(row.slot, position) for row in self.rows for position in range(row.start, row.stop)]
+        slots, positions = torch.tensor(numbers, device=self.device).unbind(1)
+        return slots, positions
 
     @cached_property
     def _size(self) -> tuple[int, int]:

@@ -33,6 +33,11 @@ def layout_string(stages: list[range]) -> str:
     return "E" + "|".join("t" * len(stage) for stage in stages) + "L"
 
 
+def drafter_layout(parallel: Parallel) -> Parallel:
+    """The layout of a drafter beside a target of `parallel`: whole on the last stage."""
+    return replace(parallel, pp=1, vpp=1, ep=1, etp=1)
+
+
 def check_layout(geometry: Geometry, parallel: Parallel) -> None:
     """Refuse a layout that the geometry does not allow. Raises ParallelError naming the sizes, and those that fit."""
     stage_layers(geometry.num_layers, parallel.pp * parallel.vpp)

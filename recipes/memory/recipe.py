@@ -22,7 +22,7 @@ from recipes.config import Recipe
 from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
-from recipes.memory.parameters import everything
+from recipes.memory.parameters import everything, nothing
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
 
@@ -78,7 +78,7 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         lora_rank=rank,
         adapters=adapters,
         whole=whole,
-        trained=_trained(recipe.model.freeze),
+        trained=_trained(recipe.model.freeze) if recipe.drafter.path is None else nothing,
         answers=_answers(recipe),
     )
 

@@ -92,13 +92,13 @@ def prepare_output(run: Run) -> None:
         output = Path(run.recipe.output)
         if run.recipe.export.hf is not None:
             # Said now, and not when there is a model to write.
-            source = run.bridge.hf_dir or run.bridge.megatron.hf  # type: ignore[union-attr]
+            source = run.trained.hf_dir or run.trained.megatron.hf  # type: ignore[union-attr]
             check_target(Path.cwd() / run.recipe.export.hf, True, source.rglob("*"))
         output.mkdir(parents=True, exist_ok=True)
         _tidy(output)
         if run.lora is not None:
             describe(run.recipe, run.lora, output)
-        origin = run.bridge.hf_dir or run.bridge.megatron
+        origin = run.trained.hf_dir or run.trained.megatron
         assert origin is not None
         write_beside(origin, output, dtype=run.recipe.model.dtype)
 

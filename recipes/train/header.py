@@ -64,6 +64,6 @@ def lines(said: Mapping[str, Any]) -> Iterator[str]:
 def _trained(run: Run, plan: Plan) -> int:
     """How many elements are trained, over all ranks."""
     entries = [entry for entry in run.table.entries.values() if entry.row.trainable]
-    if run.lora is None:
+    if run.lora is None and run.target is None:
         entries = [entry for entry in entries if plan.trains(entry)]
     return sum(math.prod(entry.shape) for entry in entries)

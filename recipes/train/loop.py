@@ -128,8 +128,9 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
 def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[str], None]) -> None:
     """What the run is about to do, on rank 0."""
     said = header.header(run, streams.facts, progress.step)
+    notices = dict.fromkeys((*run.bridge.notices, *run.trained.notices))
     header.write(said, Path(run.recipe.output))
-    for line in (*run.bridge.notices, *streams.notes, *header.lines(said), *shortened(run.recipe)):
+    for line in (*notices, *streams.notes, *header.lines(said), *shortened(run.recipe)):
         say(line)
     if progress.step:
         say(f"resuming after step {progress.step}")
@@ -150,7 +151,7 @@ def _export(run: Run, best: Path | None, target: Path, say: Callable[[str], None
     run.gather_weights()
     if best is not None:
         checkpoint.load_weights(run, best)
-    run.bridge.save_hf(run.models, target, overwrite=True)
+    run.trained.save_hf(run.models, target, overwrite=True)
 
 
 def _better(value: float, best: float, measure: str) -> bool:
@@ -294,11 +295,16 @@ class _Loop:
         self.progress.unlogged = [a + b for a, b in zip(before, figures, strict=True)]
 
     def _flops(self, batches: Sequence[Batch]) -> float:
-        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica."""
+        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica.
+
+        Where a drafter is trained, of its target's forward pass.
+        """
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
         geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
+        if self.run_.target is not None:
+            return forward_flops(geometry, batches, vision_mask)
         flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
         return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
 
@@ -342,7 +348,7 @@ class _Loop:
         self.progress.unlogged = []
         geometry, steps = run.bridge.geometry, self.progress.step - self._logged
         self._logged = self.progress.step
-        load = take_load(geometry, run.models, run.device)
+        load = take_load(run.trained.geometry, run.models, run.device)
         balance = math.nan
         if self.recipe.train.aux_loss:
             balance = take_auxiliary_loss(geometry, steps * run.microbatches, run.groups.dp.size(), run.device)

@@ -22,6 +22,7 @@ from bridge.megatron.visibility import Visibility, send
 from bridge.token_ids import IGNORE, check_ids, check_labels
 from recipes.check import row_multiple
 from recipes.data.collate import KL
+from recipes.train.drafter import Target
 from recipes.train.media import MEDIA_NAMES
 from recipes.train.setup import BuiltModel
 
@@ -121,7 +122,7 @@ def through(
     for chunk in run.chunks:
         if chunk.training != train:  # it walks all modules
             chunk.train(train)
-    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy)
+    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, target=run.target)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports: list[dict[str, Tensor]] = get_forward_backward_func()(
@@ -183,7 +184,12 @@ def _with_masks_of_its_own(microbatch: Prepared) -> Prepared:
 
 
 def _forward_step(
-    iterator: Iterator[Prepared], chunk: torch.nn.Module, total: Total, z_loss: float, accuracy: bool
+    iterator: Iterator[Prepared],
+    chunk: torch.nn.Module,
+    total: Total,
+    z_loss: float,
+    accuracy: bool,
+    target: Target | None,
 ) -> tuple[Tensor, Any]:
     batch, visibility, kept, placeholders = next(iterator)
     packed = None
@@ -192,6 +198,10 @@ def _forward_step(
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
     counted: dict[str, Any] = {}
+    media = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
+    if target is not None:
+        losses = target.losses(chunk, batch, packed, visibility, **media)
+        return losses, lambda losses: total(losses, Passed(batch, squares, correct))
     if accuracy:
         context = AccuracyContext(LossContext(z_loss, kept), correct)
         counted = {"output_processor": loss_and_accuracy, "output_processor_context": context}
@@ -208,7 +218,7 @@ def _forward_step(
         squares=squares if z_loss else None,
         **counted,
         **({"placeholder_counts": placeholders} if placeholders else {}),
-        **{name: batch[name] for name in MEDIA_NAMES & set(batch)},
+        **media,
     )
 
     return losses, lambda losses: total(losses, Passed(batch, squares, correct))

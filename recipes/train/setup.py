@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge import Gemma4Bridge
 from bridge.errors import UsageError
+from bridge.geometry import producers
 from bridge.lora.spec import LoraSpec
 from bridge.mapping import Table
 from bridge.megatron import cpu_runtime
@@ -26,6 +27,7 @@ from bridge.megatron.provider import Gemma4Provider
 from recipes.check import check_recipe
 from recipes.config import Recipe
 from recipes.train import lora
+from recipes.train.drafter import Target, with_drafter
 from recipes.train.schedule import make_scheduler
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,13 +84,14 @@ def local_device(rank: int, visible: int) -> int:
 @dataclass
 class BuiltModel:
     """A model on this rank, and what its data and batches are. `chunks`: the models as schedules take them, in order,
-    which is in DDP where they are trained."""
+    which is in DDP where they are trained. With a `target` they are its drafter, and `provider` is the target's."""
 
     recipe: Recipe
     groups: ProcessGroupCollection
     provider: Gemma4Provider
     models: list[Gemma4Model]
     chunks: Sequence[torch.nn.Module]
+    target: Target | None = field(default=None, kw_only=True)
 
     @property
     def config(self) -> Any:
@@ -110,7 +113,8 @@ class BuiltModel:
 class Run(BuiltModel):
     """What a training run consists of on this rank.
 
-    `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`).
+    `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`), or its
+    drafter's. `bridge`: of the model that reads the data.
     """
 
     bridge: Gemma4Bridge
@@ -119,6 +123,11 @@ class Run(BuiltModel):
     microbatches: int
     table: Table
     lora: LoraSpec | None = None
+
+    @property
+    def trained(self) -> Gemma4Bridge:
+        """Of the model whose weights are trained, or adapted."""
+        return self.bridge if self.target is None else self.target.drafter
 
 
 def build(recipe: Recipe, load: bool) -> Run:
@@ -150,6 +159,8 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
             overrides |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": recipe.train.aux_loss}
     elif recipe.train.aux_loss:
         raise UsageError(f"train.aux_loss={recipe.train.aux_loss:g} is for models with experts, and this one has none")
+    if recipe.drafter.path is not None:
+        overrides["published_kv"] = tuple(producers(bridge.geometry.layers).values())
     layout = parallel.layout()
     model = recipe.model
     parts = {"layer_spec": model.layer_spec, "fp8": model.fp8, "fp8_experts": model.fp8_experts}
@@ -157,17 +168,20 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     provider = bridge.provider(layout, dtype, overrides=overrides, attention_backends=backends, **parts)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
-    if load or adapters is not None:
+    if load or adapters is not None or recipe.drafter.path is not None:
         bridge.load_hf_weights(models)
     if spec is not None and adapters is not None:
         lora.add_adapters(recipe, spec, adapters, models)
     freeze(models, recipe.model.freeze)
-    chunks = wrap(provider, models, groups, parallel.overlap)
+    target, own = None, provider
+    if recipe.drafter.path is not None:
+        target, own, models = with_drafter(recipe, bridge, provider, models, groups, load)
+    chunks = wrap(own, models, groups, parallel.overlap)
     optimizer = make_optimizer(recipe, chunks, groups)
     scheduler = make_scheduler(recipe, optimizer)
-    table = adapters or bridge.table
+    table = adapters or (bridge.table if target is None else target.drafter.table)
     built = (recipe, groups, provider, models, chunks)
-    return Run(*built, bridge, optimizer, scheduler, microbatches, table, spec)
+    return Run(*built, bridge, optimizer, scheduler, microbatches, table, spec, target=target)
 
 
 def only_deterministic() -> None:

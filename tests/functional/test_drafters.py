@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from bridge.generate.rows import Completion, Prompt
+from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
+from bridge.megatron.draft_loss import DraftLoss
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
 
 from .conftest import Toy
-from .drafter_kit import Pair, drafted, drafted_with_transformers, with_layout
+from .drafter_kit import (
+    Pair,
+    Rows,
+    answer_with_drafter,
+    counted_with_transformers,
+    drafted,
+    drafted_with_transformers,
+    fit,
+    gradients,
+    gradients_with_transformers,
+    task_of,
+    with_layout,
+)
+from .generation_kit import random_prompts
 
 BOUND = 1e-5
 STEPS = 5
+TOKENS, DRAFTS = 40, 4
+GREEDY = SamplingOptions(max_new_tokens=TOKENS)
 LAYOUTS = {"one": Parallel(), "TP2": Parallel(tp=2), "TP2+SP": Parallel(tp=2, sequence_parallel=True)}
+
+ANSWER_LAYOUTS = {"one": Parallel(), "TP2+SP": Parallel(tp=2, sequence_parallel=True), "PP2": Parallel(pp=2)}
+
+
+GRADIENT_LAYOUTS = {
+    "TP2+SP": Parallel(tp=2, sequence_parallel=True),
+    "PP2": Parallel(pp=2),
+    "TP2 PP2": Parallel(tp=2, pp=2),
+    "CP2": Parallel(cp=2),
+}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str) -> None:
+    for name, wanted in theirs.items():
+        apart = float((ours[name].float() - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        assert apart <= 1e-4, f"{where}: {name} {apart:.2g}"
+
+
+class Guessing(NamedTuple):
+    """A target and a drafter that guesses some of its tokens, prompts, and the target's own greedy answers."""
+
+    pair: Pair
+    prompts: list[Prompt]
+    plain: list[Completion]
+
+
+def two_sample_chi_square(table: list[list[int]]) -> float:
+    """The probability that two rows of counts, of equally many draws, are so different and of one distribution."""
+    both = torch.tensor(table, dtype=torch.float64)
+    both = both[:, both.sum(0) >= 10]
+    statistic = ((both[0] - both[1]) ** 2 / both.sum(0)).sum()
+    return float(torch.special.gammaincc(torch.tensor((both.shape[1] - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
 def some_ids(folder: Path, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -52,3 +106,116 @@ def test_steps_of_a_draft(ranks: RankPool, toy: Toy, variant: str, ordered: bool
             continue  # experts need sequence parallelism there
         for ours in ranks.run(drafted, with_layout(pair, parallel), ids, STEPS, world_size=parallel.world_size):
             assert_same_steps(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def guessing(ranks: RankPool, toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Guessing]:
+    """A toy whose drafter was tuned for a while to guess its answers: some are accepted, some are not."""
+    base, made = tmp_path_factory.mktemp("tuned"), dict[str, Guessing]()
+
+    def get(variant: str) -> Guessing:
+        if variant not in made:
+            pair = Pair(toy(variant), toy(variant, drafter=True))
+            prompts = random_prompts(Geometry.from_folder(pair.target))
+            alone = replace(task_of(pair, DRAFTS), drafter=None)
+            (plain,) = ranks.run(answer_with_drafter, alone, prompts, GREEDY, world_size=1)
+            # Of every other answer the drafter has seen nothing.
+            rows = [[*c.prompt_tokens, *c.tokens] for c in plain[::2]]
+            ranks.run(fit, pair, rows, base / variant, steps=60, world_size=1)
+            made[variant] = Guessing(replace(pair, drafter=base / variant), prompts, plain)
+        return made[variant]
+
+    return get
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b"])
+def test_greedy_answers_and_counts(ranks: RankPool, guessing: Callable[[str], Guessing], variant: str) -> None:
+    """The tokens that there are without a drafter, in any layout and company; as many accepted as transformers has."""
+    pair, prompts, plain = guessing(variant)
+    theirs = {
+        as_meant: ranks.run(counted_with_transformers, pair, prompts, TOKENS, DRAFTS, as_meant, world_size=1)[0]
+        for as_meant in (True, False)
+    }
+    expected = [tuple(rounds) for _, rounds in theirs[True]]
+    accepted = [n for rounds in expected for _, n in rounds]
+    assert accepted.count(DRAFTS) > 0 and accepted.count(0) > 0, "nothing is shown by a drafter that is all or nothing"
+    for name, parallel in ANSWER_LAYOUTS.items():
+        task = task_of(with_layout(pair, parallel), DRAFTS)
+        for found in ranks.run(answer_with_drafter, task, prompts, GREEDY, max_rows=3, world_size=parallel.world_size):
+            assert [c.tokens for c in found] == [c.tokens for c in plain], name
+            assert [c.rounds for c in found] == expected, name
+            for ours, alone in zip(found, plain, strict=True):
+                torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(alone.logprobs), rtol=0, atol=1e-4)
+    for (tokens, _), completion in zip(theirs[True] + theirs[False], 2 * plain, strict=True):
+        assert tuple(tokens) == completion.tokens
+
+
+def test_answers_end_where_they_end_without_a_drafter(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
+    """At a stop id in the middle of what was accepted, and at a penalty's tokens."""
+    pair, prompts, plain = guessing("e2b")
+    stops = tuple(completion.tokens[position] for position, completion in enumerate(plain, 6))
+    for options in (
+        replace(GREEDY, stop_token_ids=stops),
+        replace(GREEDY, repetition_penalty=1.3),
+        replace(GREEDY, max_new_tokens=1),
+    ):
+        asked = task_of(pair, DRAFTS)
+        (alone,) = ranks.run(answer_with_drafter, replace(asked, drafter=None), prompts, options, world_size=1)
+        (found,) = ranks.run(answer_with_drafter, asked, prompts, options, world_size=1)
+        assert [(c.tokens, c.finish_reason) for c in found] == [(c.tokens, c.finish_reason) for c in alone]
+        for completion in found:
+            assert sum(n + 1 for _, n in completion.rounds) == len(completion.tokens) - 1
+
+
+def test_sampled_answers_do_not_depend_on_company(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
+    pair, prompts, _ = guessing("e2b")
+    options = replace(GREEDY, temperature=0.7, top_k=20, seed=5)
+    answers = []
+    for parallel, rows in ((Parallel(), 16), (Parallel(), 2), (Parallel(tp=2, pp=2, sequence_parallel=True), 3)):
+        task = task_of(with_layout(pair, parallel), DRAFTS)
+        (found, *_) = ranks.run(
+            answer_with_drafter, task, prompts, options, max_rows=rows, world_size=parallel.world_size
+        )
+        answers.append([(c.tokens, c.rounds) for c in found])
+    assert answers[0] == answers[1] == answers[2]
+    assert sum(n for _, rounds in answers[0] for _, n in rounds) > 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "packed"),
+    [
+        ("e2b", True),
+        ("12b", False),
+        pytest.param("e2b", False, marks=pytest.mark.slow),
+        pytest.param("12b", True, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients(ranks: RankPool, toy: Toy, variant: str, packed: bool) -> None:
+    """Of every parameter: a plain loop's over transformers' classes on one rank, and one rank's in any layout."""
+    pair = Pair(toy(variant), toy(variant, drafter=True))
+    ids = some_ids(pair.target, rows=1 if packed else 2, length=32)
+    rows = Rows(ids, (0, 5, 19) if packed else (0,), packed)
+    asked = DraftLoss(steps=3, cross_entropy=0.7, kl=1.3, centroids=0.9)
+    (theirs,) = ranks.run(gradients_with_transformers, pair, rows, asked, world_size=1)
+    (one,) = ranks.run(gradients, pair, rows, asked, world_size=1)
+    assert set(one) == set(theirs)
+    assert_same_gradients(one, theirs, "one rank")
+    for name, parallel in GRADIENT_LAYOUTS.items():
+        for found in ranks.run(gradients, with_layout(pair, parallel), rows, asked, world_size=parallel.world_size):
+            assert_same_gradients(found, one, name)
+
+
+@pytest.mark.slow
+def test_sampled_answers_are_distributed_as_without(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
+    """20,000 answers of three tokens against the model's own probabilities: chi-square over all that occur."""
+    pair, prompts, _ = guessing("12b")
+    options = SamplingOptions(max_new_tokens=3, temperature=1.0, top_k=4, seed=1, num_return_sequences=20_000)
+    counts = []
+    for task, seed in ((task_of(pair, 2), 1), (replace(task_of(pair, 2), drafter=None), 2)):
+        asked = replace(options, seed=seed)
+        (found,) = ranks.run(answer_with_drafter, task, prompts[:1], asked, max_rows=2000, world_size=1)
+        counts.append(Counter(completion.tokens for completion in found))
+    words = sorted(set(counts[0]) | set(counts[1]))
+    table = [[count[word] for word in words] for count in counts]
+    assert len(words) > 20
+    assert two_sample_chi_square(table) > 1e-3

@@ -60,6 +60,31 @@ def test_a_file_of_prompts_is_gone_on_with(toy: Toy, prompts: Path, tmp_path: Pa
         run(*asked)
 
 
+def test_a_drafter(toy: Toy, prompts: Path, tmp_path: Path) -> None:
+    """The same greedy answers, to a picture too; what was drafted, in the file and on the terminal."""
+    asked = (toy("e4b"), "--input", prompts, "--dtype", "float32", "--max-new-tokens", 6)
+    drafter = toy("e4b", drafter=True)
+    found = []
+    for name, more in (("alone", ()), ("drafted", ("--drafter", drafter, "--draft-tokens", 3))):
+        result = run(*asked, "--output", tmp_path / name, *more)
+        assert result.exit_code == 0, result.output
+        found.append([json.loads(line) for line in (tmp_path / name).read_text().splitlines()])
+    assert "tokens accepted in" in result.output and str(drafter) in result.output
+    for alone, drafted in zip(*found, strict=True):
+        rounds = drafted.pop("rounds")
+        assert alone["tokens"] == drafted["tokens"] and alone.keys() == drafted.keys()
+        assert rounds[0][0] == 3 and sum(accepted + 1 for _, accepted in rounds) == len(alone["tokens"]) - 1
+    for arguments, message in (
+        ((*asked, "--drafter", toy("e4b")), "is no drafter"),
+        ((*asked, "--drafter", toy("31b", drafter=True)), "the drafter is of another model"),
+        ((*asked, "--draft-tokens", 3), "goes with --drafter"),
+        ((*asked, "--drafter", drafter, "--draft-tokens", 0), "--draft-tokens 0"),
+        ((drafter, "--ids", "5"), "is a drafter, which says nothing alone"),
+    ):
+        with pytest.raises(BridgeError, match=message):
+            run(*arguments)
+
+
 def test_what_makes_no_sense_is_said_before_anything_is_loaded(toy: Toy, prompts: Path, tmp_path: Path) -> None:
     folder = toy("31b", text_only=True)
     bad = tmp_path / "bad.jsonl"

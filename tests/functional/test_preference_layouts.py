@@ -24,13 +24,14 @@ KTO = {"loss": "kto"}
 LAYOUTS: dict[str, tuple[str, dict[str, Any], int, list[str]]] = {
     "e4b TP2+SP": ("e4b", MIXED, 2, TP2),
     "e4b PP2, packed": ("e4b", MIXED, 2, [*PP2, *PACKED]),
-    "12b CP2, packed": ("12b", MIXED, 2, ["parallel.cp=2", *PACKED]),
+    "e4b CP2, packed": ("e4b", MIXED, 2, ["parallel.cp=2", *PACKED]),
     "26b-a4b EP2": ("26b-a4b", MIXED, 2, ["parallel.ep=2"]),
-    "e4b DP2": ("e4b", MIXED, 2, ["parallel.overlap=true"]),
-    "e4b KTO CP2, packed": ("e4b", KTO, 2, ["parallel.cp=2", *PACKED]),
 }
 MORE: dict[str, tuple[str, dict[str, Any], int, list[str]]] = {
     "e4b packed": ("e4b", MIXED, 1, PACKED),
+    "e4b DP2, overlap": ("e4b", MIXED, 2, ["parallel.overlap=true"]),
+    "12b CP2, packed": ("12b", MIXED, 2, ["parallel.cp=2", *PACKED]),
+    "e4b KTO CP2, packed": ("e4b", KTO, 2, ["parallel.cp=2", *PACKED]),
     "e4b TP2+SP, packed": ("e4b", MIXED, 2, [*TP2, *PACKED]),
     "e4b PP2": ("e4b", MIXED, 2, PP2),
     "e4b PP2 VPP2": ("e4b", MIXED, 2, [*PP2, "parallel.vpp=2"]),

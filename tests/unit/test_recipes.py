@@ -174,6 +174,12 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_length=63"], 2, "64 would work"),
         (["parallel.tp=2"], 3, "3 ranks are no multiple"),
         (["parallel.vpp=2"], 1, "needs pp > 1"),
+        (["drafter.kl=2"], 1, "drafter: its keys need drafter.path"),
+        (["drafter.path=x", "drafter.kl=0", "drafter.cross_entropy=0"], 1, "cross_entropy or kl above 0"),
+        (["drafter.path=x", "drafter.steps=0"], 1, "steps is at least 1"),
+        (["drafter.path=x", "drafter.centroids=-1"], 1, "drafter.centroids=-1.0: must be at least 0"),
+        (["drafter.path=x", "parallel.pp=2"], 2, "parallel.pp does not go with drafter.path"),
+        (["drafter.path=x", "lora.rank=4"], 1, "lora does not go with drafter.path"),
     ],
 )
 def test_refused_before_anything_is_built(overrides: list[str], world: int, message: str) -> None:
