@@ -62,11 +62,12 @@ print(time.perf_counter() - t)
 
 @dataclass(frozen=True)
 class Run:
-    """One child: seconds of its operation, of the whole process, and its peak resident memory in MB."""
+    """One child: seconds of its operation, of the whole process, of processors, and its peak resident memory in MB."""
 
     seconds: float
     process_seconds: float
     peak_mb: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ def child(code: str, arguments: Sequence[object]) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"a child failed: {output}")
-    return Run(float(output.split()[-1]), time.perf_counter() - started, usage.ru_maxrss / 1024)
+    return Run(
+        float(output.split()[-1]),
+        time.perf_counter() - started,
+        usage.ru_maxrss / 1024,
+        usage.ru_utime + usage.ru_stime,
+    )
 
 
 def drop_cache(folder: Path) -> None:

@@ -211,12 +211,19 @@ def export_command(
         bool, typer.Option("--check-files", help="First hold every stored item against its checksum.")
     ] = False,
     quantize: QuantizeOption = None,
+    unchanged_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="With --quantize: linears that still have this folder's weights keep its bytes."
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     workers: WorkersOption = 2,
     json_file: JsonOption = None,
 ) -> None:
     """Turn a Megatron checkpoint back into a Hugging Face folder; needs nothing but MEGATRON_DIR."""
     from bridge.convert.folders import export_hf
+    from bridge.hf.hub import resolve
     from bridge.hf.writer import parse_size
     from bridge.progress import shown_progress
 
@@ -229,6 +236,7 @@ def export_command(
             overwrite=overwrite,
             check_files=check_files,
             quantize=quantize,
+            unchanged_from=None if unchanged_from is None else resolve(unchanged_from),
             workers=workers,
             progress=progress,
             notify=err.print,

@@ -33,6 +33,8 @@ class ModelConfig:
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
     `kernels`: who computes norms, activations, rotation and the loss: auto (this project's own on a GPU) or torch.
     `fp8_experts`: experts multiply in FP8, with a scale for each row, whatever the linears do.
+    `fake_quant`: what weights of the decoder's linears are rounded to in the forward pass, to be quantized later:
+    none, q4_0, int4-g32 (what `export --quantize w4a16` writes) or fp8 (what `fp8-dynamic` does).
     `vision_mask`: whose masks of images, where transformers has two (12B): generate (those it and vLLM serve by) or
     forward (those of its `forward`, to compare with that).
     `attention_backends`: who computes attention in `sliding` and in `global` layers, by the names in docs/attention.md.
@@ -46,6 +48,7 @@ class ModelConfig:
     fp8: str = "none"
     kernels: str = "auto"
     fp8_experts: bool = False
+    fake_quant: str = "none"
     vision_mask: str = "generate"
     attention_backends: dict[str, str] = field(default_factory=lambda: {"sliding": "auto", "global": "auto"})
 

@@ -25,7 +25,7 @@ from bridge.convert.manifest import (
 )
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest, same_tensors
 from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
-from bridge.convert.quantized_export import QuantizedReader
+from bridge.convert.quantized_export import QuantizedReader, open_origin
 from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
@@ -301,22 +301,29 @@ def export_hf(
     overwrite: bool = False,
     check_files: bool = False,
     quantize: str | None = None,
+    unchanged_from: str | Path | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
     workers: int = 2,
 ) -> Conversion:
     """Megatron checkpoint -> HF folder: the same tensors, config and assets that were imported.
 
-    `quantize`: one of `PRESETS`, for a folder of quantized weights (`bridge.convert.quantized_export`). `check_files`
-    first compares every stored item with its checksum. Raises a BridgeError; the target is then as it was before.
+    `quantize`: one of `PRESETS`, for a folder of quantized weights (`bridge.convert.quantized_export`), and
+    `unchanged_from`: a quantized folder, whose bytes linears keep that still have its weights. `check_files` first
+    compares every stored item with its checksum. Raises a BridgeError; the target is then as it was before.
     """
     with ExitStack() as stack:
         checkpoint = MegatronFolder.open(megatron_dir)
         reader: RowReader
         reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
         config = None
+        if unchanged_from is not None and quantize is None:
+            raise UsageError("--unchanged-from says which bytes a quantized folder keeps: add --quantize")
         if quantize is not None:
-            quantized = QuantizedReader(PlannedReader(tensors, reader), table_for(checkpoint.geometry), quantize)
+            origin = open_origin(stack, unchanged_from)
+            files += origin.files if origin is not None else []
+            table = table_for(checkpoint.geometry)
+            quantized = QuantizedReader(PlannedReader(tensors, reader), table, quantize, origin, workers)
             reader, tensors = quantized, tuple(same_tensors(quantized))
             config = quantized.config(read_object(checkpoint.hf / "config.json"), notify)
         assets = listed_assets(checkpoint.hf)
@@ -325,7 +332,9 @@ def export_hf(
         stage = stack.enter_context(
             staged(
                 hf_dir,
-                plan=plan_digest(tensors, "export", quantize or "", max_shard_size, CHUNK_BYTES),
+                plan=plan_digest(
+                    tensors, "export", quantize or "", str(unchanged_from or ""), max_shard_size, CHUNK_BYTES
+                ),
                 sources=[*files, *(checkpoint.hf / asset for asset in assets)],
                 source_folder=checkpoint.path,
                 needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),

@@ -26,7 +26,7 @@ from bridge.hf.quantization import ACTIVATION_SCALES, MODELOPT_FILE, Quantizatio
 from bridge.hf.tensors import ITEM_SIZES, TensorLike, TensorSpec, as_bytes, check_rows, num_rows, printable, row_bytes
 
 # Values dequantized at once: the arrays of one step stay within the cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 _SUFFIXES = ("_packed", "_scale_inv", "_scale_2", "_global_scale", "_scale", "_zero_point", "_shape", "_g_idx")
 # Written beside quantized weights, wrong beside plain ones.
 _RECIPES = (MODELOPT_FILE, "recipe.yaml")
@@ -37,7 +37,7 @@ Read = Callable[[str, int, int, Any], None]
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A part of a presented tensor, as rows [rows, columns]; as it is stored where `scheme` is None.
 
     `codes` and `companions` (suffix -> tensor) name what is stored; the matrix begins at row `code_row` and
@@ -133,7 +133,7 @@ class _View:
     """A presented tensor and its matrices, one below the other."""
 
     spec: TensorSpec
-    parts: tuple[_Matrix, ...]
+    parts: tuple[Matrix, ...]
 
 
 class DequantizedFolder(HfFolder):
@@ -153,6 +153,7 @@ class DequantizedFolder(HfFolder):
             self.ignored = sorted([*self.ignored, *(asset for asset in self.assets if str(asset) in _RECIPES)])
             self.assets = [asset for asset in self.assets if str(asset) not in _RECIPES]
             self._views: dict[str, _View] = {}
+            self._matrices_by_weight: dict[str, Matrix] = {}
             self._presented: dict[str, TensorLike] = {}
             self._present()
         except BaseException:
@@ -177,12 +178,15 @@ class DequantizedFolder(HfFolder):
         if left:
             self.notices.append(f"{self.path}: left behind: {left} scales of activations, which only an engine uses")
         kinds: Counter[str] = Counter()
-        stacks: dict[str, dict[tuple[int, str], _Matrix]] = {}
+        stacks: dict[str, dict[tuple[int, str], Matrix]] = {}
         for plain, stored in parts.items():
             found = self._matrices(plain, stored)
             if found and found[0].scheme is not None:
                 kinds[found[0].scheme.name] += 1
             expert = _EXPERT.fullmatch(plain)
+            if len(found) == 1 and found[0].scheme is not None:
+                weight = plain if expert is None else f"{expert[1]}experts.{expert[2]}.{expert[3]}.weight"
+                self._matrices_by_weight[weight] = found[0]
             if expert is not None and found:
                 kind = "down_proj" if expert[3] == "down_proj" else "gate_up_proj"
                 stack = f"{expert[1]}experts.{kind}"
@@ -199,7 +203,7 @@ class DequantizedFolder(HfFolder):
             f"{self._quantization.method}: {name}: {count} tensors" for name, count in sorted(kinds.items())
         )
 
-    def _matrices(self, plain: str, stored: Mapping[str, TensorInfo]) -> tuple[_Matrix, ...]:
+    def _matrices(self, plain: str, stored: Mapping[str, TensorInfo]) -> tuple[Matrix, ...]:
         """The matrices of one weight; () for what is no matrix. Raises CheckpointError."""
         where = f"{printable(self.path)}: tensor {printable(plain)}"
         only = stored.get("")
@@ -210,7 +214,7 @@ class DequantizedFolder(HfFolder):
                 )
             if len(only.shape) != 2:
                 return ()
-            return (_Matrix(plain, only.shape[0], only.shape[1], only, None, {}),)
+            return (Matrix(plain, only.shape[0], only.shape[1], only, None, {}),)
         try:
             scheme = self._quantization.scheme_of(plain.removesuffix(".weight"))
         except CheckpointError as error:
@@ -227,7 +231,7 @@ class DequantizedFolder(HfFolder):
 
     def _checked(
         self, plain: str, scheme: Scheme, codes: TensorInfo, companions: Mapping[str, TensorInfo]
-    ) -> tuple[_Matrix, ...]:
+    ) -> tuple[Matrix, ...]:
         """Hold dtypes and shapes against each other. Raises CheckpointError."""
         stacked = len(codes.shape) == 3 and not scheme.codes and scheme.scale == "_scale_inv"
         if len(codes.shape) != 2 and not stacked:
@@ -257,7 +261,7 @@ class DequantizedFolder(HfFolder):
             if info.dtype != ("I32" if packed else "I8") or info.shape != expected:
                 raise self._misfit(info, f"{scheme.name} has {'I32' if packed else 'I8'} {list(expected)}")
         return tuple(
-            _Matrix(plain, rows, columns, codes, scheme, companions, number * rows, number * grid[0])
+            Matrix(plain, rows, columns, codes, scheme, companions, number * rows, number * grid[0])
             for number in range(math.prod(codes.shape[:-2]))
         )
 
@@ -281,13 +285,13 @@ class DequantizedFolder(HfFolder):
             f"{printable(self.path)}: tensor {printable(info.name)} is {info.dtype} {list(info.shape)}: {why}"
         )
 
-    def _add(self, name: str, shape: tuple[int, ...], parts: tuple[_Matrix, ...]) -> None:
+    def _add(self, name: str, shape: tuple[int, ...], parts: tuple[Matrix, ...]) -> None:
         dtype = self._dtype or parts[0].dtype
         spec = TensorSpec(name, dtype, shape)
         self._views[name] = _View(spec, parts)
         self._presented[name] = spec
 
-    def _stack(self, name: str, experts: Mapping[tuple[int, str], _Matrix]) -> None:
+    def _stack(self, name: str, experts: Mapping[tuple[int, str], Matrix]) -> None:
         """Experts that are stored one by one as [experts, rows, columns], gate above up. Raises CheckpointError."""
         if name in self._stored:
             raise CheckpointError(
@@ -319,6 +323,18 @@ class DequantizedFolder(HfFolder):
         check_rows(name, view.spec, start, stop, len(data))
         per_row = math.prod(view.spec.shape[1:-1])
         self._fill(view, start * per_row, stop * per_row, data)
+
+    def matrix(self, weight: str) -> Matrix | None:
+        """How a weight is stored; that of an expert by the name `…experts.3.gate_proj.weight`. None: not quantized."""
+        return self._matrices_by_weight.get(weight)
+
+    def fill(self, matrix: Matrix, start: int, stop: int, out: memoryview, dtype: str) -> None:
+        """Rows [start, stop) of a matrix, dequantized, in `dtype`. Raises CheckpointError."""
+        matrix.fill(self._read_matrix, start, stop, out, dtype)
+
+    def read_stored(self, name: str, start: int, stop: int, out: Any) -> None:
+        """Rows of a tensor as it is stored, codes and scales. Raises CheckpointError."""
+        super().read_rows(name, start, stop, out)
 
     def read_columns(self, name: str, start: int, stop: int, first: int, last: int, out: Any) -> None:
         """See `HfFolder`: whole rows of matrices are dequantized, a bounded number at a time."""

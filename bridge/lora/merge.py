@@ -32,6 +32,7 @@ from bridge.convert.folders import (
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
 from bridge.convert.pieces import PlannedReader, plan_digest, same_tensors
 from bridge.convert.quantized_export import QuantizedReader
+from bridge.convert.quantized_folder import DequantizedFolder
 from bridge.convert.stream import CHUNK_BYTES, Progress, copy
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import CheckpointError, MappingError
@@ -219,7 +220,8 @@ def merge_adapter(
 ) -> Conversion:
     """Write base and adapter as a Hugging Face folder. Raises a BridgeError; the target is then as it was before.
 
-    `quantize` as of `export_hf`: what is quantized is the sum, rounded to the dtype of the base.
+    `quantize` as of `export_hf`: what is quantized is the sum, rounded to the dtype of the base. Linears of a quantized
+    base that have no adapter keep its bytes, where they are stored so.
     """
     reader: RowReader = MergedReader(base.reader, base.table, adapter)
     check_copies(adapter, base.reader)
@@ -227,7 +229,8 @@ def merge_adapter(
     check_apart(Path.cwd() / hf_dir, adapter.path)
     config = base.config
     if quantize is not None:
-        reader = quantized = QuantizedReader(reader, base.table, quantize)
+        origin = base.reader if isinstance(base.reader, DequantizedFolder) else None
+        reader = quantized = QuantizedReader(reader, base.table, quantize, origin, workers)
         plain = read_object(base.assets_folder / "config.json") if config is None else config
         config = quantized.config(plain, notify)
     tensors = same_tensors(reader)

@@ -86,6 +86,11 @@ class Entry:
     row: Row
     layer: LayerGeometry | None = None
 
+    @property
+    def is_layer_linear(self) -> bool:
+        """Whether it is a linear of attention, of the dense FFN or of the experts of a decoder layer."""
+        return self.row.part is DECODER and self.layer is not None and ".linear_" in self.key
+
 
 @dataclass(frozen=True)
 class Table:

@@ -26,11 +26,12 @@ class Gemma4TransformerConfig(TransformerConfig):
 
     `pipeline_payload` is how many hidden-size slots travel between pipeline stages (see `pipeline.py`): callers of
     Megatron's schedules pass `seq_length * pipeline_payload`. `layer_spec`: see `parts.py`; `fp8_experts`: whether
-    experts multiply in FP8 (`fp8_experts.py`). `kernels` says who computes what `bridge.megatron.kernels` has kernels
-    for. Raises UsageError where it names nobody. `every_gradient`: a backward pass gives every trained parameter a
-    gradient, zeros where the batch had no use for it; what Megatron's overlapped gradient reduction waits for, and a
-    copy in vain for any other. `published_kv`: layers whose K/V another model, a drafter, reads on the last stage
-    (`Gemma4Block.published`). `vision_mask`: see `visibility.mask_rule`.
+    experts multiply in FP8 (`fp8_experts.py`); `fake_quant`: what weights are rounded to (`fake_quant.py`). `kernels`
+    says who computes what `bridge.megatron.kernels` has kernels for. Raises UsageError where it names nobody.
+    `every_gradient`: a backward pass gives every trained parameter a gradient, zeros where the batch had no use for it;
+    what Megatron's overlapped gradient reduction waits for, and a copy in vain for any other. `published_kv`: layers
+    whose K/V another model, a drafter, reads on the last stage (`Gemma4Block.published`). `vision_mask`: see
+    `visibility.mask_rule`.
     """
 
     geometry: Geometry = None  # type: ignore[assignment]
@@ -42,6 +43,7 @@ class Gemma4TransformerConfig(TransformerConfig):
     published_kv: tuple[int, ...] = ()
     every_gradient: bool = True
     fp8_experts: bool = False
+    fake_quant: str = "none"
     # Layers differ in head dim, groups and FFN width: each gets its own config and its own checkpoint keys.
     heterogeneous_block_specs: bool = True
     # `per_layer_projection_norm` lives on every pipeline stage; this makes Megatron sum its gradient over them.

@@ -49,8 +49,12 @@ class LayerLinears:
 
 
 @cache
-def layer_linears(name: str) -> LayerLinears:
-    """The parts of a spec that `check_layer_spec` allows."""
+def layer_linears(name: str, fake_quant: str = "none") -> LayerLinears:
+    """The parts of a spec that `check_layer_spec`, and `fake_quant_schemes.check_fake_quant`, allow."""
+    if fake_quant != "none":
+        from bridge.megatron.fake_quant import FakeQuantColumnLinear, FakeQuantRowLinear
+
+        return LayerLinears(FakeQuantColumnLinear, FakeQuantRowLinear)
     if name == TE:
         from bridge.megatron.te_linear import te_linears
 

@@ -34,9 +34,13 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.single_rank and not args and not kwargs:
-            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.multiplied()), None), None
         output, bias = super().forward(input_, *args, **kwargs)
         return adapted(self, input_, output, self.bias), bias
+
+    def multiplied(self) -> Tensor:
+        """The weight as the product sees it."""
+        return self.weight
 
 
 class RowLinear(RowParallelLinear):
@@ -51,9 +55,13 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.single_rank:
-            return adapted(self, input_, torch.nn.functional.linear(input_, self.weight), None), None
+            return adapted(self, input_, torch.nn.functional.linear(input_, self.multiplied()), None), None
         output, bias = super().forward(input_)
         return adapted(self, input_, output, self.bias), bias
+
+    def multiplied(self) -> Tensor:
+        """The weight as the product sees it."""
+        return self.weight
 
 
 class ReplicatedLinear(torch.nn.Linear):

@@ -19,6 +19,7 @@ from torch import Tensor
 from bridge.megatron import fp8_experts
 from bridge.megatron.activation import geglu
 from bridge.megatron.config import Gemma4TransformerConfig
+from bridge.megatron.fake_quant import Rounding
 from bridge.megatron.kernels import fused
 from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.norm import RMSNorm, init_device, rms_norm
@@ -87,6 +88,7 @@ class GroupedExperts(MegatronModule):
         self.linear_fc1 = self._weight(num_local_experts, 2 * width, config.hidden_size, partition_dim=1)
         self.linear_fc2 = self._weight(num_local_experts, config.hidden_size, width, partition_dim=2)
         self.adapters = torch.nn.ModuleDict()
+        self.rounding = Rounding(config.fake_quant, {"linear_fc1": None, "linear_fc2": pg_collection.expt_tp})
 
     def _weight(self, *shape: int, partition_dim: int) -> torch.nn.Parameter:
         config = self.config
@@ -108,7 +110,7 @@ class GroupedExperts(MegatronModule):
 
     def _product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         """[t, in] @ each expert's weight, transposed: rows up to `offsets[e]` are of expert e or one before."""
-        weight = getattr(self, name)
+        weight = self.rounding(name, getattr(self, name))
         if self.config.fp8_experts:
             output = fp8_experts.grouped_mm(x, weight, offsets, self.config.kernels)
         else:

@@ -16,6 +16,7 @@ from bridge.geometry import Geometry
 from bridge.megatron import layer_options
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.drafter import Gemma4Drafter
+from bridge.megatron.fake_quant_schemes import check_fake_quant
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
@@ -33,7 +34,8 @@ class Gemma4Provider:
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
     names towers and projectors that are not trained (`multimodal.FREEZABLE`). `layer_spec` and `fp8`: what the
-    decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`).
+    decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`);
+    `fake_quant`: what their weights are rounded to in the forward pass (see `fake_quant.py`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
     """
 
@@ -46,6 +48,7 @@ class Gemma4Provider:
     layer_spec: str = layer_options.LOCAL
     fp8: str = "none"
     fp8_experts: bool = False
+    fake_quant: str = "none"
 
     def __post_init__(self) -> None:
         check_layout(self.geometry, self.parallel)
@@ -53,6 +56,7 @@ class Gemma4Provider:
         if self.fp8_experts:
             layer_options.check_fp8_experts(self.geometry, self.parallel, str(self.dtype).removeprefix("torch."))
             layer_options.check_fp8_gpu()
+        check_fake_quant(self.geometry, self.parallel, self.fake_quant, self.layer_spec, self.fp8_experts)
         for kind, backend in self.attention_backends.items():
             if kind not in ("sliding", "global") or backend not in layer_options.ATTENTION:
                 known = ", ".join(layer_options.ATTENTION)
@@ -84,6 +88,7 @@ class Gemma4Provider:
             "attention_backends": tuple(({"sliding": "auto", "global": "auto"} | self.attention_backends).items()),
             "layer_spec": self.layer_spec,
             "fp8_experts": self.fp8_experts,
+            "fake_quant": self.fake_quant,
             **layer_options.FP8[self.fp8],
             "num_layers": geometry.num_layers,
             "hidden_size": geometry.hidden_size,

@@ -22,7 +22,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -67,20 +67,18 @@ class Parts:
         if not self._pending:
             return
         unfinished = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder))
-        with _Writer(unfinished) as writer:
-            for source, outcome in self._pending:
-                writer.add(source, outcome)
-        statistics = writer.counts.frozen()
-        meta = {"records": len(self._pending), "statistics": statistics.to_json()}
-        (unfinished / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        self.take(unfinished, *write_part(unfinished, self._pending))
+        self._pending, self._bytes, self._since = [], 0, time.monotonic()
+
+    def take(self, unfinished: Path, records: int, statistics: Statistics) -> None:
+        """Have what `write_part` wrote, in a folder of this one, as the next part."""
         place = self._place()
         try:
             unfinished.rename(place)
         except OSError:
             # Somebody else has come as far.
             place = unfinished
-        self._take(place, len(self._pending), statistics)
-        self._pending, self._bytes, self._since = [], 0, time.monotonic()
+        self._take(place, records, statistics)
 
     def join(self, folder: Path) -> str:
         """Write all parts as one into `folder`, without its meta.json; a digest of the tokens. Raises OSError.
@@ -119,6 +117,18 @@ class Parts:
 def media_from_json(row: dict[str, Any]) -> Media:
     """An item of media.jsonl."""
     return Media(row["kind"], tuple(Blob(path=path) for path in row["blobs"]), row["fps"])
+
+
+def write_part(folder: Path, outcomes: Iterable[tuple[int, Outcome]]) -> tuple[int, Statistics]:
+    """Write what consecutive records gave, each with the number of its source; how many they are. Raises OSError."""
+    records = 0
+    with _Writer(folder) as writer:
+        for source, outcome in outcomes:
+            writer.add(source, outcome)
+            records += 1
+    statistics = writer.counts.frozen()
+    (folder / "meta.json").write_text(json.dumps({"records": records, "statistics": statistics.to_json()}), "utf-8")
+    return records, statistics
 
 
 class _Writer:

@@ -48,6 +48,15 @@ def check_unicode(text: str, at: str) -> None:
         raise DataError(f"{at}: half of a surrogate pair at character {error.start + 1}") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def only_keys(value: Mapping[str, Any], allowed: set[str], at: str) -> None:
     """Raises DataError that names the first key that is not allowed."""
     if unknown := sorted(str(key) for key in value.keys() - allowed):

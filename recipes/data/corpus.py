@@ -12,10 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,17 @@ import numpy as np
 from bridge.convert.lock import held
 from bridge.errors import DataError
 from bridge.hf.hub import resolve
-from recipes.data.blocks import Record
 from recipes.data.cache import STORED, Parts, media_from_json
 from recipes.data.chat import ChatModel, Encoded
-from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.encoding import Encoder
 from recipes.data.formats import function_digest
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES
-from recipes.data.sample import Blob, Media, Where
+from recipes.data.sample import Blob, Where
 from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
-from recipes.data.threads import ordered_map
+from recipes.data.tokenising import tokenise
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
 _FORMAT = 3
@@ -117,7 +114,7 @@ class Corpus:
             return {}
         where = self.where(sample)
         root = _root(self.options, self._sources[int(self._index[sample, 1])])
-        tensors, soft = self.encoder.model().media_tensors(
+        tensors, soft = self.encoder.model().media.tensors(
             encoded.media, lambda blob, at: self._read(blob, root, at), str(where)
         )
         expected = int((encoded.types != 0).sum())
@@ -168,7 +165,7 @@ def open_corpus(
             _build(folder, chat, options, sources, progress, notify)
     corpus = Corpus(folder, chat, options, sources, inputs)
     if corpus.has_media:
-        chat.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
+        chat.media.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
     return corpus
 
 
@@ -185,7 +182,7 @@ def _build(
     try:
         parts = Parts(parts_folder)
         try:
-            _tokenise(parts, chat, options, sources, progress, notify or _silent)
+            tokenise(parts, chat, options, sources, progress or _silent, notify or _silent)
         except KeyboardInterrupt:
             keep = True
             raise
@@ -202,34 +199,6 @@ def _build(
             shutil.rmtree(parts_folder, ignore_errors=True)
 
 
-def _tokenise(
-    parts: Parts,
-    chat: ChatModel,
-    options: CorpusOptions,
-    sources: Sequence[Source],
-    progress: Progress | None,
-    notify: Callable[[str], None],
-) -> None:
-    """Add what is not in `parts` yet. Raises DataError for a bad record, with `on_error="fail"`."""
-    if parts.records:
-        notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
-    with closing(_outcomes(chat, options, sources, parts.records)) as outcomes:
-        try:
-            for read, (source, outcome) in enumerate(outcomes, parts.records + 1):
-                if outcome.error is not None and options.on_error == "fail":
-                    raise outcome.error
-                parts.add(source, outcome)
-                if outcome.reason == INVALID:
-                    notify(f"skipped {outcome.message}")
-                if progress is not None:
-                    progress(read)
-        except KeyboardInterrupt:
-            # Before the threads are waited for.
-            parts.flush()
-            raise
-    parts.flush()
-
-
 def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequence[Source]) -> None:
     """The parts as a cache. Raises OSError."""
     unfinished = Path(tempfile.mkdtemp(prefix="new-", dir=parts.folder))
@@ -238,52 +207,6 @@ def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequenc
     meta = {"format": _FORMAT, "tokens": tokens, "statistics": statistics.to_json(), "sources": names}
     (unfinished / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     unfinished.rename(folder)
-
-
-def _outcomes(
-    chat: ChatModel, options: CorpusOptions, sources: Sequence[Source], behind: int
-) -> Generator[tuple[int, Outcome]]:
-    """What every record gives, and the number of its source, behind the first so many records."""
-    encoder = Encoder(chat, options)
-
-    def records() -> Iterator[tuple[int, Record]]:
-        for number, source in enumerate(sources):
-            for block in source.blocks():
-                for record in block.records():
-                    yield number, record
-
-    def work(item: tuple[int, Record]) -> tuple[int, Outcome]:
-        number, record = item
-        if record.blank:
-            return number, Outcome(record)
-        root = _root(options, sources[number])
-        fetched: dict[str, bytes] = {}
-
-        def read(blob: Blob, at: str) -> bytes:
-            if blob.url is None:
-                return read_blob(blob, root, allow_urls=options.allow_urls, at=at)
-            if blob.url not in fetched:
-                fetched[blob.url] = read_blob(blob, root, allow_urls=options.allow_urls, at=at)
-            return fetched[blob.url]
-
-        outcome = encoder.outcome(record, read)
-        return number, _with_fetched(outcome, fetched) if fetched else outcome
-
-    left = islice(records(), behind, None)
-    return ordered_map(work, left, workers=options.workers, ahead=8 * options.workers)
-
-
-def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
-    """The outcome with bytes in place of URLs: training never goes to the network."""
-
-    def stored(blob: Blob) -> Blob:
-        return blob if blob.url is None else Blob(data=fetched[blob.url])
-
-    def local(item: Media) -> Media:
-        return replace(item, blobs=tuple(stored(blob) for blob in item.blobs))
-
-    encoded = tuple(replace(item, media=tuple(local(media) for media in item.media)) for item in outcome.encoded)
-    return replace(outcome, encoded=encoded)
 
 
 def _root(options: CorpusOptions, source: Source) -> Path | None:
@@ -345,5 +268,5 @@ def _mapped(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _silent(line: str) -> None:
+def _silent(said: object) -> None:
     pass

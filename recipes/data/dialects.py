@@ -13,6 +13,7 @@ from bridge.errors import DataError
 from recipes.data.checks import is_list, kind_of, parsed_json, short, text_of
 
 MEDIA_KINDS = ("image", "video", "audio")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # The role, whatever its case -> what it is called here. `_CALL` says a tool call and nothing else.
 _CALL = "call"
 _ROLES = {
@@ -26,6 +27,7 @@ _ROLES = {
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 # Whether a message is learnt: 1 or 0 (OpenAI's `weight`), or true or false.
 _TRAIN_KEYS = ("train", "training", "loss", "weight")
+_PLAIN = {"role", "content"}
 # Parts of content as OpenAI's APIs have them -> the kind, and where in the part its source is.
 _PARTS = {
     "image_url": ("image", "url"),
@@ -52,8 +54,20 @@ def conversation(
         rows = parsed_json(rows, at)
     if not is_list(rows):
         return rows
-    keys = ((role,) if role else _ROLE_KEYS, (content,) if content else _CONTENT_KEYS)
-    return _with_media([_message(row, f"{at}[{index}]", *keys) for index, row in enumerate(rows)], media)
+    role_keys, content_keys = (role,) if role else _ROLE_KEYS, (content,) if content else _CONTENT_KEYS
+    rows = [
+        row if is_plain(row) else _message(row, f"{at}[{index}]", role_keys, content_keys)
+        for index, row in enumerate(rows)
+    ]
+    return _with_media(rows, media) if media else rows
+
+
+def is_plain(row: Any) -> bool:
+    """Whether a message is a role that there is here, and a text that says something."""
+    if type(row) is not dict or row.keys() != _PLAIN or row["role"] not in ROLES:
+        return False
+    content = row["content"]
+    return type(content) is str and bool(content.strip())
 
 
 def _message(row: Any, at: str, role_keys: Sequence[str], content_keys: Sequence[str]) -> Any:

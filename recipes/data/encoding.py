@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
 
 import numpy as np
 
-from bridge.errors import DataError
+from bridge.errors import BridgeError, DataError
 from recipes.data.blocks import Record
-from recipes.data.chat import ChatModel, Encoded, ReadMedia
+from recipes.data.chat import ChatModel, Encoded
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES, parse
-from recipes.data.sample import Message, Sample, parse_record
+from recipes.data.processing import ReadMedia
+from recipes.data.sample import Message, Sample
 
 # Why a record gives no sample.
 INVALID, TOO_LONG, NOTHING, LEFT_OUT = "invalid", "too long", "nothing to learn", "left out by data.function"
@@ -46,31 +47,63 @@ class Encoder:
         # Deep copies are made one at a time: of an object that nobody works with.
         self._lock = threading.Lock()
 
-    def outcome(self, record: Record, read: ReadMedia) -> Outcome:
-        """What a record gives. A DataError is part of the outcome; other errors are raised."""
+    def outcomes(self, records: Sequence[Record], read: Sequence[ReadMedia]) -> Iterator[Outcome]:
+        """What each record gives, in order; `read`: its media. A DataError is part of the outcome.
+
+        Raises UsageError, where it is due.
+        """
+        parsed = list(map(self._parsed, records))
+        samples = [sample for one in parsed if not isinstance(one, Outcome) for sample in one[0]]
+        reads = [
+            how
+            for one, how in zip(parsed, read, strict=True)
+            if not isinstance(one, Outcome)
+            for _ in range(len(one[0]))
+        ]
+        encoded = iter(self.model().encode(samples, reads))
+        for record, one, how in zip(records, parsed, read, strict=True):
+            if isinstance(one, Outcome):
+                yield one
+                continue
+            of_record, desirable = one
+            given = list(islice(encoded, len(of_record)))
+            try:
+                whole = [_raised(item) for item in given]
+                if self._options.records == SAMPLES:
+                    yield self._outcome(record, of_record[0], whole[0], how)
+                else:
+                    answers = tuple(replace(item, desirable=desirable) for item in whole)
+                    yield self._answers(record, of_record, answers)
+            except DataError as error:
+                yield Outcome(record, reason=INVALID, message=str(error), error=error)
+
+    def _parsed(self, record: Record) -> tuple[tuple[Sample, ...], bool] | Outcome:
+        if record.blank:
+            return Outcome(record)
         try:
             if record.error is not None:
                 raise record.error
             value = self._function(record.value, record.where)
             if value is None and self._options.layout.function is not None:
                 return Outcome(record, reason=LEFT_OUT, message=str(record.where))
-            if self._options.records != SAMPLES:
-                return self._answers(value, record, read)
-            sample = parse_record(value, record.where, self._options.layout)
-            encoded, dropped = self._fitting(sample, read)
+            return parse(value, record.where, self._options)
         except DataError as error:
             return Outcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
             message = f"{record.where}: {error}"
             return Outcome(record, reason=INVALID, message=message, error=DataError(message))
+
+    def _outcome(self, record: Record, sample: Sample, whole: Encoded, read: ReadMedia) -> Outcome:
+        encoded, dropped = self._fitting(sample, whole, read)
+        learnable = tuple(item for item in encoded if item.supervised[1:].any())
+        if learnable:
+            dropped += len(encoded) - len(learnable)
+            return Outcome(record, learnable, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         given = Outcome(record, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         if not encoded:
             longest = f"longer than {self._options.seq_length} tokens"
             return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
-        learnable = tuple(item for item in encoded if item.supervised[1:].any())
-        if not learnable:
-            return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
-        return replace(given, encoded=learnable, pieces_dropped=dropped + len(encoded) - len(learnable))
+        return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
 
     def model(self) -> ChatModel:
         """This thread's own model."""
@@ -80,10 +113,8 @@ class Encoder:
         own: ChatModel = self._local.model
         return own
 
-    def _answers(self, value: Any, record: Record, read: ReadMedia) -> Outcome:
-        """Both answers of a pair, or one with its label: all of it or nothing. Raises DataError."""
-        samples, desirable = parse(value, record.where, self._options)
-        encoded = tuple(replace(self.model().encode(sample, read), desirable=desirable) for sample in samples)
+    def _answers(self, record: Record, samples: Sequence[Sample], encoded: tuple[Encoded, ...]) -> Outcome:
+        """Both answers of a pair, or one with its label: all of it or nothing."""
         given = Outcome(record, form=samples[0].form, unread=samples[0].unread)
         lengths = [len(item) for item in encoded]
         if (sum(lengths) if self._options.one_row else max(lengths)) > self._options.seq_length:
@@ -94,10 +125,9 @@ class Encoder:
             return replace(given, reason=NOTHING, message=f"{record.where}: nothing in it is supervised")
         return replace(given, encoded=encoded)
 
-    def _fitting(self, sample: Sample, read: ReadMedia) -> tuple[list[Encoded], int]:
+    def _fitting(self, sample: Sample, whole: Encoded, read: ReadMedia) -> tuple[list[Encoded], int]:
         """The sample, or its pieces, as far as they fit; and how many pieces did not."""
         limit = self._options.seq_length
-        whole = self.model().encode(sample, read)
         if len(whole) <= limit:
             return [whole], 0
         if self._options.overlong == "drop":
@@ -128,8 +158,15 @@ class Encoder:
         return pieces, dropped
 
     def _encode(self, sample: Sample, messages: tuple[Message, ...], read: ReadMedia) -> Encoded | None:
-        encoded = self.model().encode(replace(sample, messages=messages), read)
+        encoded = _raised(self.model().encode([replace(sample, messages=messages)], [read])[0])
         return encoded if len(encoded) <= self._options.seq_length else None
+
+
+def _raised(encoded: Encoded | BridgeError) -> Encoded:
+    """Raises what is in the place of a sample."""
+    if isinstance(encoded, BridgeError):
+        raise encoded
+    return encoded
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:

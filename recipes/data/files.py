@@ -26,7 +26,7 @@ from recipes.data.sample import Where
 # A line that holds base64 images can be long; one without an end must not fill the memory.
 _MAX_LINE = 256 * 2**20
 # A block ends with whichever comes first.
-ROWS, _BLOCK_BYTES = 256, 1 << 20
+ROWS, _BLOCK_BYTES = 64, 1 << 20
 _CHUNK = 1 << 16
 _PACKED = (".gz", ".zst")
 _SPACE = re.compile(r"[ \t\n\r]*")

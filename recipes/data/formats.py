@@ -66,6 +66,10 @@ class Columns:
         """Whether all of them are there."""
         return all(self._record.get(self.theirs(name)) is not None for name in names)
 
+    def any(self, names: frozenset[str]) -> bool:
+        """Whether one of them may be there."""
+        return bool(self._names) or not names.isdisjoint(self._record)
+
     def at(self, name: str) -> str:
         """For a message: the record and the column."""
         return f"{self.where}: {self.theirs(name)}"
@@ -109,6 +113,7 @@ class Format:
 
 _SYSTEM = ("system", "system_prompt")
 _BESIDE = ("tools", "functions", *(name for kind in MEDIA_KINDS for name in (kind, f"{kind}s")))
+_ALL_BESIDE = frozenset((*_SYSTEM, *_BESIDE))
 
 
 def _media(columns: Columns) -> dict[str, list[Any]]:
@@ -125,13 +130,15 @@ def _record(
     columns: Columns, rows: Any, name: str, *, role: str | None = None, content: str | None = None
 ) -> dict[str, Any]:
     """Messages, of the column `name`, with what stands beside them in the record."""
+    if not columns.any(_ALL_BESIDE):
+        return {"messages": conversation(rows, columns.at(name), {}, role=role, content=content)}
     media = _media(columns)
     rows = conversation(rows, columns.at(name), media, role=role, content=content)
     system = next((text for key in _SYSTEM if (text := columns.get(key)) not in (None, "")), None)
     if system is not None and is_list(rows) and not any(_role(row) in ("system", "developer") for row in rows):
         rows = [_said("system", system), *rows]
     tools = tools_of(columns.get("tools"), columns.get("functions"), columns.at("functions"))
-    return {"messages": rows, "tools": tools, **{f"{kind}s": media[kind] or None for kind in media}}
+    return {"messages": rows, "tools": tools, **{f"{kind}s": media[kind] for kind in media if media[kind]}}
 
 
 def _role(row: Any) -> Any:

@@ -14,6 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import wave
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ from recipes.data.sample import Blob, Media
 
 # Pillow also knows formats that start other programs (EPS); these are the ones that people train on.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# How a file of a format shows at its end that it is whole.
+_ENDS: dict[str, Callable[[bytes], bool]] = {
+    "PNG": lambda data: data.endswith(b"IEND\xaeB`\x82"),
+    "JPEG": lambda data: data.rstrip(b"\0").endswith(b"\xff\xd9"),
+    "GIF": lambda data: data.endswith(b"\x3b"),
+    "WEBP": lambda data: int.from_bytes(data[4:8], "little") + 8 == len(data),
+}
+_ORIENTATION = 0x0112
+# Chunks of a PNG in which Pillow looks for an orientation.
+_TURNED_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 # Where Pillow begins to warn of files that are small and pictures that are not.
 _MAX_PIXELS = 89_478_485
 _MAX_BYTES = 1 << 30
@@ -89,6 +100,27 @@ def _fetch(url: str, at: str) -> bytes:
 def decode_image(data: bytes, at: str) -> Any:
     """An RGB `PIL.Image`, turned as its EXIF says. Raises DataError for what is no image, or one too large."""
     return _frames_of(data, at, only_first=True)[0][0]
+
+
+def image_size(data: bytes, at: str) -> tuple[int, int]:
+    """Width and height of what `decode_image` gives, of the header where that says all there is to know.
+
+    A file whose end does not show that it is whole is decoded. Raises DataError.
+    """
+    image_module, _ = _pillow(at)
+    try:
+        with image_module.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as opened:
+            whole = _ENDS.get(opened.format)
+            # To look for how it is turned Pillow reads a PNG to its end.
+            told = opened.format == "PNG" and any(word in data for word in _TURNED_PNG)
+            if whole is not None and whole(data) and not told and opened.width * opened.height <= _MAX_PIXELS:
+                turned = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (opened.height, opened.width) if turned else (opened.width, opened.height)
+    except Exception:
+        # As in `_frames_of`, which says what it is.
+        pass
+    size: tuple[int, int] = decode_image(data, at).size
+    return size
 
 
 def _frames_of(data: bytes, at: str, *, only_first: bool) -> tuple[list[Any], list[float]]:

@@ -48,7 +48,7 @@ class CorpusOptions:
         (`recipes.data.preference`). The samples of a pair stand together, the chosen one first.
     `one_row`: all samples of a record have to fit into `seq_length` together: pairs that are packed.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
-    `workers`: threads that tokenise and decode.
+    `workers`: processes that tokenise, threads that decode.
     `layout`: how records are read, where they do not show it.
     """
 

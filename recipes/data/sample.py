@@ -17,6 +17,7 @@ from bridge.errors import DataError
 from recipes.data.checks import (
     check_strings,
     is_list,
+    is_unicode,
     kind_of,
     only_keys,
     parsed_json,
@@ -24,11 +25,10 @@ from recipes.data.checks import (
     text_of,
     unknown_key,
 )
-from recipes.data.dialects import MEDIA_KINDS
+from recipes.data.dialects import MEDIA_KINDS, ROLES, is_plain
 from recipes.data.formats import DEFAULT_LAYOUT, Layout, recognised
 from recipes.data.tokens import Tokens, parse_tokens
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_responses", "train", *THINKING_KEYS}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -84,11 +84,17 @@ class Message:
     extra: Mapping[str, Any] = field(default_factory=dict)
     train: bool | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is text alone, and says nothing beside."""
+        beside = self.thinking is not None or self.tool_calls or self.extra
+        return not beside and len(self.parts) == 1 and isinstance(self.parts[0], str)
+
     def for_template(self, thinking_key: str | None) -> dict[str, Any]:
         """The message as chat templates expect it; content is a string wherever it is one piece of text."""
-        content: Any = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in self.parts
-        ]
+        content: Any
+        if self.bare:
+            return {"role": self.role, "content": self.parts[0]}
         if not self.parts:
             content = ""
         elif len(self.parts) == 1 and isinstance(self.parts[0], str):
@@ -96,6 +102,10 @@ class Message:
         elif self.role in ("system", "developer"):
             # Published templates print a system turn's content as it is: a list would come out as Python.
             content = "".join(part for part in self.parts if isinstance(part, str))
+        else:
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in self.parts
+            ]
         message = {"role": self.role, "content": content, **self.extra}
         if self.thinking and thinking_key is not None:
             message[thinking_key] = self.thinking
@@ -164,9 +174,16 @@ def _messages(record: Mapping[str, Any], where: Where, field: str, unread: list[
     rows = record["messages"]
     if not is_list(rows) or not rows:
         raise DataError(f"{where}: {field}: expected a list of messages, found {kind_of(rows)}")
-    columns = {kind: _media_column(record.get(f"{kind}s"), kind, f"{where}: {kind}s") for kind in MEDIA_KINDS}
+    columns: dict[str, list[Media]] = {kind: [] for kind in MEDIA_KINDS}
+    for kind in MEDIA_KINDS:
+        if (column := record.get(f"{kind}s")) is not None:
+            columns[kind] = _media_column(column, kind, f"{where}: {kind}s")
+    # Nearly all messages are plain: no more is to be looked at.
     messages = tuple(
-        _message(row, columns, f"{where}: {field}[{index}]", f"{field}[].", unread) for index, row in enumerate(rows)
+        Message(row["role"], (row["content"],))
+        if is_plain(row) and row["role"] != "tool" and is_unicode(row["content"])
+        else _message(row, columns, f"{where}: {field}[{index}]", f"{field}[].", unread)
+        for index, row in enumerate(rows)
     )
     for kind, left in columns.items():
         if left:
@@ -180,13 +197,12 @@ def _messages(record: Mapping[str, Any], where: Where, field: str, unread: list[
 def _check_order(messages: Sequence[Message], where: Where, field: str) -> None:
     previous: Message | None = None
     for index, message in enumerate(messages):
-        at = f"{where}: {field}[{index}]"
         if message.role in ("system", "developer") and index:
-            raise DataError(f"{at}: a {message.role} message can only come first")
+            raise DataError(f"{where}: {field}[{index}]: a {message.role} message can only come first")
         if message.role == "tool" and (
             previous is None or (previous.role != "tool" and not (previous.role == "assistant" and previous.tool_calls))
         ):
-            raise DataError(f"{at}: a tool message has to follow the assistant's tool call")
+            raise DataError(f"{where}: {field}[{index}]: a tool message has to follow the assistant's tool call")
         previous = message
 
 
@@ -315,8 +331,6 @@ def _decoded(text: str, at: str) -> bytes:
 
 
 def _media_column(column: Any, kind: str, at: str) -> list[Media]:
-    if column is None:
-        return []
     if not is_list(column):
         raise DataError(f"{at}: expected a list, found {kind_of(column)}")
     return [Media(kind, (_blob(value, "path", f"{at}[{index}]"),)) for index, value in enumerate(column)]

@@ -28,6 +28,7 @@ class Load:
 
     `on_cpu`: attention in tiles, whose scores count; the kernels of a GPU keep theirs on the chip. `fp8`: of the
     linears, `fp8_experts`: of the experts. What FP8 keeps of a linear's input is counted as in the dtype of the model.
+    `fake_quant`: the forward pass multiplies by rounded copies of the weights, which the backward pass needs.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Load:
     on_cpu: bool = False
     fp8: bool = False
     fp8_experts: bool = False
+    fake_quant: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
     found["mlp"] = e * hidden + mlp_bytes(sizes, layer)
     if sizes.load.fp8:
         found["fp8 weights"] = sum(fp8_weight_bytes(sizes, layer))
+    if sizes.load.fake_quant:
+        found["rounded weights"] = e * sum(linear_weights(sizes, layer).values())
     if geometry.moe is not None:
         found["norms"] += 2 * _norm(e, hidden, sizes.tokens)
         found["experts"] = moe_bytes(sizes)
@@ -117,9 +121,19 @@ def fp8_weight_bytes(sizes: Sizes, layer: LayerGeometry) -> tuple[int, int]:
     are, and transposed for the gradient of the input (transformer_engine/pytorch/module/linear.py, 2.20.2: both are
     saved for the backward pass). Without their scales: 4 bytes for 128 × 128 of them, or for a tensor.
     """
-    hidden_size, tp = sizes.geometry.hidden_size, sizes.parallel.tp
+    weights = linear_weights(sizes, layer)
+    return 2 * weights["attention"], 2 * weights["mlp"]
+
+
+def linear_weights(sizes: Sizes, layer: LayerGeometry) -> dict[str, int]:
+    """Elements of the weights that a rank multiplies by: of attention's linears, the dense FFN's and the experts'."""
+    hidden_size, tp, moe = sizes.geometry.hidden_size, sizes.parallel.tp, sizes.geometry.moe
     rows = 2 * layer.q_size + _kinds(layer) * layer.kv_size
-    return 2 * hidden_size * rows // tp, 2 * 3 * hidden_size * layer.ffn_hidden_size // tp
+    found = {"attention": hidden_size * rows // tp, "mlp": 3 * hidden_size * layer.ffn_hidden_size // tp}
+    if moe is not None:
+        ways = sizes.parallel.ep * sizes.parallel.etp
+        found["moe"] = 3 * moe.num_experts * hidden_size * moe.ffn_hidden_size // ways
+    return found
 
 
 def moe_bytes(sizes: Sizes) -> int:
@@ -194,6 +208,8 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
         mlp += 2 * 2 * full * layer.ffn_hidden_size // tp
         if sizes.load.recompute == "selective" and "mlp" in sizes.load.recompute_modules:
             mlp += fp8_weight_bytes(sizes, layer)[1]
+    if sizes.load.fake_quant and sizes.load.recompute == "selective" and "mlp" in sizes.load.recompute_modules:
+        mlp += e * linear_weights(sizes, layer)["mlp"]
     norms = 3 * 4 * sizes.hidden
     experts = 0
     if sizes.geometry.moe is not None:
@@ -207,6 +223,8 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
             # Gradients of gate and up once more, and the weights that they are multiplied by.
             local = sizes.geometry.moe.num_experts // sizes.parallel.ep
             experts += 2 * width * (routed + local * sizes.geometry.hidden_size)
+        if sizes.load.fake_quant and sizes.load.recompute == "selective" and "moe" in sizes.load.recompute_modules:
+            experts += e * linear_weights(sizes, layer)["moe"]
     return max(attention, mlp, norms, experts) + e * sizes.hidden
 
 
@@ -234,6 +252,9 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
                     found["fp8 weights"] -= fp8_weight_bytes(sizes, layer)[1]
             if "moe" in load.recompute_modules and sizes.geometry.moe is not None:
                 found["experts"] -= moe_bytes(sizes) - sizes.e * sizes.hidden
+            if load.fake_quant:
+                weights = linear_weights(sizes, layer)
+                found["rounded weights"] -= sizes.e * sum(weights.get(part, 0) for part in load.recompute_modules)
     share = len(layers) / sizes.geometry.num_layers
     for kind, size in front_bytes(sizes).items():
         found[kind] += round(size * share)

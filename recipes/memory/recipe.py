@@ -15,6 +15,7 @@ from bridge.generate.memory import MAX_ROWS
 from bridge.geometry import Geometry
 from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
+from bridge.megatron.fake_quant_schemes import check_fake_quant
 from bridge.megatron.layer_options import check_fp8_experts
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
@@ -50,12 +51,15 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     parallel, optimizer = recipe.parallel, recipe.optimizer
     if recipe.model.fp8_experts:
         check_fp8_experts(table.geometry, parallel.layout(), recipe.model.dtype)
+    model = recipe.model
+    check_fake_quant(table.geometry, parallel.layout(), model.fake_quant, model.layer_spec, model.fp8_experts)
     e = 2 if recipe.model.dtype == "bfloat16" else 4
     # A float32 model is its own float32 copy.
     moments = 12 if e == 2 else 8
     if optimizer.precision_aware:
         moments = 2 + (4 if optimizer.moments_dtype == "bfloat16" else 8)
     length = recipe.train.seq_length
+    adapters, rank, whole = _adapted(recipe, table)
     names = loss_names(recipe.preference)
     # Unpacked, each answer of a pair is a row.
     rows = 2 if names and names[0] not in ANSWERS and not recipe.data.packing else 1
@@ -66,9 +70,9 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         parallel.recompute,
         tuple(parallel.recompute_modules),
         fp8=recipe.model.fp8 != "none",
-        fp8_experts=recipe.model.fp8_experts,
+        fp8_experts=model.fp8_experts,
+        fake_quant=model.fake_quant != "none" and not rank,
     )
-    adapters, rank, whole = _adapted(recipe, table)
     return Plan(
         parallel.layout(),
         world_size,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
+from bridge.megatron.fake_quant import round_frozen
 from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
 from recipes.data.collate import KL
@@ -97,6 +98,8 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
             streams.train.load_state_dict(progress.data)
+        if run.lora is None:
+            round_frozen(run.models, in_place=False)
         checkpoint.prepare_output(run)
 
         def open_log() -> None:

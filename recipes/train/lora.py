@@ -22,6 +22,7 @@ from bridge.lora.source import open_both
 from bridge.lora.spec import LoraSpec
 from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import HEAD, resolve
+from bridge.megatron.fake_quant import round_frozen
 from bridge.megatron.model import Gemma4Model
 from recipes.config import LoraConfig, Recipe
 
@@ -72,6 +73,8 @@ def table_of(config: LoraConfig, spec: LoraSpec, bridge: Gemma4Bridge) -> Adapte
 def add_adapters(recipe: Recipe, spec: LoraSpec, table: AdapterTable, models: Sequence[Gemma4Model]) -> None:
     """Freeze the model and give it adapters: PEFT's initial values, or those of `lora.adapter`."""
     attach(models, table)
+    # No checkpoint of the run holds the base. Before the magnitudes, which are those of what is multiplied by.
+    round_frozen(models, in_place=True)
     if recipe.lora.adapter is not None:
         fill(models, table, AdapterFolder.open(recipe.lora.adapter).values())
         return

@@ -163,7 +163,7 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
         overrides["published_kv"] = tuple(producers(bridge.geometry.layers).values())
     layout = parallel.layout()
     model = recipe.model
-    parts = {"layer_spec": model.layer_spec, "fp8": model.fp8, "fp8_experts": model.fp8_experts}
+    parts = {key: getattr(model, key) for key in ("layer_spec", "fp8", "fp8_experts", "fake_quant")}
     backends = dict(model.attention_backends)
     provider = bridge.provider(layout, dtype, overrides=overrides, attention_backends=backends, **parts)
     groups = initialize(layout, seed=recipe.train.seed)

@@ -293,8 +293,9 @@ def test_only_other_tokens_are_other_data(tmp_path: Path, monkeypatch: pytest.Mo
     was = transformers.__version__
     monkeypatch.setattr(transformers, "__version__", "5.99.1")
     assert goes_on(stream())
-    rendered = ChatModel.render
-    monkeypatch.setattr(ChatModel, "render", lambda self, sample: rendered(self, sample).replace("q", "Q"))
+    rendered = ChatModel._render
+    changed = lambda self, samples: [text.replace("q", "Q") for text in rendered(self, samples)]  # noqa: E731
+    monkeypatch.setattr(ChatModel, "_render", lambda self, samples, answer=False: changed(self, samples))
     monkeypatch.setattr(transformers, "__version__", "5.99.2")
     refused(f"transformers was '{was}' and is '5.99.2'", stream())
 

@@ -26,6 +26,7 @@ from recipes.config import load_recipe
 from recipes.data import Corpus, CorpusOptions, Supervise, cache, corpus, open_corpus
 from recipes.data.chat import ChatModel
 from recipes.data.files import DataFile
+from recipes.data.sample import Sample
 from recipes.data.training import corpus_options
 
 from .data_helpers import chat, corpus_of, model_folder, write_jsonl
@@ -455,10 +456,12 @@ def test_what_was_tokenised_is_kept_and_gone_on_with(
     workers: int, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted twice, a cache has the bytes of one that was not, inline and fetched media and bad lines included."""
-    data, encodings = (folder / "good.png").read_bytes(), []
+    data, encodings = (folder / "good.png").read_bytes(), list[Sample]()
     monkeypatch.setattr("recipes.data.media._fetch", lambda url, at: data)
     encode = ChatModel.encode
-    monkeypatch.setattr(ChatModel, "encode", lambda self, *given: (encodings.append(1), encode(self, *given))[1])
+    monkeypatch.setattr(
+        ChatModel, "encode", lambda self, samples, read: (encodings.extend(samples), encode(self, samples, read))[1]
+    )
     rows: list[Any] = [chat("q", f"a {number}") for number in range(40)]
     for number, row in ((3, {}), (5, part(type="image", path="good.png")), (30, "not JSON"), (33, "")):
         rows[number] = row

@@ -93,8 +93,8 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
     options = CorpusOptions(str(tmp_path), 512)
     encoder = Encoder(ChatModel(model, options), options)
     for name, record, form, messages, unread in RECORDS:
-        outcome = encoder.outcome(
-            Record(Where(name, 1), record), lambda blob, at: read_blob(blob, tmp_path, allow_urls=False, at=at)
+        (outcome,) = encoder.outcomes(
+            [Record(Where(name, 1), record)], [lambda blob, at: read_blob(blob, tmp_path, allow_urls=False, at=at)]
         )
         assert outcome.error is None, (name, outcome.message)
         sample, tools = outcome.encoded[0], TOOLS if "tools" in record or "functions" in record else None

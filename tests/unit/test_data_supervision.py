@@ -18,7 +18,7 @@ from PIL import Image
 
 from bridge.errors import DataError, UsageError
 from recipes.data import CorpusOptions, Supervise, open_corpus
-from recipes.data.chat import ChatModel
+from recipes.data.chat import ChatModel, Encoded
 from recipes.data.sample import Where, parse_record
 
 from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
@@ -339,7 +339,7 @@ def test_the_tokens_are_those_of_transformers(data: Path, model: Path) -> None:
         say("assistant", "a field"),
     ]
     corpus = corpus_of(data, model, [{"messages": messages}])
-    processor = ChatModel(model, corpus.options).processor
+    processor = ChatModel(model, corpus.options).media.processor
     expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert corpus[0].ids.tolist() == expected["input_ids"][0].tolist()
     assert corpus[0].types.tolist() == expected["mm_token_type_ids"][0].tolist()
@@ -369,9 +369,9 @@ def test_threads_share_one_loading_of_the_processor(data: Path, model: Path, mon
     monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
     root = ChatModel(model, options)
     with ThreadPoolExecutor(4) as pool:
-        own = list(pool.map(lambda fork: fork.processor, [root.fork() for _ in range(4)]))
-    assert len(loaded) == 1 and len({id(processor) for processor in (*own, root.processor)}) == 5
-    assert root.fork().fork().processor is not root.processor and len(loaded) == 1
+        own = list(pool.map(lambda fork: fork.media.processor, [root.fork() for _ in range(4)]))
+    assert len(loaded) == 1 and len({id(processor) for processor in (*own, root.media.processor)}) == 5
+    assert root.fork().fork().media.processor is not root.media.processor and len(loaded) == 1
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
     with pytest.raises(UsageError, match="its processor cannot be loaded"):
@@ -469,7 +469,8 @@ def test_what_is_learnt_is_what_the_assistant_says(
     body = [say(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     model = chat_model[last]
     sample = parse_record({"messages": head + body}, Where("x", 1))
-    encoded = model.encode(sample, lambda blob, at: b"")
+    (encoded,) = model.encode([sample], [lambda blob, at: b""])
+    assert isinstance(encoded, Encoded)
     spans = np.flatnonzero(np.diff(encoded.supervised.astype(int), prepend=0, append=0)).reshape(-1, 2)
     said = [model.tokenizer.decode(encoded.ids[start:end]) for start, end in spans]
     expected = [answer.strip() + "<turn|>" for _, answer in turns]

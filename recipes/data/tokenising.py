@@ -1,0 +1,203 @@
+"""Blocks of records -> parts of a cache: in this process, and where that takes long in others beside it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from bridge.errors import DataError
+from recipes.data.blocks import Block
+from recipes.data.cache import Parts, write_part
+from recipes.data.chat import ChatModel
+from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.media import read_blob
+from recipes.data.options import CorpusOptions
+from recipes.data.processes import Processes
+from recipes.data.processing import ReadMedia
+from recipes.data.sample import Blob, Media
+from recipes.data.sources import Source
+from recipes.data.statistics import Statistics
+from recipes.data.threads import ordered_map
+
+# Other processes take seconds to start: they are begun when this one has worked so long, and it works on meanwhile.
+_ALONE_S = 5.0
+# What a process does at a time takes about so long, or is so many blocks: it is what an end of the run may cost.
+_GROUP_S, _GROUP_BLOCKS = 3.0, 32
+
+# The number of a source, and consecutive records of it.
+Numbered = tuple[int, Block]
+
+
+class Work:
+    """What is done to records, in whichever process. `roots`: the folder of the media of each source."""
+
+    def __init__(self, chat: ChatModel, options: CorpusOptions, roots: Sequence[Path | None]) -> None:
+        self._encoder, self._options, self._roots = Encoder(chat, options), options, roots
+
+    def outcomes(self, source: int, block: Block, skip: int = 0) -> Iterator[Outcome]:
+        """What each record gives, in order, behind the first `skip`. Raises UsageError where it is due."""
+        records = list(islice(block.records(), skip, None))
+        fetched: list[dict[str, bytes]] = [{} for _ in records]
+        reads = [self._reader(self._roots[source], of_record) for of_record in fetched]
+        for outcome, of_record in zip(self._encoder.outcomes(records, reads), fetched, strict=True):
+            yield _with_fetched(outcome, of_record) if of_record else outcome
+
+    def part(self, folder: Path, group: Sequence[Numbered]) -> Made:
+        """Write a part of them all, up to the first error where that ends the run. Raises OSError, UsageError."""
+        said: list[str] = []
+        error: DataError | None = None
+
+        def outcomes() -> Iterator[tuple[int, Outcome]]:
+            nonlocal error
+            for source, block in group:
+                for outcome in self.outcomes(source, block):
+                    if outcome.error is not None and self._options.on_error == "fail":
+                        error = outcome.error
+                        return
+                    if outcome.reason == INVALID:
+                        said.append(outcome.message)
+                    yield source, outcome
+
+        place = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
+        records, statistics = write_part(place, outcomes())
+        return Made(place, records, statistics, tuple(said), error)
+
+    def _reader(self, root: Path | None, fetched: dict[str, bytes]) -> ReadMedia:
+        allow_urls = self._options.allow_urls
+
+        def read(blob: Blob, at: str) -> bytes:
+            if blob.url is None:
+                return read_blob(blob, root, allow_urls=allow_urls, at=at)
+            if blob.url not in fetched:
+                fetched[blob.url] = read_blob(blob, root, allow_urls=allow_urls, at=at)
+            return fetched[blob.url]
+
+        return read
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part that a process has written. `skipped`: its bad records; `error`: the one that ends the run."""
+
+    place: Path
+    records: int
+    statistics: Statistics
+    skipped: tuple[str, ...]
+    error: DataError | None
+
+
+def tokenise(
+    parts: Parts,
+    chat: ChatModel,
+    options: CorpusOptions,
+    sources: Sequence[Source],
+    progress: Callable[[int], None],
+    notify: Callable[[str], None],
+) -> None:
+    """Add what is not in `parts` yet. Raises DataError for a bad record, with `on_error="fail"`; OSError."""
+    if parts.records:
+        notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
+    roots = [Path(options.media_root) if options.media_root is not None else source.root for source in sources]
+    blocks = _behind(sources, parts.records)
+    with ExitStack() as stack:
+        processes: Processes | None = None
+        try:
+            clock = _Clock(parts.records)
+            work, read = Work(chat, options, roots), parts.records
+            for source, block, skip in blocks:
+                for outcome in work.outcomes(source, block, skip):
+                    if outcome.error is not None and options.on_error == "fail":
+                        raise outcome.error
+                    parts.add(source, outcome)
+                    read += 1
+                    if outcome.reason == INVALID:
+                        notify(f"skipped {outcome.message}")
+                    progress(read)
+                clock.reached(read)
+                if processes is None and options.workers > 1 and clock.seconds >= _ALONE_S:
+                    settings = (chat.folder, options, roots, parts.folder)
+                    processes = stack.enter_context(Processes(options.workers, "recipes.data.worker", settings))
+                if processes is not None and processes.ready:
+                    break
+        finally:
+            parts.flush()
+        if processes is not None:
+            groups = groups_of(((source, block) for source, block, _ in blocks), clock.speed)
+            with_processes(parts, processes, options.workers, groups, progress, notify)
+
+
+class _Clock:
+    """How fast records are worked on, but for those of the first block, whose time is that of what is imported."""
+
+    def __init__(self, records: int) -> None:
+        self._records, self._since, self._last = records, 0.0, 0.0
+        self.speed = 1.0
+
+    @property
+    def seconds(self) -> float:
+        return self._last - self._since
+
+    def reached(self, records: int) -> None:
+        """So many records are done."""
+        self._last = time.monotonic()
+        if not self._since:
+            self._records, self._since = records, self._last
+        self.speed = max(1.0, (records - self._records) / max(self.seconds, 1e-3))
+
+
+def with_processes(
+    parts: Parts,
+    processes: Processes,
+    workers: int,
+    groups: Iterator[Sequence[Numbered]],
+    progress: Callable[[int], None],
+    notify: Callable[[str], None],
+) -> None:
+    """Each process makes a part at a time; here they are put into their order. Raises DataError."""
+    with closing(ordered_map(processes.ask, groups, workers=workers, ahead=2 * workers)) as results:
+        for made in results:
+            if made.error is not None:
+                raise made.error
+            parts.take(made.place, made.records, made.statistics)
+            for message in made.skipped:
+                notify(f"skipped {message}")
+            progress(parts.records)
+
+
+def _behind(sources: Sequence[Source], behind: int) -> Iterator[tuple[int, Block, int]]:
+    """Blocks with the number of their source, and how many of a block's records are among the first `behind`."""
+    for number, source in enumerate(sources):
+        for block in source.blocks():
+            if behind < len(block):
+                yield number, block, behind
+            behind = max(0, behind - len(block))
+
+
+def groups_of(blocks: Iterator[Numbered], speed: float) -> Iterator[Sequence[Numbered]]:
+    """Blocks that one process takes at a time; `speed`: records a second."""
+    group: list[Numbered] = []
+    for numbered in blocks:
+        group.append(numbered)
+        if len(group) >= _GROUP_BLOCKS or sum(len(block) for _, block in group) >= speed * _GROUP_S:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
+    """The outcome with bytes in place of URLs: training never goes to the network."""
+
+    def stored(blob: Blob) -> Blob:
+        return blob if blob.url is None else Blob(data=fetched[blob.url])
+
+    def local(item: Media) -> Media:
+        return replace(item, blobs=tuple(stored(blob) for blob in item.blobs))
+
+    encoded = tuple(replace(item, media=tuple(local(media) for media in item.media)) for item in outcome.encoded)
+    return replace(outcome, encoded=encoded)

@@ -1,0 +1,143 @@
+"""Tokenising in other processes: the bytes of one process, whatever happens; images counted by their headers."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bridge.errors import DataError
+from recipes.data import CorpusOptions, open_corpus, tokenising
+from recipes.data.chat import ChatModel
+from recipes.data.media import decode_image, image_size
+from recipes.data.processes import Processes
+
+from .data_helpers import chat, model_folder, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusOptions:
+    """A thousand records, of which other processes make all but the first block."""
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
+    asked = {"role": "user", "content": [{"type": "image", "path": "a.png"}]}
+    seen = {"messages": [asked, {"role": "assistant", "content": "x"}]}
+    rows: list[Any] = [seen if n % 100 == 7 else "" if n % 100 == 8 else chat("q", f"a {n}") for n in range(1000)]
+    rows[500] = "not JSON"
+    monkeypatch.setattr(tokenising, "_ALONE_S", 0.0)
+    monkeypatch.setattr(tokenising, "_GROUP_BLOCKS", 2)
+    # There is no telling how far this process gets until the others are ready: it waits for them.
+    monkeypatch.setattr(Processes, "ready", True)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    return CorpusOptions(str(path), 256, on_error="skip", workers=2, cache=str(tmp_path / "cache"))
+
+
+def test_processes_make_the_bytes_of_one(
+    options: CorpusOptions, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted and gone on with by one process, and what is said of bad records, too."""
+    told: list[str] = []
+    groups: list[Any] = []
+    ask = Processes.ask
+    monkeypatch.setattr(Processes, "ask", lambda self, group: (groups.append(group), ask(self, group))[1])
+    alone = open_corpus(replace(options, workers=1, cache=str(tmp_path / "alone")), model, notify=told.append)
+    assert not groups and len(told) == 1
+
+    def interrupt(read: int) -> None:
+        if read >= 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_corpus(options, model, progress=interrupt)
+    assert groups
+    also: list[str] = []
+    resumed = open_corpus(replace(options, workers=1), model, notify=also.append)
+    assert re.fullmatch(r"tokenising goes on behind the 3\d\d records of an interrupted run", also[0])
+    assert files_of(resumed.folder) == files_of(alone.folder) and also[1:] == told
+
+
+@pytest.mark.slow
+def test_processes_to_the_end_and_killed(
+    options: CorpusOptions, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = open_corpus(replace(options, workers=1, cache=str(tmp_path / "alone")), model)
+    assert files_of(open_corpus(options, model).folder) == files_of(alone.folder)
+    strict = replace(options, on_error="fail", cache=str(tmp_path / "strict"))
+    with pytest.raises(DataError, match=r"a\.jsonl:501: not JSON"):
+        open_corpus(strict, model)
+    assert not list((tmp_path / "strict").iterdir())
+    started: list[Processes] = []
+    ask = Processes.ask
+    monkeypatch.setattr(Processes, "ask", lambda self, group: (started.append(self), ask(self, group))[1])
+
+    def kill(read: int) -> None:
+        for pid in started[-1].pids if started else ():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"data\.workers: a process that tokenises has died \(code -9\)"):
+        open_corpus(replace(options, cache=str(tmp_path / "killed")), model, progress=kill)
+
+
+def picture(form: str, size: tuple[int, int], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 99, 199)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_images_are_counted_by_their_headers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are those of the decoded image, whatever turns it; what is not whole is decoded, and so refused."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    whole = [picture(form, (30, 20)) for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")]
+    whole += [picture(form, (30, 20), exif=turned) for form in ("PNG", "JPEG", "WEBP", "TIFF")]
+    for data in whole:
+        assert image_size(data, "x") == decode_image(data, "x").size
+        with pytest.raises(DataError, match="not an image that can be read"):
+            image_size(data[:60], "x")
+    assert [image_size(data, "x") for data in whole[6:]] == [(20, 30)] * 4
+    jpeg = picture("JPEG", (64, 48))
+    monkeypatch.setattr("recipes.data.media.decode_image", lambda data, at: pytest.fail("decoded"))
+    assert image_size(jpeg, "x") == (64, 48) and image_size(jpeg + b"\0\0", "x") == (64, 48)
+
+
+def counted(variant: str, folder: Path, sizes: list[tuple[int, int]]) -> None:
+    """Of each size the processor itself has as many soft tokens as the header says."""
+    chat_model = ChatModel(model_folder(folder / variant, variant), CorpusOptions("x", 4096))
+    processor = chat_model.media.processor
+    for width, height in sizes:
+        ours = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"]
+        pixels = np.zeros((height, width, 3), np.uint8)
+        theirs = processor.image_processor(pixels, return_tensors="pt")["num_soft_tokens_per_image"]
+        assert [int(one) for one in theirs] == [int(one) for one in ours], (variant, width, height)
+
+
+def random_sizes(count: int) -> list[tuple[int, int]]:
+    dice = random.Random(3)
+    return [(round(2 ** dice.uniform(4, 10)), round(2 ** dice.uniform(4, 10))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("variant", ["e2b", "12b"])
+def test_counts_are_the_processors(variant: str, tmp_path: Path) -> None:
+    counted(variant, tmp_path, random_sizes(25))
+
+
+@pytest.mark.slow
+def test_counts_are_the_processors_in_a_thousand_sizes(tmp_path: Path) -> None:
+    counted("e2b", tmp_path, random_sizes(1000))
