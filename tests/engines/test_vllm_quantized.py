@@ -71,3 +71,16 @@ def test_what_its_cpu_kernels_refuse(toy: Toy, scheme: str, tmp_path: Path) -> N
     with pytest.raises(EngineFailed) as failed:
         ask_vllm(folder, [Ask(prompts(folder), max_tokens=1)], tmp_path)
     assert REFUSED[scheme] in str(failed.value)
+
+
+def test_w4a16_in_bfloat16(toy: Toy, tmp_path: Path) -> None:
+    """Of int4 its CPU kernel takes 16 bits: nearer to the dequantized model than to the one from before, by far."""
+    folder, plain = quantized(toy, "w4a16", tmp_path)
+    ids = prompts(folder)
+    (served,) = ask_vllm(folder, [Ask(ids, max_tokens=1)], tmp_path, dtype="bfloat16")
+    distances = []
+    for model in (plain, toy("e4b", head_dim=HEAD_DIM)):
+        both = zip(served, expected(model, ids, 1), strict=True)
+        distances.append(torch.cat([(a.logprobs - b.logprobs).abs().flatten() for a, b in both]).median().item())
+    print(f"w4a16: median {distances[0]:.1e} from the dequantized model, {distances[1]:.1e} from the one before")
+    assert 5 * distances[0] < distances[1]
