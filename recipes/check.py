@@ -13,6 +13,7 @@ from recipes.keys import meant
 from recipes.losses import names as known
 from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
+from recipes.rewards.check import check_grpo
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
@@ -25,6 +26,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_schedule(recipe)
     _check_metrics(recipe)
     _check_preference(recipe)
+    check_grpo(recipe)
     _check_lora(recipe)
     _check_drafter(recipe)
     _check_export(recipe)

@@ -174,6 +174,50 @@ class PreferenceConfig:
 
 
 @dataclass
+class GrpoConfig:
+    """Answers that the model samples itself, and rewards (docs/reinforcement.md), where `rewards` are named.
+
+    `rewards`: names of `recipes.rewards.named`, or `module:function` of (answer, reference), added up with
+    `reward_weights` (1 each by default). `reward_pattern`, `reward_schema` (a file), `reward_length` (characters): of
+    regex, json_schema and length. `reward_timeout`: seconds for one reward of one answer.
+    `loss`: grpo, dapo, dr_grpo, gspo or rloo. `num_generations` answers to a prompt, of at most `max_new_tokens`.
+    `steps_per_generation` steps are made of the answers sampled at once, `num_iterations` times over.
+    `epsilon`, `epsilon_high` (by default the same): ratios are clipped to 1 - epsilon, 1 + epsilon_high. `beta`: factor
+    of the KL to the model without its adapters. `scale_rewards`: advantages over the standard deviation of their group,
+    of the batch, or none; auto: none for dr_grpo, else group.
+    `importance_cap`: of the correction for what the sampler and the trainer say of a token differently; 0: none.
+    `max_rows`: answers at once on a replica. `samples_every`: steps between `rollouts/step-N.jsonl`, 0: never.
+    `engine`: who samples: own. `router_replay` is not there yet.
+    """
+
+    rewards: list[str] = field(default_factory=list)
+    reward_weights: list[float] = field(default_factory=list)
+    reward_pattern: str | None = None
+    reward_schema: str | None = None
+    reward_length: int | None = None
+    reward_timeout: float = 10.0
+    loss: str = "grpo"
+    num_generations: int = 8
+    max_new_tokens: int = 256
+    steps_per_generation: int = 1
+    num_iterations: int = 1
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    scale_rewards: str = "auto"
+    importance_cap: float = 3.0
+    max_rows: int = 16
+    samples_every: int = 10
+    engine: str = "own"
+    router_replay: bool = False
+
+    @property
+    def updates(self) -> int:
+        """Steps that are made of one rollout."""
+        return self.steps_per_generation * self.num_iterations
+
+
+@dataclass
 class EvalConfig:
     """What is measured at evaluations beside the loss: on answers, greedy ones, to the evaluation data.
 
@@ -299,6 +343,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

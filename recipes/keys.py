@@ -55,6 +55,9 @@ _ELSEWHERE = {
     "use_rslora": "lora.rslora",
     "use_dora": "lora.dora",
     "loss_type": "preference.loss",
+    "reward_funcs": "grpo.rewards",
+    "max_completion_length": "grpo.max_new_tokens",
+    "use_vllm": "grpo.engine",
     "precompute_ref_log_probs": "preference.reference",
     "ref_model": "preference.reference",
 }
@@ -94,6 +97,8 @@ def _meant_key(prefix: str, key: str, siblings: Sequence[str], every: Sequence[s
     """The key of the same group that looks like `key`, else the one of any group, else what the group has."""
     elsewhere = _ELSEWHERE | {whole.rpartition(".")[2]: whole for whole in every}
     whole = f"{prefix}{key}" if key in siblings else elsewhere.get(key)
+    if whole is not None and (own := whole.rpartition(".")[2]) in siblings:
+        whole = f"{prefix}{own}"  # groups may have a key of the same name
     if whole is not None:
         return f"; did you mean {whole}?"
     close = difflib.get_close_matches(key, siblings, 1, 0.6)

@@ -14,6 +14,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -334,3 +335,13 @@ def _evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        _forget_buffers()
+
+
+def _forget_buffers() -> None:
+    """Megatron keeps buffers for sequence parallelism: training could not write to those of inference mode."""
+    if not parallel_state.is_initialized():
+        return
+    held = parallel_state.get_global_memory_buffer().buffer
+    for name in [name for name, buffer in held.items() if buffer.is_inference()]:
+        del held[name]

@@ -1,4 +1,4 @@
-"""A toy Gemma 4 learns to prefer short answers: taught short and long ones, it loses the long ones to DPO.
+"""A toy Gemma 4 learns to prefer short answers: taught short and long ones alike, it loses the long ones to DPO.
 
 python examples/dpo_short/run.py [--work FOLDER] [key=value ...]
 """
@@ -36,7 +36,7 @@ def main() -> None:
     train("dpo.yaml", said.work, taught, preferring, "pairs.jsonl", said.overrides)
     after = short_answers(preferring, said.work)
     print(json.dumps({"before": before, "after": after, "seconds": round(time.perf_counter() - start)}))
-    sys.exit(before["short"] > 0.5 or after["short"] < 0.95)
+    sys.exit(after["short"] < max(0.9, before["short"] + 0.1))
 
 
 def write_data(work: Path) -> None:
@@ -46,9 +46,7 @@ def write_data(work: Path) -> None:
         question = f"What comes after {number}?"
         answers = (f"{number + 1}", f"A good question: behind {number} comes the number {number + 1}, I should say.")
         asked = {"role": "user", "content": question}
-        # Twice as many long ones: that is what a greedy answer is then.
-        said = (*answers, answers[1])
-        conversations += [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in said]
+        conversations += [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers]
         pairs.append({"prompt": question, "chosen": answers[0], "rejected": answers[1]})
         prompts.append({"prompt": question})
     for name, rows in (("answers", conversations), ("pairs", pairs), ("prompts", prompts)):

@@ -223,20 +223,30 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         """For every step: where the next one begins, and this rank's rows (an empty one where the data has ended)."""
         options = self.options
         share, step = options.micro_batch_size, options.micro_batch_size * options.dp_size
-        epoch, row = position.epoch, position.row
         while True:
-            rows: list[list[int]] = []
-            while len(rows) < step and (options.epochs is None or epoch < options.epochs):
-                plan = self.plan(epoch)
-                taken = range(row, min(len(plan), row + step - len(rows)))
-                rows += [plan.row(index) for index in taken]
-                row += len(taken)
-                if row >= len(plan):
-                    epoch, row = epoch + 1, 0
+            rows, position = self.ahead(step, position)
             if not rows:
                 return
             rows += [[] for _ in range(step - len(rows))]
-            yield Position(epoch, row), rows[options.dp_rank * share : (options.dp_rank + 1) * share]
+            yield position, rows[options.dp_rank * share : (options.dp_rank + 1) * share]
+
+    def ahead(self, count: int, position: Position) -> tuple[list[list[int]], Position]:
+        """The samples of so many rows from a place on (fewer where the data ends), and the place behind them."""
+        epochs, epoch, row = self.options.epochs, position.epoch, position.row
+        rows: list[list[int]] = []
+        while len(rows) < count and (epochs is None or epoch < epochs):
+            plan = self.plan(epoch)
+            taken = range(row, min(len(plan), row + count - len(rows)))
+            rows += [plan.row(index) for index in taken]
+            row += len(taken)
+            if row >= len(plan):
+                epoch, row = epoch + 1, 0
+        return rows, Position(epoch, row)
+
+    def go_to(self, position: Position) -> None:
+        """Let the next batch begin there."""
+        self.close()
+        self._position = position
 
     def _made(self, step: tuple[Position, list[list[int]]]) -> tuple[Position, dict[str, Tensor]]:
         after, rows = step

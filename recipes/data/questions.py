@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,16 @@ class Questions:
     def where(self, number: int) -> Where:
         """The file and line of a question."""
         return self._samples.where(number)
+
+    def prompt_length(self, number: int) -> int:
+        """Tokens of a prompt; its media are not read. Raises DataError: no question."""
+        return self._answer(self._samples[number], number)[0]
+
+    def media(self, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The kinds of a prompt's tokens, as in `Encoded.types`, and what the processor made of its media."""
+        encoded = self._samples[number]
+        end = self._answer(encoded, number)[0]
+        return encoded.types[:end], self._samples.media_tensors(number) if encoded.media else {}
 
     def prompt(self, number: int) -> Prompt:
         """What a model is asked. Raises DataError: no question, media that cannot be read."""

@@ -154,7 +154,7 @@ def streams(
         "cache": str(whole.folder),
     }
     notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps, opened.train)
 
 
 def once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -87,12 +88,15 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
 
 
 def _answers(recipe: Recipe) -> tuple[int, int]:
-    """Rows that an evaluation answers at once, and their tokens at most, prompt and answer; (0, 0): none."""
+    """Rows that are answered at once, at evaluations or to be trained on, and their tokens at most, prompt and answer;
+    (0, 0): none."""
     longest = max(
         recipe.train.sample_tokens if recipe.train.samples else 0,
         recipe.eval.metric_tokens if recipe.eval.metrics else 0,
     )
-    return (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
+    evaluated = (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
+    sampled = (recipe.grpo.max_rows, recipe.train.seq_length) if recipe.grpo.rewards else (0, 0)
+    return max(evaluated, sampled, key=math.prod)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:

@@ -30,14 +30,16 @@ def answers(
     signalled: StopSignal,
     progress: Callable[[int], None] | None = None,
     max_rows: int = MAX_ROWS,
+    first_index: int = 0,
 ) -> list[Completion] | None:
     """The answers to prompts 0 to `count` - 1. Collective; training goes on as if nothing had been.
 
-    None where any rank was told to stop, which is asked after every few prompts. `progress`: the answers so far.
+    None where any rank was told to stop, which is asked after every few prompts. `progress`: the answers so far. Those
+    to a prompt are numbered from `first_index` on: what is drawn depends on that number alone.
     """
     run.gather_weights()
     generator = Generator(run.models, run.groups, decode=decode, max_rows=max_rows)
-    at_once = generator.max_rows * run.groups.dp.size()
+    at_once = max(1, generator.max_rows * run.groups.dp.size() // options.num_return_sequences)
     found: list[Completion] = []
     for first in range(0, count, at_once):
         told = torch.tensor([float(bool(signalled))], dtype=torch.float64, device=run.device)
@@ -46,7 +48,7 @@ def answers(
             return None
         with together():
             prompts = [prompt(number) for number in range(first, min(count, first + at_once))]
-        found += generator.generate(prompts, options, first)
+        found += generator.generate(prompts, options, first_index + first)
         if progress is not None:
             progress(len(found))
     return found

@@ -46,7 +46,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Streams:
-    """`evaluation`: what is evaluated on; `evaluated`: the samples that it is made of, where they are known.
+    """`evaluation`: what is evaluated on; `evaluated`, `trained`: the samples that it is made of, where they are known.
 
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
     epoch among it. `answers`: of preferences, what a reference that is computed once is asked for; `ref_logps`: where
@@ -61,6 +61,7 @@ class Streams:
     evaluated: Mapping[str, Samples] = field(default_factory=dict)
     answers: tuple[Answers, ...] = ()
     ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
+    trained: Samples | None = None
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

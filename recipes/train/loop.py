@@ -20,6 +20,7 @@ from recipes.data.collate import KL
 from recipes.data.training import prepared
 from recipes.data.training import say as say_once
 from recipes.losses.objective import objective_of
+from recipes.losses.policy import training_objective
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
@@ -32,6 +33,7 @@ from recipes.train.media import mask_change, modality_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
+from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, metrics_of
 from recipes.train.schedule import advance, rate_change, shortened
 from recipes.train.setup import Run, build
@@ -81,8 +83,13 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
                 f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
             )
         samples = Samples.of(recipe)
+        log: Log | None = None
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
+        rollouts = None
+        if streams.trained is not None and recipe.grpo.rewards:
+            rollouts = Rollouts(run, streams.trained, signalled, lambda: log)
+            streams = rollouts.streams(streams)
         if objective_of(recipe.preference).referenced and reference_of(recipe) == "start":
             # Adapters are as they began: it is a checkpoint that moves them.
             begin = partial(run.bridge.load_hf_weights, run.models) if resumable and run.lora is None else None
@@ -94,7 +101,6 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         if run.lora is None:
             round_frozen(run.models, in_place=False)
         checkpoint.prepare_output(run)
-        log: Log | None = None
 
         def open_log() -> None:
             nonlocal log
@@ -113,6 +119,8 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             if recipe.export.hf is not None and not outcome.stopped:
                 _export(run, loop.best(), Path(recipe.export.hf), say)
         finally:
+            if rollouts is not None:
+                rollouts.close()
             if log is not None:
                 log.close()
         # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
@@ -179,7 +187,7 @@ class _Loop:
         self.run_ = run
         self._samples, self._metrics = samples, metrics
         self.recipe = run.recipe
-        self._objective = objective_of(run.recipe.preference)
+        self._objective = training_objective(run.recipe)
         self.streams = streams
         self.progress = progress
         self.log = log
@@ -249,9 +257,11 @@ class _Loop:
     def _step(self) -> tuple[float, bool]:
         """One step; its loss, and whether any rank was told to stop."""
         run, progress = self.run_, self.progress
-        clear_gradients(run)
         batches = self._next(run.microbatches)
-        sums = run_microbatches(run, batches, train=True)
+        if batches is None:
+            return math.nan, True
+        clear_gradients(run)
+        sums = run_microbatches(run, batches, train=True, objective=self._objective)
         told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
         found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
@@ -307,9 +317,12 @@ class _Loop:
         behind = [mismatched_rows(batch) for batch in batches if any(name.startswith(KL) for name in batch)]
         return [batches, behind, behind] if based else [behind]
 
-    def _next(self, count: int) -> list[dict[str, torch.Tensor]]:
+    def _next(self, count: int) -> list[dict[str, torch.Tensor]] | None:
+        """The microbatches of a step; None where a signal came while answers were sampled."""
         try:
             return [next(self.streams.train) for _ in range(count)]
+        except RolloutStopped:
+            return None
         except StopIteration:
             raise TrainingError(f"step {self.progress.step + 1}: the data has run out") from None
 

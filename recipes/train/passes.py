@@ -29,9 +29,9 @@ from recipes.train.setup import BuiltModel
 Batch = dict[str, Tensor]
 
 # [b, s] each.
-_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids"}
+_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids", "sampled_logps"}
 # [answers] each.
-ANSWERS = {"completion_lengths", "desirable", "ref_logps"}
+ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
 _KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
 # Microbatches that go through a pipeline together without gradients, for each of its stages. More hide more of its
 # filling, and make a signal wait longer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,8 +15,12 @@ from bridge.lora.inject import disabled
 from recipes.config import Recipe
 from recipes.losses.names import KTO
 from recipes.losses.objective import AnswerLoss, Objective, PreferenceLoss, answer_logps
+from recipes.losses.policy import PolicyLoss
 from recipes.train.passes import Batch, Passed, Prepared, mismatched_rows, prepare, through
 from recipes.train.setup import BuiltModel
+
+# (token losses, their microbatch, context-parallel ranks) -> log-probabilities
+LogProbabilities = Callable[[Tensor, Mapping[str, Tensor], dist.ProcessGroup], Tensor]
 
 
 def reference_of(recipe: Recipe) -> str:
@@ -35,7 +39,8 @@ def settled(
         objective = replace(objective, kl=divergence(run, [batches]))
     microbatches = _prepared(run, batches)
     if objective.referenced and any("ref_logps" not in each.batch for each in microbatches):
-        microbatches = _with_base(run, microbatches)
+        of = objective.logps if isinstance(objective, PolicyLoss) else answer_logps
+        microbatches = _with_base(run, microbatches, of)
     if isinstance(objective, PreferenceLoss) and objective.nll and train:
         objective = replace(objective, nll_scale=_nll_scale(objective, microbatches))
     return objective, microbatches
@@ -62,24 +67,29 @@ def _prepared(run: BuiltModel, batches: Sequence[Batch]) -> list[Prepared]:
     return [prepare(batch, run, run.recipe.train.seq_length) for batch in batches]
 
 
-def log_probabilities(run: BuiltModel, microbatches: Sequence[Prepared]) -> list[Tensor]:
-    """Of every microbatch's answers, float64 [answers], on ranks of the last stage; nothing elsewhere. Collective."""
-    reports = through(run, microbatches, partial(_logps, cp=run.groups.cp), train=False)
+def log_probabilities(
+    run: BuiltModel, microbatches: Sequence[Prepared], of: LogProbabilities = answer_logps
+) -> list[Tensor]:
+    """Of every microbatch's answers, float64 [answers], or what `of` makes of its token losses; on ranks of the last
+    stage, nothing elsewhere. Collective."""
+    reports = through(run, microbatches, partial(_logps, of=of, cp=run.groups.cp), train=False)
     return [report["logps"] for report in reports]
 
 
-def _logps(losses: Tensor, passed: Passed, cp: dist.ProcessGroup) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    logps = answer_logps(losses, passed.batch, cp)
+def _logps(
+    losses: Tensor, passed: Passed, of: LogProbabilities, cp: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    logps = of(losses, passed.batch, cp)
     return losses.sum(), torch.ones_like(passed.batch["labels"][0, 0]), {"logps": logps}
 
 
-def _with_base(run: BuiltModel, microbatches: list[Prepared]) -> list[Prepared]:
+def _with_base(run: BuiltModel, microbatches: list[Prepared], of: LogProbabilities = answer_logps) -> list[Prepared]:
     """With the log-probabilities of the model without its adapters: in the same weights, one more forward pass."""
     if reference_of(run.recipe) != "base":
         raise TrainingError("preference.reference=start: the data yields no ref_logps")
     run.gather_weights()
     with disabled(run.models):
-        found = log_probabilities(run, microbatches)
+        found = log_probabilities(run, microbatches, of)
     if not found:
         return microbatches  # a stage that makes no losses
     return [

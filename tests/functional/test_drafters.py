@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,14 +64,6 @@ class Guessing(NamedTuple):
     pair: Pair
     prompts: list[Prompt]
     plain: list[Completion]
-
-
-def two_sample_chi_square(table: list[list[int]]) -> float:
-    """The probability that two rows of counts, of equally many draws, are so different and of one distribution."""
-    both = torch.tensor(table, dtype=torch.float64)
-    both = both[:, both.sum(0) >= 10]
-    statistic = ((both[0] - both[1]) ** 2 / both.sum(0)).sum()
-    return float(torch.special.gammaincc(torch.tensor((both.shape[1] - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
 def some_ids(folder: Path, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -203,19 +194,3 @@ def test_gradients(ranks: RankPool, toy: Toy, variant: str, packed: bool) -> Non
     for name, parallel in GRADIENT_LAYOUTS.items():
         for found in ranks.run(gradients, with_layout(pair, parallel), rows, asked, world_size=parallel.world_size):
             assert_same_gradients(found, one, name)
-
-
-@pytest.mark.slow
-def test_sampled_answers_are_distributed_as_without(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
-    """20,000 answers of three tokens against the model's own probabilities: chi-square over all that occur."""
-    pair, prompts, _ = guessing("12b")
-    options = SamplingOptions(max_new_tokens=3, temperature=1.0, top_k=4, seed=1, num_return_sequences=20_000)
-    counts = []
-    for task, seed in ((task_of(pair, 2), 1), (replace(task_of(pair, 2), drafter=None), 2)):
-        asked = replace(options, seed=seed)
-        (found,) = ranks.run(answer_with_drafter, task, prompts[:1], asked, max_rows=2000, world_size=1)
-        counts.append(Counter(completion.tokens for completion in found))
-    words = sorted(set(counts[0]) | set(counts[1]))
-    table = [[count[word] for word in words] for count in counts]
-    assert len(words) > 20
-    assert two_sample_chi_square(table) > 1e-3

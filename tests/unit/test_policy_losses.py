@@ -105,7 +105,7 @@ def test_losses_and_gradients_are_trls(name: str, importance: bool, record_prope
         (gradient,) = torch.autograd.grad(ours, answers.logps)
         theirs = their_loss(name, answers, options)
         (their_gradient,) = torch.autograd.grad(theirs, answers.logps)
-        worst[0] = max(worst[0], float((ours - theirs).abs() / theirs.abs()))
+        worst[0] = max(worst[0], float((ours - theirs).detach().abs() / theirs.detach().abs()))
         worst[1] = max(worst[1], float((gradient - their_gradient).norm() / their_gradient.norm()))
         assert not gradient[~answers.mask].any()
     record_property("worst", worst)

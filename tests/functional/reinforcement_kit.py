@@ -1,0 +1,186 @@
+"""What ranks run for the tests of sampled and rewarded answers.
+
+What they call lives here, so that they import nothing but this.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge.geometry import Geometry
+
+LENGTH = 160
+LORA = {
+    "rank": 4,
+    "alpha": 8,
+    "targets": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+}
+
+
+def write_questions(path: Path, count: int, pictures: bool = False) -> Path:
+    """Sums, and their results; with a picture of noise to every second one where asked."""
+    from PIL import Image
+
+    dice, rows = random.Random(0), []
+    for number in range(count):
+        a, b = dice.randrange(10), dice.randrange(10)
+        question: list[dict[str, str]] = [{"type": "text", "text": f"{a}+{b}"}]
+        if pictures and number % 2:
+            name = f"{number}.png"
+            Image.frombytes("RGB", (60, 80), dice.randbytes(3 * 60 * 80)).save(path.parent / name)
+            question.insert(0, {"type": "image", "path": name})
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": str(a + b)}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(toy: Path, data: Path, output: Path) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "model": {"hf": str(toy), "dtype": "float32"},
+        "data": {"path": str(data), "cache": str(data.parent / "cache")},
+        "grpo": {
+            "rewards": ["length"],
+            "reward_length": 8,
+            "num_generations": 4,
+            "max_new_tokens": 8,
+            "samples_every": 1,
+        },
+        "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 4, "seq_length": LENGTH},
+        "optimizer": {"lr": 2e-3, "min_lr": 2e-3, "schedule": "constant"},
+    }
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The tokens of a rollout, and how far at most what the sampler said of one is from what the trainer says.
+
+    `prompts`: how many different ones; `placeholders`: sampled tokens that are some.
+    """
+
+    tokens: list[tuple[int, ...]]
+    apart: float
+    prompts: int
+    placeholders: int
+
+
+def sample(said: dict[str, Any], layout: list[str]) -> Sampled:
+    """On every rank: a rollout, and its log-probabilities again."""
+    import torch.distributed as dist
+
+    from recipes.config import resolve
+    from recipes.data.training import prepared
+    from recipes.losses.policy import policy_loss
+    from recipes.train.passes import prepare
+    from recipes.train.reference import log_probabilities
+    from recipes.train.rollouts import Rollouts
+    from recipes.train.setup import build
+    from recipes.train.signals import StopSignal
+
+    asked, data = prepared(resolve(said, layout))
+    run = build(asked, load=True)
+    streams = data(asked, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
+    assert streams.trained is not None
+    rollouts = Rollouts(run, streams.trained, StopSignal(), lambda: None)
+    try:
+        batches = [next(rollouts) for _ in range(run.microbatches)]
+    finally:
+        rollouts.close()
+    held = [prepare(batch, run, LENGTH) for batch in batches]
+    found = log_probabilities(run, held, policy_loss(asked.grpo).logps)
+    apart = torch.zeros((), dtype=torch.float64)
+    for each, logps in zip(held, found, strict=bool(found)):
+        mask = each.batch["sequence_ids"] >= 0
+        apart = torch.maximum(apart, (logps - each.batch["sampled_logps"]).abs()[mask].max())
+    dist.all_reduce(apart, dist.ReduceOp.MAX)
+    rows, placeholders = rollouts._rows, run.bridge.geometry.placeholder_ids
+    return Sampled(
+        [row.tokens for row in rows],
+        float(apart),
+        len({row.sample for row in rows}),
+        sum(token in placeholders for row in rows for token in row.tokens),
+    )
+
+
+@dataclass
+class FixedRollouts:
+    """This rank's microbatches of answers that are there, as if they had been sampled: the same in every layout."""
+
+    recipe: Any
+    geometry: Geometry
+    dp_rank: int
+    dp_size: int
+    taken: int = 0
+    rows: list[Any] = field(default_factory=list)
+
+    def __next__(self) -> dict[str, Tensor]:
+        from recipes.train.rollouts import batch_of
+
+        train = self.recipe.train
+        start = self.taken + self.dp_rank * train.micro_batch_size
+        self.taken += train.micro_batch_size * self.dp_size
+        rows = [self._row(index) for index in range(start, start + train.micro_batch_size)]
+        return batch_of(rows, None, self.geometry, 0, False)  # type: ignore[arg-type] - no media
+
+    def _row(self, index: int) -> Any:
+        from recipes.train.rollouts import Row
+
+        generator = torch.Generator().manual_seed(index)
+
+        def some(count: int) -> tuple[int, ...]:
+            return tuple((8 + torch.randint(0, 120, (count,), generator=generator)).tolist())
+
+        prompt, tokens = some(3 + index % 5), some(2 + 3 * index % 11)
+        # A toy's are about as likely as that.
+        logprobs = (-5 + 0.5 * torch.randn(len(tokens), generator=generator)).tolist()
+        reward, advantage = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
+        return Row(0, prompt, tokens, tuple(logprobs), advantage, (reward, 1.0, 0.0, reward))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def train_fixed(said: dict[str, Any], overrides: list[str]) -> int:
+    """On every rank: train on answers that are there; the last step."""
+    from recipes.config import resolve
+    from recipes.train.data import Streams
+    from recipes.train.loop import train
+
+    def data(recipe: Any, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
+        return Streams(FixedRollouts(recipe, geometry, dp_rank, dp_size))
+
+    return train(resolve(said, overrides), data).step
+
+
+def train_sampling(said: dict[str, Any], overrides: list[str], stop_when_asked: int = 0) -> tuple[bool, int]:
+    """On every rank: train; (stopped, last step). `stop_when_asked`: a signal comes before it is so often asked for."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+    from recipes.train.signals import StopSignal
+
+    class Signal(StopSignal):
+        asked = 0
+
+        def __bool__(self) -> bool:
+            self.asked += 1
+            return bool(stop_when_asked) and self.asked >= stop_when_asked
+
+    with Signal() as signal:
+        outcome = train(resolve(said, overrides), signalled=signal)
+    return outcome.stopped, outcome.step
+
+
+def logged(output: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """These figures of every step that a run logged."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: line[name] for name in ("step", *names) if name in line} for line in lines]
