@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bridge.errors import BridgeError
+from recipes.helper_signals import unheard
 
 
 def main() -> None:
     """One of the processes: `argv[1]` is the descriptor of its pipe."""
-    # Who sits at the terminal means the whole run, which closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    unheard()
     # There is a process for each core: none of them needs threads.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     with Connection(int(sys.argv[1])) as connection:

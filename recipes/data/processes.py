@@ -17,6 +17,7 @@ from typing import Any
 
 from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError
+from recipes.helper_signals import held_back
 
 _LEAVE_S = 5.0
 
@@ -36,12 +37,13 @@ class Processes(CloseOnExit):
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         for _ in range(size):
             ours, theirs = multiprocessing.Pipe()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "recipes.data.process", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
-            )
+            with held_back():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "recipes.data.process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=os.environ | {"PYTHONPATH": path},
+                )
             theirs.close()
             ours.send((sys.path, module, settings))
             self._all.append((ours, process))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +15,8 @@ from typing import Any
 
 from bridge.errors import TrainingError
 from recipes.data.threads import ordered_map
+from recipes.helper_signals import held_back
 from recipes.rewards.named import RewardOptions
-from recipes.rewards.worker import UNHEARD
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,8 @@ class Judge:
         self.close()
         # Without the folder it stands in before everything else: a user's file may be named as a module of Python's.
         command = [sys.executable, "-P", "-m", "recipes.rewards.worker"]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)  # it unblocks them when it is ready for them
-        try:
+        with held_back():
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # What modules do when they are imported has no limit.
         reply = _ask(self._process, asdict(self._options), None)
         if reply is None or "error" in reply:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 from typing import IO, Any
 
 from bridge.errors import BridgeError
+from recipes.helper_signals import unheard
 from recipes.rewards.named import RewardOptions, find_rewards
-
-UNHEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
@@ -41,11 +39,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
 
 
 def main() -> None:
-    # The run that asks decides when it ends: a queue signals every process of a job. Not ignored, which processes that
-    # a function starts would inherit.
-    for number in UNHEARD:
-        signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, UNHEARD)
+    unheard()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with contextlib.suppress(BrokenPipeError):

@@ -95,6 +95,17 @@ def test_processes_to_the_end_and_killed(
         open_corpus(replace(options, cache=str(tmp_path / "killed")), model, progress=kill)
 
 
+def test_signals_are_the_runs_own() -> None:
+    """A queue tells every process of a job: the run ends its processes, none of them says that it has died."""
+    with Processes(1, "tests.unit.answering", ()) as processes:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(processes.pids[0], number)  # it has hardly begun
+        assert processes.ask(3) == 4
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(processes.pids[0], number)
+        assert processes.ask(4) == 5
+
+
 def picture(form: str, size: tuple[int, int], **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (9, 99, 199)).save(buffer, form, **options)
