@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
+from bridge.generate.memory import MAX_ROWS
 from bridge.megatron.parallel import Parallel
 from recipes.keys import check_keys, meant
 
@@ -206,7 +207,7 @@ class GrpoConfig:
     beta: float = 0.0
     scale_rewards: str = "auto"
     importance_cap: float = 3.0
-    max_rows: int = 16
+    max_rows: int = MAX_ROWS
     samples_every: int = 10
     engine: str = "own"
     router_replay: bool = False

@@ -258,7 +258,7 @@ class Generator:
     ) -> tuple[list[int], list[float]]:
         """The last stage chooses; ranks of the other stages are told. [rows] each."""
         if logits is not None:
-            draws, previous = [row.drawn(options) for row in rows], [row.previous() for row in rows]
+            draws, previous = [row.drawn(options) for row in rows], [row.previous(options) for row in rows]
             both = torch.stack([x.double() for x in choose(logits, options, draws, previous)])
         else:
             both = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)

@@ -38,6 +38,8 @@ class Row:
         """The number of [0, 1) that its token `ahead` of the next one is drawn with."""
         return uniform(options.seed, self.index, self.sample, len(self.tokens) + ahead, use)
 
-    def previous(self, more: list[int] | None = None) -> list[int]:
-        """What it holds, prompt and answer, and `more`."""
+    def previous(self, options: SamplingOptions, more: list[int] | None = None) -> list[int]:
+        """What it holds, prompt and answer, and `more`, for those who penalise it; nothing where nobody does."""
+        if options.repetition_penalty == 1.0:
+            return []
         return [*self.prompt.ids, *self.tokens, *(more or [])]

@@ -115,7 +115,7 @@ class Speculator:
                 hidden = gather_from_sequence_parallel_region(hidden, group=tp)
             logits = drafter.logits(hidden[: len(rows), 0])
             more = torch.stack(proposed, 1).tolist() if proposed else [[] for _ in rows]
-            previous = [row.previous(own) for row, own in zip(rows, more, strict=True)]
+            previous = [row.previous(options, own) for row, own in zip(rows, more, strict=True)]
             if options.temperature == 0:
                 tokens, _ = choose(logits, options, [], previous)
             else:
@@ -157,7 +157,7 @@ class Speculator:
 
 def accept(logits: Tensor, proposed: list[int], own: list[Tensor], row: Row, options: SamplingOptions) -> list[int]:
     """The tokens that a row gets. `logits` [proposed + 1, vocab]; `own` [vocab] of each: what it was drawn with."""
-    previous = [row.previous(proposed[:ahead]) for ahead in range(len(proposed) + 1)]
+    previous = [row.previous(options, proposed[:ahead]) for ahead in range(len(proposed) + 1)]
     if options.temperature == 0:
         chosen: list[int] = choose(logits, options, [], previous)[0].tolist()
         matches = 0

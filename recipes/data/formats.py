@@ -7,7 +7,6 @@ counted and said (`recipes.data.report`).
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import DataError, UsageError
-from recipes.data.checks import is_list, kind_of, short, text_of
+from recipes.data.checks import is_list, kind_of, text_of
 from recipes.data.dialects import MEDIA_KINDS, conversation, tools_of
 from recipes.data.tokens import LEARNT_MASKS
+from recipes.imported import imported_function
 
 
 @dataclass(frozen=True)
@@ -273,23 +273,14 @@ def _unlike(columns: Columns) -> str:
 
 
 def loaded_function(layout: Layout) -> Callable[[Any, object], Any]:
-    """`data.function`, found as Python finds modules and in the folder that one stands in. Raises UsageError."""
+    """`data.function`, which says the record where it raises. Raises UsageError."""
     name = layout.function
     if name is None:
         return lambda record, where: record
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"data.function={name}: is written module:function")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever a module does when it is imported
-        said = " ".join(str(error).split())
-        raise UsageError(f"data.function={name}: cannot be imported ({type(error).__name__}: {said})") from error
-    if not callable(found):
-        raise UsageError(f"data.function={name}: {short(found)} is no function of a record")
+    found = imported_function(name, f"data.function={name}:", "a record")
 
     def applied(record: Any, where: object) -> Any:
         try:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bridge.errors import DataError, UsageError
+from recipes.imported import imported_function
 from recipes.metrics.tree import similarity
 
 # (answer, reference) -> a number
@@ -114,18 +112,8 @@ def find_metrics(names: Sequence[str], key: str) -> tuple[Metric, ...]:
 
 
 def _imported(name: str, key: str) -> Metric:
-    """A user's own, found as Python finds modules, and in the folder that one stands in."""
+    """A user's own."""
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UsageError(f"{key}: {name!r} is no metric; there are {', '.join(METRICS)}, and module:function")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever a module does when it is imported
-        said = " ".join(str(error).split())
-        raise UsageError(f"{key}: {name} cannot be imported ({type(error).__name__}: {said})") from error
-    if not callable(found):
-        raise UsageError(f"{key}: {name} is no function of (answer, reference)")
-    return Metric(name, found)
+    return Metric(name, imported_function(name, f"{key}: {name}", "(answer, reference)"))

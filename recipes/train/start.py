@@ -6,6 +6,7 @@ file that is named by all they depend on: the samples, and the files of the mode
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bridge.errors import DataError
+from bridge.together import together
 from recipes.config import Recipe
 from recipes.data.training import model_folder
 from recipes.losses.names import KTO, loss_names
@@ -44,8 +47,9 @@ def start_logps(run: Run, streams: Streams, load: Callable[[], None] | None, say
                 load()
             say(f"reference: computing the log-probabilities of {len(samples)} answers, once, into {path}")
             values = _computed(run, answers, shape)
-            if dist.get_rank() == 0:
-                _write(path, values.cpu().numpy())
+            with together():
+                if dist.get_rank() == 0:
+                    _write(path, values.cpu().numpy())
         streams.ref_logps[samples.fingerprint] = values.cpu().numpy()
 
 
@@ -66,7 +70,10 @@ def _read(path: Path, shape: tuple[int, int], device: torch.device) -> torch.Ten
     """What rank 0 has read, on every rank."""
     values = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
     if dist.get_rank() == 0 and path.is_file():
-        held = np.load(path, allow_pickle=False)
+        try:
+            held = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            held = np.empty(0)  # what cannot be read is made again
         if held.shape == shape and held.dtype == np.float64:
             values.copy_(torch.from_numpy(held))
     dist.broadcast(values, 0)
@@ -75,9 +82,14 @@ def _read(path: Path, shape: tuple[int, int], device: torch.device) -> torch.Ten
 
 def _write(path: Path, values: np.ndarray) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, values)
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file:
+            np.save(file, values)
+        partial.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _fingerprint(recipe: Recipe) -> str:
