@@ -14,6 +14,7 @@ from recipes.losses import names as known
 from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 from recipes.rewards.check import check_grpo
+from recipes.sources import check_sources
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
@@ -25,6 +26,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_numbers(recipe)
     _check_schedule(recipe)
     _check_metrics(recipe)
+    check_sources(recipe)
     _check_preference(recipe)
     check_grpo(recipe)
     _check_lora(recipe)
@@ -297,8 +299,9 @@ def check_startable(recipe: Recipe, world_size: int) -> None:
 
 def check_data(recipe: Recipe) -> None:
     """Raise UsageError where a recipe names no data, none to evaluate on, or some that it would never use."""
-    if recipe.data.path is None:
+    if recipe.data.path is None and not recipe.data.sources:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    check_sources(recipe)
     data, every = recipe.data, recipe.train.eval_every
     named = {"data.eval": data.eval, "data.eval_split": data.eval_split, "data.val_fraction": data.val_fraction}
     given = [key for key, value in named.items() if value]

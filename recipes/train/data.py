@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge.geometry import Geometry
 from recipes.config import Recipe
-from recipes.data.part import Samples
+from recipes.data.blend import Samples
 
 
 class BatchStream(Protocol):
@@ -51,7 +51,7 @@ class Streams:
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
     epoch among it. `answers`: of preferences, what a reference that is computed once is asked for; `ref_logps`: where
     it goes, float64 [1, samples] by the fingerprints of the samples, for batches that are made from then on; with KTO
-    [2, samples], the second row of answers behind other prompts.
+    [2, samples], the second row of answers behind other prompts. `sources`: the names of those of `train`.
     """
 
     train: BatchStream
@@ -62,6 +62,7 @@ class Streams:
     answers: tuple[Answers, ...] = ()
     ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
     trained: Samples | None = None
+    sources: tuple[str, ...] = ()
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

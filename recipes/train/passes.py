@@ -29,15 +29,24 @@ from recipes.train.setup import BuiltModel
 Batch = dict[str, Tensor]
 
 # [b, s] each.
-_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids", "sampled_logps"}
+_ROWS = {
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "position_ids",
+    "mm_token_type_ids",
+    "sequence_ids",
+    "sampled_logps",
+    "source_ids",
+}
 # [answers] each.
-ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
+ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores", "answer_sources"}
 _KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
 # Microbatches that go through a pipeline together without gradients, for each of its stages. More hide more of its
 # filling, and make a signal wait longer.
 _PER_STAGE = 4
 # What processors give besides, for themselves.
-_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids"}
+_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids", "source_counts"}
 
 
 class Prepared(NamedTuple):
@@ -93,8 +102,8 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
 
 
 class Passed(NamedTuple):
-    """What of a microbatch is there when its token losses are. `squares`, `correct`: see `LossContext`,
-    `AccuracyContext`; float64 []."""
+    """What of a microbatch is there when its token losses are, float64. `squares` [b, s / cp], where there is a z-loss,
+    else []: see `LossContext`; `correct` []: see `AccuracyContext`."""
 
     batch: Batch
     squares: Tensor
@@ -122,7 +131,8 @@ def through(
     for chunk in run.chunks:
         if chunk.training != train:  # it walks all modules
             chunk.train(train)
-    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, target=run.target)
+    cp = run.groups.cp.size()
+    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, target=run.target, cp=cp)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports: list[dict[str, Tensor]] = get_forward_backward_func()(
@@ -190,13 +200,16 @@ def _forward_step(
     z_loss: float,
     accuracy: bool,
     target: Target | None,
+    cp: int,
 ) -> tuple[Tensor, Any]:
     batch, visibility, kept, placeholders = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
+    rows, length = batch["labels"].shape
+    zeros = partial(torch.zeros, dtype=torch.float64, device=batch["labels"].device)
+    squares, correct = zeros((rows, length // cp) if z_loss else ()), zeros(())
     counted: dict[str, Any] = {}
     media = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
     if target is not None:

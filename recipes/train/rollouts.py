@@ -26,9 +26,9 @@ from bridge.geometry import Geometry
 from bridge.together import together
 from recipes.config import GrpoConfig
 from recipes.data.batches import Batches
+from recipes.data.blend import Blend, Samples
 from recipes.data.chat import Encoded
-from recipes.data.collate import batch_tensors, join_media
-from recipes.data.part import Samples
+from recipes.data.collate import batch_tensors, join_media, source_tensors
 from recipes.data.questions import Questions
 from recipes.data.training import batch_options, model_folder, say
 from recipes.losses.grpo import group_advantages, group_std, leave_one_out
@@ -94,7 +94,12 @@ def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float
 
 
 def batch_of(
-    rows: Sequence[Row], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
+    rows: Sequence[Row],
+    questions: Questions,
+    geometry: Geometry,
+    pad_id: int,
+    with_types: bool,
+    data: Blend | None = None,
 ) -> dict[str, Tensor]:
     """A microbatch of answers, each in a row of its own, as `recipes.losses.policy` says."""
     samples, media = [], []
@@ -107,6 +112,9 @@ def batch_of(
         samples.append([Encoded(ids, np.arange(len(ids)) >= len(row.prompt), types)])
     width = max(len(row.prompt) + len(row.tokens) for row in rows)
     batch = batch_tensors(samples, width=width, pad_id=pad_id, packed=False, with_types=with_types, answers=True)
+    if data is not None and (count := len(data.sources)) > 1:
+        sources = [data.place(row.sample)[0] for row in rows]
+        batch |= source_tensors(samples, sources, count=count, width=width, answers=True)
     sampled = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
     for number, row in enumerate(rows):
         start = len(row.prompt)
@@ -158,7 +166,8 @@ class Rollouts:
         self._taken += train.micro_batch_size * dp.size()
         rows = self._rows[first : first + train.micro_batch_size]
         samples = self._samples
-        return batch_of(rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media)
+        blend = samples if isinstance(samples, Blend) else None
+        return batch_of(rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media, blend)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next prompts are, and what is left of a rollout of which only some steps were made."""
