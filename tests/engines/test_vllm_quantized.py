@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.convert.plain import write_plain
 from tests.engines.kit import HEAD_DIM, Ask, EngineFailed, ask_vllm, expected, prompts
 from tests.functional.conftest import Toy
