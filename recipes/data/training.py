@@ -19,7 +19,7 @@ from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe, rank_from_environment
 from recipes.data import blend_report, report
-from recipes.data.batches import Batches, BatchOptions
+from recipes.data.batches import Batches, BatchOptions, Taught
 from recipes.data.blend import Blend, Samples, blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
@@ -100,6 +100,7 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         on_change=data.on_change,
         prompts=loss_names(recipe.preference) == ("orpo",),
         mismatched=loss_names(recipe.preference) == (KTO,),
+        label_ids=recipe.distill.cache,
     )
 
 
@@ -143,10 +144,12 @@ def streams(
     opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
     ref_logps: dict[str, np.ndarray] = {}
-    batches = Batches(opened.train, batch, say, ref_logps)
-    evaluation = {name: partial(once, corpus, batch, ref_logps) for name, corpus in opened.evaluation.items()}
+    taught: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    batches = Batches(opened.train, batch, say, ref_logps, taught)
+    evaluation = {name: partial(once, corpus, batch, ref_logps, taught) for name, corpus in opened.evaluation.items()}
     sources = blend_of(opened.train).sources
-    sets = (*(each.samples for each in sources), *opened.evaluation.values()) if records_of(recipe) != SAMPLES else ()
+    asked = records_of(recipe) != SAMPLES or recipe.distill.cache
+    sets = (*(each.samples for each in sources), *opened.evaluation.values()) if asked else ()
     answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
     found = [_said(whole(each.samples)) for each in sources]
     facts = found[0][0] if len(found) == 1 else {}
@@ -171,6 +174,7 @@ def streams(
         answers,
         ref_logps,
         opened.train,
+        taught,
         tuple(each.name for each in sources) if len(sources) > 1 else (),
     )
 
@@ -189,8 +193,11 @@ def rows_of_run(recipe: Recipe) -> int:
 
 
 def once(
-    samples: Samples, batch: BatchOptions, ref_logps: Mapping[str, np.ndarray] = MappingProxyType({})
+    samples: Samples,
+    batch: BatchOptions,
+    ref_logps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    taught: Taught = MappingProxyType({}),
 ) -> Iterator[dict[str, Tensor]]:
     """In order and once: that ends with rows without labels, as many microbatches on every rank."""
-    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps) as batches:
+    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps, taught=taught) as batches:
         yield from batches

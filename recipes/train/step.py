@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge.megatron.context_parallel import take
-from recipes.losses.objective import Objective, by_source, objective_of, source_ids
+from recipes.losses.objective import Objective, by_source, source_ids
+from recipes.losses.policy import evaluated_objective
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import leave_out
 from recipes.train.passes import Batch, Passed, Prepared, through
@@ -33,13 +34,13 @@ def run_microbatches(
     sources: int = 1,
 ) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too;
-    `objective`: in the place of the recipe's. `sources`: of how many the data is.
+    `objective`: in the place of what evaluations of the recipe measure. `sources`: of how many the data is.
 
     Returns this rank's part of the objective's `names`, of `SUMS`, and where there are several sources of the `names`
-    of each, float64: zeros but on one tensor-parallel rank of the last stage. Gradients are of the objective's mean over
-    what it counts, of all microbatches, data-parallel and context-parallel ranks.
+    of each, float64: zeros but on one tensor-parallel rank of the last stage. Gradients are of the objective's mean
+    over what it counts, of all microbatches, data-parallel and context-parallel ranks.
     """
-    objective, prepared = settled(run, objective or objective_of(run.recipe.preference), batches, train)
+    objective, prepared = settled(run, objective or evaluated_objective(run.recipe), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)
@@ -63,7 +64,7 @@ def _total(
         figures[:, 0] -= z_loss * by_source(passed.squares, source_ids(batch, cp), sources)
     mask = batch.get("attention_mask")
     # Filled there: to send a number would be to wait for the device.
-    slots = torch.full_like(count, losses.numel())
+    slots = torch.full_like(count, losses.shape[0] * losses.shape[1])
     real = slots if mask is None else take(mask, cp).sum()
     common = torch.stack([each.double() for each in (real, slots, passed.squares.sum(), passed.correct)])
     several = [figures.flatten()] if sources > 1 else []
