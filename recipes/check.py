@@ -202,8 +202,14 @@ def _check_preference(recipe: Recipe) -> None:
         raise UsageError(f"preference.reference={said.reference}: is one of auto, base, start")
     if said.reference == "base" and not recipe.lora.rank and recipe.lora.adapter is None:
         raise UsageError("preference.reference=base: is the model without adapters, and there are none; start it is")
+    sorted_pairs = len(recipe.data.sources) > 1 and "aot" in names
     for key, value, why in (
         ("train.z_loss", recipe.train.z_loss, "is added to token losses, and these are of answers"),
+        (
+            "data.sources",
+            sorted_pairs and len(recipe.data.sources),
+            "aot compares all pairs sorted, not those of a source",
+        ),
         ("data.overlong", recipe.data.overlong != "drop" and recipe.data.overlong, "a pair cannot be cut"),
         ("eval.metrics", recipe.eval.metrics, "are of conversations"),
     ):
