@@ -22,8 +22,8 @@ _WORTH_A_THREAD = 1000
 # Rows between two exact counts where sources have weights, which have no epoch together.
 WEIGHTED_ROWS = 1 << 16
 # Row k is of the source in whose part of [0, 1) the fraction of k times this lies. It was searched for: whatever the
-# part, the rows of each of up to 8 data-parallel ranks, which take 1 to 16 at a time, have their share of it to 0.55 % of
-# 10,000 rows of all ranks together. (The golden ratio, whose multiples by 48 lie near whole numbers: 5 %.)
+# part, the rows of each of up to 8 data-parallel ranks, which take 1 to 16 at a time, have their share of it to
+# 0.55 % of 10,000 rows of all ranks together. (The golden ratio, whose multiples by 48 lie near whole numbers: 5 %.)
 _STEP = 0.216886584565554
 
 
