@@ -142,6 +142,9 @@ class Order:
     def __init__(self, plans: Sequence[Plans], shares: Sequence[Share], seed: int, epochs: int | None = None) -> None:
         self.plans, self.shares = plans, shares
         self._seed, self._epochs = seed, epochs
+        # Of the epochs so far, and where the one behind them begins.
+        self._rows: list[int] = []
+        self._begun = self.start().places
         self._interleaved: tuple[tuple[int, tuple[int, ...]], np.ndarray] | None = None
 
     @property
@@ -176,17 +179,12 @@ class Order:
 
     def rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
-        position = self.start()
-        for _ in range(epoch):
-            position = self._behind(position)
-        return sum(self.counts(position.places))
-
-    def _behind(self, position: Position) -> Position:
-        """The first place of the next epoch, from that of an epoch."""
-        counts = self.counts(position.places)
-        every = zip(self.plans, position.places, counts, strict=True)
-        places = (plans.advanced(place, count) for plans, place, count in every)
-        return Position(position.epoch + 1, 0, tuple(places))
+        while len(self._rows) <= epoch:
+            counts = self.counts(self._begun)
+            self._rows.append(sum(counts))
+            every = zip(self.plans, self._begun, counts, strict=True)
+            self._begun = tuple(plans.advanced(place, count) for plans, place, count in every)
+        return self._rows[epoch]
 
     def ahead(self, count: int, position: Position) -> tuple[list[tuple[int, list[int]]], Position]:
         """So many rows from a place on (fewer where the data ends), and the place behind them.
