@@ -58,7 +58,8 @@ def data_show(
     from recipes.data.preference import of_its_kind
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
-    from recipes.data.show import show, to_json
+    from recipes.data.show import show_sources, sources_to_json
+    from recipes.data.source_keys import sources_said
     from recipes.data.sources import is_data
     from recipes.data.training import corpus_options, model_folder
 
@@ -72,7 +73,8 @@ def data_show(
         if named or model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
         said = load_recipe(recipe, overrides or [])
-        options, model = corpus_options(said), model_folder(said)
+        model = model_folder(said)
+        sources = {one.name: one.options for one in sources_said(said.data, corpus_options(said))}
     elif not named:
         raise UsageError("name a recipe, or data: a file, or --data")
     else:
@@ -90,6 +92,7 @@ def data_show(
             layout=Layout(format_, _columns(column or []), function),
         )
         options = of_its_kind(options)
+        sources = {"": options}
     progress = Progress(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(options, count, progress.read)
@@ -97,9 +100,9 @@ def data_show(
             for line in lines(found):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    corpus = open_corpus(options, model, progress=progress.read)
-    if not wrote_json(json_file, to_json(corpus, count)):
-        show(corpus, count, out)
+    corpora = {name: open_corpus(one, model, progress=progress.read) for name, one in sources.items()}
+    if not wrote_json(json_file, sources_to_json(corpora, count)):
+        show_sources(corpora, count, out)
 
 
 def _columns(given: list[str]) -> dict[str, str]:
