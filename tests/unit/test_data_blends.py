@@ -184,7 +184,7 @@ def test_the_next_epoch_is_planned_while_one_is_used() -> None:
     lengths = np.full(1500, 9)
     order = Order([Plans(plan, lengths, fixed=1500)], [ALL], 1)
     _, place = order.ahead(1, order.start())
-    assert begun.wait(600), "not before the edge"
+    assert begun.wait(60), "not before the edge"
     assert made[0] == threading.current_thread().name and made[1] == "plan"
     rows, place = order.ahead(1500, place)
     assert len(rows) == 1500 and place.epoch == 1
