@@ -45,7 +45,7 @@ def source_values(objective: Objective, names: Sequence[str], figures: Sequence[
     for number, name in enumerate(names):
         own = dict(zip(objective.names, figures[number * size : (number + 1) * size], strict=True))
         count = own[objective.names[1]]
-        counts[f"{objective.counted}/{name}"] = count
+        counts[f"{objective.counted}/{name}"] = int(count)
         if count:
             losses[f"loss/{name}"] = objective.values(own)["loss"]
     return (losses, counts) if len(losses) <= _SHOWN else (Values(), losses | counts)
@@ -53,5 +53,5 @@ def source_values(objective: Objective, names: Sequence[str], figures: Sequence[
 
 def total_values(total: dict[str, list[int]]) -> Values:
     """`rows/NAME` and `tokens/NAME` of the whole run so far."""
-    rows = {f"rows/{name}": float(rows) for name, (rows, _) in total.items()}
-    return rows | {f"tokens/{name}": float(tokens) for name, (_, tokens) in total.items()}
+    rows: Values = {f"rows/{name}": rows for name, (rows, _) in total.items()}
+    return rows | {f"tokens/{name}": tokens for name, (_, tokens) in total.items()}
