@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bridge.megatron.context_parallel import take
 from bridge.token_ids import IGNORE
-from recipes.config import PreferenceConfig
+from recipes.config import PreferenceConfig, Recipe
 from recipes.losses import names as known
 from recipes.losses import preference
 from recipes.losses.preference import Options, PairLoss, Pairs
@@ -80,6 +80,21 @@ class TokenLoss:
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["supervised"]}
+
+
+@dataclass(frozen=True)
+class DraftedLoss(TokenLoss):
+    """`TokenLoss` of a model, and that of its drafter's drafts: token losses are [2, b, s / cp], both are minimised."""
+
+    names: tuple[str, ...] = ("loss", "supervised", "draft_loss")
+
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+        model, drafts = losses
+        total, tokens, figures = super().sums(model, batch, cp)
+        return total + drafts.sum(), tokens, torch.cat([figures, drafts.detach().sum(dtype=torch.float64)[None]])
+
+    def values(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return super().values(sums) | {"draft_loss": sums["draft_loss"] / sums["supervised"]}
 
 
 def answer_logps(losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Tensor:
@@ -211,8 +226,15 @@ class AnswerLoss:
         return found | {"kl": sums["kl"] / sums["answers"]} if "kl" in sums else found
 
 
-def objective_of(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:
-    """What a recipe that has been checked minimises."""
+def objective_of(recipe: Recipe) -> TokenLoss | PreferenceLoss | AnswerLoss:
+    """What a recipe that has been checked minimises on data."""
+    if recipe.drafter.path is not None and recipe.drafter.target == "trained":
+        return DraftedLoss()
+    return preference_objective(recipe.preference)
+
+
+def preference_objective(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:
+    """Of a model alone."""
     names = known.loss_names(config)
     options = Options(
         config.beta,

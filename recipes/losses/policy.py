@@ -119,4 +119,4 @@ def policy_loss(config: GrpoConfig) -> PolicyLoss:
 
 def training_objective(recipe: Recipe) -> Objective:
     """What the steps of a recipe that has been checked minimise."""
-    return policy_loss(recipe.grpo) if recipe.grpo.rewards else objective_of(recipe.preference)
+    return policy_loss(recipe.grpo) if recipe.grpo.rewards else objective_of(recipe)

@@ -32,7 +32,7 @@ def evaluate(
     `progress`: is called with the number of tokens so far. Collective. None where any rank was told to stop, which is
     asked after each group of microbatches. Raises TrainingError: a set without a token to predict.
     """
-    objective = objective_of(run.recipe.preference)
+    objective = objective_of(run.recipe)
     totals: dict[str, list[float]] = {}
     right, seen = 0.0, 0
     for name, begin in evaluation.items():

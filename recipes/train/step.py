@@ -38,7 +38,7 @@ def run_microbatches(
     of the last stage. Gradients are of the objective's mean over what it counts, of all microbatches, data-parallel and
     context-parallel ranks.
     """
-    objective, prepared = settled(run, objective or objective_of(run.recipe.preference), batches, train)
+    objective, prepared = settled(run, objective or objective_of(run.recipe), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)
@@ -61,7 +61,7 @@ def _total(
         figures = figures - torch.nn.functional.pad(z_loss * passed.squares[None], (0, len(figures) - 1))
     mask = batch.get("attention_mask")
     # Filled there: to send a number would be to wait for the device.
-    slots = torch.full_like(count, losses.numel())
+    slots = torch.full_like(count, losses.shape[-2:].numel())
     real = slots if mask is None else take(mask, cp).sum()
     common = torch.stack([each.double() for each in (real, slots, passed.squares, passed.correct)])
     return loss, count.to(torch.int), {"sums": torch.cat([figures, common])}
