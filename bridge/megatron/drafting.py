@@ -79,7 +79,7 @@ def run_target(
             position_ids,
             mm_token_type_ids=mm_token_type_ids,
             visibility=seen,
-            output_processor=_states,
+            output_processor=_begun,
             output_processor_context=loss,
             **given,
         )
@@ -93,8 +93,13 @@ def run_target(
     return TargetPass(states, dict(model.decoder.published), input_ids, seen, position_ids, zigzag, losses)
 
 
-def _states(*, hidden_states: Tensor, context: LossContext | None, **others: Any) -> tuple[Tensor, Tensor | None]:
-    """As Megatron's GPTModel calls an `output_processor`: what a drafter begins with, and the model's own losses."""
+def final_states(*, hidden_states: Tensor, **unused: Any) -> Tensor:
+    """As Megatron's GPTModel calls an `output_processor`; `unused` are the arguments of others."""
+    return hidden_states
+
+
+def _begun(*, hidden_states: Tensor, context: LossContext | None, **others: Any) -> tuple[Tensor, Tensor | None]:
+    """The same: what a drafter begins with, and the model's own losses, where they are made."""
     if context is None:
         return hidden_states, None
     return hidden_states, fused_loss(hidden_states=hidden_states, context=context, **others)

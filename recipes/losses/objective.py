@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bridge.megatron.context_parallel import take
 from bridge.token_ids import IGNORE
-from recipes.config import PreferenceConfig, Recipe
+from recipes.config import PreferenceConfig
 from recipes.losses import names as known
 from recipes.losses import preference
 from recipes.losses.preference import Options, PairLoss, Pairs
@@ -226,15 +226,8 @@ class AnswerLoss:
         return found | {"kl": sums["kl"] / sums["answers"]} if "kl" in sums else found
 
 
-def objective_of(recipe: Recipe) -> TokenLoss | PreferenceLoss | AnswerLoss:
-    """What a recipe that has been checked minimises on data."""
-    if recipe.drafter.path is not None and recipe.drafter.target == "trained":
-        return DraftedLoss()
-    return preference_objective(recipe.preference)
-
-
-def preference_objective(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:
-    """Of a model alone."""
+def objective_of(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:
+    """What a recipe that has been checked minimises."""
     names = known.loss_names(config)
     options = Options(
         config.beta,

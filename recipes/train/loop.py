@@ -41,6 +41,8 @@ from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
 from recipes.train.start import start_logps
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.student import with_teacher
+from recipes.train.teacher import open_teacher
 from recipes.train.workload import forward_flops, training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
@@ -84,16 +86,19 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             )
         samples = Samples.of(recipe)
         log: Log | None = None
+        teacher = open_teacher(recipe) if recipe.distill.teacher is not None else None
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
         rollouts = None
         if streams.trained is not None and recipe.grpo.rewards:
             rollouts = Rollouts(run, streams.trained, signalled, lambda: log)
             streams = rollouts.streams(streams)
-        if objective_of(recipe).referenced and reference_of(recipe) == "start":
+        if objective_of(recipe.preference).referenced and reference_of(recipe) == "start":
             # Adapters are as they began: it is a checkpoint that moves them.
             begin = partial(run.bridge.load_hf_weights, run.models) if resumable and run.lora is None else None
             start_logps(run, streams, begin, say_once)
+        if teacher is not None:
+            streams = with_teacher(run, teacher, streams, signalled)
         progress = Progress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
@@ -287,7 +292,7 @@ class _Loop:
     def _flops(self, batches: Sequence[Batch]) -> float:
         """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica.
 
-        Where a drafter is trained, of its target's forward pass.
+        Where a drafter alone is trained, of its model's forward pass.
         """
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
@@ -296,6 +301,8 @@ class _Loop:
         if self.run_.drafts_alone:
             return forward_flops(geometry, batches, vision_mask)
         flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        if self.run_.teacher is not None:
+            flops += forward_flops(self.run_.teacher.config.geometry, batches, vision_mask)
         return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
 
     def _without_gradients(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:

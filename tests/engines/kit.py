@@ -44,12 +44,14 @@ class Ask:
     """Prompts as token ids, served at a time. `adapters`: of every prompt its folder, None for the model as it is.
 
     `free`: answers may have any token; else none that `placeholders` gives.
+    `inputs_file`: where to write what goes into linears of FP8 weights, for one prompt and one token of an answer.
     """
 
     ids: Sequence[Sequence[int]]
     adapters: Sequence[str | None] = ()
     max_tokens: int = ANSWER
     free: bool = False
+    inputs_file: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bridge.errors import UsageError
 from recipes.check import check_recipe
 from recipes.config import PreferenceConfig, resolve
 from recipes.losses.names import ALL
-from recipes.losses.objective import preference_objective
+from recipes.losses.objective import objective_of
 
 from .preference_cases import CASES, Case, batch_of, token_losses
 
@@ -39,7 +39,7 @@ def figures(case: Case) -> tuple[dict[str, float], Tensor]:
     """What is logged, and the gradient to the token losses."""
     from dataclasses import replace
 
-    objective: Any = preference_objective(PreferenceConfig(**case.said))
+    objective: Any = objective_of(PreferenceConfig(**case.said))
     batch, losses = batch_of(case), token_losses(case).requires_grad_()
     batch["ref_logps"] = case.reference().double()
     if getattr(objective, "nll", 0.0):
