@@ -66,7 +66,7 @@ def test_a_run(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
     assert [(list(c.tokens), list(c.rounds)) for c in ours] == theirs
 
 
-LORA = ["lora.rank=4", "lora.targets=[q_proj,o_proj,down_proj]"]
+LORA = ["lora.rank=4"]
 TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 
 
