@@ -210,6 +210,10 @@ def export_command(
     check_files: Annotated[
         bool, typer.Option("--check-files", help="First hold every stored item against its checksum.")
     ] = False,
+    multimodal: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Of a text model: the multimodal folder or id whose language model it is."),
+    ] = None,
     quantize: QuantizeOption = None,
     unchanged_from: Annotated[
         str | None,
@@ -222,7 +226,7 @@ def export_command(
     json_file: JsonOption = None,
 ) -> None:
     """Turn a Megatron checkpoint back into a Hugging Face folder; needs nothing but MEGATRON_DIR."""
-    from bridge.convert.folders import export_hf
+    from bridge.convert.export import export_hf
     from bridge.hf.hub import resolve
     from bridge.hf.writer import parse_size
     from bridge.progress import shown_progress
@@ -235,6 +239,7 @@ def export_command(
             max_shard_size=size,
             overwrite=overwrite,
             check_files=check_files,
+            multimodal=None if multimodal is None else resolve(multimodal),
             quantize=quantize,
             unchanged_from=None if unchanged_from is None else resolve(unchanged_from),
             workers=workers,

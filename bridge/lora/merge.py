@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import Notify, check_apart, staged
+from bridge.convert.export import open_checkpoint
 from bridge.convert.folders import (
     DEFAULT_SHARD_BYTES,
     Conversion,
     compare_assets,
     copy_assets,
     listed_assets,
-    open_checkpoint,
     open_source,
 )
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder

@@ -41,11 +41,15 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 
 @dataclass(frozen=True)
 class Ask:
-    """Prompts as token ids, served at a time. `adapters`: of every prompt its folder, None for the model as it is."""
+    """Prompts as token ids, served at a time. `adapters`: of every prompt its folder, None for the model as it is.
+
+    `inputs_file`: where to write what goes into linears of FP8 weights, for one prompt and one token of an answer.
+    """
 
     ids: Sequence[Sequence[int]]
     adapters: Sequence[str | None] = ()
     max_tokens: int = ANSWER
+    inputs_file: str | None = None
 
 
 @dataclass(frozen=True)
