@@ -99,8 +99,9 @@ def _pack(rows: Sequence[Continuation], multiple: int, pad: int) -> _Packed:
         bounds.append(len(ids))
     filler = padded(len(ids), multiple) - len(ids)
     bounds.append(len(ids) + filler)
-    fills = ((ids, [pad] * filler), (labels, [IGNORE] * filler), (positions, list(range(filler))))
-    return _Packed(*(torch.tensor([[*values, *more]]) for values, more in fills), torch.tensor(bounds))
+    whole_rows = ([*ids, *[pad] * filler], [*labels, *[IGNORE] * filler], [*positions, *range(filler)])
+    input_ids, targets, position_ids = (torch.tensor([row]) for row in whole_rows)
+    return _Packed(input_ids, targets, position_ids, torch.tensor(bounds))
 
 
 def _scored(
