@@ -1,1 +1,1 @@
-"""Where other projects meet this one: each package needs that project installed, and nothing else here needs them."""
+"""Where programs of others meet this one: each package needs that program, and only what it needs of the bridge."""
