@@ -25,10 +25,12 @@ from bridge.hf.hub import resolve
 from recipes.data.cache import STORED, Parts, media_from_json
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.encoding import Encoder
+from recipes.data.fingerprints import fingerprints
 from recipes.data.formats import function_digest
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES
+from recipes.data.processes import ProcessDied
 from recipes.data.sample import Blob, Where
 from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
@@ -37,7 +39,7 @@ from recipes.data.tokenising import tokenise
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
 _FORMAT = 3
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, float], None]
 
 
 class Corpus:
@@ -144,7 +146,7 @@ def open_corpus(
     """The corpus of `options` for the model in a folder (or hub id): from the cache, tokenised first if need be.
 
     Args:
-        progress: called with the number of records read so far, for each of them.
+        progress: called for each record, with how many were read so far, and which part of the data that is, 0 to 1.
         notify: called with a line for every record that is skipped, and where work goes on.
 
     Raises:
@@ -158,11 +160,14 @@ def open_corpus(
         caches.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{caches}: the cache cannot be written ({error.strerror})") from None
-    inputs = _inputs(options, chat, sources)
+    inputs = _inputs(options, chat, fingerprints(sources, caches, options.workers, notify or _silent))
     folder = caches / _digest({"format": _FORMAT, **inputs})
     with held(caches / f".{folder.name}.lock", str(caches), notify=notify, wait=True):
         if not (folder / "meta.json").is_file():
             _build(folder, chat, options, sources, progress, notify)
+        elif (parts := _parts(folder)).exists():
+            # Whoever made it was killed before it had tidied up.
+            shutil.rmtree(parts, ignore_errors=True)
     corpus = Corpus(folder, chat, options, sources, inputs)
     if corpus.has_media:
         chat.media.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
@@ -177,13 +182,13 @@ def _build(
     progress: Progress | None,
     notify: Callable[[str], None] | None,
 ) -> None:
-    parts_folder = folder.with_name(f".{folder.name}.parts")
+    parts_folder = _parts(folder)
     keep = False
     try:
         parts = Parts(parts_folder)
         try:
             tokenise(parts, chat, options, sources, progress or _silent, notify or _silent)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ProcessDied):
             keep = True
             raise
         statistics = parts.counts.frozen()
@@ -197,6 +202,11 @@ def _build(
     finally:
         if not keep:
             shutil.rmtree(parts_folder, ignore_errors=True)
+
+
+def _parts(folder: Path) -> Path:
+    """Where the parts of a cache are made."""
+    return folder.with_name(f".{folder.name}.parts")
 
 
 def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequence[Source]) -> None:
@@ -213,7 +223,7 @@ def _root(options: CorpusOptions, source: Source) -> Path | None:
     return Path(options.media_root) if options.media_root is not None else source.root
 
 
-def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) -> dict[str, Any]:
+def _inputs(options: CorpusOptions, chat: ChatModel, data: Sequence[str]) -> dict[str, Any]:
     """Everything that tokens depend on, by the key or the name that a message calls it by."""
     import tokenizers
     import transformers
@@ -233,7 +243,7 @@ def _inputs(options: CorpusOptions, chat: ChatModel, sources: Sequence[Source]) 
     )
     said = {f"data.{name}": value for name, value in asdict(options).items() if name not in elsewhere}
     return {
-        "the data": _digest([source.fingerprint() for source in sources]),
+        "the data": _digest(data),
         "train.seq_length": options.seq_length,
         **{f"data.supervise_{name}": value for name, value in asdict(options.supervise).items()},
         **said,
@@ -268,5 +278,5 @@ def _mapped(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _silent(said: object) -> None:
+def _silent(*said: object) -> None:
     pass

@@ -18,11 +18,16 @@ from recipes.data.files import ROWS, DataFile, first_line, kind_of_file, needed,
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What is read of a folder: other .json there is mostly somebody's configuration.
 _IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+# What a row is taken for, beside files: not every dataset knows its size.
+_ROW_BYTES = 1024
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test")
 
 
 class Source(Protocol):
-    """One file or dataset. `root`: the folder of its media, None where it has no folder."""
+    """One file or dataset. `root`: the folder of its media, None where it has no folder. `share`: how much of it was
+    read by the last of `blocks`, 0 to 1."""
+
+    share: float
 
     @property
     def name(self) -> str: ...
@@ -32,6 +37,10 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Changes with the content. Raises DataError if it cannot be read."""
+        ...
+
+    def size(self) -> int:
+        """About how many bytes it has. Raises DataError."""
         ...
 
     def blocks(self) -> Iterator[Block]:
@@ -166,6 +175,7 @@ class HubDataset:
         self.name, self.root = name, Path(name) if saved else None
         self._split, self._subset, self._saved = split, subset, saved
         self._loaded: Any = None
+        self.share = 0.0
 
     def _dataset(self) -> Any:
         if self._loaded is not None:
@@ -187,8 +197,15 @@ class HubDataset:
     def fingerprint(self) -> str:
         return f"{self._split}:{self._dataset()._fingerprint}"
 
+    def size(self) -> int:
+        return len(self._dataset()) * _ROW_BYTES
+
     def blocks(self) -> Iterator[Block]:
-        yield from tables(self._dataset().iter(batch_size=ROWS), self.name)
+        rows, read = max(1, len(self._dataset())), 0
+        for block in tables(self._dataset().iter(batch_size=ROWS), self.name):
+            read += len(block)
+            self.share = read / rows
+            yield block
 
     def records(self) -> Iterator[Record]:
         """All records in order, one by one."""
