@@ -1,0 +1,160 @@
+"""Simulated ranks against real ones: bytes of collectives, by group and kind, and memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.ranks import RankPool
+from tests.functional.test_memory import TRAINED, peak_of_a_step, said
+
+# By (kind, group, size of the group): [bytes, calls].
+Moved = dict[tuple[str, str, int], list[int]]
+
+# The larger of a rank's buffers, by what torch dispatches: its place among the arguments.
+_OPERATIONS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "send": ("send", 0),
+    "recv_": ("recv", 0),
+    "broadcast_": ("broadcast", 0),
+}
+
+
+@contextmanager
+def recorded() -> Iterator[Moved]:
+    """What the ranks send to each other in the block."""
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten
+
+    found: Moved = {}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func._schema.name
+            if name.startswith("c10d::") and name != "c10d::barrier":
+                kind, place = _OPERATIONS[name.removeprefix("c10d::")]
+                boxed = next(a for a, s in zip(args, func._schema.arguments, strict=False) if s.name == "process_group")
+                group = dist.ProcessGroup.unbox(boxed)
+                size = sum(x.nbytes for x in tree_flatten(args[place])[0])
+                entry = found.setdefault((kind, group.group_desc, group.size()), [0, 0])
+                entry[0] += size
+                entry[1] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield found
+
+
+def moved_by_a_step(folder: str, overrides: list[str]) -> Moved:
+    """Of this rank, in the second step of a run."""
+    from recipes.train.setup import build
+    from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+
+    recipe = said(folder, overrides)
+    run = build(recipe, load=True)
+    ids = torch.randint(8, 400, (recipe.train.micro_batch_size, recipe.train.seq_length))
+
+    def step() -> None:
+        clear_gradients(run)
+        reduce_sums(run_microbatches(run, [{"input_ids": ids, "labels": ids}] * run.microbatches, train=True))
+        run.scheduler.step(1)
+        update(run, float("inf"))
+
+    step()
+    with recorded() as found:
+        step()
+    return found
+
+
+def simulated(
+    folder: str, overrides: list[str], world: int, ranks: Sequence[int]
+) -> list[tuple[Moved, dict[str, int]]]:
+    """The same of ranks that are not there, and the bytes that they hold at most, by moment."""
+    from bridge.geometry import Geometry
+    from recipes.simulate.rank import simulate_rank
+    from recipes.simulate.trace import Collective
+
+    results = []
+    for rank in ranks:
+        one = simulate_rank(said(folder, overrides), Geometry.from_folder(Path(folder)), world, rank, gpu=False)
+        found: Moved = {}
+        for event in one.events:
+            if isinstance(event, Collective):
+                entry = found.setdefault((event.kind, event.group.name, len(event.group.ranks)), [0, 0])
+                entry[0] += event.size
+                entry[1] += 1
+        results.append((found, one.peaks))
+    return results
+
+
+slow = pytest.mark.slow
+LAYOUTS = [
+    pytest.param(
+        "31b", 2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"], id="TP2+SP"
+    ),
+    pytest.param("e2b", 2, ["parallel.tp=2"], id="TP2", marks=slow),
+    pytest.param("e2b", 2, ["parallel.pp=2"], id="PP2"),
+    pytest.param("31b", 2, ["parallel.pp=2", "parallel.vpp=2"], id="VPP2", marks=slow),
+    pytest.param("26b-a4b", 2, ["parallel.ep=2"], id="EP2"),
+    pytest.param("12b", 2, ["parallel.cp=2"], id="CP2", marks=slow),
+    pytest.param("e2b", 2, ["parallel.overlap=true"], id="DP2 overlapped", marks=slow),
+    pytest.param("12b", 2, ["model.dtype=bfloat16"], id="DP2", marks=slow),
+    pytest.param(
+        "26b-a4b",
+        4,
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.pp=2"],
+        id="TP2+SP PP2 EP2",
+        marks=slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "world", "overrides"), LAYOUTS)
+def test_bytes_of_collectives(
+    ranks: RankPool, toy: Callable[..., Path], variant: str, world: int, overrides: list[str]
+) -> None:
+    """Equal, by group and kind. Where real tokens choose their experts, over all ranks together."""
+    folder = str(toy(variant))
+    real: list[Moved] = ranks.run(moved_by_a_step, folder, overrides, world_size=world)
+    ((*of_ranks,),) = ranks.run(simulated, folder, overrides, world, range(world), world_size=1)
+    fake = [found for found, _ in of_ranks]
+    assert all(real)
+    if "parallel.ep=2" in overrides:
+        real, fake = [_together(real)], [_together(fake)]
+    assert fake == real
+
+
+def _together(ranks: Sequence[Moved]) -> Moved:
+    total: Counter[Any] = Counter()
+    for found in ranks:
+        for key, (size, calls) in found.items():
+            total[key, 0] += size
+            total[key, 1] += calls
+    return {key: [total[key, 0], total[key, 1]] for key, _ in total}
+
+
+@pytest.mark.parametrize(("variant", "world", "overrides"), TRAINED, ids=lambda v: str(v))
+@pytest.mark.slow
+def test_memory_of_a_step(
+    ranks: RankPool, toy: Callable[..., Path], variant: str, world: int, overrides: list[str]
+) -> None:
+    """Against what torch's allocator hands out."""
+    folder = str(toy(variant))
+    measured = ranks.run(peak_of_a_step, folder, overrides, world_size=world)
+    ((*of_ranks,),) = ranks.run(simulated, folder, overrides, world, range(world), world_size=1)
+    for rank, ((_, peaks), real) in enumerate(zip(of_ranks, measured, strict=True)):
+        print(f"{variant} {overrides} rank {rank}: {peaks['passes'] / 1e6:.2f} MB, {real / 1e6:.2f} measured")
+        assert peaks["passes"] == pytest.approx(real, rel=0.03)
