@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bridge import __version__, cli_evaluate, cli_generate, cli_launch
+from bridge import __version__, cli_evaluate, cli_generate, cli_launch, cli_plan
 from bridge.cli_adapter import adapter
 from bridge.cli_kit import (
     EpOption,
@@ -52,6 +52,7 @@ _data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_ma
 app.add_typer(_data, name="data")
 app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
+cli_plan.register(app)
 cli_generate.register(app)
 cli_evaluate.register(app)
 

@@ -13,7 +13,7 @@ With `gpu=False` it stands for a CPU: code goes the way that it goes where there
 
 Collectives of a fake process group are done by no one; a `Trace` notes them, and the work between them.
 Tokens are taken to be spread evenly over experts: how many go where depends on values, of which there are none, and
-Megatron's dispatcher reads it on the host. That is the one operation that is told what to answer (`stand_ins.spread_evenly`).
+Megatron's dispatcher reads it on the host. That one operation is told what to answer (`stand_ins.spread_evenly`).
 
 Not counted: workspaces inside of an operation (cuBLAS, sorting), the allocator's rounding, CUDA itself.
 """

@@ -14,7 +14,7 @@ from bridge.errors import UsageError
 from recipes.keys import meant
 
 if TYPE_CHECKING:
-    from recipes.simulate.trace import Collective, Work
+    from recipes.simulate.events import Collective, Work
 
 PROFILES = Path(__file__).parents[1] / "hardware"
 
@@ -126,6 +126,12 @@ def load_hardware(name: str) -> Hardware:
     if not 0 <= hardware.uncertainty < 1:
         raise UsageError(f"{path}: uncertainty={hardware.uncertainty}: is at least 0 and below 1")
     return hardware
+
+
+def nearest_hardware(budget: int) -> Hardware:
+    """The profile of a GPU with about so many bytes."""
+    known = [load_hardware(path.stem) for path in sorted(PROFILES.glob("*.yaml"))]
+    return min(known, key=lambda one: abs(one.bytes - budget))
 
 
 def _numbers(path: Path, kind: Any, said: dict[Any, Any], prefix: str) -> dict[str, Any]:

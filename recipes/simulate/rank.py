@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 from unittest import mock
@@ -19,12 +18,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bridge import Gemma4Bridge
 from bridge.geometry import Geometry
 from bridge.mapping import table_for
-from bridge.megatron.parallel import Parallel
 from recipes.check import check_recipe
 from recipes.config import Recipe
+from recipes.simulate.events import Memory, SimulatedRank
 from recipes.simulate.fake_device import FakeDevice
 from recipes.simulate.stand_ins import DEVICE
-from recipes.simulate.trace import Event, Trace
+from recipes.simulate.trace import Trace
 from recipes.train.setup import Run, assemble
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
 
@@ -53,44 +52,6 @@ _KINDS = (
     ("optimizer", "optimizer"),
     ("torch/optim", "optimizer"),
 )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank. `weights`, `gradients` and `optimizer` stay; `at_peak`: by kind, what is held beside them at
-    the worst moment of the step, which is in its `moment`: passes or update."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    at_peak: dict[str, int]
-    moment: str
-
-    @property
-    def persistent(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def peak(self) -> int:
-        """At the worst moment, beside what stays."""
-        return sum(self.at_peak.values())
-
-    @property
-    def total(self) -> int:
-        return self.persistent + self.peak
-
-
-@dataclass(frozen=True)
-class SimulatedRank:
-    """What a rank did in a step of `microbatches`. `peaks`: bytes beside what stays, by moment: passes, update."""
-
-    rank: int
-    pp_rank: int
-    cp_rank: int
-    microbatches: int
-    memory: Memory
-    peaks: dict[str, int]
-    events: list[Event]
 
 
 class _Empty(Gemma4Bridge):
@@ -134,18 +95,6 @@ def simulate_rank(
         own = {name: found.peak - sum(before.values()) for name, found in peaks.items()}
         place = run.groups.pp.rank(), run.groups.cp.rank()
         return SimulatedRank(rank, *place, microbatches, memory, own, device.trace.events)
-
-
-def fewest_microbatches(parallel: Parallel, microbatches: int) -> int:
-    """So many that a step has every phase of the schedule: what more of them add repeats (`timeline.py`).
-
-    1F1B: the first stage sends pp - 1 microbatches off before its first backward pass, then does one of each in turn.
-    Interleaved, 2 (pp - 1) + (vpp - 1) pp passes go before, and a round is of pp microbatches in vpp chunks.
-    """
-    if parallel.pp == 1:
-        return min(microbatches, 2)
-    wanted = parallel.pp + 1 if parallel.vpp == 1 else 3 * parallel.pp
-    return min(microbatches, wanted)
 
 
 def _batch(recipe: Recipe, geometry: Geometry) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ from bridge.ranks import PRELOAD, RankPool
 from recipes.check import check_recipe
 from recipes.config import Recipe
 from recipes.memory.estimate import RESERVE
+from recipes.simulate.events import SimulatedRank, fewest_microbatches
 from recipes.simulate.hardware import Hardware
-from recipes.simulate.rank import SimulatedRank, fewest_microbatches, simulate_rank
 from recipes.simulate.timeline import StepTime, collectives, purpose_of, step_time
 
 WORLD_LIMIT = 1024
@@ -109,6 +109,8 @@ def representatives(parallel: Parallel, world_size: int) -> list[int]:
 def _simulate(tasks: Sequence[tuple[Recipe, int]], geometry: Geometry, world_size: int) -> dict[int, SimulatedRank]:
     """This process's share of the ranks, by their number among the tasks."""
     import torch.distributed as dist
+
+    from recipes.simulate.rank import simulate_rank
 
     own = range(dist.get_rank(), len(tasks), dist.get_world_size())
     done = {}

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bridge.megatron.parallel import Parallel
+from recipes.simulate.events import Collective, Event, Mark, SimulatedRank, Wait, Work
 from recipes.simulate.hardware import Hardware
-from recipes.simulate.rank import SimulatedRank
-from recipes.simulate.trace import Collective, Event, Mark, Wait, Work
 
 # What a collective of a group is for, by what Megatron calls the group; the first that is in it counts.
 _PURPOSES = (

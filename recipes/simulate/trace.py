@@ -1,14 +1,16 @@
-"""What one rank does in a step, in order: work, collectives, waits, and where passes begin and end."""
+"""Noting what a rank does in a step, as it does it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+from recipes.simulate.events import Collective, Event, Group, Mark, Wait, Work
 
 # Kinds of collectives by what torch dispatches, and which argument has the larger buffer.
 _KINDS = {
@@ -26,57 +28,6 @@ _KINDS = {
     "broadcast_": ("broadcast", 0),
     "barrier": ("barrier", 0),
 }
-
-
-class Group(NamedTuple):
-    """A process group: what Megatron calls it, and the ranks of the world in it."""
-
-    name: str
-    ranks: tuple[int, ...]
-
-
-class Work(NamedTuple):
-    """What a device computes between two other events: FLOPs by kind, bytes that other kernels read and write, kernels.
-
-    `products`: of matrices; `experts`: grouped ones; `attention`, and its backward pass: of pairs that see each other,
-    as executed (the backward pass makes the scores again).
-    """
-
-    products: int = 0
-    experts: int = 0
-    attention: int = 0
-    attention_backward: int = 0
-    moved: int = 0
-    kernels: int = 0
-
-
-class Collective(NamedTuple):
-    """`size`: bytes of the larger of a rank's buffers: what all_gather fills, what the others are given.
-
-    `peer`: of send and recv, a rank of the world. `number`: what a `Wait` names.
-    """
-
-    kind: str
-    group: Group
-    size: int
-    peer: int | None
-    number: int
-
-
-class Wait(NamedTuple):
-    """The device waits for what a collective brings."""
-
-    number: int
-
-
-class Mark(NamedTuple):
-    """A pass of a microbatch through a model chunk, or another part of the step, begins or ends."""
-
-    name: str
-    begins: bool
-
-
-Event = Work | Collective | Wait | Mark
 
 
 class _Handle(dist.Work):

@@ -84,8 +84,8 @@ def simulated(
 ) -> list[tuple[Moved, dict[str, int]]]:
     """The same of ranks that are not there, and the bytes that they hold at most, by moment."""
     from bridge.geometry import Geometry
+    from recipes.simulate.events import Collective
     from recipes.simulate.rank import simulate_rank
-    from recipes.simulate.trace import Collective
 
     results = []
     for rank in ranks:

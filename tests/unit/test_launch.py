@@ -159,7 +159,7 @@ def test_proposals_fit_and_the_best_is_first() -> None:
     table = table_for(geometry_of("google/gemma-4-26B-A4B-it"))
     found = search(table, Plan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
     assert found and all(one.estimate.total + RESERVE <= 80e9 for one in found)
-    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(16 % one.plan.parallel.world_size == 0 for one in found)
     assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
 
