@@ -158,3 +158,50 @@ def test_memory_of_a_step(
     for rank, ((_, peaks), real) in enumerate(zip(of_ranks, measured, strict=True)):
         print(f"{variant} {overrides} rank {rank}: {peaks['passes'] / 1e6:.2f} MB, {real / 1e6:.2f} measured")
         assert peaks["passes"] == pytest.approx(real, rel=0.03)
+
+
+def one_gpu(mode: str, variant: str) -> tuple[int, int]:
+    """Bytes of a GPU that trains a toy: simulated, and counted by the benchmarks (`benchmarks.full_size`)."""
+    from benchmarks.case import Case
+    from benchmarks.full_size import count_ours
+    from benchmarks.training_sides import recipe_of
+    from recipes.simulate.rank import simulate_rank
+
+    case = Case(variant, mode, 4096, recompute="selective", size="toy")
+    counted = count_ours(case).peak
+    return simulate_rank(recipe_of(case), case.model.geometry, 1, 0, microbatches=1).memory.total, counted
+
+
+@pytest.mark.parametrize(("mode", "variant"), [("sft", "26b-a4b"), pytest.param("lora", "31b", marks=slow)])
+def test_memory_of_one_gpu_is_what_is_counted(ranks: RankPool, mode: str, variant: str) -> None:
+    ((told, counted),) = ranks.run(one_gpu, mode, variant, world_size=1)
+    assert told == pytest.approx(counted, rel=0.03)
+
+
+def both_ways(folder: str, overrides: list[str]) -> list[tuple[float, dict[str, float], int]]:
+    """(seconds, where they go, bytes of the first stage) of a step, with all microbatches and with the fewest."""
+    from bridge.geometry import Geometry
+    from recipes.check import check_recipe
+    from recipes.simulate.events import fewest_microbatches
+    from recipes.simulate.hardware import load_hardware
+    from recipes.simulate.rank import simulate_rank
+    from recipes.simulate.timeline import step_time
+
+    recipe, geometry = said(folder, overrides), Geometry.from_folder(Path(folder))
+    layout, many = recipe.parallel.layout(), check_recipe(recipe, 2)
+    found = []
+    for count in (many, fewest_microbatches(layout, many)):
+        ranks = [simulate_rank(recipe, geometry, 2, rank, count) for rank in range(2)]
+        step = step_time(ranks, layout, many, load_hardware("h100"))
+        found.append((step.seconds, step.parts, ranks[0].memory.total))
+    return found
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.vpp=2"]], ids=["PP2", "VPP2"])
+@pytest.mark.slow
+def test_the_fewest_microbatches_tell_of_all(ranks: RankPool, toy: Callable[..., Path], overrides: list[str]) -> None:
+    more = ["parallel.pp=2", "train.global_batch_size=20", "model.dtype=bfloat16", *overrides]
+    ((whole, told),) = ranks.run(both_ways, str(toy("31b")), more, world_size=1)
+    assert told[0] == pytest.approx(whole[0], rel=1e-3)
+    assert told[1] == pytest.approx(whole[1], rel=1e-2, abs=1e-6)
+    assert told[2] == pytest.approx(whole[2], rel=1e-3)
