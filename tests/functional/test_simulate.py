@@ -205,3 +205,26 @@ def test_the_fewest_microbatches_tell_of_all(ranks: RankPool, toy: Callable[...,
     assert told[0] == pytest.approx(whole[0], rel=1e-3)
     assert told[1] == pytest.approx(whole[1], rel=1e-2, abs=1e-6)
     assert told[2] == pytest.approx(whole[2], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_plan_simulates(toy: Callable[..., Path], tmp_path: Path) -> None:
+    """The command line: proposals by their simulated seconds, the best one's picture."""
+    import json
+    from xml.etree import ElementTree
+
+    from typer.testing import CliRunner
+
+    from bridge.cli import app
+
+    picture, result = tmp_path / "step.svg", tmp_path / "plan.json"
+    sizes = ["--gpus", "16", "--seq-length", "256", "--global-batch-size", "16", "-n", "3"]
+    options = ["--hardware", "h100", "--simulate", "--plot", str(picture), "--json", str(result)]
+    done = CliRunner().invoke(app, ["plan", str(toy("26b-a4b")), *sizes, *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    found = [row["simulated"] for row in json.loads(result.read_text())["proposals"]]
+    assert len(found) == 3 and [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
+    for row in found:
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.01)
+        assert row["collectives"] and row["memory"]["weights"] > 0
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")

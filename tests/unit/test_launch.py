@@ -225,6 +225,33 @@ def test_a_wheel_has_all_that_is_not_python() -> None:
         assert ROOT / package / "py.typed" in packed
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], "give --hardware NAME"),
+        (["--hardware", "h101"], "hardware h101: neither a file nor one of b200, h100, h200"),
+        (["--hardware", "h100", "--plot", "x.svg"], "--plot shows a simulated step: add --simulate"),
+    ],
+)
+def test_plan_refuses(asked: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "8", *asked])
+    assert isinstance(done.exception, UsageError) and said in str(done.exception)
+
+
+def test_plan_of_a_recipe() -> None:
+    """Its rows, tokens, adapters and optimizer count; its layout does not."""
+    asked = ["--gpus", "64", "--hardware", "h100", "--json", "-"]
+    done = CliRunner().invoke(app, ["plan", "sft/31b", *asked])
+    proposals = json.loads(done.stdout)["proposals"]
+    seconds = [row["predicted_seconds"] for row in proposals]
+    assert len(proposals) == 5 and seconds == sorted(seconds)
+    for row in proposals:
+        recipe = load_recipe("sft/31b", ["data.path=x", "parallel.tp=1", "parallel.sequence_parallel=false",
+                                         "parallel.recompute=none", *row["overrides"]])  # fmt: skip
+        table = table_for(geometry_of("31b"))
+        assert (estimate(table, plan_of(recipe, 64, table)).total + RESERVE) / 1e9 == pytest.approx(row["gb"], abs=0.01)
+
+
 def test_plan_as_json() -> None:
     done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "8", "--gpu-memory", "80", "-n", "2", "--json", "-"])
     proposals = json.loads(done.stdout)["proposals"]
