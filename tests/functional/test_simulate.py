@@ -191,8 +191,8 @@ def both_ways(folder: str, overrides: list[str]) -> list[tuple[float, dict[str, 
     recipe, geometry = said(folder, overrides), Geometry.from_folder(Path(folder))
     layout, many = recipe.parallel.layout(), check_recipe(recipe, 2)
     found = []
-    # A launch of each kernel is nothing beside a real model's: of every microbatch five are outside of its passes (it is
-    # sent to the device, its sums are added up), which rounds do not repeat.
+    # Without launches: of every microbatch five kernels are outside of its passes (it is sent to the device, its sums
+    # are added up), which rounds do not repeat.
     hardware = replace(load_hardware("h100"), kernel_us=0.0)
     for count in (many, fewest_microbatches(layout, many)):
         ranks = [simulate_rank(recipe, geometry, 2, rank, count) for rank in range(2)]
