@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bridge.cli_kit import JsonOption, epilog, err, out, wrote_json
+from bridge.cli_kit import (
+    ColumnOption,
+    FormatOption,
+    FunctionOption,
+    JsonOption,
+    columns_of,
+    epilog,
+    err,
+    out,
+    wrote_json,
+)
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,13 +46,9 @@ def data_show(
     count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
     seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
     split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
-    format_: Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
-    ] = None,
-    function: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
-    ] = None,
+    format_: FormatOption = None,
+    column: ColumnOption = None,
+    function: FunctionOption = None,
     turns: Annotated[
         str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
     ] = "all",
@@ -100,7 +106,7 @@ def data_show(
             media_root=media_root,
             chat_template=chat_template,
             cache=cache,
-            layout=Layout(format_, _columns(column or []), function),
+            layout=Layout(format_, columns_of(column), function),
         )
         options = of_its_kind(options)
     if plot is not None:
@@ -120,13 +126,6 @@ def data_show(
         err.print(f"wrote {plot}")
     if not wrote_json(json_file, to_json(corpus, count)):
         show(corpus, count, out)
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    for one in given:
-        if "=" not in one:
-            raise UsageError(f"--column {one}: is written OURS=THEIRS")
-    return dict(one.split("=", 1) for one in given)
 
 
 @data.command("prepare", epilog=epilog("data prepare sft/e2b data.path=chats.jsonl --workers 32"))
