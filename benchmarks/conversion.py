@@ -47,7 +47,7 @@ t = time.perf_counter(); import_hf(sys.argv[1], sys.argv[2]); print(time.perf_co
 """
 _EXPORT = """
 import sys, time
-from bridge.convert.folders import export_hf
+from bridge.convert.export import export_hf
 t = time.perf_counter(); export_hf(sys.argv[1], sys.argv[2]); print(time.perf_counter() - t)
 """
 _VERIFY = """

@@ -20,7 +20,8 @@ from compressed_tensors.quantization import (  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.toy import VARIANTS, write_toy
 
 # What the export leaves as it is, in llm-compressor's words; of w4a16 and nvfp4 also widths that groups do not divide.

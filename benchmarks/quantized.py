@@ -18,7 +18,7 @@ from benchmarks.conversion import Run, child
 PRESETS = ("fp8-dynamic", "w4a16", "nvfp4")
 _EXPORT = """
 import sys, time
-from bridge.convert.folders import export_hf
+from bridge.convert.export import export_hf
 t = time.perf_counter()
 export_hf(sys.argv[1], sys.argv[2], quantize=sys.argv[3] if len(sys.argv) > 3 else None)
 print(time.perf_counter() - t)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError
 from bridge.hf.folder import HfFolder
 from bridge.megatron.parallel import Parallel

@@ -9,6 +9,7 @@ from pathlib import Path
 from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
 from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
+from recipes.distillation import check_distill
 from recipes.keys import meant
 from recipes.losses import names as known
 from recipes.losses.names import loss_names
@@ -27,6 +28,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_metrics(recipe)
     _check_preference(recipe)
     check_grpo(recipe)
+    check_distill(recipe)
     _check_lora(recipe)
     _check_drafter(recipe)
     _check_export(recipe)

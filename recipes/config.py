@@ -219,6 +219,29 @@ class GrpoConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A teacher of the model (docs/distillation.md), where `teacher` is set: an HF folder or id, a Megatron checkpoint.
+
+    `beta`: of the generalised Jensen-Shannon divergence, as TRL's GKD has it: 0 is KL(teacher || student), 1 is
+    KL(student || teacher). `temperature`: of both distributions in it. `top_k`: over the teacher's likeliest tokens,
+    and one class for the rest; 0: over all. `cross_entropy`: factor of the cross entropy of the labels, added.
+    `cache`: what the teacher says of the data (its `top_k`) is computed once, and kept beside it.
+    `lmbda`: share of the steps that are made of the model's own answers, of at most `max_new_tokens`, `max_rows` at
+    once on a replica.
+    """
+
+    teacher: str | None = None
+    beta: float = 0.5
+    temperature: float = 1.0
+    top_k: int = 0
+    cross_entropy: float = 0.0
+    cache: bool = False
+    lmbda: float = 0.0
+    max_new_tokens: int = 128
+    max_rows: int = MAX_ROWS
+
+
+@dataclass
 class EvalConfig:
     """What is measured at evaluations beside the loss: on answers, greedy ones, to the evaluation data.
 
@@ -345,6 +368,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -13,7 +13,6 @@ from typing import Any
 
 from bridge.convert.atomic import Journal, Notify, staged
 from bridge.convert.manifest import (
-    ADAPTER_FILE,
     CARRIED_FOLDER,
     HF_FOLDER,
     MANIFEST_FILE,
@@ -23,19 +22,17 @@ from bridge.convert.manifest import (
     MegatronFolder,
     is_megatron_folder,
 )
-from bridge.convert.pieces import CopyTensor, Piece, PlannedReader, plan_digest, same_tensors
-from bridge.convert.plan import ImportPlan, JoinedReader, narrowed, plan_beside, plan_export, plan_import
-from bridge.convert.quantized_export import QuantizedReader, open_origin
+from bridge.convert.pieces import CopyTensor, Piece, plan_digest
+from bridge.convert.plan import ImportPlan, plan_beside, plan_import
 from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.stream import CHUNK_BYTES, CopyResult, Progress, compare, copy
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
 from bridge.hf.folder import HfFolder
 from bridge.hf.json_file import read_object
-from bridge.hf.tensors import RowReader, num_rows, printable
+from bridge.hf.tensors import num_rows, printable
 from bridge.hf.writer import HfWriter, write_text
 from bridge.mapping import Table, table_for
-from bridge.torch_dist.reader import DistReader
 from bridge.torch_dist.writer import DistWriter
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -239,7 +236,7 @@ class _Beside:
 
     def write(self, stack: ExitStack, hf: Path, journal: Journal, workers: int) -> CopyResult:
         """Everything that export needs besides the weights, into the folder `hf`; what carried tensors took."""
-        result = CopyResult(0, 0, 0, {})
+        result = CopyResult(0, 0, 0)
         if self.plan.carried:
             assert self.reader is not None
             (hf / CARRIED_FOLDER).mkdir(exist_ok=True)
@@ -293,103 +290,6 @@ def write_beside(origin: str | Path | MegatronFolder, run: str | Path, *, dtype:
         beside.write(stack, stage.folder, stage.journal, workers=2)
 
 
-def export_hf(
-    megatron_dir: str | Path,
-    hf_dir: str | Path,
-    *,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
-    overwrite: bool = False,
-    check_files: bool = False,
-    quantize: str | None = None,
-    unchanged_from: str | Path | None = None,
-    progress: Progress | None = None,
-    notify: Notify | None = None,
-    workers: int = 2,
-) -> Conversion:
-    """Megatron checkpoint -> HF folder: the same tensors, config and assets that were imported.
-
-    `quantize`: one of `PRESETS`, for a folder of quantized weights (`bridge.convert.quantized_export`), and
-    `unchanged_from`: a quantized folder, whose bytes linears keep that still have its weights. `check_files` first
-    compares every stored item with its checksum. Raises a BridgeError; the target is then as it was before.
-    """
-    with ExitStack() as stack:
-        checkpoint = MegatronFolder.open(megatron_dir)
-        reader: RowReader
-        reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
-        config = None
-        if unchanged_from is not None and quantize is None:
-            raise UsageError("--unchanged-from says which bytes a quantized folder keeps: add --quantize")
-        if quantize is not None:
-            origin = open_origin(stack, unchanged_from)
-            files += origin.files if origin is not None else []
-            table = table_for(checkpoint.geometry)
-            quantized = QuantizedReader(PlannedReader(tensors, reader), table, quantize, origin, workers)
-            reader, tensors = quantized, tuple(same_tensors(quantized))
-            config = quantized.config(read_object(checkpoint.hf / "config.json"), notify)
-        assets = listed_assets(checkpoint.hf)
-        if notify is not None and (checkpoint.hf / PEFT_CONFIG).exists():
-            notify(f"{checkpoint.hf}: {PEFT_CONFIG} is left behind: an earlier version imported it without its weights")
-        stage = stack.enter_context(
-            staged(
-                hf_dir,
-                plan=plan_digest(
-                    tensors, "export", quantize or "", str(unchanged_from or ""), max_shard_size, CHUNK_BYTES
-                ),
-                sources=[*files, *(checkpoint.hf / asset for asset in assets)],
-                source_folder=checkpoint.path,
-                needed_bytes=sum(tensor.spec.nbytes for tensor in tensors),
-                overwrite=overwrite,
-                notify=notify,
-            )
-        )
-        writer = stack.enter_context(
-            HfWriter(
-                stage.folder,
-                [tensor.spec for tensor in tensors],
-                max_shard_size,
-                checkpoint.manifest.file_metadata or None,
-            )
-        )
-        result = copy(tensors, reader, writer, journal=stage.journal, progress=progress, workers=workers)
-        writer.finish()
-        copy_assets(checkpoint.hf, assets, stage.folder, config)
-        return Conversion(Path(hf_dir), len(tensors), result.bytes_total, result.bytes_resumed)
-
-
-def open_checkpoint(
-    stack: ExitStack, checkpoint: MegatronFolder, check_files: bool = False, notify: Notify | None = None
-) -> tuple[JoinedReader, tuple[CopyTensor, ...], list[Path]]:
-    """What export reads and writes: a reader, the plan, and the files that are read. Raises a BridgeError."""
-    if (checkpoint.path / ADAPTER_FILE).is_file():
-        raise UsageError(
-            f"{checkpoint.path}: holds adapters: `adapter merge` makes a model of them, `adapter export` a PEFT folder"
-        )
-    dist = stack.enter_context(DistReader(checkpoint.weights))
-    table = table_for(checkpoint.geometry)
-    table.check_keys({key: tensor.shape for key, tensor in dist.tensors.items()}, checkpoint.weights)
-    files = sorted({chunk.file for tensor in dist.tensors.values() for chunk in tensor.chunks})
-    readers: list[Any] = [dist]
-    if checkpoint.carried is not None:
-        carried = stack.enter_context(HfFolder(checkpoint.carried))
-        readers.append(carried)
-        files += carried.files
-    if check_files:
-        for key, chunk, intact in dist.check_items():
-            if not intact:
-                raise CheckpointError(f"{chunk.file}: {key} is damaged (its checksum differs)")
-        if notify is not None:
-            notify("every stored item agrees with its checksum")
-    plan = plan_export(table, checkpoint.manifest)
-    if notify is not None:
-        for (have, written), count in narrowed(table, checkpoint.manifest, dist.tensors).items():
-            notify(
-                f"{checkpoint.weights}: {count} tensors are {have} and are written as {written}, which is what "
-                f"{checkpoint.hf / MANIFEST_FILE} says; where that is a run of an earlier version, its `train` command "
-                "once more makes it the dtype of the run"
-            )
-    return JoinedReader(readers), plan, files
-
-
 def _assets(source: SourceFolder) -> list[Path]:
     if not source.text_only:
         return list(source.folder.assets)
@@ -419,7 +319,12 @@ def copy_assets(source: Path, assets: list[Path], target: Path, config: Mapping[
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / asset, destination)
     if config is not None:
-        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_config(target, config)
+
+
+def write_config(target: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json."""
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def compare_assets(ours: Path, theirs: Path, assets: list[Path], config: Mapping[str, Any] | None = None) -> list[str]:

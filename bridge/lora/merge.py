@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from bridge.convert.atomic import Notify, check_apart, staged
+from bridge.convert.export import open_checkpoint
 from bridge.convert.folders import (
     DEFAULT_SHARD_BYTES,
     Conversion,
     compare_assets,
     copy_assets,
     listed_assets,
-    open_checkpoint,
     open_source,
 )
 from bridge.convert.manifest import MegatronFolder, is_megatron_folder
@@ -120,7 +120,7 @@ class Factors:
 
     def with_column_norms(self, base: Iterable[tuple[int, Tensor]]) -> Factors:
         """What an embedding with DoRA needs: `base` are all of its rows, (first row, rows)."""
-        squares = torch.zeros(self.target.shape[1], dtype=torch.float64)
+        squares = torch.zeros(self.target.shape[1], dtype=torch.float64, device=self.a.device)
         for start, rows in base:
             squares += self.added(rows, start, start + len(rows)).square().sum(0)
         return replace(self, column_scale=self.scale(squares.sqrt().float()))

@@ -23,6 +23,7 @@ from bridge.megatron.drafter import Gemma4Drafter, TargetEmbedding
 from bridge.megatron.drafting import TargetPass, draft, shifted
 from bridge.megatron.embedding import held_rows
 from bridge.megatron.model import Gemma4Model
+from bridge.megatron.vocabulary_softmax import log_softmax
 from bridge.token_ids import IGNORE
 
 # Logits of one head of so many bytes exist at a time.
@@ -61,17 +62,6 @@ class _Heads:
             rows = int(least)
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        """[n, words] of this rank -> their log-probabilities over the words of all ranks, in place."""
-        top = logits.amax(-1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
-        if self.group is not None:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        logits -= top[:, None]
-        total = logits.exp().sum(-1)
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return logits.sub_(total.log_()[:, None])
-
 
 class _Loss(torch.autograd.Function):
     """The losses of tokens [n]; gradients are made in the forward pass, for losses that are summed."""
@@ -85,7 +75,7 @@ class _Loss(torch.autograd.Function):
         for part in heads.chunks(len(kept)):
             rows = kept[part]
             inputs = hidden[rows]
-            log_q = heads.log_softmax((inputs @ heads.drafter.t()).float())
+            log_q = log_softmax((inputs @ heads.drafter.t()).float(), heads.group)
             gradient = log_q.exp() * (heads.cross_entropy + heads.kl)
             if heads.cross_entropy:
                 column = labels[rows] - heads.first_word
@@ -97,7 +87,7 @@ class _Loss(torch.autograd.Function):
                 logits = states[rows] @ heads.target.t()
                 if heads.softcap is not None:
                     logits = torch.tanh(logits / heads.softcap) * heads.softcap
-                log_p = heads.log_softmax(logits.float())
+                log_p = log_softmax(logits.float(), heads.group)
                 p = log_p.exp()
                 losses[rows] += heads.kl * (p * (log_p - log_q)).sum(-1)
                 gradient.sub_(p, alpha=heads.kl)

@@ -65,7 +65,7 @@ def run_target(
             position_ids,
             mm_token_type_ids=mm_token_type_ids,
             visibility=seen,
-            output_processor=_states,
+            output_processor=final_states,
             **media,
         )
     if not chunk.post_process:
@@ -77,7 +77,7 @@ def run_target(
     return TargetPass(output, dict(chunk.decoder.published), input_ids, seen, position_ids, zigzag)
 
 
-def _states(*, hidden_states: Tensor, **unused: Any) -> Tensor:
+def final_states(*, hidden_states: Tensor, **unused: Any) -> Tensor:
     """As Megatron's GPTModel calls an `output_processor`; `unused` are the arguments of others."""
     return hidden_states
 

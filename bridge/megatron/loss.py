@@ -141,7 +141,7 @@ def whole_tiles(rows: Tensor) -> Tensor:
     return rows if rows.dtype is torch.float32 or not missing else torch.nn.functional.pad(rows, (0, 0, 0, missing))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] @ right [k, n], summed in float32; on a GPU also returned so: bf16 results may be summed in bf16."""
     if left.is_cuda and left.dtype is not torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -168,7 +168,7 @@ def _add_gradient(total: Tensor, head: Head, hidden: Tensor, labels: Tensor, lse
         some = replace(head, weight=rows, first_word=head.first_word + first * words)
         tanh_logits = some.logits(hidden)
         some.differentiate(tanh_logits[:n], labels, lse, weights)
-        part += _product(tanh_logits.t(), hidden)
+        part += product(tanh_logits.t(), hidden)
         del tanh_logits  # before the next words' are made
 
 
@@ -203,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None or grad_weight is not None:
                 head.differentiate(tanh_logits, targets, z)
             if grad_hidden is not None:
-                grad_hidden[chunk] = _product(tiles, head.weight)[: len(rows)].to(hidden.dtype)
+                grad_hidden[chunk] = product(tiles, head.weight)[: len(rows)].to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight[:words].addmm_(tanh_logits.t(), rows)
             del tanh_logits, tiles  # before the next chunk's are made

@@ -21,6 +21,11 @@ Smaller = int | list[int] | Callable[[Mapping[str, Any]], int]
 HEAD_DIM, TOWER_HEAD_DIM = 16, 8
 WINDOW, WINDOW_OF_OTHER_HEADS = 8, 16
 
+# How many soft tokens an image has at most, as published configs say it: transformers asks its processor alone, and
+# engines this field. The processors' smallest is 70.
+_BUDGET_FIELD = {"gemma4_vision": "default_output_length", "gemma4_unified_vision": "num_soft_tokens"}
+_BUDGET, SMALLEST_BUDGET = 280, 70
+
 # Per variant: layers, and how many of them share K/V. Two periods of the published pattern; the shared layers are the
 # second period, so that they are of both types and both producers lie in the first.
 _LAYERS: dict[str, dict[str, int]] = {
@@ -120,6 +125,12 @@ def published(variant: str) -> Config:
     return config
 
 
+def image_budget(config: Mapping[str, Any]) -> int:
+    """Of a toy's multimodal config."""
+    vision = config["vision_config"]
+    return int(vision[_BUDGET_FIELD[vision["model_type"]]])
+
+
 def shrink(config: Config, variant: str, head_dim: int | None = None) -> Config:
     """A published multimodal config, made small in every dimension. `head_dim`: of sliding layers, if another."""
     small = {**config, **_SMALL_TOKEN_IDS}
@@ -189,7 +200,9 @@ def toy_config(
     for field, size in (("vocab_size", vocab_size), ("vocab_size_per_layer_input", ple_vocab_size or vocab_size)):
         if size is not None and text.get(field):
             text[field] = size
-    whole = {**config, "text_config": text}
+    vision = config["vision_config"]
+    budget = _BUDGET if full_size else SMALLEST_BUDGET
+    whole = {**config, "text_config": text, "vision_config": vision | {_BUDGET_FIELD[vision["model_type"]]: budget}}
     ordered = variant in _ORDERED if ordered is None else ordered
     return ToyConfig(whole, text_only, untied, _drafter(whole, ordered) if drafter else None)
 

@@ -6,7 +6,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from bridge.convert.folders import compare_assets, import_hf, open_checkpoint, open_source
+from bridge.convert.export import open_checkpoint
+from bridge.convert.folders import compare_assets, import_hf, open_source
 from bridge.convert.manifest import MegatronFolder
 from bridge.convert.stream import Progress, compare
 from bridge.megatron.parallel import Parallel

@@ -28,6 +28,8 @@ from recipes.data.preference import SAMPLES
 from recipes.data.threads import ordered_map
 
 _KEPT_PLANS = 3
+# By the fingerprints of corpora: see `Batches`.
+Taught = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class BatchOptions:
     `prefetch`: batches made ahead. `on_change`: what becomes of a place in other rows: "refuse", or "restart" at the
     first row. `prompts`: those of chosen answers are learnt too (ORPO). `mismatched`: also, for KTO's
     estimate of a divergence, rows of the same prompts with the answers before theirs in the data, as tensors whose
-    names begin with `KL`.
+    names begin with `KL`. `label_ids`: number the labels of the data, as a teacher that is asked once needs it.
 
     The samples that `CorpusOptions.together` counts stay in one row, or unpacked are rows of one batch: of pairs
     `micro_batch_size` counts the pairs.
@@ -63,6 +65,7 @@ class BatchOptions:
     on_change: str = "refuse"
     prompts: bool = False
     mismatched: bool = False
+    label_ids: bool = False
 
     def __post_init__(self) -> None:
         one_of("data.on_change", self.on_change, ("refuse", "restart"))
@@ -90,7 +93,8 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
 
     Media come beside the rest under the processor's names, in the order of their placeholders. A context manager;
     `close` ends the threads. `notify` gets a line where the data is begun anew. `ref_logps`: of preferences, by the
-    fingerprints of corpora, what a reference makes of their samples, float64 [samples].
+    fingerprints of corpora, what a reference makes of their samples, float64 [samples]; `taught`: a teacher of their
+    labels, ids [labels, k] and log-probabilities [labels, k + 1].
     """
 
     def __init__(
@@ -99,11 +103,14 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         options: BatchOptions,
         notify: Callable[[str], None] = lambda line: None,
         ref_logps: Mapping[str, np.ndarray] = MappingProxyType({}),
+        taught: Taught = MappingProxyType({}),
     ) -> None:
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")
         self.corpus, self.options, self._notify, self._ref_logps = corpus, options, notify, ref_logps
+        self._taught = taught
+        self._first_labels = first_labels(corpus) if options.label_ids else np.zeros(0, np.int64)
         self._lengths = corpus.lengths.reshape(-1, corpus.options.together)
         if options.mismatched:
             # Either of a sample's rows has to fit where the sample is put.
@@ -264,6 +271,8 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
             batch |= {f"{KL}{name}": tensor for name, tensor in self._tensors(behind).items()}
         if corpus.options.records != SAMPLES:
             batch |= self._numbered([sample for row in rows for sample in row])
+        if options.label_ids:
+            batch |= self._of_labels([sample for row in rows for sample in row])
         media = [corpus.media_tensors(sample) for row in rows for sample in row] if corpus.has_media else []
         return after, batch | join_media(media)
 
@@ -294,6 +303,22 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         names = ("ref_logps", f"{KL}ref_logps")
         rows = () if known is None else zip(names, known, strict=False)
         return found | {name: torch.from_numpy(row[numbers]) for name, row in rows}
+
+    def _of_labels(self, samples: list[int]) -> dict[str, Tensor]:
+        """`label_ids` int64 [labels], row by row, and what a teacher says of them, where that is known."""
+        spans = [np.arange(*self._first_labels[sample : sample + 2]) for sample in samples]
+        numbers = np.concatenate([np.zeros(0, np.int64), *spans])
+        found = {"label_ids": torch.from_numpy(numbers)}
+        known = self._taught.get(self.corpus.fingerprint)
+        names = ("teacher_ids", "teacher_logps")
+        rows = () if known is None else zip(names, known, strict=True)
+        return found | {name: torch.from_numpy(row[numbers]) for name, row in rows}
+
+
+def first_labels(corpus: Samples) -> np.ndarray:
+    """The number of the first label of each sample, and behind them that of all: int64 [samples + 1]."""
+    counts = [0, *(int(corpus[sample].supervised[1:].sum()) for sample in range(len(corpus)))]
+    return np.cumsum(counts, dtype=np.int64)
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

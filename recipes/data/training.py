@@ -18,7 +18,7 @@ from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe, rank_from_environment
 from recipes.data import report
-from recipes.data.batches import Batches, BatchOptions
+from recipes.data.batches import Batches, BatchOptions, Taught
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets, paths
@@ -77,7 +77,7 @@ def corpora(recipe: Recipe) -> Opened:
     def opened(options: CorpusOptions) -> Corpus:
         say(f"reading data: {', '.join(options.paths)}")
         progress = report.Progress(say)
-        return open_corpus(options, folder, progress=progress.read, notify=progress.line)
+        return open_corpus(options, folder, progress=progress.read, notify=progress.line, asked_by=recipe.output)
 
     return open_sets(recipe, corpus_options(recipe), opened)
 
@@ -96,6 +96,7 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         on_change=data.on_change,
         prompts=loss_names(recipe.preference) == ("orpo",),
         mismatched=loss_names(recipe.preference) == (KTO,),
+        label_ids=recipe.distill.cache,
     )
 
 
@@ -139,9 +140,11 @@ def streams(
     opened = opened or corpora(recipe)
     batch = batch_options(recipe, dp_rank, dp_size)
     ref_logps: dict[str, np.ndarray] = {}
-    batches = Batches(opened.train, batch, say, ref_logps)
-    evaluation = {name: partial(once, corpus, batch, ref_logps) for name, corpus in opened.evaluation.items()}
-    sets = (opened.train, *opened.evaluation.values()) if records_of(recipe) != SAMPLES else ()
+    taught: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    batches = Batches(opened.train, batch, say, ref_logps, taught)
+    evaluation = {name: partial(once, corpus, batch, ref_logps, taught) for name, corpus in opened.evaluation.items()}
+    asked = records_of(recipe) != SAMPLES or recipe.distill.cache
+    sets = (opened.train, *opened.evaluation.values()) if asked else ()
     answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
     whole = opened.train.corpus if isinstance(opened.train, Part) else opened.train
     known = (whole.statistics, whole.options, whole.files)
@@ -154,12 +157,15 @@ def streams(
         "cache": str(whole.folder),
     }
     notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps, opened.train)
+    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps, opened.train, taught)
 
 
 def once(
-    samples: Samples, batch: BatchOptions, ref_logps: Mapping[str, np.ndarray] = MappingProxyType({})
+    samples: Samples,
+    batch: BatchOptions,
+    ref_logps: Mapping[str, np.ndarray] = MappingProxyType({}),
+    taught: Taught = MappingProxyType({}),
 ) -> Iterator[dict[str, Tensor]]:
     """In order and once: that ends with rows without labels, as many microbatches on every rank."""
-    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps) as batches:
+    with Batches(samples, replace(batch, shuffle=False, epochs=1), ref_logps=ref_logps, taught=taught) as batches:
         yield from batches

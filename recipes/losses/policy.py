@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipes.config import GrpoConfig, Recipe
+from recipes.losses.distill import distill_loss
 from recipes.losses.grpo import (
     LOSSES,
     Answers,
@@ -119,4 +120,9 @@ def policy_loss(config: GrpoConfig) -> PolicyLoss:
 
 def training_objective(recipe: Recipe) -> Objective:
     """What the steps of a recipe that has been checked minimise."""
-    return policy_loss(recipe.grpo) if recipe.grpo.rewards else objective_of(recipe.preference)
+    return policy_loss(recipe.grpo) if recipe.grpo.rewards else evaluated_objective(recipe)
+
+
+def evaluated_objective(recipe: Recipe) -> Objective:
+    """What evaluations measure, which are of answers that are there."""
+    return objective_of(recipe.preference) if recipe.distill.teacher is None else distill_loss(recipe.distill)

@@ -17,13 +17,14 @@ from bridge.mapping import Table, table_for
 from bridge.mapping.table import Entry
 from bridge.megatron.fake_quant_schemes import check_fake_quant
 from bridge.megatron.layer_options import check_fp8_experts
+from bridge.megatron.layout import check_layout
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe
 from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
-from recipes.memory.parameters import everything, nothing
+from recipes.memory.parameters import count, everything, nothing
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
 
@@ -87,6 +88,21 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
     )
 
 
+def teacher_bytes(recipe: Recipe) -> int:
+    """The frozen weights of a recipe's teacher, on the rank that holds the most; 0 without one. Raises a BridgeError.
+
+    Its activations, a forward pass's without gradients, are not counted: those of the student's are larger.
+    """
+    if recipe.distill.teacher is None:
+        return 0
+    table, layout = table_for(geometry_of(recipe.distill.teacher)), recipe.parallel.layout()
+    if table.geometry.moe is None:
+        layout = replace(layout, ep=1, etp=1)
+    check_layout(table.geometry, layout)
+    counts = [count(table, layout, rank, nothing) for rank in range(layout.pp)]
+    return (2 if recipe.model.dtype == "bfloat16" else 4) * max(each.parameters + each.buffers for each in counts)
+
+
 def _answers(recipe: Recipe) -> tuple[int, int]:
     """Rows that are answered at once, at evaluations or to be trained on, and their tokens at most, prompt and answer;
     (0, 0): none."""
@@ -96,7 +112,8 @@ def _answers(recipe: Recipe) -> tuple[int, int]:
     )
     evaluated = (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
     sampled = (recipe.grpo.max_rows, recipe.train.seq_length) if recipe.grpo.rewards else (0, 0)
-    return max(evaluated, sampled, key=math.prod)
+    own = (recipe.distill.max_rows, recipe.train.seq_length) if recipe.distill.lmbda else (0, 0)
+    return max(evaluated, sampled, own, key=math.prod)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:
@@ -133,10 +150,13 @@ def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[l
     table = table_for(geometry_of(model))
     plan = plan_of(recipe, world_size, table)
     found = estimate(table, plan)
-    lines = list(describe(found, plan))
+    lines, teacher = list(describe(found, plan)), teacher_bytes(recipe)
+    if teacher:
+        until = ", until it has been asked" if recipe.distill.cache else ""
+        lines.append(f"  and the teacher's weights: {teacher / 1e9:.2f} GB{until}")
     if gpu_memory is None:
         return lines, True
-    budget = round(gpu_memory * 1e9)
+    budget = round(gpu_memory * 1e9) - teacher
     need = found.total + RESERVE
     if need <= budget:
         return [*lines, f"fits into {gpu_memory:g} GB, {(budget - need) / 1e9:.1f} GB to spare"], True

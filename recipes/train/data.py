@@ -38,7 +38,8 @@ Evaluation = Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]]
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a set of preferences; `batches` begins one round of them, in which `sample_ids` number them."""
+    """The answers of a set of data; `batches` begins one round of them, in which `sample_ids` number them (of
+    preferences), or `label_ids` their labels."""
 
     samples: Samples
     batches: Callable[[], Iterator[dict[str, Tensor]]]
@@ -49,9 +50,9 @@ class Streams:
     """`evaluation`: what is evaluated on; `evaluated`, `trained`: the samples that it is made of, where they are known.
 
     `notes`: what has to be said of the data when a run starts. `facts`: what is known of it, for JSON; `rows` of an
-    epoch among it. `answers`: of preferences, what a reference that is computed once is asked for; `ref_logps`: where
+    epoch among it. `answers`: what a reference or a teacher is asked for once; `ref_logps`: where
     it goes, float64 [1, samples] by the fingerprints of the samples, for batches that are made from then on; with KTO
-    [2, samples], the second row of answers behind other prompts.
+    [2, samples], the second row of answers behind other prompts. `taught`: the same of a teacher (`Batches`).
     """
 
     train: BatchStream
@@ -62,6 +63,7 @@ class Streams:
     answers: tuple[Answers, ...] = ()
     ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
     trained: Samples | None = None
+    taught: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

@@ -9,7 +9,8 @@ import torch
 
 from bridge.errors import TrainingError
 from recipes.losses.names import KTO
-from recipes.losses.objective import AnswerLoss, Objective, objective_of
+from recipes.losses.objective import AnswerLoss, Objective
+from recipes.losses.policy import evaluated_objective
 from recipes.train.data import Evaluation
 from recipes.train.passes import in_groups
 from recipes.train.reference import divergence
@@ -32,7 +33,7 @@ def evaluate(
     `progress`: is called with the number of tokens so far. Collective. None where any rank was told to stop, which is
     asked after each group of microbatches. Raises TrainingError: a set without a token to predict.
     """
-    objective = objective_of(run.recipe.preference)
+    objective = evaluated_objective(run.recipe)
     totals: dict[str, list[float]] = {}
     right, seen = 0.0, 0
     for name, begin in evaluation.items():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from bridge.megatron.fake_quant_schemes import fake_quantized
 from recipes.memory.estimate import RESERVE, Plan, estimate
-from recipes.memory.recipe import plan_of
+from recipes.memory.recipe import plan_of, teacher_bytes
 from recipes.train.log import LOG_FILE
 from recipes.train.setup import Run
 
@@ -40,7 +40,7 @@ def header(run: Run, data: Mapping[str, Any], step: int) -> dict[str, Any]:
         "ranks": world,
         "dp": layout.dp(world),
         "parallel": asdict(layout),
-        "estimated_memory_gb": round(estimate(run.bridge.table, plan).total / 1e9, 2),
+        "estimated_memory_gb": round((estimate(run.bridge.table, plan).total + teacher_bytes(recipe)) / 1e9, 2),
         "log": str(Path(recipe.output) / LOG_FILE),
     }
 

@@ -41,6 +41,8 @@ from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
 from recipes.train.start import start_logps
 from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.student import with_teacher
+from recipes.train.teacher import open_teacher
 from recipes.train.workload import forward_flops, training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
@@ -84,6 +86,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             )
         samples = Samples.of(recipe)
         log: Log | None = None
+        teacher = open_teacher(recipe) if recipe.distill.teacher is not None else None
         run = build(recipe, load=not resumable)
         streams = data(recipe, run.bridge.geometry, run.groups.dp.rank(), run.groups.dp.size())
         rollouts = None
@@ -94,6 +97,8 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             # Adapters are as they began: it is a checkpoint that moves them.
             begin = partial(run.bridge.load_hf_weights, run.models) if resumable and run.lora is None else None
             start_logps(run, streams, begin, say_once)
+        if teacher is not None:
+            streams = with_teacher(run, teacher, streams, signalled)
         progress = Progress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
@@ -309,6 +314,8 @@ class _Loop:
         if self.run_.target is not None:
             return forward_flops(geometry, batches, vision_mask)
         flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
+        if self.run_.teacher is not None:
+            flops += forward_flops(self.run_.teacher.config.geometry, batches, vision_mask)
         return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
 
     def _without_gradients(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:

@@ -32,7 +32,9 @@ Batch = dict[str, Tensor]
 _ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids", "sampled_logps"}
 # [answers] each.
 ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
-_KNOWN = _ROWS | ANSWERS | {"cu_seqlens"} | MEDIA_NAMES
+# Of each label, row by row: what a teacher says that was asked once, and where that is kept.
+LABELS = {"teacher_ids", "teacher_logps", "label_ids"}
+_KNOWN = _ROWS | ANSWERS | LABELS | {"cu_seqlens"} | MEDIA_NAMES
 # Microbatches that go through a pipeline together without gradients, for each of its stages. More hide more of its
 # filling, and make a signal wait longer.
 _PER_STAGE = 4
@@ -40,13 +42,19 @@ _PER_STAGE = 4
 _IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids"}
 
 
+# An `output_processor` of Megatron's GPTModel, and its context.
+Output = tuple[Callable[..., Tensor], Any]
+
+
 class Prepared(NamedTuple):
-    """A microbatch on the device of the model, and what is said of it on the host."""
+    """A microbatch on the device of the model, and what is said of it on the host. `output`: what the last stage makes
+    of its hidden states, in the place of the token losses."""
 
     batch: Batch
     visibility: Visibility
     kept: Tensor
     placeholders: dict[str, int]
+    output: Output | None = None
 
 
 def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
@@ -102,7 +110,7 @@ class Passed(NamedTuple):
 
 
 # (token losses [b, s / cp], what is known of their microbatch) -> (the sum to differentiate, its count, a report)
-Total = Callable[[Tensor, Passed], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Total = Callable[[Tensor, Passed], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
 def through(
@@ -113,7 +121,7 @@ def through(
     train: bool,
     z_loss: float = 0.0,
     accuracy: bool = False,
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Any]]:
     """Forward (and backward, where `train`) passes; the reports of `total`, on ranks of the last stage. Collective."""
     lengths = {each.batch["input_ids"].shape for each in microbatches}
     rows, length = microbatches[0].batch["input_ids"].shape
@@ -125,7 +133,7 @@ def through(
     step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, target=run.target)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
     with torch.set_grad_enabled(train):
-        reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+        reports: list[dict[str, Any]] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
@@ -168,6 +176,7 @@ def without_rows(batch: Batch) -> Batch:
         empty |= {name: batch[name][:0] for name in (ANSWERS | {"sample_ids"}) & set(batch)}
     if any(name.startswith(KL) for name in batch):
         empty |= {f"{KL}{name}": tensor for name, tensor in without_rows(mismatched_rows(batch)).items()}
+    empty |= {name: batch[name][:0] for name in LABELS & set(batch)}
     if "mm_token_type_ids" in batch:
         empty["mm_token_type_ids"] = torch.zeros_like(ids)
     if "cu_seqlens" in batch:
@@ -191,7 +200,7 @@ def _forward_step(
     accuracy: bool,
     target: Target | None,
 ) -> tuple[Tensor, Any]:
-    batch, visibility, kept, placeholders = next(iterator)
+    batch, visibility, kept, placeholders, output = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
@@ -204,7 +213,9 @@ def _forward_step(
         return losses, lambda losses: total(losses, Passed(batch, squares, correct))
     if accuracy:
         context = AccuracyContext(LossContext(z_loss, kept), correct)
-        counted = {"output_processor": loss_and_accuracy, "output_processor_context": context}
+        output = loss_and_accuracy, context
+    if output is not None:
+        counted = {"output_processor": output[0], "output_processor_context": output[1]}
     losses = chunk(
         batch["input_ids"],
         batch.get("position_ids"),

@@ -13,11 +13,13 @@ from torch import Tensor
 from bridge.errors import TrainingError
 from bridge.lora.inject import disabled
 from recipes.config import Recipe
+from recipes.losses.distill import DistillLoss
 from recipes.losses.names import KTO
 from recipes.losses.objective import AnswerLoss, Objective, PreferenceLoss, answer_logps
 from recipes.losses.policy import PolicyLoss
 from recipes.train.passes import Batch, Passed, Prepared, mismatched_rows, prepare, through
 from recipes.train.setup import BuiltModel
+from recipes.train.teacher import taught
 
 # (token losses, their microbatch, context-parallel ranks) -> log-probabilities
 LogProbabilities = Callable[[Tensor, Mapping[str, Tensor], dist.ProcessGroup], Tensor]
@@ -38,6 +40,8 @@ def settled(
     if isinstance(objective, AnswerLoss) and objective.name == KTO and objective.kl is None:
         objective = replace(objective, kl=divergence(run, [batches]))
     microbatches = _prepared(run, batches)
+    if isinstance(objective, DistillLoss):
+        microbatches = taught(run, objective, batches, microbatches)
     if objective.referenced and any("ref_logps" not in each.batch for each in microbatches):
         of = objective.logps if isinstance(objective, PolicyLoss) else answer_logps
         microbatches = _with_base(run, microbatches, of)

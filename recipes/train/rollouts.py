@@ -24,7 +24,7 @@ from bridge.generate.rows import Completion
 from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
 from bridge.together import together
-from recipes.config import GrpoConfig
+from recipes.config import GrpoConfig, Recipe
 from recipes.data.batches import Batches
 from recipes.data.chat import Encoded
 from recipes.data.collate import batch_tensors, join_media
@@ -50,13 +50,18 @@ class RolloutStopped(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
-    """An answer that is trained on. `sample`: of the data. `logprobs`: of `tokens`, as they were sampled. `scores`: see
-    `recipes.losses.policy`."""
+class OwnAnswer:
+    """An answer that was sampled to a prompt. `sample`: of the data."""
 
     sample: int
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row(OwnAnswer):
+    """One that is rewarded. `logprobs`: of `tokens`, as they were sampled. `scores`: see `recipes.losses.policy`."""
+
     logprobs: tuple[float, ...]
     advantage: float
     scores: tuple[float, ...]
@@ -93,10 +98,10 @@ def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float
     return torch.cat([columns, each], dim=1)
 
 
-def batch_of(
-    rows: Sequence[Row], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
+def answers_batch(
+    rows: Sequence[OwnAnswer], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
 ) -> dict[str, Tensor]:
-    """A microbatch of answers, each in a row of its own, as `recipes.losses.policy` says."""
+    """A microbatch of sampled answers, each in a row of its own, with its media."""
     samples, media = [], []
     for row in rows:
         ids = np.asarray([*row.prompt, *row.tokens], np.int32)
@@ -107,18 +112,39 @@ def batch_of(
         samples.append([Encoded(ids, np.arange(len(ids)) >= len(row.prompt), types)])
     width = max(len(row.prompt) + len(row.tokens) for row in rows)
     batch = batch_tensors(samples, width=width, pad_id=pad_id, packed=False, with_types=with_types, answers=True)
-    sampled = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
     for number, row in enumerate(rows):
-        start = len(row.prompt)
-        sampled[number, start - 1 : start - 1 + len(row.tokens)] = torch.tensor(row.logprobs)
         # A placeholder that was sampled stands for no picture: the sampler too reads padding there.
-        answer = batch["input_ids"][number, start:]
+        answer = batch["input_ids"][number, len(row.prompt) :]
         for token in geometry.placeholder_ids:
             answer.masked_fill_(answer == token, geometry.pad_token_id or 0)
+    return batch | join_media(media)
+
+
+def batch_of(
+    rows: Sequence[Row], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
+) -> dict[str, Tensor]:
+    """`answers_batch`, and what `recipes.losses.policy` says of its answers."""
+    batch = answers_batch(rows, questions, geometry, pad_id, with_types)
+    sampled = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
+    for number, row in enumerate(rows):
+        start = len(row.prompt) - 1
+        sampled[number, start : start + len(row.tokens)] = torch.tensor(row.logprobs)
     batch["sampled_logps"] = sampled
     batch["advantages"] = torch.tensor([row.advantage for row in rows], dtype=torch.float64)
     batch["scores"] = torch.tensor([row.scores for row in rows], dtype=torch.float64)
-    return batch | join_media(media)
+    return batch
+
+
+def check_lengths(questions: Questions, recipe: Recipe, longest: int, key: str) -> None:
+    """Raise DataError for a prompt that leaves no room for an answer of `longest` tokens, which `key` says."""
+    room = recipe.train.seq_length - longest
+    for number in range(len(questions)):
+        length = questions.prompt_length(number)
+        if length > room:
+            raise DataError(
+                f"{questions.where(number)}: a prompt of {length} tokens and {key}={longest} are longer than "
+                f"train.seq_length={recipe.train.seq_length}"
+            )
 
 
 class Rollouts:
@@ -143,7 +169,7 @@ class Rollouts:
         self._rows: list[Row] = []
         self._taken = 0  # rows of the rollout that were taken, every time they were
         self._asked = self._steps = 0  # prompts, and steps that their answers are for, so far
-        self._check_lengths()
+        check_lengths(self._questions, self._recipe, self._config.max_new_tokens, "grpo.max_new_tokens")
 
     def streams(self, streams: Streams) -> Streams:
         """With the answers in the place of what the data has."""
@@ -188,16 +214,6 @@ class Rollouts:
         """End the processes of the rewards."""
         if self._judges is not None:
             self._judges.close()
-
-    def _check_lengths(self) -> None:
-        room = self._recipe.train.seq_length - self._config.max_new_tokens
-        for number in range(len(self._questions)):
-            length = self._questions.prompt_length(number)
-            if length > room:
-                raise DataError(
-                    f"{self._questions.where(number)}: a prompt of {length} tokens and grpo.max_new_tokens="
-                    f"{self._config.max_new_tokens} are longer than train.seq_length={self._recipe.train.seq_length}"
-                )
 
     def _sample(self) -> None:
         """Answers to the next prompts, and their rewards. Collective. Raises RolloutStopped, and nothing is changed."""

@@ -84,7 +84,8 @@ def local_device(rank: int, visible: int) -> int:
 @dataclass
 class BuiltModel:
     """A model on this rank, and what its data and batches are. `chunks`: the models as schedules take them, in order,
-    which is in DDP where they are trained. With a `target` they are its drafter, and `provider` is the target's."""
+    which is in DDP where they are trained. With a `target` they are its drafter, and `provider` is the target's.
+    `teacher`: the frozen model that is asked in each step."""
 
     recipe: Recipe
     groups: ProcessGroupCollection
@@ -92,6 +93,7 @@ class BuiltModel:
     models: list[Gemma4Model]
     chunks: Sequence[torch.nn.Module]
     target: Target | None = field(default=None, kw_only=True)
+    teacher: BuiltModel | None = field(default=None, kw_only=True)
 
     @property
     def config(self) -> Any:

@@ -94,8 +94,13 @@ def _write(path: Path, values: np.ndarray) -> None:
 
 def _fingerprint(recipe: Recipe) -> str:
     """Of the files that the run's weights begin with, and of how they compute."""
-    said = [recipe.model.dtype, recipe.model.vision_mask]
     named = [model_folder(recipe), recipe.model.megatron, recipe.lora.adapter]
+    return files_fingerprint([recipe.model.dtype, recipe.model.vision_mask], named)
+
+
+def files_fingerprint(how: Sequence[str], named: Sequence[str | None]) -> str:
+    """Of what computes, and of the names, sizes and times of all files of folders."""
+    said = list(how)
     for folder in (Path(name) for name in named if name is not None):
         for file in _files([folder]):
             stat = file.stat()

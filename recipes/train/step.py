@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge.megatron.context_parallel import take
-from recipes.losses.objective import Objective, objective_of
+from recipes.losses.objective import Objective
+from recipes.losses.policy import evaluated_objective
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import leave_out
 from recipes.train.passes import Batch, Passed, Prepared, through
@@ -32,13 +33,13 @@ def run_microbatches(
     objective: Objective | None = None,
 ) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too;
-    `objective`: in the place of the recipe's.
+    `objective`: in the place of what evaluations of the recipe measure.
 
     Returns this rank's part of the objective's `names` and of `SUMS`, float64: zeros but on one tensor-parallel rank
     of the last stage. Gradients are of the objective's mean over what it counts, of all microbatches, data-parallel and
     context-parallel ranks.
     """
-    objective, prepared = settled(run, objective or objective_of(run.recipe.preference), batches, train)
+    objective, prepared = settled(run, objective or evaluated_objective(run.recipe), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)
@@ -61,7 +62,7 @@ def _total(
         figures = figures - torch.nn.functional.pad(z_loss * passed.squares[None], (0, len(figures) - 1))
     mask = batch.get("attention_mask")
     # Filled there: to send a number would be to wait for the device.
-    slots = torch.full_like(count, losses.numel())
+    slots = torch.full_like(count, losses.shape[0] * losses.shape[1])
     real = slots if mask is None else take(mask, cp).sum()
     common = torch.stack([each.double() for each in (real, slots, passed.squares, passed.correct)])
     return loss, count.to(torch.int), {"sums": torch.cat([figures, common])}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ def main(job_file: str, answer_file: str) -> None:
 
     llm = LLM(model=job["model"], **job["options"])
     numbers: dict[str, int] = {}
-    answers = [ask(llm, asked, numbers) for asked in job["asks"]]
+    answers = []
+    for asked in job["asks"]:
+        with recorded(llm, asked["inputs_file"]):
+            answers.append(ask(llm, asked, numbers))
     Path(answer_file).write_text(json.dumps(answers), encoding="utf-8")
 
 
@@ -44,6 +49,36 @@ def ask(llm: Any, asked: dict[str, Any], numbers: dict[str, int]) -> list[dict[s
         {"logprobs": [values(row) for row in output.prompt_logprobs[1:]], "tokens": list(output.outputs[0].token_ids)}
         for output in outputs
     ]
+
+
+@contextmanager
+def recorded(llm: Any, file: str | None) -> Iterator[None]:
+    """Write what goes into every linear of FP8 weights, one matrix each by its name, to a safetensors file."""
+    if file is None:
+        yield
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    inputs: dict[str, Any] = {}
+
+    def watch(model: Any) -> list[Any]:
+        def keep(name: str) -> Any:
+            return lambda module, given: inputs.update({name: given[0].detach().clone()})
+
+        return [
+            module.register_forward_pre_hook(keep(name))
+            for name, module in model.named_modules()
+            if getattr(getattr(module, "weight", None), "dtype", None) == torch.float8_e4m3fn
+        ]
+
+    (hooks,) = llm.apply_model(watch)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    save_file(inputs, file)
 
 
 def values(row: dict[int, Any]) -> list[float]:

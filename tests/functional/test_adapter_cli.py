@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from bridge.cli import app
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError, UsageError
 from bridge.lora.checkpoint import write_adapter
 from bridge.lora.initial import initial_values

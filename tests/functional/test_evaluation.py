@@ -109,7 +109,7 @@ def test_the_best_checkpoint_stays_and_is_exported(
     ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, world: int
 ) -> None:
     """A loss that is no number is not the best, the run says why it ended, and again where it is started again."""
-    from bridge.convert.folders import export_hf
+    from bridge.convert.export import export_hf
 
     run = tmp_path / "run"
     said = training_kit.recipe(toy("e2b"), run, 8)

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.geometry import Geometry
 from bridge.ranks import RankPool
 from bridge.toy import config, write_toy

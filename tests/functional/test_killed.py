@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.geometry import Geometry
 from bridge.hf.tensors import TensorSpec
 from bridge.hf.writer import HfWriter

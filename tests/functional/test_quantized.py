@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.convert.plain import write_plain
 from bridge.geometry import Geometry
 from bridge.lora.merge import merge_adapter, open_base

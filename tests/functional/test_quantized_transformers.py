@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 
 from .conftest import Toy
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.torch_dist.reader import DistReader
 from bridge.toy import write_toy
 from tests.functional.adapter_kit import make_adapter

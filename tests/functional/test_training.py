@@ -327,7 +327,7 @@ def test_a_full_disk(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
 
 
 def test_exports_what_it_trained(ranks: RankPool, toys: Toys, tmp_path: Path) -> None:
-    from bridge.convert.folders import export_hf
+    from bridge.convert.export import export_hf
     from bridge.hf.folder import HfFolder
 
     toy, run = toys["e4b"], tmp_path / "run"
@@ -358,7 +358,8 @@ def test_a_run_from_a_checkpoint_of_another_dtype_exports_its_own(
     ranks: RankPool, toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Of float32 from 16 bits: trained weights, carried tensors and config, written live and by `export`."""
-    from bridge.convert.folders import export_hf, import_hf
+    from bridge.convert.export import export_hf
+    from bridge.convert.folders import import_hf
     from bridge.hf.folder import HfFolder
 
     import_hf(toy("e2b", dtype="bfloat16"), tmp_path / "imported")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.errors import ParallelError, UsageError
 from bridge.geometry import Geometry
 from bridge.lora.peft_folder import CONFIG_FILE, WEIGHTS_FILE, write_peft

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bridge
-from bridge.convert.folders import export_hf, import_hf, write_beside
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf, write_beside
 from bridge.convert.manifest import MegatronFolder
 from bridge.errors import BridgeError, CheckpointError
 from bridge.geometry import Geometry
@@ -376,7 +377,7 @@ def test_help_has_an_example(command: str) -> None:
 
 def test_a_conversion_imports_neither_torch_nor_megatron(made: Make, tmp_path: Path) -> None:
     code = (
-        "import sys; from bridge.convert.folders import *; "
+        "import sys; from bridge.convert.export import export_hf; from bridge.convert.folders import import_hf; "
         f"import_hf({str(made('e4b'))!r}, {str(tmp_path / 'm')!r}); export_hf({str(tmp_path / 'm')!r}, "
         f"{str(tmp_path / 'b')!r}); print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
     )
@@ -397,3 +398,51 @@ def test_a_config_that_vanishes_after_it_was_read(toy: Path, tmp_path: Path, mon
     with pytest.raises(CheckpointError, match=r"config\.json: vanished while the folder was being read"):
         import_hf(toy, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "mixed untied"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_text_model_back_in_its_multimodal_folder(made: Make, tmp_path: Path, variant: str, kind: str) -> None:
+    folder = made(variant, kind)
+    import_hf(folder, tmp_path / "text", text_only=True)
+    export_hf(tmp_path / "text", tmp_path / "back", multimodal=folder)
+    assert_same_folder(tmp_path / "back", folder)
+
+
+def test_another_text_model_in_a_multimodal_folder(tmp_path: Path) -> None:
+    """Its weights and dtype, the towers of the folder, and what was changed beside the weights."""
+    write_toy("e2b", tmp_path / "whole", seed=1)
+    # With a copy of the embedding as its head, which would be the old one.
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    head = whole["model.language_model.embed_tokens.weight"].clone()
+    save_file({**whole, "lm_head.weight": head}, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    write_toy("e2b", tmp_path / "tuned", seed=2, text_only=True, dtype="float32")
+    (tmp_path / "tuned/generation_config.json").write_text('{"max_new_tokens": 7}\n')
+    import_hf(tmp_path / "tuned", tmp_path / "text")
+    said: list[str] = []
+    export_hf(tmp_path / "text", tmp_path / "out", multimodal=tmp_path / "whole", notify=said.append)
+    text = load_file(tmp_path / "tuned/model.safetensors")
+    out = load_file(tmp_path / "out/model.safetensors")
+    assert set(out) == set(whole)
+    for name, tensor in out.items():
+        inner = name.replace("model.language_model.", "model.")
+        expected = text[inner] if inner in text and inner != name else whole[name].float()
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected), name
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "float32" and config["vision_config"]
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"max_new_tokens": 7}
+    assert (tmp_path / "out/processor_config.json").is_file()
+    assert len(said) == 1 and "BF16 there, and written as F32" in said[0]
+
+
+def test_a_text_model_is_refused_where_it_does_not_belong(made: Make, tmp_path: Path) -> None:
+    import_hf(made("e2b"), tmp_path / "text", text_only=True)
+    import_hf(made("e2b"), tmp_path / "whole")
+    for checkpoint, folder, words in (
+        ("text", made("e4b"), "its language model is another one: layers differs"),
+        ("text", made("e2b", "mixed untied"), "tied differs (False there, True here)"),
+        ("text", made("e2b", "float32 text"), "has no towers"),
+        ("whole", made("e2b"), "is for a text model"),
+    ):
+        assert_refused(cli("export", tmp_path / checkpoint, tmp_path / "out", "--multimodal", folder), words)
+        assert not (tmp_path / "out").exists()

@@ -16,7 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.errors import CheckpointError, GeometryError, MappingError, UsageError
 from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder

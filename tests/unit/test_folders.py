@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bridge.convert.folders import export_hf, import_hf, open_source
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf, open_source
 from bridge.convert.manifest import MANIFEST_FILE, Manifest, MegatronFolder
 from bridge.errors import BridgeError, CheckpointError, GeometryError, UsageError
 from bridge.geometry import Geometry

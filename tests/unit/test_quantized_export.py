@@ -15,7 +15,8 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.convert.quantize import encode, encode_e4m3
 from bridge.convert.quantized_export import PRESETS
 from bridge.errors import CheckpointError, UsageError

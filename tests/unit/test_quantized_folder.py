@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.convert.plain import write_plain
 from bridge.convert.quantized_folder import DequantizedFolder, open_hf_folder
 from bridge.convert.torch_dtypes import TORCH_DTYPES

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bridge.convert.folders import export_hf, import_hf
+from bridge.convert.export import export_hf
+from bridge.convert.folders import import_hf
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.lora.merge import merge_adapter, open_base
