@@ -1,4 +1,4 @@
-"""A step on a fake device (`benchmarks.fake_device`): nothing is mixed, nothing waits, memory as estimated.
+"""A step on a fake device (`recipes.simulate.fake_device`): nothing is mixed, nothing waits, memory as estimated.
 
 It stands for a GPU where there is none: what the step makes on the host and uses on the device raises, what it reads
 back is noted, and the bytes that it holds are counted operation by operation.
