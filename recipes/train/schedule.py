@@ -59,12 +59,16 @@ def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPar
     )
 
 
+def rate(scheduler: OptimizerParamScheduler) -> float:
+    """Of the next step, on ranks too that have no parameter to train."""
+    return float(scheduler.get_lr({}))
+
+
 def advance(recipe: Recipe, scheduler: OptimizerParamScheduler) -> dict[str, float]:
     """Go on to the next step; {"rate": of the step that was, "next": of the one to come, "steps": of the schedule}."""
-    groups = scheduler.optimizer.param_groups
-    rate = float(groups[0]["lr"])
+    before = rate(scheduler)
     scheduler.step(1)
-    return {"rate": rate, "next": float(groups[0]["lr"]), "steps": recipe.train.steps}
+    return {"rate": before, "next": rate(scheduler), "steps": recipe.train.steps}
 
 
 def rate_change(recipe: Recipe, scheduler: OptimizerParamScheduler, step: int, before: dict[str, float]) -> str | None:
@@ -72,7 +76,7 @@ def rate_change(recipe: Recipe, scheduler: OptimizerParamScheduler, step: int, b
 
     `before`: what `advance` gave when the run was saved; {} of older checkpoints.
     """
-    now = float(scheduler.optimizer.param_groups[0]["lr"])
+    now = rate(scheduler)
     if not before or step >= recipe.train.steps or math.isclose(now, before["next"], rel_tol=1e-6):
         return None
     why = "optimizer.* is another"
