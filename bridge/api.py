@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from bridge.lora.live import Adapters
+    from bridge.lora.spec import LoraSpec
     from bridge.megatron.model import Gemma4Model
     from bridge.megatron.provider import Gemma4Provider
+    from bridge.sync.live import WeightSync
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,50 @@ class Gemma4Bridge:
                 load_from_megatron(model, self.table, reader)
 
     def iter_hf_weights(
-        self, model: Sequence[torch.nn.Module], *, adapters: Adapters = "merge"
+        self,
+        model: Sequence[torch.nn.Module],
+        *,
+        adapters: Adapters = "merge",
+        device: torch.device | str = "cpu",
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, whole tensor on the CPU), on every rank, one Megatron tensor in memory at a time.
+        """(HF name, whole tensor on `device`), on every rank, one Megatron tensor in memory at a time.
 
         `adapters` of a model that has some: "merge" adds them to the weights, "leave" gives the base. `model`: this
-        rank's chunks, in DDP or without. Collective: every rank must exhaust it. Weight sync to an inference engine
-        loops over it. Raises what any rank raises, on all of them.
+        rank's chunks, in DDP or without. Collective: every rank must exhaust it. For an inference engine there is
+        `weight_sync`. Raises what any rank raises, on all of them.
         """
         from bridge.convert.live import iter_hf
         from bridge.lora.live import open_gatherer
 
-        yield from iter_hf(open_gatherer(model, self.table, adapters))
+        yield from iter_hf(open_gatherer(model, self.table, adapters), device)
+
+    def weight_sync(self, model: Sequence[torch.nn.Module], **options: Any) -> WeightSync:
+        """What sends a live model's weights to an inference engine, in bounded buckets; `options` of `WeightSync`."""
+        from bridge.sync.live import WeightSync
+
+        return WeightSync(self.table, model, **options)
+
+    def iter_adapters(
+        self, model: Sequence[torch.nn.Module], adapter_format: str = "peft", *, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on `device`) of a model's adapters in a format (peft, vllm or sglang). As `iter_hf_weights`."""
+        from bridge.lora.live import iter_adapters
+
+        return iter_adapters(model, self.table, adapter_format, device)
+
+    def save_adapter(
+        self, model: Sequence[torch.nn.Module], target: str | Path, spec: LoraSpec, *, adapter_format: str = "peft",
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
+        """A live model's adapters, which are of `spec`, as a folder in a format. Collective; rank 0 writes."""
+        from bridge.lora.live import read_adapter
+        from bridge.lora.peft_folder import write_peft
+        from bridge.together import together
+
+        adapter = read_adapter(model, self, spec)
+        with together():
+            if adapter is not None:
+                write_peft(target, adapter, adapter_format=adapter_format, overwrite=overwrite)
 
     def save_hf(
         self, model: Sequence[torch.nn.Module], target: str | Path, *, max_shard_size: int = DEFAULT_SHARD_BYTES,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bridge import __version__, cli_evaluate, cli_generate, cli_launch
+from bridge import __version__, cli_evaluate, cli_generate, cli_launch, cli_plan, cli_sync
 from bridge.cli_adapter import adapter
+from bridge.cli_data import data
 from bridge.cli_kit import (
     EpOption,
     EtpOption,
@@ -48,12 +49,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_data = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(_data, name="data")
+app.add_typer(data, name="data")
 app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
+cli_plan.register(app)
 cli_generate.register(app)
 cli_evaluate.register(app)
+cli_sync.register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -349,101 +351,6 @@ def train(
     code = run_recipe(recipe, overrides or [])
     if code:
         raise typer.Exit(code)
-
-
-@_data.command("show", epilog=epilog("data show sft/e2b data.path=chats.jsonl -n 5"))
-def data_show(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose data and model are shown.")
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Without a recipe: JSONL or Parquet, a folder, a glob, a dataset; repeat.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")] = None,
-    count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
-    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
-    split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
-    format_: Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
-    ] = None,
-    function: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
-    ] = None,
-    turns: Annotated[
-        str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
-    ] = "all",
-    thinking: Annotated[bool, typer.Option(help="Learn thoughts.")] = True,
-    tool_calls: Annotated[bool, typer.Option(help="Learn tool calls.")] = True,
-    overlong: Annotated[str, typer.Option(help="drop or split")] = "drop",
-    on_error: Annotated[str, typer.Option(help="fail or skip")] = "skip",
-    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
-    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
-    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
-
-    A recipe says all of it by its own keys; data is named in its place, by itself or with --data, and the other options
-    count. Without --model it is said what the records are, in words and not in tokens.
-    """
-    from recipes.config import load_recipe
-    from recipes.data import CorpusOptions, Supervise, open_corpus
-    from recipes.data.formats import Layout
-    from recipes.data.preference import of_its_kind
-    from recipes.data.recognition import lines, recognise
-    from recipes.data.report import Progress
-    from recipes.data.show import show, to_json
-    from recipes.data.sources import is_data
-    from recipes.data.training import corpus_options, model_folder
-
-    if recipe is not None and is_data(recipe, bool(data)):
-        # Data alone, or what a shell makes of --data data/*.parquet.
-        absent = [name for name in overrides or () if not Path(name).exists()]
-        if absent:
-            raise UsageError(f"{absent[0]}: no such file; without a recipe, what stands beside --data is data too")
-        data, recipe = [*(data or ()), recipe, *(overrides or ())], None
-    if recipe is not None:
-        if data or model:
-            raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
-        said = load_recipe(recipe, overrides or [])
-        options, model = corpus_options(said), model_folder(said)
-    elif not data:
-        raise UsageError("name a recipe, or data: a file, or --data")
-    else:
-        options = CorpusOptions(
-            tuple(data),
-            seq_length,
-            split=split,
-            supervise=Supervise(turns, thinking, tool_calls),
-            on_error=on_error,
-            overlong=overlong,
-            allow_urls=allow_urls,
-            media_root=media_root,
-            chat_template=chat_template,
-            cache=cache,
-            layout=Layout(format_, _columns(column or []), function),
-        )
-        options = of_its_kind(options)
-    progress = Progress(err.print, doing="reading" if model is None else "tokenising")
-    if model is None:
-        found = recognise(options, count, progress.read)
-        if not wrote_json(json_file, found.to_json()):
-            for line in lines(found):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
-        return
-    corpus = open_corpus(options, model, progress=progress.read)
-    if not wrote_json(json_file, to_json(corpus, count)):
-        show(corpus, count, out)
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    for one in given:
-        if "=" not in one:
-            raise UsageError(f"--column {one}: is written OURS=THEIRS")
-    return dict(one.split("=", 1) for one in given)
 
 
 _INTERRUPTED = 130

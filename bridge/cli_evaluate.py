@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bridge.cli_kit import (
+    AdapterOption,
+    AllowUrlsOption,
+    ColumnOption,
+    DtypeOption,
     EpOption,
     EtpOption,
+    FormatOption,
+    FunctionOption,
     JsonOption,
+    MaxNewTokensOption,
+    MaxRowsOption,
+    ModelArgument,
     PpOption,
     SequenceParallelOption,
     TpOption,
     VppOption,
+    columns_of,
     epilog,
     err,
     out,
@@ -24,6 +35,9 @@ from bridge.cli_kit import (
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
+    from bridge.generate.opened import OpenedModel
+    from bridge.megatron.parallel import Parallel
+    from recipes.data.options import CorpusOptions
     from recipes.evaluate import EvaluationTask
 
 
@@ -32,40 +46,56 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=epilog("evaluate runs/receipts --data test.jsonl --metrics exact_match,json_tree"))(evaluate)
 
 
+DataOption = Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset; repeat.")]
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Of answers, with commas: exact_match, token_f1, json_valid, json_tree, module:function.",
+    ),
+]
+RowsOption = Annotated[int, typer.Option(min=0, help="Of the first so many samples; 0: of all.")]
+SeqLengthOption = Annotated[int, typer.Option(min=2, help="Longer samples are left out.")]
+SplitOption = Annotated[str, typer.Option(help="Of a dataset that is named.")]
+SubsetOption = Annotated[str | None, typer.Option(help="Of a dataset that is named.")]
+TurnsOption = Annotated[str, typer.Option(help="all or last: the model's turns that the loss is of.")]
+OnErrorOption = Annotated[str, typer.Option(help="fail or skip, at a record that cannot be used.")]
+ChatTemplateOption = Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")]
+MediaRootOption = Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")]
+CacheOption = Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")]
+CpOption = Annotated[int, typer.Option(help="context-parallel ranks; without --metrics")]
+MicroBatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples that go through at once, for the loss.")]
+
+
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An HF folder or hub id, a Megatron checkpoint, a run.")
-    ],
-    data: Annotated[list[str], typer.Option(help="JSONL or Parquet, a folder, a glob, a dataset; repeat.")],
-    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")] = None,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Of answers, with commas: exact_match, token_f1, json_valid, json_tree, module:function.",
-        ),
-    ] = "",
-    rows: Annotated[int, typer.Option(min=0, help="Of the first so many samples; 0: of all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
-    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are left out.")] = 4096,
-    split: Annotated[str, typer.Option(help="Of a dataset that is named.")] = "test",
-    subset: Annotated[str | None, typer.Option(help="Of a dataset that is named.")] = None,
-    turns: Annotated[str, typer.Option(help="all or last: the model's turns that the loss is of.")] = "all",
-    on_error: Annotated[str, typer.Option(help="fail or skip, at a record that cannot be used.")] = "fail",
-    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
-    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
-    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    model: ModelArgument,
+    data: DataOption,
+    adapter: AdapterOption = None,
+    metrics: MetricsOption = "",
+    rows: RowsOption = 0,
+    max_new_tokens: MaxNewTokensOption = 256,
+    seq_length: SeqLengthOption = 4096,
+    split: SplitOption = "test",
+    subset: SubsetOption = None,
+    format_: FormatOption = None,
+    column: ColumnOption = None,
+    function: FunctionOption = None,
+    turns: TurnsOption = "all",
+    on_error: OnErrorOption = "fail",
+    chat_template: ChatTemplateOption = None,
+    media_root: MediaRootOption = None,
+    allow_urls: AllowUrlsOption = False,
+    cache: CacheOption = None,
+    dtype: DtypeOption = "bfloat16",
     tp: TpOption = 1,
     pp: PpOption = 1,
     vpp: VppOption = 1,
     ep: EpOption = 1,
     etp: EtpOption = 1,
-    cp: Annotated[int, typer.Option(help="context-parallel ranks; without --metrics")] = 1,
+    cp: CpOption = 1,
     sequence_parallel: SequenceParallelOption = False,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples that go through at once, for the loss.")] = 4,
-    max_rows: Annotated[int, typer.Option(min=1, help="Answers that are written at once, on a replica.")] = 16,
+    micro_batch_size: MicroBatchSizeOption = 4,
+    max_rows: MaxRowsOption = 16,
     json_file: JsonOption = None,
 ) -> None:
     """Measure a model on data: loss and accuracy of the tokens it should say, and metrics of what it does say.
@@ -73,25 +103,11 @@ def evaluate(
     The loss is the mean over all learnt tokens, as training has it; a token is right where it is the likeliest behind
     the true ones before it. For --metrics the model answers what stands before its last turn, greedily.
     """
-    from bridge.generate.opened import open_model, stop_token_ids
-    from bridge.generate.sampling import SamplingOptions
-    from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.silence import silence_warnings
+    from recipes.data.formats import Layout
     from recipes.data.options import CorpusOptions, Supervise
-    from recipes.evaluate import EvaluationTask
-    from recipes.metrics.named import find_metrics
 
-    silence_warnings()
-    if dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
-    find_metrics(names, "--metrics")
-    if names and cp > 1:
-        raise UsageError(f"--cp {cp}: context parallelism divides rows that are there: --metrics go with cp=1")
-    parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
-    opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
-    check_layout(opened.task.geometry, parallel)
     options = CorpusOptions(
         tuple(data),
         seq_length,
@@ -103,14 +119,47 @@ def evaluate(
         media_root=media_root,
         allow_urls=allow_urls,
         cache=cache,
+        layout=Layout(format_, columns_of(column), function),
     )
-    sampling = SamplingOptions(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids(opened.assets))
-    task = EvaluationTask(opened.task, opened.assets, options, sampling, 0, names, rows, micro_batch_size, max_rows)
-    for notice in opened.notices:
-        err.print(notice)
+    opened = _open(model, adapter, Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel), dtype, names)
+    task = _task(opened, options, names, max_new_tokens, rows, micro_batch_size, max_rows)
     result = _measure(replace(task, longest=_prepared(task)))
     if not wrote_json(json_file, result) or json_file != "-":
         _print(result, model)
+
+
+def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metrics: Sequence[str]) -> OpenedModel:
+    from bridge.generate.opened import open_model
+    from bridge.megatron.layout import check_layout
+    from bridge.megatron.silence import silence_warnings
+    from recipes.metrics.named import find_metrics
+
+    silence_warnings()
+    find_metrics(metrics, "--metrics")
+    if metrics and parallel.cp > 1:
+        raise UsageError(f"--cp {parallel.cp}: context parallelism divides rows that are there: --metrics go with cp=1")
+    opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
+    check_layout(opened.task.geometry, parallel)
+    for notice in opened.notices:
+        err.print(notice)
+    return opened
+
+
+def _task(
+    opened: OpenedModel,
+    options: CorpusOptions,
+    metrics: tuple[str, ...],
+    max_new_tokens: int,
+    rows: int,
+    micro_batch_size: int,
+    max_rows: int,
+) -> EvaluationTask:
+    from bridge.generate.opened import stop_token_ids
+    from bridge.generate.sampling import SamplingOptions
+    from recipes.evaluate import EvaluationTask
+
+    sampling = SamplingOptions(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids(opened.assets))
+    return EvaluationTask(opened.task, opened.assets, options, sampling, 0, metrics, rows, micro_batch_size, max_rows)
 
 
 def _prepared(task: EvaluationTask) -> int:

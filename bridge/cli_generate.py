@@ -6,12 +6,29 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bridge.cli_kit import EpOption, EtpOption, PpOption, SequenceParallelOption, TpOption, VppOption, epilog, err, out
+from bridge.cli_kit import (
+    AdapterOption,
+    AllowUrlsOption,
+    DtypeOption,
+    EpOption,
+    EtpOption,
+    MaxNewTokensOption,
+    MaxRowsOption,
+    ModelArgument,
+    PpOption,
+    SequenceParallelOption,
+    TpOption,
+    VppOption,
+    epilog,
+    err,
+    out,
+)
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +36,7 @@ if TYPE_CHECKING:
     from bridge.generate.rows import Completion, Prompt
     from bridge.generate.sampling import SamplingOptions
     from bridge.generate.session import Session
+    from bridge.megatron.parallel import Parallel
     from recipes.data.prompts import PromptEncoder
 
 
@@ -27,51 +45,72 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=epilog("generate runs/first --prompt 'What is in this picture?' --image receipt.png"))(generate)
 
 
+PromptOption = Annotated[str | None, typer.Option(help="A user's message.")]
+ImageOption = Annotated[list[Path] | None, typer.Option(help="A picture of the message; repeat.")]
+VideoOption = Annotated[list[Path] | None, typer.Option(help="A film of the message; repeat.")]
+AudioOption = Annotated[list[Path] | None, typer.Option(help="A WAV file of the message; repeat.")]
+SystemOption = Annotated[str | None, typer.Option(help="What the system says before --prompt, or --chat.")]
+InputOption = Annotated[
+    Path | None,
+    typer.Option("--input", metavar="JSONL", help='Lines of {"messages": …}, {"prompt": …} or {"ids": …}.'),
+]
+IdsOption = Annotated[str | None, typer.Option(metavar="5,6,7", help="Token ids as they are.")]
+OutputOption = Annotated[
+    Path | None, typer.Option(metavar="JSONL", help="Write answers there; the same command again goes on.")
+]
+DrafterOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="A drafter of the model: the same answers, in fewer passes.")
+]
+DraftTokensOption = Annotated[
+    int | None, typer.Option(help="It proposes so many at once; its generation config says, or 4.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0: the likeliest token.")]
+TopKOption = Annotated[int | None, typer.Option(help="Of the k likeliest.")]
+TopPOption = Annotated[float | None, typer.Option(help="Of the likeliest that hold this probability together.")]
+MinPOption = Annotated[float | None, typer.Option(help="Of those at least so likely, against the likeliest.")]
+RepetitionPenaltyOption = Annotated[float, typer.Option(help="Above 1: against what is there already.")]
+NumReturnSequencesOption = Annotated[int, typer.Option(help="Answers a prompt.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat.")]
+IgnoreEosOption = Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's own end.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same answers, in any layout.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="No chat template.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="A conversation on the terminal.")]
+
+
 def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An HF folder or hub id, a Megatron checkpoint, a run.")
-    ],
-    prompt: Annotated[str | None, typer.Option(help="A user's message.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture of the message; repeat.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="A film of the message; repeat.")] = None,
-    audio: Annotated[list[Path] | None, typer.Option(help="A WAV file of the message; repeat.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the system says before --prompt, or --chat.")] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option("--input", metavar="JSONL", help='Lines of {"messages": …}, {"prompt": …} or {"ids": …}.'),
-    ] = None,
-    ids: Annotated[str | None, typer.Option(metavar="5,6,7", help="Token ids as they are.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help="Write answers there; the same command again goes on.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")] = None,
-    drafter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A drafter of the model: the same answers, in fewer passes.")
-    ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(help="It proposes so many at once; its generation config says, or 4.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Of the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the likeliest that hold this probability together.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Of those at least so likely, against the likeliest.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what is there already.")] = 1.0,
-    num_return_sequences: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind the model's own end.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers, in any layout.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="A conversation on the terminal.")] = False,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    model: ModelArgument,
+    prompt: PromptOption = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    audio: AudioOption = None,
+    system: SystemOption = None,
+    input_file: InputOption = None,
+    ids: IdsOption = None,
+    output: OutputOption = None,
+    adapter: AdapterOption = None,
+    drafter: DrafterOption = None,
+    draft_tokens: DraftTokensOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    num_return_sequences: NumReturnSequencesOption = 1,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
+    seed: SeedOption = 0,
+    raw: RawOption = False,
+    chat: ChatOption = False,
+    allow_urls: AllowUrlsOption = False,
+    dtype: DtypeOption = "bfloat16",
     tp: TpOption = 1,
     pp: PpOption = 1,
     vpp: VppOption = 1,
     ep: EpOption = 1,
     etp: EtpOption = 1,
     sequence_parallel: SequenceParallelOption = False,
-    max_rows: Annotated[int, typer.Option(help="Answers that are written at once, on a replica.")] = 16,
+    max_rows: MaxRowsOption = 16,
 ) -> None:
     """Let a model answer: a prompt, a file of them, or a conversation. Greedy unless --temperature is above 0.
 
@@ -79,65 +118,91 @@ def generate(
     finish_reason; with --drafter also rounds, [proposed, accepted] of each pass. The log-probabilities are the model's
     own, before temperature and cuts.
     """
-    from bridge.generate.opened import open_model, stop_token_ids, with_drafter
+    from bridge.generate.opened import stop_token_ids
     from bridge.generate.sampling import SamplingOptions
-    from bridge.megatron.layout import check_layout
     from bridge.megatron.parallel import Parallel
+
+    question = _Question(prompt, image or [], video or [], audio or [], system, input_file, ids, raw, chat)
+    question.check(output, num_return_sequences)
+    cuts = (temperature, top_k, top_p, min_p, repetition_penalty)
+    options = SamplingOptions(max_new_tokens, *cuts, seed, num_return_sequences, stop_strings=tuple(stop or ()))
+    parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
+    opened = _open(model, adapter, parallel, dtype, drafter, draft_tokens)
+    if not ignore_eos:
+        options = replace(options, stop_token_ids=stop_token_ids(opened.assets))
+    _Run(opened, options, raw, allow_urls, max_rows).answer(question, output, model)
+
+
+def _open(
+    model: str, adapter: str | None, parallel: Parallel, dtype: str, drafter: str | None, draft_tokens: int | None
+) -> OpenedModel:
+    from bridge.generate.opened import open_model, with_drafter
+    from bridge.megatron.layout import check_layout
     from bridge.megatron.silence import silence_warnings
 
     silence_warnings()
-    said = [
-        name
-        for name, value in (("--prompt", prompt), ("--input", input_file), ("--ids", ids), ("--chat", chat or None))
-        if value is not None
-    ]
-    if len(said) != 1:
-        raise UsageError(
-            f"{' and '.join(said) or 'no prompt'}: exactly one of --prompt, --input, --ids, --chat is needed"
-        )
-    if (image or video or audio or system) and prompt is None and not chat:
-        raise UsageError(
-            "--image, --video, --audio and --system go with --prompt; in --input they stand in the messages"
-        )
-    if chat and (output is not None or num_return_sequences > 1):
-        raise UsageError("--chat shows one answer, on the terminal: leave --output and --num-return-sequences away")
-    if dtype not in ("float32", "bfloat16"):
-        raise UsageError(f"--dtype {dtype}: float32 or bfloat16")
-    parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
+    if drafter is None and draft_tokens is not None:
+        raise UsageError("--draft-tokens goes with --drafter")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
     check_layout(opened.task.geometry, parallel)
     if drafter is not None:
         opened = with_drafter(opened, drafter, draft_tokens)
         assert opened.task.drafter is not None
         check_layout(opened.task.drafter.geometry, opened.task.drafter.parallel)
-    elif draft_tokens is not None:
-        raise UsageError("--draft-tokens goes with --drafter")
-    options = SamplingOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        num_return_sequences=num_return_sequences,
-        stop_token_ids=() if ignore_eos else stop_token_ids(opened.assets),
-        stop_strings=tuple(stop or ()),
-    )
-    run = _Run(opened, options, raw, allow_urls, max_rows)
-    if chat:
-        run.converse(system, image or [], video or [], audio or [])
-    elif input_file is not None:
-        run.answer_file(input_file, output, model)
-    else:
-        record: dict[str, Any] = {"prompt": prompt}
-        if ids is not None:
-            record = {"ids": _numbers(ids)}
-        elif not raw:
-            record = {"messages": _messages(system, prompt or "", image or [], video or [], audio or [])}
-        elif image or video or audio or system:
+    return opened
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, as the options say it: exactly one of `prompt`, `file`, `ids`, `chat`."""
+
+    prompt: str | None
+    images: Sequence[Path]
+    videos: Sequence[Path]
+    sounds: Sequence[Path]
+    system: str | None
+    file: Path | None
+    ids: str | None
+    raw: bool
+    chat: bool
+
+    def check(self, output: Path | None, samples: int) -> None:
+        """Raise UsageError where options exclude each other."""
+        options = {"--prompt": self.prompt, "--input": self.file, "--ids": self.ids, "--chat": self.chat or None}
+        said = [name for name, value in options.items() if value is not None]
+        if len(said) != 1:
+            raise UsageError(
+                f"{' and '.join(said) or 'no prompt'}: exactly one of --prompt, --input, --ids, --chat is needed"
+            )
+        if self._has_more and self.prompt is None and not self.chat:
+            raise UsageError(
+                "--image, --video, --audio and --system go with --prompt; in --input they stand in the messages"
+            )
+        if self.chat and (output is not None or samples > 1):
+            raise UsageError("--chat shows one answer, on the terminal: leave --output and --num-return-sequences away")
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self.images or self.videos or self.sounds or self.system)
+
+    def record(self) -> dict[str, Any]:
+        """The question as a line of a file of prompts. Raises UsageError."""
+        if self.ids is not None:
+            return {"ids": _numbers(self.ids)}
+        if not self.raw:
+            return {"messages": self.messages(self.prompt or "")}
+        if self._has_more:
             raise UsageError("--raw takes text alone: media and a system's message are put in place by the template")
-        run.answer_one(record, output, model)
+        return {"prompt": self.prompt}
+
+    def messages(self, text: str) -> list[dict[str, Any]]:
+        """One user's turn, media before the text as the model's makers advise."""
+        kinds = (("image", self.images), ("video", self.videos), ("audio", self.sounds))
+        parts: list[dict[str, Any]] = [
+            {"type": kind, "path": str(path.resolve())} for kind, paths in kinds for path in paths
+        ]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*messages, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 
 def _numbers(text: str) -> list[int]:
@@ -145,18 +210,6 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise UsageError(f"--ids {text}: token ids with commas between them are needed, such as 5,6,7") from None
-
-
-def _messages(
-    system: str | None, text: str, images: Sequence[Path], videos: Sequence[Path], sounds: Sequence[Path]
-) -> list[dict[str, Any]]:
-    """One user's turn, media before the text as the model's makers advise."""
-    kinds = (("image", images), ("video", videos), ("audio", sounds))
-    parts: list[dict[str, Any]] = [
-        {"type": kind, "path": str(path.resolve())} for kind, paths in kinds for path in paths
-    ]
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    return [*messages, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 
 class _Run:
@@ -194,6 +247,15 @@ class _Run:
             yield session
         if task.drafter is not None:
             err.print(str(Acceptance.of(self._met)))
+
+    def answer(self, question: _Question, output: Path | None, model: str) -> None:
+        """Whatever is asked; `model` as the command names it."""
+        if question.chat:
+            self.converse(question)
+        elif question.file is not None:
+            self.answer_file(question.file, output, model)
+        else:
+            self.answer_one(question.record(), output, model)
 
     def answer_one(self, record: dict[str, Any], output: Path | None, model: str) -> None:
         """One prompt; its answers stream to the terminal, one after the other where there are several."""
@@ -270,9 +332,7 @@ class _Run:
                 err.print(f"(cut at --max-new-tokens {self._options.max_new_tokens})")
         return texts
 
-    def converse(
-        self, system: str | None, images: Sequence[Path], videos: Sequence[Path], sounds: Sequence[Path]
-    ) -> None:
+    def converse(self, question: _Question) -> None:
         """A conversation: a line is a message, an empty one or the end of the input ends it."""
         from recipes.data.sample import Where
 
@@ -285,7 +345,7 @@ class _Run:
                 if messages:
                     messages.append({"role": "user", "content": line})
                 else:
-                    messages += _messages(system, line, images, videos, sounds)
+                    messages += question.messages(line)
                 prompt = encoder.encode({"messages": messages}, Where("--chat", len(messages)), Path("/"))
                 (text,) = self._stream(session, [prompt], encoder)
                 messages.append({"role": "assistant", "content": text or "…"})

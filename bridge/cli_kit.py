@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, UsageError
 
 # No markup: a path or an override may hold brackets, which rich would take for a style and leave out.
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -23,6 +23,12 @@ def _writable(target: str | None) -> str | None:
     if target is not None and target != "-" and (Path(target).is_dir() or not Path(target).parent.is_dir()):
         raise BridgeError(f"--json {target}: {'is a folder' if Path(target).is_dir() else 'its folder does not exist'}")
     return target
+
+
+def _one_of_dtypes(value: str) -> str:
+    if value not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype {value}: float32 or bfloat16")
+    return value
 
 
 JsonOption = Annotated[
@@ -40,6 +46,23 @@ VppOption = Annotated[int, typer.Option(help="model chunks per pipeline rank")]
 EpOption = Annotated[int, typer.Option(help="expert-parallel ranks")]
 EtpOption = Annotated[int, typer.Option(help="expert-tensor-parallel ranks")]
 SequenceParallelOption = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence over TP.")]
+# Models that run.
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An HF folder or hub id, a Megatron checkpoint, a run.")
+]
+AdapterOption = Annotated[str | None, typer.Option(metavar="DIR", help="A PEFT folder, or a Megatron adapter.")]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16", callback=_one_of_dtypes)]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer.")]
+MaxRowsOption = Annotated[int, typer.Option(min=1, help="Answers that are written at once, on a replica.")]
+AllowUrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")]
+# Data.
+FormatOption = Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")]
+ColumnOption = Annotated[
+    list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
+]
+FunctionOption = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
+]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
 
 
@@ -75,3 +98,11 @@ def wrote_json(target: str | None, result: dict[str, Any]) -> bool:
         except OSError as error:
             raise BridgeError(f"{target}: cannot be written ({error.strerror})") from None
     return True
+
+
+def columns_of(given: list[str] | None) -> dict[str, str]:
+    """--column as {ours: theirs}. Raises UsageError."""
+    for one in given or ():
+        if "=" not in one:
+            raise UsageError(f"--column {one}: is written OURS=THEIRS")
+    return dict(one.split("=", 1) for one in given or ())

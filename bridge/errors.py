@@ -37,3 +37,7 @@ class DataError(BridgeError):
 
 class TrainingError(BridgeError):
     """A training run that cannot go on: the loss is not a number, the data has run out."""
+
+
+class EngineError(BridgeError):
+    """An inference engine that cannot be reached, or does not take what it is given: the text names its URL."""

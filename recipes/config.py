@@ -315,14 +315,19 @@ class LoraConfig:
 
 @dataclass
 class DrafterConfig:
-    """A drafter of the model, trained in its place, where `path` is set: an HF folder or id, or a Megatron checkpoint.
+    """A drafter of the model, trained where `path` is set: an HF folder or id, or a Megatron checkpoint.
 
-    The model itself is frozen. Each token begins a draft of `steps` tokens, which is given those of the data. Factors:
+    `target`: "frozen", only the drafter is trained; "trained", the model too, as the recipe says, whole or by LoRA.
+    `detach`: the gradient of drafts ends at the model's states, keys and values, and does not reach it.
+
+    Each token begins a draft of `steps` tokens, which is given those of the data. Factors:
     `cross_entropy` of the data's tokens, `kl` of the model's own distribution (KL(model || drafter)), `centroids` of
     the clusters that hold the data's tokens (ordered embeddings; 0: the centroids stay as they are).
     """
 
     path: str | None = None
+    target: str = "frozen"
+    detach: bool = True
     steps: int = 4
     cross_entropy: float = 1.0
     kl: float = 1.0
@@ -356,9 +361,14 @@ class LogConfig:
 
 @dataclass
 class ExportConfig:
-    """`hf`: write the final model as an HF folder there, a LoRA run's merged into its base."""
+    """`hf`: write the final model as an HF folder there, a LoRA run's merged into its base; of a
+    frozen model its drafter.
+
+    `drafter`: write the drafter of a model that is trained too.
+    """
 
     hf: str | None = None
+    drafter: str | None = None
 
 
 @dataclass

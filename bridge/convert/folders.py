@@ -236,7 +236,7 @@ class _Beside:
 
     def write(self, stack: ExitStack, hf: Path, journal: Journal, workers: int) -> CopyResult:
         """Everything that export needs besides the weights, into the folder `hf`; what carried tensors took."""
-        result = CopyResult(0, 0, 0, {})
+        result = CopyResult(0, 0, 0)
         if self.plan.carried:
             assert self.reader is not None
             (hf / CARRIED_FOLDER).mkdir(exist_ok=True)

@@ -22,13 +22,16 @@ from torch import Tensor
 from bridge.convert.torch_dtypes import TORCH_DTYPES
 from bridge.errors import MappingError
 from bridge.hf.folder import HfFolder
-from bridge.hf.tensors import RowReader, TensorLike
+from bridge.hf.tensors import RowReader, TensorLike, num_rows
 from bridge.mapping.table import Entry, Table
 from bridge.mapping.transforms import RowBlock
 from bridge.together import together
 
 # How much is read, sent or written at once.
 CHUNK_BYTES = 64 << 20
+
+# Ranks that receive; None: all.
+Ranks = tuple[int, ...] | None
 
 # What Megatron is asked for: one checkpoint key per layer, because layers differ in shape.
 METADATA = {"non_homogeneous_layers": True}
@@ -216,8 +219,9 @@ class Gatherer:
         model: Sequence[torch.nn.Module],
         table: Table,
         value: Callable[[Tensor], Tensor | None] = lambda p: p.data,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self.table = table
+        self.table, self.chunk_bytes = table, chunk_bytes
         self._mine: dict[str, list[Box]] = defaultdict(list)
         with together():
             for box in boxes(model, value):
@@ -251,33 +255,37 @@ class Gatherer:
             max(owner.offset[axis] + owner.shape[axis] for owner in owners) for axis in range(len(owners[0].shape))
         )
 
-    def rows(self, key: str, start: int, stop: int, dst: int | None = None) -> Tensor | None:
-        """Rows [start, stop) of tensor `key`, on every rank, or on rank `dst` only (None elsewhere).
-
-        The result is on the CPU.
-        """
-        receives = dst is None or dst == self._rank
+    def rows(
+        self, key: str, start: int, stop: int, ranks: Ranks = None, device: torch.device | str = "cpu"
+    ) -> Tensor | None:
+        """Rows [start, stop) of tensor `key` on `device`, on every rank, or on `ranks` only (None elsewhere)."""
+        receives = ranks is None or self._rank in ranks
         shape = self.table.entries[key].shape[1:]
         with together():
-            whole = torch.empty(stop - start, *shape, dtype=self.owners[key][0].dtype) if receives else None
+            dtype = self.dtype(key)
+            whole = torch.empty(stop - start, *shape, dtype=dtype, device=device) if receives else None
         # A device that trains has no room for all of it at once.
         step = self.chunk_rows(key)
         for low in range(start, stop, step):
-            self._fill(whole, key, start, range(low, min(low + step, stop)), dst)
+            self._fill(whole, key, start, range(low, min(low + step, stop)), ranks)
         return whole
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor."""
+        return self.owners[key][0].dtype
 
     def chunk_rows(self, key: str) -> int:
         """How many rows of a tensor are sent at once, one at least."""
-        size = math.prod(self.table.entries[key].shape[1:]) * self.owners[key][0].dtype.itemsize
-        return max(1, CHUNK_BYTES // max(1, size))
+        size = math.prod(self.table.entries[key].shape[1:]) * self.dtype(key).itemsize
+        return max(1, self.chunk_bytes // max(1, size))
 
-    def _fill(self, whole: Tensor | None, key: str, start: int, rows: range, dst: int | None) -> None:
+    def _fill(self, whole: Tensor | None, key: str, start: int, rows: range, ranks: Ranks) -> None:
         """`rows` of a tensor into `whole`, which begins at row `start`, where this rank receives them."""
         with together():
             # All memory that this takes: from there on nothing is left that one rank alone might fail at.
             pieces = list(self._pieces(key, rows.start, rows.stop, whole is not None))
         for owner, low, piece in pieces:
-            self._move(piece, owner.rank, dst)
+            self._move(piece, owner.rank, ranks)
             if whole is not None:
                 columns = tuple(slice(o, o + n) for o, n in zip(owner.offset[1:], owner.shape[1:], strict=True))
                 whole[(slice(low - start, low - start + len(piece)), *columns)].copy_(piece)
@@ -298,31 +306,56 @@ class Gatherer:
                 device = torch.cuda.current_device()
                 yield owner, low, torch.empty((high - low, *owner.shape[1:]), dtype=owner.dtype, device=device)
 
-    def _move(self, piece: Tensor, owner: int, dst: int | None) -> None:
-        """From the rank `owner` to `dst`, or to all."""
-        if not torch.distributed.is_initialized() or owner == dst:
+    def _move(self, piece: Tensor, owner: int, ranks: Ranks) -> None:
+        """From the rank `owner` to `ranks`, or to all."""
+        if not torch.distributed.is_initialized():
             return
-        if dst is None:
+        if ranks is None:
             torch.distributed.broadcast(piece, src=owner)
-        elif self._rank == dst:
-            torch.distributed.recv(piece, src=owner)
-        else:
-            torch.distributed.send(piece, dst=dst)
+            return
+        for rank in ranks:
+            if rank == self._rank != owner:
+                torch.distributed.recv(piece, src=owner)
+            elif owner == self._rank != rank:
+                torch.distributed.send(piece, dst=rank)
 
 
-def iter_hf(gatherer: Gatherer) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, whole tensor on the CPU) out of a live model, on every rank, one Megatron tensor in memory at a time.
+def by_source(entry: Entry, first: int, rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows of a Megatron tensor, from `first` on, as (number of the HF tensor, its first row, rows): views."""
+    for block in entry.blocks:
+        low, high = max(first, block.row), min(first + len(rows), block.row + block.num_rows)
+        if low < high:
+            yield block.source, block.source_row + low - block.row, rows[low - first : high - first]
+
+
+def gather_into(gatherer: Gatherer, key: str, out: Mapping[int, Tensor] | None, ranks: Ranks = None) -> None:
+    """The HF tensors of a Megatron tensor, whole, into `out` (by their number) on the ranks that receive. Collective.
+
+    Those that are not in `out` are left. Beside `out` there is one chunk in memory, on its device.
+    """
+    entry = gatherer.table.entries[key]
+    device = torch.device("cpu") if not out else next(iter(out.values())).device
+    rooms = {n: tensor.view(num_rows(tensor.shape), *entry.shape[1:]) for n, tensor in (out or {}).items()}
+    rows, step = num_rows(entry.shape), gatherer.chunk_rows(key)
+    for start in range(0, rows, step):
+        chunk = gatherer.rows(key, start, min(start + step, rows), ranks, device)
+        for source, row, part in by_source(entry, start, chunk) if chunk is not None else ():
+            if source in rooms:
+                rooms[source][row : row + len(part)].copy_(part)
+
+
+def iter_hf(gatherer: Gatherer, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """(HF name, whole tensor) out of a live model, on every rank, one Megatron tensor in memory at a time.
 
     Order and names are those of the tables; what is carried beside a checkpoint is not part of a model.
     """
     for key, entry in gatherer.table.entries.items():
         if key not in gatherer.owners:
             continue
-        whole = gatherer.rows(key, 0, max(1, entry.shape[0]))
-        assert whole is not None
-        for index, source in enumerate(entry.sources):
-            if len(entry.blocks) == 1 and entry.blocks[0].num_rows == len(whole):
-                yield source.name, whole.view(source.shape)
-                continue
-            parts = [whole[b.row : b.row + b.num_rows] for b in entry.blocks if b.source == index]
-            yield source.name, torch.cat(parts).view(source.shape)
+        with together():
+            dtype = gatherer.dtype(key)
+            sources = enumerate(entry.sources)
+            whole = {n: torch.empty(source.shape, dtype=dtype, device=device) for n, source in sources}
+        gather_into(gatherer, key, whole)
+        for number, source in enumerate(entry.sources):
+            yield source.name, whole[number]

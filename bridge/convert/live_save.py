@@ -16,7 +16,7 @@ from torch import Tensor
 from bridge.convert.atomic import staged
 from bridge.convert.dtypes import FLOATS
 from bridge.convert.folders import copy_assets, listed_assets, with_dtype
-from bridge.convert.live import CHUNK_BYTES, Gatherer
+from bridge.convert.live import CHUNK_BYTES, Gatherer, by_source
 from bridge.convert.manifest import MegatronFolder
 from bridge.convert.pieces import CopyTensor, Piece, PlannedReader
 from bridge.convert.quantized_folder import open_hf_folder
@@ -24,7 +24,7 @@ from bridge.convert.torch_dtypes import DTYPE_NAMES
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, row_bytes
 from bridge.hf.writer import HfWriter, write_text
-from bridge.mapping import Entry, Table
+from bridge.mapping import Table
 from bridge.together import together
 
 
@@ -50,7 +50,7 @@ def save_live(gatherer: Gatherer, origin: Origin, target: Path, max_shard_size: 
             if writes:
                 folder = _Folder(stack, gatherer, origin, target, max_shard_size, overwrite)
         for key, start, stop in _chunks(gatherer):
-            rows = gatherer.rows(key, start, stop, dst=0)
+            rows = gatherer.rows(key, start, stop, ranks=(0,))
             with together():
                 if folder is not None and rows is not None:
                     folder.write(key, start, rows)
@@ -115,7 +115,9 @@ class _Folder:
 
     def write(self, key: str, start: int, rows: Tensor) -> None:
         """Rows of a Megatron tensor, from `start` on."""
-        _write_rows(self._writer, self._table.entries[key], start, rows)
+        entry = self._table.entries[key]
+        for source, row, part in by_source(entry, start, rows):
+            self._writer.write_rows(entry.sources[source].name, row, _bytes(part))
         if key in self._copies:
             self._writer.write_rows(self._copies[key], start, _bytes(rows))
 
@@ -147,15 +149,6 @@ def _source(
     manifest, carried = origin.megatron.manifest, origin.megatron.carried
     reader = None if carried is None else stack.enter_context(HfFolder(carried))
     return reader, [(t.name, t.shape) for t in manifest.tensors], origin.megatron.hf, dict(manifest.file_metadata)
-
-
-def _write_rows(writer: HfWriter, entry: Entry, first: int, rows: Tensor) -> None:
-    """Rows [first, first + n) of a Megatron tensor, to wherever in the HF tensors they belong."""
-    for block in entry.blocks:
-        low, high = max(first, block.row), min(first + rows.shape[0], block.row + block.num_rows)
-        if low < high:
-            name = entry.sources[block.source].name
-            writer.write_rows(name, block.source_row + low - block.row, _bytes(rows[low - first : high - first]))
 
 
 def _bytes(rows: Tensor) -> np.ndarray:

@@ -7,17 +7,16 @@ the chunk and on nothing else.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from bridge.convert.crc import combine_crc32
 from bridge.convert.pieces import CopyTensor, PlannedTensor, Scratch
 from bridge.convert.threads import parallel
 from bridge.errors import MappingError
-from bridge.hf.tensors import Chunk, RowReader, TensorSpec, Unit, printable, split_rows
+from bridge.hf.tensors import Chunk, RowReader, Unit, printable, split_rows
 
 CHUNK_BYTES = 8 << 20
 # A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
@@ -51,12 +50,11 @@ class UnitJournal(Protocol):
 
 @dataclass(frozen=True)
 class CopyResult:
-    """What a copy did. `checksums`: the CRC32 of every destination tensor's bytes. Sizes in bytes of tensor data."""
+    """What a copy did. Sizes in bytes of tensor data."""
 
     bytes_total: int
     bytes_resumed: int
     files_resumed: int
-    checksums: dict[str, int]
 
 
 def copy(
@@ -79,11 +77,7 @@ def copy(
     """
     plan = {tensor.name: PlannedTensor(tensor, reader) for tensor in tensors}
     units = list(writer.units(chunk_bytes))
-    planned = {chunk.name for unit in units for chunk in unit.chunks}
-    for name in sorted(planned ^ plan.keys()):
-        raise MappingError(
-            f"tensor {printable(name)} is {'not planned' if name in planned else 'planned'} but not both ways"
-        )
+    _check_planned(units, plan)
     total = sum(chunk.nbytes for unit in units for chunk in unit.chunks)
     largest = max((chunk.nbytes for unit in units for chunk in unit.chunks), default=0)
     crcs: dict[tuple[str, int], int] = {}
@@ -101,24 +95,10 @@ def copy(
             progress(done, total, unit.file)
     resumed = done
 
-    def make_mover() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
-        buffer = memoryview(np.empty(largest, dtype=np.uint8))
-        scratch = Scratch()
-
-        def move(task: tuple[Unit, Chunk]) -> tuple[Unit, Chunk, int]:
-            unit, chunk = task
-            view = buffer[: chunk.nbytes]
-            plan[chunk.name].fill(chunk.start, chunk.stop, view, scratch)
-            crc = zlib.crc32(view)
-            writer.write_rows(chunk.name, chunk.start, view, crc)
-            return unit, chunk, crc
-
-        return move
-
     waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in kept}
     tasks = [(unit, chunk) for unit in units if unit.file in waiting for chunk in unit.chunks]
     unwritten = 0
-    for unit, chunk, crc in parallel(tasks, make_mover, workers):
+    for unit, chunk, crc in parallel(tasks, _mover(plan, writer, largest), workers):
         crcs[chunk.name, chunk.start] = crc
         done += chunk.nbytes
         if progress is not None:
@@ -134,7 +114,38 @@ def copy(
             writer.finish_unit(unit, sync=sync)
             if journal is not None:
                 journal.record(unit.file, [crcs[c.name, c.start] for c in unit.chunks])
-    return CopyResult(total, resumed, len(kept), _join_checksums(units, crcs))
+    return CopyResult(total, resumed, len(kept))
+
+
+def _check_planned(units: Sequence[Unit], plan: Mapping[str, PlannedTensor]) -> None:
+    """Raise MappingError unless the writer expects the tensors of the plan and no others."""
+    expected = {chunk.name for unit in units for chunk in unit.chunks}
+    for name in sorted(expected ^ plan.keys()):
+        raise MappingError(
+            f"tensor {printable(name)} is {'not planned' if name in expected else 'planned'} but not both ways"
+        )
+
+
+def _mover(
+    plan: Mapping[str, PlannedTensor], writer: RowWriter, largest: int
+) -> Callable[[], Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]]:
+    """Makes, for each thread, what moves a chunk (of at most `largest` bytes) and says its CRC32."""
+
+    def make() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
+        buffer = memoryview(np.empty(largest, dtype=np.uint8))
+        scratch = Scratch()
+
+        def move(task: tuple[Unit, Chunk]) -> tuple[Unit, Chunk, int]:
+            unit, chunk = task
+            view = buffer[: chunk.nbytes]
+            plan[chunk.name].fill(chunk.start, chunk.stop, view, scratch)
+            crc = zlib.crc32(view)
+            writer.write_rows(chunk.name, chunk.start, view, crc)
+            return unit, chunk, crc
+
+        return move
+
+    return make
 
 
 def _intact(
@@ -208,40 +219,6 @@ def compare(
         yield name, name not in details, details.get(name, "")
 
 
-def checksums(
-    reader: RowReader,
-    names: Iterable[str] | None = None,
-    *,
-    workers: int = 2,
-    chunk_bytes: int = CHUNK_BYTES,
-    progress: Progress | None = None,
-) -> dict[str, int]:
-    """The CRC32 of the bytes of each tensor: the same numbers as `CopyResult.checksums`. Raises CheckpointError."""
-    chosen = list(reader.tensors) if names is None else list(names)
-    specs = [TensorSpec(name, reader.tensors[name].dtype, tuple(reader.tensors[name].shape)) for name in chosen]
-    units = [Unit(spec.name, spec.nbytes, tuple(split_rows(spec, chunk_bytes))) for spec in specs]
-    tasks = [chunk for unit in units for chunk in unit.chunks]
-    total, largest = sum(c.nbytes for c in tasks), max((c.nbytes for c in tasks), default=0)
-
-    def make_worker() -> Callable[[Chunk], tuple[Chunk, int]]:
-        buffer = memoryview(np.empty(largest, dtype=np.uint8))
-
-        def work(chunk: Chunk) -> tuple[Chunk, int]:
-            view = buffer[: chunk.nbytes]
-            reader.read_rows(chunk.name, chunk.start, chunk.stop, view)
-            return chunk, zlib.crc32(view)
-
-        return work
-
-    crcs, done = {}, 0
-    for chunk, crc in parallel(tasks, make_worker, workers):
-        crcs[chunk.name, chunk.start] = crc
-        done += chunk.nbytes
-        if progress is not None:
-            progress(done, total, chunk.name)
-    return _join_checksums(units, crcs)
-
-
 def _difference(
     ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: Chunk, item: int
 ) -> str:
@@ -255,10 +232,3 @@ def _difference(
     per_row = len(different) // max(chunk.stop - chunk.start, 1)
     row, column = divmod(int(different.argmax()), max(per_row, 1))
     return f"row {chunk.start + row}, element {column} is the first of {int(different.sum())} that differ near there"
-
-
-def _join_checksums(units: Iterable[Unit], crcs: Mapping[tuple[str, int], int]) -> dict[str, int]:
-    joined: dict[str, int] = {}
-    for chunk in sorted((c for unit in units for c in unit.chunks), key=lambda c: (c.name, c.start)):
-        joined[chunk.name] = combine_crc32(joined.get(chunk.name, 0), crcs[chunk.name, chunk.start], chunk.nbytes)
-    return joined

@@ -120,7 +120,7 @@ class Factors:
 
     def with_column_norms(self, base: Iterable[tuple[int, Tensor]]) -> Factors:
         """What an embedding with DoRA needs: `base` are all of its rows, (first row, rows)."""
-        squares = torch.zeros(self.target.shape[1], dtype=torch.float64)
+        squares = torch.zeros(self.target.shape[1], dtype=torch.float64, device=self.a.device)
         for start, rows in base:
             squares += self.added(rows, start, start + len(rows)).square().sum(0)
         return replace(self, column_scale=self.scale(squares.sqrt().float()))

@@ -156,7 +156,8 @@ class Gemma4Model(GPTModel):
     ) -> dict[str, Any]:
         """Without the empty `_extra_state` entries of Megatron's own linears: they hold nothing, checkpoints need not
         have them, and strict loading asks for whatever is named here. Without the rows that fill up the vocabulary.
-        Adapters are cut as their weights are."""
+        Adapters are cut as their weights are. Layers differ, whether or not `metadata` says so."""
+        metadata = {"non_homogeneous_layers": True, **(metadata or {})}
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {
             key: item

@@ -7,14 +7,13 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bridge.errors import DataError
 from recipes.data.sample import Where
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What one line or row holds: a value, or the DataError that reading it gave. `blank`: a line of white space."""
 
     where: Where
@@ -98,12 +97,12 @@ class Read:
 
 
 def _json_record(line: bytes, where: Where) -> Record:
-    if not line.strip():
+    if not line or line.isspace():
         return Record(where, blank=True)
     try:
         # The byte order mark that some editors write is no part of the first line.
         text = line.decode("utf-8-sig" if where.line == 1 else "utf-8")
-        value = json.loads(text, object_pairs_hook=json_object, parse_constant=no_constant)
+        value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         return Record(where, error=DataError(f"{where}: not UTF-8 at byte {error.start + 1}"))
     except RecursionError:
@@ -127,6 +126,10 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def no_constant(name: str) -> Any:
     """Raises ValueError: NaN and infinities, which Python's parser would take."""
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: `json.loads` with hooks makes one for each line.
+_DECODER = json.JSONDecoder(object_pairs_hook=json_object, parse_constant=no_constant)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from recipes.data.chat import Encoded
 from recipes.data.encoding import Outcome
 from recipes.data.sample import Blob, Media
 from recipes.data.statistics import Counts, Statistics
@@ -36,6 +37,8 @@ from recipes.data.statistics import Counts, Statistics
 # In media.jsonl: bytes in blobs.bin, not a path.
 STORED = "blobs.bin:"
 _FILES = ("ids.bin", "flags.bin", "index.bin", "media.jsonl", "blobs.bin", "skipped.txt")
+# So many tokens are held before they are written.
+_HELD_TOKENS = 1 << 20
 # A part ends with whichever comes first.
 _PART_RECORDS, _PART_BYTES, _PART_SECONDS = 4096, 16 << 20, 10.0
 
@@ -136,12 +139,15 @@ class _Writer:
 
     def __init__(self, folder: Path) -> None:
         self.counts = Counts()
+        self._held: list[tuple[Encoded, int, int]] = []
+        self._tokens = 0
         self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in _FILES}
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._write()
         for file in self._files.values():
             file.close()
 
@@ -168,13 +174,31 @@ class _Writer:
             counts.unlike_prompts += encoded.unlike_prompts
             if encoded.media:
                 rows = [self._media_to_json(item) for item in encoded.media]
-                self._files["media.jsonl"].write(json.dumps({"sample": counts.samples, "media": rows}).encode() + b"\n")
-            counts.add(len(encoded), int(encoded.supervised.sum()))
-            self._files["ids.bin"].write(encoded.ids.astype(np.int32).tobytes())
-            flags = encoded.supervised | encoded.types << 1 | encoded.desirable << 3
-            self._files["flags.bin"].write(flags.astype(np.uint8).tobytes())
-            row = np.asarray([counts.tokens, source, record.where.line], np.int64)
-            self._files["index.bin"].write(row.tobytes())
+                row = {"sample": counts.samples + len(self._held), "media": rows}
+                self._files["media.jsonl"].write(json.dumps(row).encode() + b"\n")
+            self._held.append((encoded, source, record.where.line))
+            self._tokens += len(encoded)
+            if self._tokens >= _HELD_TOKENS:
+                self._write()
+
+    def _write(self) -> None:
+        """Append the samples that are held: many at a time, as each call of numpy costs as much as a short sample."""
+        if not self._held:
+            return
+        samples = [sample for sample, _, _ in self._held]
+        lengths = np.fromiter(map(len, samples), np.int64, len(samples))
+        supervised = np.concatenate([sample.supervised for sample in samples])
+        flags = supervised | np.concatenate([sample.types for sample in samples]) << 1
+        if any(sample.desirable for sample in samples):
+            flags |= np.repeat(np.asarray([sample.desirable for sample in samples]), lengths).astype(np.uint8) << 3
+        ends = np.cumsum(lengths)
+        rows = np.asarray([(0, source, line) for _, source, line in self._held], np.int64)
+        rows[:, 0] = self.counts.tokens + ends
+        self._files["ids.bin"].write(np.concatenate([sample.ids for sample in samples]).astype(np.int32).tobytes())
+        self._files["flags.bin"].write(flags.astype(np.uint8).tobytes())
+        self._files["index.bin"].write(rows.tobytes())
+        self.counts.add(lengths, int(supervised.sum()))
+        self._held, self._tokens = [], 0
 
     def _media_to_json(self, item: Media) -> dict[str, Any]:
         return {"kind": item.kind, "fps": item.fps, "blobs": [self._blob_to_json(blob) for blob in item.blobs]}

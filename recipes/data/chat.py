@@ -6,9 +6,9 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,16 @@ from bridge.hf.json_file import read_object
 from bridge.token_ids import check_ids, embedding_tables
 from recipes.data.control import ControlTokens, answers_of, has_thought
 from recipes.data.options import CorpusOptions, Supervise
+from recipes.data.pieces import ALL, Together, cut, mark_learnt
 from recipes.data.processing import PLACEHOLDERS, MediaProcessor, ReadMedia
-from recipes.data.sample import THINKING_KEYS, Media, Sample, Where
+from recipes.data.rendering import Template
+from recipes.data.sample import Media, Sample, Where
 from recipes.data.supervision import (
     MARKERS,
     MODEL_HEADER,
     RESPONSE,
     TURN,
     TURN_END,
-    Span,
     TemplateError,
     around,
     check_answers,
@@ -39,8 +40,6 @@ from recipes.data.tokens import Tokens
 
 # Where processors of before transformers 4.57 keep the template that their tokenizer lacks.
 _PROCESSOR_TEMPLATE = "chat_template.json"
-# Of a piece of text, in the place of the token up to which it is learnt.
-_NONE, _ALL = -1, -2
 # What the tokens depend on.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", *_PROCESSOR_FILES)
@@ -67,9 +66,8 @@ class Encoded:
         return len(self.ids)
 
 
-@dataclass(frozen=True)
-class _LaidOut:
-    """A sample before it is tokenised: texts that are tokenised each by itself, and what of each is learnt (`_cut`).
+class _LaidOut(NamedTuple):
+    """A sample before it is tokenised: texts that are tokenised each by itself, and what of each is learnt (`cut`).
 
     `first_unlearnt`: where everything is learnt, but neither <bos> nor soft tokens.
     """
@@ -103,7 +101,7 @@ class ChatModel:
         if not self.tokenizer.is_fast:
             raise UsageError(f"{folder}: has no tokenizer.json")
         self.template = _template(self.tokenizer, options.chat_template, self.folder)
-        self._thinking_key = next((key for key in THINKING_KEYS if key in (self.template or "")), None)
+        self._applied = Template(self.tokenizer, self.template or "", self._kwargs)
         has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
         self.geometry = Geometry.from_folder(folder)
         self.media = MediaProcessor(folder, self.geometry, has_processor=has_processor)
@@ -124,6 +122,7 @@ class ChatModel:
         """One for another thread: tokenizers and processors change inside while they work."""
         other = copy.copy(self)
         other.tokenizer, other.media = copy.deepcopy(self.tokenizer), self.media.fork()
+        other._applied = Template(other.tokenizer, self.template or "", self._kwargs)
         return other
 
     def fingerprints(self) -> dict[str, str]:
@@ -150,9 +149,13 @@ class ChatModel:
         """
         laid = list(map(self._laid_out, samples, self._render_all(samples), read))
         pieces = [piece for one in laid if isinstance(one, _LaidOut) for piece in one.pieces]
-        tokens = iter(self._token_ids(pieces))
+        tokens = self._token_ids(pieces)
+        together = Together.of(tokens)
+        several = iter(tokens)
         return [
-            self._encoded(sample, one, list(islice(tokens, len(one.pieces)))) if isinstance(one, _LaidOut) else one
+            self._encoded(sample, one, list(islice(several, len(one.pieces))), together)
+            if isinstance(one, _LaidOut)
+            else one
             for sample, one in zip(samples, laid, strict=True)
         ]
 
@@ -163,7 +166,7 @@ class ChatModel:
                 raise text
             if sample.messages:
                 return self._conversation(sample, text, read)
-            return _LaidOut((text,) if sample.text is not None else (), (_ALL,))
+            return _LaidOut((text,) if sample.text is not None else (), (ALL,))
         except BridgeError as error:
             return error
 
@@ -185,23 +188,28 @@ class ChatModel:
         if media:
             text, spans = self.media.with_soft_tokens(text, spans, media, read, str(sample.where))
         return _LaidOut(
-            *_cut(text, spans, {} if everything else self._ends), media, left_out, unlike, first_unlearnt=everything
+            *cut(text, spans, {} if everything else self._ends), media, left_out, unlike, first_unlearnt=everything
         )
 
-    def _encoded(self, sample: Sample, laid: _LaidOut, parts: Sequence[list[int]]) -> Encoded | BridgeError:
+    def _encoded(
+        self, sample: Sample, laid: _LaidOut, parts: Sequence[list[int]], together: Together
+    ) -> Encoded | BridgeError:
+        ids, supervised, types = together.next(sum(map(len, parts)))
         try:
             if sample.tokens is not None:
                 encoded = self._encode_tokens(sample.tokens, sample.where)
             elif sample.text is not None:
                 encoded = self._encode_text(parts[0])
             else:
-                ids, supervised = _joined(parts, laid.learnt)
-                types = self._types(ids, laid.media)
+                mark_learnt(supervised, parts, laid.learnt)
+                types = self.media.types(ids) if laid.media else types
                 if laid.first_unlearnt:
                     # Of <bos> there is nothing to learn, and a soft token is not one that anybody says.
                     supervised[0], supervised[types != 0] = False, False
                 encoded = Encoded(ids, supervised, types, laid.media, laid.thoughts_left_out, laid.unlike_prompts)
-            if not len(encoded) or int(encoded.ids.max()) >= self._rows:
+            # Beside what the pieces hold there are tokens of the data's own, and those at the ends of a text.
+            ordinary = sample.messages and together.highest < self._rows
+            if not len(encoded) or (not ordinary and int(encoded.ids.max()) >= self._rows):
                 check_ids(encoded.ids, self.geometry, sample.where, self.tokenizer.convert_ids_to_tokens)
         except BridgeError as error:
             return error
@@ -217,8 +225,9 @@ class ChatModel:
         if sample.media:
             text, _ = self.media.with_soft_tokens(text, [], sample.media, read, str(sample.where))
             tensors, _ = self.media.tensors(sample.media, read, str(sample.where))
-        ids, supervised = _joined(self._token_ids([text]), (_NONE,))
-        return Encoded(ids, supervised, self._types(ids, sample.media), sample.media), tensors
+        ids, supervised, types = Together.of(parts := self._token_ids([text])).next(len(parts[0]))
+        types = self.media.types(ids) if sample.media else types
+        return Encoded(ids, supervised, types, sample.media), tensors
 
     def render(self, sample: Sample, *, answer: bool = False) -> str:
         """The conversation as the template writes it, a placeholder for each media item.
@@ -271,16 +280,7 @@ class ChatModel:
                 f"{self.folder}: has no chat template (a base model): copy chat_template.jinja from the instruction-"
                 f"tuned model of the same size ({self.folder.name}-it) into it, or set data.chat_template to that file"
             )
-        return list(
-            self.tokenizer.apply_chat_template(
-                [[message.for_template(self._thinking_key) for message in sample.messages] for sample in samples],
-                tools=list(samples[0].tools) or None,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=answer,
-                **self._kwargs,
-            )
-        )
+        return self._applied.render([sample.messages for sample in samples], samples[0].tools, answer=answer)
 
     def _checked_media(self, sample: Sample, text: str) -> str:
         media = sample.media
@@ -309,9 +309,6 @@ class ChatModel:
         # Not the tokenizer's own call, which makes of each piece a dictionary of lists.
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def _types(self, ids: np.ndarray, media: Sequence[Media]) -> np.ndarray:
-        return self.media.types(ids) if media else np.zeros(len(ids), np.uint8)
 
     def _generation_prefix(self, needed: bool | None) -> str:
         """What a generation prompt has behind the header of the model's turn; "" without a template.
@@ -344,43 +341,6 @@ class ChatModel:
         pieces = [f"{TURN}model\n", "one two", f"{TURN_END}"]
         if encode("".join(pieces)) != [token for piece in pieces for token in encode(piece)]:
             raise UsageError(f"{self.folder}: its tokenizer adds something at the start of a text")
-
-
-def _cut(text: str, spans: Sequence[Span], ends: Mapping[str, int]) -> tuple[list[str], list[int]]:
-    """The text in pieces, cut where supervision begins, and of each which tokens are learnt: `_NONE`, `_ALL`, or those
-    up to the first that is this one of `ends`, the tokens at which the model stops.
-
-    In use, the prompt up to the answer is tokenised alone and the model goes on from there: a token that straddles
-    the two would be one that it can never say. Behind a token at which it stops there is nothing to cut.
-    """
-    pieces: list[str] = []
-    learnt: list[int] = []
-    position = 0
-    for number, (start, end) in enumerate(spans):
-        if start > position:
-            pieces.append(text[position:start])
-            learnt.append(_NONE)
-        marker = next((marker for marker in ends if text.endswith(marker, start, end)), None)
-        following = spans[number + 1][0] if number + 1 < len(spans) else len(text)
-        position = end if marker is None else following
-        pieces.append(text[start:position])
-        learnt.append(_ALL if marker is None else ends[marker])
-    if position < len(text):
-        pieces.append(text[position:])
-        learnt.append(_NONE)
-    return pieces, learnt
-
-
-def _joined(parts: Sequence[list[int]], learnt: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all pieces, int32 [n], and which are learnt, bool [n], as `_cut` has it."""
-    ids = np.fromiter(chain.from_iterable(parts), np.int32)
-    supervised = np.zeros(len(ids), bool)
-    at = 0
-    for part, which in zip(parts, learnt, strict=True):
-        if which != _NONE:
-            supervised[at : at + (len(part) if which == _ALL else part.index(which) + 1)] = True
-        at += len(part)
-    return ids, supervised
 
 
 def _template(tokenizer: Any, file: str | None, folder: Path) -> str | None:

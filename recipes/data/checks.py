@@ -50,6 +50,8 @@ def check_unicode(text: str, at: str) -> None:
 
 def is_unicode(text: str) -> bool:
     """Whether it can be encoded."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -27,7 +27,6 @@ _ROLES = {
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 # Whether a message is learnt: 1 or 0 (OpenAI's `weight`), or true or false.
 _TRAIN_KEYS = ("train", "training", "loss", "weight")
-_PLAIN = {"role", "content"}
 # Parts of content as OpenAI's APIs have them -> the kind, and where in the part its source is.
 _PARTS = {
     "image_url": ("image", "url"),
@@ -64,10 +63,10 @@ def conversation(
 
 def is_plain(row: Any) -> bool:
     """Whether a message is a role that there is here, and a text that says something."""
-    if type(row) is not dict or row.keys() != _PLAIN or row["role"] not in ROLES:
+    if type(row) is not dict or len(row) != 2:
         return False
-    content = row["content"]
-    return type(content) is str and bool(content.strip())
+    role, content = row.get("role"), row.get("content")
+    return type(content) is str and role in ROLES and content != "" and not content.isspace()
 
 
 def _message(row: Any, at: str, role_keys: Sequence[str], content_keys: Sequence[str]) -> Any:

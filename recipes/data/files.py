@@ -33,7 +33,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class DataFile:
-    """One file of a kind of `_KINDS`. `root`: the folder of its media.
+    """One file of a kind of `_KINDS`. `root`: the folder of its media. `share`: how much of it is read, 0 to 1.
 
     A line's or row's number counts from 1: of CSV, the line where the row begins; of an array, its elements.
     """
@@ -48,6 +48,7 @@ class DataFile:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path}: not a regular file")
         self._kind = _KINDS[suffix]
+        self.share = 0.0
 
     def fingerprint(self) -> str:
         """Changes with the content. Raises DataError if it cannot be read."""
@@ -57,11 +58,20 @@ class DataFile:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
 
+    def size(self) -> int:
+        """In bytes, as it lies there. Raises DataError."""
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+
     def blocks(self) -> Iterator[Block]:
         """All records in order. Raises DataError where the file cannot be read on."""
         try:
-            with _opened(self.path, self._kind.seeks) as file:
-                yield from self._kind.blocks(file, self.name)
+            with _opened(self.path, self._kind.seeks) as (file, share):
+                for block in self._kind.blocks(file, self.name):
+                    self.share = share()
+                    yield block
         except (OSError, EOFError, zlib.error) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise DataError(f"{self.name}: cannot be read ({why})") from None
@@ -81,31 +91,33 @@ def kind_of_file(path: Path) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path, seeks: bool) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked; `seeks`: as a file that can be read anywhere."""
+def _opened(path: Path, seeks: bool) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+    """The bytes of a file, unpacked, and how much of it has been read, 0 to 1; `seeks`: one to be read anywhere."""
     suffix = path.suffix.lower()
-    if suffix not in _PACKED:
-        with path.open("rb") as file:
-            yield file
-        return
-    with _unpacked(path, suffix) as packed:
-        if not seeks:
-            yield packed
+    with path.open("rb") as raw:
+        size = max(1, path.stat().st_size)
+        if suffix not in _PACKED:
+            yield raw, lambda: raw.tell() / size
             return
-        with tempfile.TemporaryFile() as whole:
-            shutil.copyfileobj(packed, whole, 1 << 20)
-            whole.seek(0)
-            yield whole
+        with _unpacked(raw, path, suffix) as packed:
+            if not seeks:
+                yield packed, lambda: raw.tell() / size
+                return
+            with tempfile.TemporaryFile() as whole:
+                shutil.copyfileobj(packed, whole, 1 << 20)
+                length = max(1, whole.tell())
+                whole.seek(0)
+                yield whole, lambda: whole.tell() / length
 
 
 @contextmanager
-def _unpacked(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+def _unpacked(raw: IO[bytes], path: Path, suffix: str) -> Iterator[IO[bytes]]:
     if suffix == ".gz":
-        with gzip.open(path, "rb") as file:
+        with gzip.GzipFile(fileobj=raw) as file:
             yield file  # type: ignore[misc]
         return
     pyarrow = needed("pyarrow", "pyarrow", str(path), "reading .zst")
-    with pyarrow.OSFile(str(path)) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+    with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as stream:
         yield io.BufferedReader(stream, 1 << 20)
 
 

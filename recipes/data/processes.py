@@ -22,6 +22,10 @@ from recipes.helper_signals import held_back
 _LEAVE_S = 5.0
 
 
+class ProcessDied(DataError):
+    """One of the processes, of itself or by somebody else's hand."""
+
+
 class Processes(CloseOnExit):
     """`size` processes, each with what `module.opened(*settings)` gives: a function of a question. Thread-safe.
 
@@ -60,7 +64,7 @@ class Processes(CloseOnExit):
         return all(connection.poll() for connection, _ in self._all)
 
     def ask(self, question: Any) -> Any:
-        """What one of them answers, when one is free. Raises what it raised; DataError where it has died."""
+        """What one of them answers, when one is free. Raises what it raised; ProcessDied."""
         connection, process = self._free.get()
         try:
             if process not in self._greeted:
@@ -70,7 +74,10 @@ class Processes(CloseOnExit):
             answer, error = connection.recv()
         except (EOFError, OSError):
             code = process.wait(_LEAVE_S) if process.poll() is None else process.returncode
-            raise DataError(f"data.workers: a process that tokenises has died (code {code}); out of memory?") from None
+            raise ProcessDied(
+                f"data.workers: a process that tokenises has died (code {code}; out of memory?); what the others have "
+                "done is kept, and the same command goes on behind it"
+            ) from None
         finally:
             self._free.put((connection, process))
         if error is not None:

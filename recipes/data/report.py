@@ -24,20 +24,42 @@ class Progress:
     def __init__(self, say: Say, doing: str = "tokenising") -> None:
         self._say, self._doing = say, doing
         self._last: float | None = None
+        self._first = (0.0, 0.0)
         self._lines = 0
 
-    def read(self, records: int) -> None:
-        """So many records have been read."""
+    def read(self, records: int, share: float | None = None) -> None:
+        """So many records have been read, which is this part of all, 0 to 1."""
         now = time.monotonic()
-        if self._last is None or now - self._last >= _EVERY_S:
-            self._say(self._doing if self._last is None else f"{self._doing}: {records} records")
-            self._last = now
+        if self._last is None:
+            self._say(self._doing)
+            self._first = (now, share or 0.0)
+        elif now - self._last < _EVERY_S:
+            return
+        else:
+            self._say(f"{self._doing}: {records} records{self._left(now, share)}")
+        self._last = now
+
+    def _left(self, now: float, share: float | None) -> str:
+        """How long it takes yet, by how long it took so far."""
+        since, before = self._first
+        if share is None or share <= before:
+            return ""
+        seconds = (now - since) * (1 - share) / (share - before)
+        return f", {share:.0%}, about {_duration(seconds)} to go"
 
     def line(self, text: str) -> None:
         """A line of `open_corpus`."""
         self._lines += 1
         if self._lines <= _FIRST_LINES:
             self._say(text)
+
+
+def _duration(seconds: float) -> str:
+    """In words: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def facts(statistics: Statistics, options: CorpusOptions, files: list[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from bridge.errors import DataError
 from recipes.data.checks import (
@@ -37,8 +38,7 @@ _BASE64 = re.compile(r"(iVBOR|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|T2dnUw|ZkxhQw)[A-Za
 _SOURCE_KEYS = ("path", "url", "base64", "bytes")
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """A record's place: file and line (of Parquet: row), counted from 1."""
 
     file: str
@@ -70,8 +70,7 @@ class Media:
     fps: float | None = None
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message. `parts`: strings, and media in between; `extra`: keys that go to the template as they are.
 
     `train`: whether it is learnt, where the record says so.
@@ -81,7 +80,7 @@ class Message:
     parts: tuple[str | Media, ...]
     thinking: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = MappingProxyType({})
     train: bool | None = None
 
     @property

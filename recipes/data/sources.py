@@ -14,15 +14,21 @@ from typing import Any, Protocol
 from bridge.errors import DataError
 from recipes.data.blocks import Block, Record
 from recipes.data.files import ROWS, DataFile, first_line, kind_of_file, needed, tables
+from recipes.data.megatron import MegatronFile, prefix_of
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What is read of a folder: other .json there is mostly somebody's configuration.
 _IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+# What a row is taken for, beside files: not every dataset knows its size.
+_ROW_BYTES = 1024
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test")
 
 
 class Source(Protocol):
-    """One file or dataset. `root`: the folder of its media, None where it has no folder."""
+    """One file or dataset. `root`: the folder of its media, None where it has no folder. `share`: how much of it was
+    read by the last of `blocks`, 0 to 1."""
+
+    share: float
 
     @property
     def name(self) -> str: ...
@@ -32,6 +38,10 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Changes with the content. Raises DataError if it cannot be read."""
+        ...
+
+    def size(self) -> int:
+        """About how many bytes it has. Raises DataError."""
         ...
 
     def blocks(self) -> Iterator[Block]:
@@ -48,7 +58,9 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     found: list[Source] = []
     for name in paths:
         path = Path(name)
-        if path.is_dir():
+        if (prefix := prefix_of(name)) is not None:
+            found.append(MegatronFile(prefix))
+        elif path.is_dir():
             found += _folder(path, split)
         elif path.exists():
             found.append(DataFile(path))
@@ -56,7 +68,7 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
             matches = sorted(match for match in _glob(name) if match.is_file())
             if not matches:
                 raise DataError(f"{name}: no file matches")
-            found += [DataFile(match) for match in matches]
+            found += _matched(matches)
         elif is_hub_name(name):
             found.append(HubDataset(name, split, subset))
         else:
@@ -64,9 +76,18 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     return found
 
 
+def _matched(files: Sequence[Path]) -> list[Source]:
+    """The files of a glob; of the two that Megatron makes of a text, both are one."""
+    prefixes = {file: prefix_of(str(file)) for file in files}
+    both = dict.fromkeys(prefix for prefix in prefixes.values() if prefix is not None)
+    return [*map(MegatronFile, both), *(DataFile(file) for file, prefix in prefixes.items() if prefix is None)]
+
+
 def is_data(name: str, beside_data: bool) -> bool:
     """Whether the name of a recipe or of data is one of data: it is there, and no recipe's file, or `beside_data`."""
     path = Path(name)
+    if prefix_of(name) is not None:
+        return True
     return path.exists() and (beside_data or path.is_dir() or kind_of_file(path) is not None)
 
 
@@ -166,6 +187,7 @@ class HubDataset:
         self.name, self.root = name, Path(name) if saved else None
         self._split, self._subset, self._saved = split, subset, saved
         self._loaded: Any = None
+        self.share = 0.0
 
     def _dataset(self) -> Any:
         if self._loaded is not None:
@@ -187,8 +209,15 @@ class HubDataset:
     def fingerprint(self) -> str:
         return f"{self._split}:{self._dataset()._fingerprint}"
 
+    def size(self) -> int:
+        return len(self._dataset()) * _ROW_BYTES
+
     def blocks(self) -> Iterator[Block]:
-        yield from tables(self._dataset().iter(batch_size=ROWS), self.name)
+        rows, read = max(1, len(self._dataset())), 0
+        for block in tables(self._dataset().iter(batch_size=ROWS), self.name):
+            read += len(block)
+            self.share = read / rows
+            yield block
 
     def records(self) -> Iterator[Record]:
         """All records in order, one by one."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -82,13 +84,15 @@ class Counts:
         if len(self.skipped) < self._SHOWN:
             self.skipped.append(message)
 
-    def add(self, length: int, supervised: int) -> None:
-        """Count a sample of `length` tokens."""
-        self.samples += 1
-        self.tokens += length
+    def add(self, lengths: np.ndarray, supervised: int) -> None:
+        """Count samples of `lengths` tokens [n], int64, of which so many are learnt in all."""
+        self.samples += len(lengths)
+        self.tokens += int(lengths.sum())
         self.supervised += supervised
-        self.longest = max(self.longest, length)
-        self.lengths[max(32, 1 << (length - 1).bit_length())] += 1
+        self.longest = max(self.longest, int(lengths.max()))
+        # The least power of two that holds it.
+        classes = np.maximum(32, 1 << np.ceil(np.log2(lengths)).astype(np.int64))
+        self.lengths.update(dict(zip(*(each.tolist() for each in np.unique(classes, return_counts=True)), strict=True)))
 
     def absorb(self, other: Statistics) -> None:
         """Count all that others have counted."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from recipes.data.options import Supervise
 
@@ -35,8 +35,7 @@ class TemplateError(ValueError):
     """A rendered text that is not turns as Gemma 4 has them, or lacks what the messages say."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What the model says at one go: characters [start, end), end marker included. `turn`: number of its turn."""
 
     start: int
@@ -94,8 +93,7 @@ def model_steps(text: str) -> list[Step]:
     return steps
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What one of the assistant's messages says: `texts`, without white space around and thoughts, and `calls`, how
     many. `train`: whether it is learnt, where the record says so."""
 

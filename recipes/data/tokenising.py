@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from bridge.errors import DataError
@@ -96,13 +97,14 @@ def tokenise(
     chat: ChatModel,
     options: CorpusOptions,
     sources: Sequence[Source],
-    progress: Callable[[int], None],
+    progress: Callable[[int, float], None],
     notify: Callable[[str], None],
 ) -> None:
     """Add what is not in `parts` yet. Raises DataError for a bad record, with `on_error="fail"`; OSError."""
     if parts.records:
         notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
     roots = [Path(options.media_root) if options.media_root is not None else source.root for source in sources]
+    share = Share(sources)
     blocks = _behind(sources, parts.records)
     with ExitStack() as stack:
         processes: Processes | None = None
@@ -110,6 +112,7 @@ def tokenise(
             clock = _Clock(parts.records)
             work, read = Work(chat, options, roots), parts.records
             for source, block, skip in blocks:
+                done = share.read(source)
                 for outcome in work.outcomes(source, block, skip):
                     if outcome.error is not None and options.on_error == "fail":
                         raise outcome.error
@@ -117,7 +120,7 @@ def tokenise(
                     read += 1
                     if outcome.reason == INVALID:
                         notify(f"skipped {outcome.message}")
-                    progress(read)
+                    progress(read, done)
                 clock.reached(read)
                 if processes is None and options.workers > 1 and clock.seconds >= _ALONE_S:
                     settings = (chat.folder, options, roots, parts.folder)
@@ -128,7 +131,7 @@ def tokenise(
             parts.flush()
         if processes is not None:
             groups = groups_of(((source, block) for source, block, _ in blocks), clock.speed)
-            with_processes(parts, processes, options.workers, groups, progress, notify)
+            with_processes(parts, processes, options.workers, groups, progress, notify, share)
 
 
 class _Clock:
@@ -155,18 +158,41 @@ def with_processes(
     processes: Processes,
     workers: int,
     groups: Iterator[Sequence[Numbered]],
-    progress: Callable[[int], None],
+    progress: Callable[[int, float], None],
     notify: Callable[[str], None],
+    share: Share,
 ) -> None:
     """Each process makes a part at a time; here they are put into their order. Raises DataError."""
-    with closing(ordered_map(processes.ask, groups, workers=workers, ahead=2 * workers)) as results:
+    # Of the groups that are being worked on, how much of the data was read with them.
+    shares: deque[float] = deque()
+
+    def noted() -> Iterator[Sequence[Numbered]]:
+        for group in groups:
+            shares.append(share.read(group[-1][0]))
+            yield group
+
+    with closing(ordered_map(processes.ask, noted(), workers=workers, ahead=2 * workers)) as results:
         for made in results:
             if made.error is not None:
                 raise made.error
             parts.take(made.place, made.records, made.statistics)
             for message in made.skipped:
                 notify(f"skipped {message}")
-            progress(parts.records)
+            progress(parts.records, shares.popleft())
+
+
+class Share:
+    """Which part of all data has been read, 0 to 1, while its sources are read one after another."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._sizes = [source.size() for source in sources]
+        self._before = [0, *accumulate(self._sizes)]
+
+    def read(self, source: int) -> float:
+        """As far as the source of this number has been read."""
+        whole = max(1, self._before[-1])
+        return (self._before[source] + self._sizes[source] * self._sources[source].share) / whole
 
 
 def _behind(sources: Sequence[Source], behind: int) -> Iterator[tuple[int, Block, int]]:

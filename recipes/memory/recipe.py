@@ -84,7 +84,7 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         lora_rank=rank,
         adapters=adapters,
         whole=whole,
-        trained=_trained(recipe.model.freeze) if recipe.drafter.path is None else nothing,
+        trained=nothing if recipe.drafter.path and recipe.drafter.target == "frozen" else _trained(recipe.model.freeze),
         answers=_answers(recipe),
     )
 

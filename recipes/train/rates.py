@@ -23,13 +23,8 @@ _FACTOR = "lr_mult"
 class Schedule(OptimizerParamScheduler):
     """Megatron's, of which groups have their multiples: warm-up, decay and the last rate alike."""
 
-    @property
-    def rate(self) -> float:
-        """Of what is in no group."""
-        return float(super().get_lr({}))
-
     def get_lr(self, param_group: dict) -> float:
-        return self.rate * float(param_group.get(_FACTOR, 1.0))
+        return float(super().get_lr({})) * float(param_group.get(_FACTOR, 1.0))
 
 
 def factors(recipe: Recipe) -> dict[str, float]:

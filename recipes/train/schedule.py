@@ -59,17 +59,22 @@ def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> Schedule:
     )
 
 
+def rate(scheduler: Schedule) -> float:
+    """Of the next step, and of what is in no group, on ranks too that have no parameter to train."""
+    return float(scheduler.get_lr({}))
+
+
 def group_rates(recipe: Recipe, scheduler: Schedule) -> dict[str, float]:
     """Of the step to come, by the names that the log gives them: that of each of `optimizer.lr_groups`."""
-    return {f"lr/{name}": scheduler.rate * factor for name, factor in factors(recipe).items()}
+    return {f"lr/{name}": rate(scheduler) * factor for name, factor in factors(recipe).items()}
 
 
 def advance(recipe: Recipe, scheduler: Schedule) -> dict[str, float]:
     """Go on to the next step; {"rate": of the step that was, "next": of the one to come, "steps": of the schedule}, and
     those of groups that come."""
-    rate = scheduler.rate
+    before = rate(scheduler)
     scheduler.step(1)
-    return {"rate": rate, "next": scheduler.rate, "steps": recipe.train.steps} | group_rates(recipe, scheduler)
+    return {"rate": before, "next": rate(scheduler), "steps": recipe.train.steps} | group_rates(recipe, scheduler)
 
 
 def rate_change(recipe: Recipe, scheduler: Schedule, step: int, before: dict[str, float]) -> str | None:
@@ -77,7 +82,7 @@ def rate_change(recipe: Recipe, scheduler: Schedule, step: int, before: dict[str
 
     `before`: what `advance` gave when the run was saved; {} of older checkpoints.
     """
-    now = scheduler.rate
+    now = rate(scheduler)
     if not before or step >= recipe.train.steps:
         return None
     if math.isclose(now, before["next"], rel_tol=1e-6):

@@ -26,7 +26,7 @@ from recipes.check import check_recipe
 from recipes.config import Recipe
 from recipes.groups import FREEZABLE, compiled, none_named
 from recipes.train import lora
-from recipes.train.drafter import Target, with_drafter
+from recipes.train.drafter import Drafting, with_drafter
 from recipes.train.rates import Schedule, group_overrides
 from recipes.train.schedule import make_scheduler
 
@@ -70,15 +70,15 @@ def local_device(rank: int, visible: int) -> int:
 @dataclass
 class BuiltModel:
     """A model on this rank, and what its data and batches are. `chunks`: the models as schedules take them, in order,
-    which is in DDP where they are trained. With a `target` they are its drafter, and `provider` is the target's.
-    `teacher`: the frozen model that is asked in each step."""
+    which is in DDP where they are trained. `drafting`: what trains a drafter in the last of them. `teacher`: the frozen
+    model that is asked in each step."""
 
     recipe: Recipe
     groups: ProcessGroupCollection
     provider: Gemma4Provider
     models: list[Gemma4Model]
     chunks: Sequence[torch.nn.Module]
-    target: Target | None = field(default=None, kw_only=True)
+    drafting: Drafting | None = field(default=None, kw_only=True)
     teacher: BuiltModel | None = field(default=None, kw_only=True)
 
     @property
@@ -93,6 +93,11 @@ class BuiltModel:
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
     @property
+    def drafts_alone(self) -> bool:
+        """Whether a drafter is trained, and its model is not."""
+        return self.drafting is not None and self.drafting.frozen
+
+    @property
     def device(self) -> torch.device:
         return torch.device(torch.cuda.current_device())
 
@@ -102,7 +107,7 @@ class Run(BuiltModel):
     """What a training run consists of on this rank.
 
     `table`: of what is trained, and so of what checkpoints hold: the model's, or that of its adapters (`lora`), or its
-    drafter's. `bridge`: of the model that reads the data.
+    drafter's where the model is frozen. `bridge`: of the model that reads the data.
     """
 
     bridge: Gemma4Bridge
@@ -114,8 +119,13 @@ class Run(BuiltModel):
 
     @property
     def trained(self) -> Gemma4Bridge:
-        """Of the model whose weights are trained, or adapted."""
-        return self.bridge if self.target is None else self.target.drafter
+        """Of the model whose weights are trained, or adapted: a drafter's where only that is."""
+        return self.drafting.bridge if self.drafting is not None and self.drafting.frozen else self.bridge
+
+    @property
+    def stored(self) -> list[Gemma4Model]:
+        """What of this rank checkpoints hold: `table` is of them."""
+        return self.drafting.held if self.drafting is not None and self.drafting.frozen else self.models
 
 
 def build(recipe: Recipe, load: bool) -> Run:
@@ -156,20 +166,20 @@ def assemble(recipe: Recipe, microbatches: int, load: bool, bridge: Gemma4Bridge
     provider = bridge.provider(layout, dtype, overrides=overrides, attention_backends=backends, **parts)
     groups = initialize(layout, seed=recipe.train.seed)
     models = provider.build(groups)
-    if load or adapters is not None or recipe.drafter.path is not None:
+    if load or adapters is not None or (recipe.drafter.path is not None and recipe.drafter.target == "frozen"):
         bridge.load_hf_weights(models)
     if spec is not None and adapters is not None:
         lora.add_adapters(recipe, spec, adapters, models)
     freeze(models, recipe.model.freeze)
-    target, own = None, provider
+    drafting = None
     if recipe.drafter.path is not None:
-        target, own, models = with_drafter(recipe, bridge, provider, models, groups, load)
-    chunks = wrap(own, models, groups, parallel.overlap)
+        drafting = with_drafter(recipe, bridge, provider, models, groups, load)
+    chunks = wrap(provider, models, groups, parallel.overlap)
     optimizer = make_optimizer(recipe, chunks, groups)
     scheduler = make_scheduler(recipe, optimizer)
-    table = adapters or (bridge.table if target is None else target.drafter.table)
+    table = adapters or (drafting.bridge.table if drafting is not None and drafting.frozen else bridge.table)
     built = (recipe, groups, provider, models, chunks)
-    return Run(*built, bridge, optimizer, scheduler, microbatches, table, spec, target=target)
+    return Run(*built, bridge, optimizer, scheduler, microbatches, table, spec, drafting=drafting)
 
 
 def only_deterministic() -> None:

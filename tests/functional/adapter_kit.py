@@ -65,6 +65,11 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[st
 
     `lora`: what it has instead.
     """
+    saved_run(folder, output, parallel, lora)
+
+
+def saved_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[str, Any]) -> Any:
+    """What `save_run` saves, live."""
     from bridge.lora.inject import fill
     from bridge.lora.table import AdapterTable
     from recipes.config import resolve
@@ -89,3 +94,4 @@ def save_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[st
     make_states(run.optimizer)
     prepare_output(run)
     save(run, Progress(step=7))
+    return run

@@ -82,14 +82,14 @@ def test_adapters_are_in_the_weights(
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == expected.keys() and found["merged"].keys() == found["left"].keys()
     for name, tensor in found["merged"].items():
-        assert _near(saved[name], tensor), name  # in other pieces, and so with other products
+        assert near(saved[name], tensor), name  # in other pieces, and so with other products
         assert torch.equal(found["left"][name], before[name]), name
-        assert _near(tensor, expected[name]), name
+        assert near(tensor, expected[name]), name
     changed = {name for name, tensor in found["merged"].items() if not torch.equal(tensor, before[name])}
     assert changed == {target.name for target in adapter.targets if target.kind != "saved"}
 
 
-def _near(ours: Tensor, theirs: Tensor) -> bool:
+def near(ours: Tensor, theirs: Tensor) -> bool:
     """To the rounding of float32 products; in bf16 that may be the other side of a tie, once in many."""
     difference = (ours.float() - theirs.float()).abs()
     if ours.dtype is torch.float32:

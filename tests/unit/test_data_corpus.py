@@ -29,7 +29,7 @@ from recipes.data.files import DataFile
 from recipes.data.sample import Sample
 from recipes.data.training import corpus_options
 
-from .data_helpers import chat, corpus_of, model_folder, write_jsonl
+from .data_helpers import caches, chat, corpus_of, model_folder, write_jsonl
 
 GOOD = chat("hi", "hello")
 
@@ -211,7 +211,7 @@ def test_a_bad_record_is_fatal_by_default(bad: int, folder: Path, model: Path) -
     record, message = BAD[bad]
     with pytest.raises(DataError, match=rf"data\.jsonl:3: .*{re.escape(message)}"):
         corpus_of(folder, model, [GOOD, GOOD, record, GOOD, "later and worse"])
-    assert not list((folder / "cache").iterdir())
+    assert not caches(folder / "cache")
 
 
 def fuzzed(count: int) -> list[bytes]:
@@ -471,7 +471,7 @@ def test_what_was_tokenised_is_kept_and_gone_on_with(
     options = CorpusOptions(str(path), 256, on_error="skip", allow_urls=True, workers=workers)
 
     def opened(cache: str, stop: int = 0) -> Corpus:
-        def progress(read: int) -> None:
+        def progress(read: int, share: float) -> None:
             if read == stop:
                 raise KeyboardInterrupt
 
@@ -483,7 +483,7 @@ def test_what_was_tokenised_is_kept_and_gone_on_with(
     for stop in (9, 23):
         with pytest.raises(KeyboardInterrupt):
             opened("cut", stop)
-        assert [entry.suffix for entry in (folder / "cut").iterdir()] == [".parts"]
+        assert [entry.suffix for entry in caches(folder / "cut")] == [".parts"]
     del encodings[:]
     resumed = opened("cut")
     assert "tokenising goes on behind the 23 records of an interrupted run" in told
@@ -492,7 +492,7 @@ def test_what_was_tokenised_is_kept_and_gone_on_with(
     for sample in (5, 21):
         for name, tensor in resumed.media_tensors(sample).items():
             assert tensor.equal(whole.media_tensors(sample)[name])
-    assert [entry.suffix for entry in (folder / "cut").iterdir()] == [""]
+    assert [entry.suffix for entry in caches(folder / "cut")] == [""]
 
 
 def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, mo
     path = write_jsonl(folder / "data.jsonl", rows)
 
     def opened(name: str, at: int = 0, then: Callable[[Path], None] = lambda parts: None) -> Corpus:
-        def progress(read: int) -> None:
+        def progress(read: int, share: float) -> None:
             if at and read == at:
                 then(next((folder / name).glob(".*.parts")))
 
@@ -560,7 +560,7 @@ def test_ranks_that_come_together(folder: Path, model: Path, monkeypatch: pytest
     with ThreadPoolExecutor(3) as pool:
         first, *others = pool.map(rank, range(3))
     assert all(other == first for other in others)
-    assert len(builds) == 1 and list((folder / "cache").iterdir()) == builds
+    assert len(builds) == 1 and caches(folder / "cache") == builds
 
 
 class Table:
@@ -626,6 +626,9 @@ def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.Mon
 
     class Dataset:
         _fingerprint = "f"
+
+        def __len__(self) -> int:
+            return 2
 
         def with_format(self, kind: str) -> Dataset:
             assert kind == "arrow"

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ import pytest
 from PIL import Image
 
 from bridge.errors import DataError
-from recipes.data import CorpusOptions, open_corpus, tokenising
+from recipes.data import Batches, BatchOptions, Corpus, CorpusOptions, open_corpus, tokenising
 from recipes.data.chat import ChatModel
 from recipes.data.media import decode_image, image_size
 from recipes.data.processes import Processes
 
-from .data_helpers import chat, model_folder, write_jsonl
+from .data_helpers import caches, chat, model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_processes_make_the_bytes_of_one(
     alone = open_corpus(replace(options, workers=1, cache=str(tmp_path / "alone")), model, notify=told.append)
     assert not groups and len(told) == 1
 
-    def interrupt(read: int) -> None:
+    def interrupt(read: int, share: float) -> None:
         if read >= 300:
             raise KeyboardInterrupt
 
@@ -82,17 +84,62 @@ def test_processes_to_the_end_and_killed(
     strict = replace(options, on_error="fail", cache=str(tmp_path / "strict"))
     with pytest.raises(DataError, match=r"a\.jsonl:501: not JSON"):
         open_corpus(strict, model)
-    assert not list((tmp_path / "strict").iterdir())
+    assert not caches(tmp_path / "strict")
     started: list[Processes] = []
     ask = Processes.ask
     monkeypatch.setattr(Processes, "ask", lambda self, group: (started.append(self), ask(self, group))[1])
 
-    def kill(read: int) -> None:
+    def kill(read: int, share: float) -> None:
         for pid in started[-1].pids if started else ():
             os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(DataError, match=r"data\.workers: a process that tokenises has died \(code -9\)"):
+    with pytest.raises(
+        DataError, match=r"data\.workers: a process that tokenises has died \(code -9; out of memory\?\)"
+    ):
         open_corpus(replace(options, cache=str(tmp_path / "killed")), model, progress=kill)
+    said: list[str] = []
+    resumed = open_corpus(replace(options, workers=1, cache=str(tmp_path / "killed")), model, notify=said.append)
+    assert said[0].startswith("tokenising goes on behind") and files_of(resumed.folder) == files_of(alone.folder)
+
+
+def prepared(options: CorpusOptions, model: Path, cache: Path, at: int = 0, where: str = "record") -> int:
+    """Prepare in a process of its own, killed when `at` records are done; how it ended."""
+    arguments = [str(options.path), str(model), str(cache), str(options.workers), str(at), where]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.preparing", *arguments], cwd=Path(__file__).parents[2], capture_output=True
+    )
+    return done.returncode
+
+
+def order(corpus: Corpus) -> list[list[int]]:
+    """The rows of two epochs, packed."""
+    batches = Batches(corpus, BatchOptions(256, packing=True, seed=3))
+    return [batches.plan(epoch).row(row) for epoch in (0, 1) for row in range(batches.rows(epoch))]
+
+
+def test_killed_in_the_middle(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
+    """By SIGKILL, when so many records are done: what is there is gone on with, to the same bytes."""
+    alone = replace(options, workers=1)
+    assert prepared(alone, model, tmp_path / "killed", 300) == -signal.SIGKILL
+    said: list[str] = []
+    resumed = open_corpus(replace(alone, cache=str(tmp_path / "killed")), model, notify=said.append)
+    assert "tokenising goes on behind the 288 records of an interrupted run" in said
+    whole = open_corpus(alone, model)
+    assert files_of(resumed.folder) == files_of(whole.folder) and order(resumed) == order(whole)
+    assert caches(tmp_path / "killed") == [resumed.folder]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
+    """At twenty points, by one process and by two, while the parts are joined and behind that."""
+    kills = [(100 + 45 * n, "record") for n in range(18)] + [(0, "join"), (0, "made")]
+    for number, (at, where) in enumerate(kills):
+        assert prepared(replace(options, workers=1 + number % 2), model, tmp_path / "killed", at, where) == -9
+    assert prepared(options, model, tmp_path / "killed") == 0
+    resumed = open_corpus(replace(options, cache=str(tmp_path / "killed")), model)
+    whole = open_corpus(replace(options, workers=1), model)
+    assert files_of(resumed.folder) == files_of(whole.folder) and order(resumed) == order(whole)
+    assert caches(tmp_path / "killed") == [resumed.folder]
 
 
 def test_signals_are_the_runs_own() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("bridge", "recipes")
+PACKAGES = ("bridge", "recipes", "integrations")
 
 
 def modules() -> dict[str, Path]:

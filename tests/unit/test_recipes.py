@@ -189,8 +189,17 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["drafter.path=x", "drafter.kl=0", "drafter.cross_entropy=0"], 1, "cross_entropy or kl above 0"),
         (["drafter.path=x", "drafter.steps=0"], 1, "steps is at least 1"),
         (["drafter.path=x", "drafter.centroids=-1"], 1, "drafter.centroids=-1.0: must be at least 0"),
-        (["drafter.path=x", "parallel.pp=2"], 2, "parallel.pp does not go with drafter.path"),
-        (["drafter.path=x", "lora.rank=4"], 1, "lora does not go with drafter.path"),
+        (["drafter.path=x", "train.z_loss=1e-4"], 1, "train.z_loss does not go with drafter.path"),
+        (["drafter.path=x", "lora.rank=4"], 1, "lora: the model is frozen; drafter.target=trained trains it with its"),
+        (["drafter.path=x", "drafter.detach=false"], 1, "drafter.detach=false: the model is frozen; drafter.target="),
+        (["drafter.path=x", "drafter.target=lora"], 1, "drafter.target=lora: is frozen or trained"),
+        (["drafter.path=x", "export.drafter=y"], 1, "export.drafter: the model is frozen, and export.hf is"),
+        (["export.drafter=y"], 1, "export.drafter needs drafter.path"),
+        (
+            ["drafter.path=x", "drafter.target=trained", "export.hf=y", "export.drafter=y/z"],
+            1,
+            "export.drafter=y/z: is export.hf=y, or one lies inside the other",
+        ),
     ],
 )
 def test_refused_before_anything_is_built(overrides: list[str], world: int, message: str) -> None:

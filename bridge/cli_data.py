@@ -1,0 +1,228 @@
+"""The commands that look at training data and prepare it: parse, call, print."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from bridge.cli_kit import (
+    ColumnOption,
+    FormatOption,
+    FunctionOption,
+    JsonOption,
+    columns_of,
+    epilog,
+    err,
+    out,
+    wrote_json,
+)
+from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from recipes.data.caches import Cache
+
+data = typer.Typer(
+    help="Look at training data, prepare it; list and clean what is prepared.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+@data.command("show", epilog=epilog("data show sft/e2b data.path=chats.jsonl -n 5"))
+def data_show(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose data and model are shown.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe.")] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Without a recipe: JSONL or Parquet, a folder, a glob, a dataset; repeat."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")] = None,
+    count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
+    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
+    split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
+    format_: FormatOption = None,
+    column: ColumnOption = None,
+    function: FunctionOption = None,
+    turns: Annotated[
+        str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
+    ] = "all",
+    thinking: Annotated[bool, typer.Option(help="Learn thoughts.")] = True,
+    tool_calls: Annotated[bool, typer.Option(help="Learn tool calls.")] = True,
+    overlong: Annotated[str, typer.Option(help="drop or split")] = "drop",
+    on_error: Annotated[str, typer.Option(help="fail or skip")] = "skip",
+    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
+    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
+    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the statistics, as .svg; needs a model.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
+
+    A recipe says all of it by its own keys; data is named in its place, by itself or with --data, and the other options
+    count. Without --model it is said what the records are, in words and not in tokens.
+    """
+    from recipes.config import load_recipe
+    from recipes.data import CorpusOptions, Supervise, open_corpus
+    from recipes.data.formats import Layout
+    from recipes.data.plot import check_plot, write_plot
+    from recipes.data.preference import of_its_kind
+    from recipes.data.recognition import lines, recognise
+    from recipes.data.report import Progress
+    from recipes.data.show import show, to_json
+    from recipes.data.sources import is_data
+    from recipes.data.training import corpus_options, model_folder
+
+    if recipe is not None and is_data(recipe, bool(named)):
+        # Data alone, or what a shell makes of --data data/*.parquet.
+        absent = [name for name in overrides or () if not Path(name).exists()]
+        if absent:
+            raise UsageError(f"{absent[0]}: no such file; without a recipe, what stands beside --data is data too")
+        named, recipe = [*(named or ()), recipe, *(overrides or ())], None
+    if recipe is not None:
+        if named or model:
+            raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
+        said = load_recipe(recipe, overrides or [])
+        options, model = corpus_options(said), model_folder(said)
+    elif not named:
+        raise UsageError("name a recipe, or data: a file, or --data")
+    else:
+        options = CorpusOptions(
+            tuple(named),
+            seq_length,
+            split=split,
+            supervise=Supervise(turns, thinking, tool_calls),
+            on_error=on_error,
+            overlong=overlong,
+            allow_urls=allow_urls,
+            media_root=media_root,
+            chat_template=chat_template,
+            cache=cache,
+            layout=Layout(format_, columns_of(column), function),
+        )
+        options = of_its_kind(options)
+    if plot is not None:
+        check_plot(plot)
+        if model is None:
+            raise UsageError("--plot: draws tokens, which are those of a model: --model")
+    progress = Progress(err.print, doing="reading" if model is None else "tokenising")
+    if model is None:
+        found = recognise(options, count, progress.read)
+        if not wrote_json(json_file, found.to_json()):
+            for line in lines(found):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    corpus = open_corpus(options, model, progress=progress.read)
+    if plot is not None:
+        write_plot(corpus, plot)
+        err.print(f"wrote {plot}")
+    if not wrote_json(json_file, to_json(corpus, count)):
+        show(corpus, count, out)
+
+
+@data.command("prepare", epilog=epilog("data prepare sft/e2b data.path=chats.jsonl --workers 32"))
+def data_prepare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE|FILE... [KEY=VALUE]...", help="A recipe, or data; keys are those of recipes."),
+    ] = None,
+    named: Annotated[list[str] | None, typer.Option("--data", help="Data, in the place of a recipe; repeat.")] = None,
+    model: Annotated[str | None, typer.Option(help="An HF folder or hub id; needed without a recipe.")] = None,
+    seq_length: Annotated[
+        int | None, typer.Option(min=2, help="train.seq_length: longer samples are dropped, or split.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="data.workers: processes that tokenise.")] = None,
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="cache, what `train` reads; or megatron, also: whole documents as .bin, .idx."),
+    ] = "cache",
+    out_prefix: Annotated[
+        str | None, typer.Option("--out", metavar="PREFIX", help="With --format megatron: of the two files.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Make the tokens that `train` makes first, so that a run, on any number of ranks, starts at once.
+
+    The same recipe and keys have to be given. Whatever ends it: the same command goes on behind what is done.
+    """
+    from recipes.data.preparation import asked, lines, prepare, recipe_of, targets, to_json, to_megatron
+
+    if format_ not in ("cache", "megatron"):
+        raise UsageError(f"--format {format_}: is cache or megatron; how records are written says data.format=...")
+    if (format_ == "megatron") != (out_prefix is not None):
+        raise UsageError("--out PREFIX goes with --format megatron")
+    given = asked(arguments or [], named or [])
+    recipe = recipe_of(given, model, seq_length, workers)
+    if out_prefix is not None:
+        recipe = targets(recipe, out_prefix, seq_length)
+    sets, notes = prepare(recipe, alone=given.recipe is None)
+    written, said = to_megatron(sets, out_prefix) if out_prefix is not None else ({}, [])
+    if not wrote_json(json_file, to_json(sets) | ({"megatron": written} if written else {})):
+        for line in [*lines(sets), *notes, *said]:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+CacheOption = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="data.cache; else the user's own.")]
+
+
+@data.command("list", epilog=epilog("data list"))
+def data_list(cache: CacheOption = None, json_file: JsonOption = None) -> None:
+    """Say which prepared data there is: of which files, for which run, how large and since when it was not used."""
+    from recipes.data.caches import find
+    from recipes.data.uses import default_folder
+
+    folder = cache or default_folder()
+    found = find(folder)
+    if wrote_json(json_file, {"folder": str(folder), "caches": [one.to_json() for one in found]}):
+        return
+    _print_caches(found)
+    out.print(f"{folder}: {len(found)} caches, {sum(one.bytes for one in found) / 1e9:.3f} GB")
+
+
+@data.command("clean", epilog=epilog("data clean --older-than 30d"))
+def data_clean(
+    cache: CacheOption = None,
+    older: Annotated[
+        str | None, typer.Option("--older-than", metavar="AGE", help="Those not used for so long: 12h, 30d, 8w.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove prepared data, unfinished too; never what a process that lives makes or uses. Asks first."""
+    from recipes.data.caches import find, older_than, remove, tidy
+    from recipes.data.uses import default_folder
+
+    if (older is None) == (not every):
+        raise UsageError("say which: --older-than AGE or --all")
+    limit = time.time() - (older_than(older) if older is not None else 0.0)
+    folder = cache or default_folder()
+    chosen = [one for one in find(folder) if every or one.used < limit]
+    _print_caches(chosen)
+    size = sum(one.bytes for one in chosen) / 1e9
+    if chosen and not yes and not typer.confirm(f"remove {len(chosen)} caches, {size:.3f} GB?"):
+        raise typer.Exit(1)
+    gone = list(remove(chosen, err.print))
+    tidy(folder)
+    out.print(f"{folder}: removed {len(gone)} of {len(chosen)} caches, {sum(one.bytes for one in gone) / 1e9:.3f} GB")
+
+
+def _print_caches(caches: list[Cache]) -> None:
+    if not caches:
+        return
+    table = Table("cache", "size", "not used for", "samples", "of", "for")
+    for one in caches:
+        files = ", ".join(one.files[:2]) + (f" and {len(one.files) - 2} more" if len(one.files) > 2 else "")
+        state = files if one.state == "complete" else one.state
+        used_by = " ".join(str(one.said[key]) for key in ("for", "model") if one.said.get(key))
+        hours = (time.time() - one.used) / 3600
+        age = "in use" if one.live else f"{hours / 24:.0f} d" if hours >= 48 else f"{hours:.0f} h"
+        table.add_row(one.folder.name[:8], f"{one.bytes / 1e6:.1f} MB", age, str(one.samples), state, used_by)
+    out.print(table)

@@ -1,0 +1,57 @@
+"""A chat template, as its tokenizer applies it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from recipes.data.sample import THINKING_KEYS, Message
+
+
+class Template:
+    """Renders conversations with the template `text` and its variables.
+
+    Plain ones (each message a role and a text) go straight to the program that the tokenizer itself would run: what it
+    does before, to messages of any kind, changes nothing of them, and takes a quarter of the time.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, variables: Mapping[str, Any]) -> None:
+        self._tokenizer, self._text, self._variables = tokenizer, text, dict(variables)
+        self._thinking_key = next((key for key in THINKING_KEYS if key in text), None)
+        # Variables that are none of the template's but say how it is applied.
+        self._ordinary = not variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+        self._program: Callable[..., str] | None = None
+
+    def render(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any], *, answer: bool) -> list[str]:
+        """Conversations with the same tools; `answer`: with the beginning of the model's turn. Raises anything."""
+        if not tools and self._ordinary and all(_is_plain(message) for one in conversations for message in one):
+            render = self._plain()
+            return [render(messages=self._messages(one), add_generation_prompt=answer) for one in conversations]
+        return list(
+            self._tokenizer.apply_chat_template(
+                [self._messages(one) for one in conversations],
+                tools=list(tools) or None,
+                chat_template=self._text,
+                tokenize=False,
+                add_generation_prompt=answer,
+                **self._variables,
+            )
+        )
+
+    def _messages(self, conversation: Sequence[Message]) -> list[dict[str, Any]]:
+        return [message.for_template(self._thinking_key) for message in conversation]
+
+    def _plain(self) -> Callable[..., str]:
+        if self._program is None:
+            from transformers.utils import chat_template_utils
+
+            compiled = chat_template_utils._compile_jinja_template(self._text)
+            said = {"tools": None, "documents": None, **self._tokenizer.special_tokens_map, **self._variables}
+            self._program = lambda **given: str(compiled.render(**said, **given))
+        return self._program
+
+
+def _is_plain(message: Message) -> bool:
+    # Of strings, no class that brings methods of its own: a template must not see those.
+    return message.bare and type(message.parts[0]) is str
