@@ -129,6 +129,8 @@ def _simulate(tasks: Sequence[tuple[Recipe, int]], geometry: Geometry, world_siz
 
     from recipes.simulate.rank import simulate_rank
 
+    # Each leaves this group for one of its own: not before the others are in it.
+    dist.barrier()
     own = range(dist.get_rank(), len(tasks), dist.get_world_size())
     done = {}
     for number in own:
