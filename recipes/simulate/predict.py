@@ -20,7 +20,7 @@ from recipes.simulate.hardware import Hardware
 Seconds = defaultdict[str, float]
 
 # Bytes that norms, activations, copies and sums of a layer read and write, forward and backward, in hidden states.
-_ELEMENTWISE = 75
+_ELEMENTWISE = 220
 # Bytes of an update for a trained parameter: its gradient, the float32 copy and two moments there and back, the weight.
 _UPDATE = 28
 
@@ -76,7 +76,7 @@ def _microbatch(geometry: Geometry, plan: Plan, hardware: Hardware) -> Seconds:
         found["attention_backward"] += 2.5 * flops / hardware.rate("attention_backward")
     states = full * geometry.hidden_size * load.e / (parallel.tp if parallel.sequence_parallel else 1)
     layers = geometry.num_layers / parallel.pp
-    found["memory"] = _ELEMENTWISE * states * layers * (1 + 0.3 * _repeated(load, "all")) / hardware.rate("memory")
+    found["memory"] = _ELEMENTWISE * states * layers * (1 + 0.5 * _repeated(load, "all")) / hardware.rate("memory")
     found.update(_communication(geometry, parallel, load, full, hardware))
     return found
 
