@@ -36,6 +36,7 @@ from bridge.convert.replace import recover, replace_folder, sync_tree
 from bridge.errors import BridgeError, CheckpointError, MappingError, UsageError
 from bridge.hf.tensors import fsync_folder
 from bridge.hf.writer import write_text
+from bridge.mapping.table import DRAFTER
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import modality_of
@@ -90,10 +91,13 @@ def prepare_output(run: Run) -> None:
 
     def write() -> None:
         output = Path(run.recipe.output)
-        if run.recipe.export.hf is not None:
-            # Said now, and not when there is a model to write.
-            source = run.trained.hf_dir or run.trained.megatron.hf  # type: ignore[union-attr]
-            check_target(Path.cwd() / run.recipe.export.hf, True, source.rglob("*"))
+        said = run.recipe.export
+        drafter = None if run.drafting is None else run.drafting.bridge
+        for bridge, target in ((run.trained, said.hf), (drafter, said.drafter)):
+            if bridge is not None and target is not None:
+                # Said now, and not when there is a model to write.
+                source = bridge.hf_dir or bridge.megatron.hf  # type: ignore[union-attr]
+                check_target(Path.cwd() / target, True, source.rglob("*"))
         output.mkdir(parents=True, exist_ok=True)
         _tidy(output)
         if run.lora is not None:
@@ -118,10 +122,11 @@ def save(run: Run, progress: Progress) -> Path:
     on_rank_0(begin)
     run.gather_weights()
     state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
-    for number, model in enumerate(run.models):
+    for number, model in enumerate(run.stored):
         items = model.sharded_state_dict(metadata=dict(METADATA)).items()
-        state[f"model{number}"] = {name: item for name, item in items if run.table.covers(item.key)}
-    state["optimizer"] = sharded_state(run.optimizer, run.models, fill=True)
+        kept = {name: item for name, item in items if run.table.covers(item.key) or item.key.startswith(DRAFTER)}
+        state[f"model{number}"] = kept
+    state["optimizer"] = sharded_state(run.optimizer, run.stored, fill=True)
     state["rng"] = _rng_object(_random_states())
     # What the writer reports goes from this thread to this thread. Megatron would start a process to carry it, which a
     # signal to the job ends, and which outlives a rank that is killed.
@@ -167,7 +172,7 @@ def load(run: Run, folder: Path) -> Progress:
         )
     make_states(run.optimizer)
     load_weights(run, folder)
-    state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.models, fill=False)}
+    state: dict[str, Any] = {"optimizer": sharded_state(run.optimizer, run.stored, fill=False)}
     if world_size == dist.get_world_size():
         state["rng"] = _rng_object(None)
     loaded = _loaded(state, folder)
@@ -192,7 +197,15 @@ def load_weights(run: Run, folder: Path) -> None:
             run.table.check_keys({key: tensor.shape for key, tensor in reader.tensors.items()}, folder)
         except MappingError as error:
             raise CheckpointError(f"{error}; is {folder.parent} the run of another model or other adapters?") from None
-        load_from_megatron(run.models, run.table, reader)
+        load_from_megatron(run.stored, run.table, reader)
+    if run.drafting is not None and not run.drafting.frozen:
+        drafter = run.drafting
+        with DistReader(folder, within=DRAFTER) as reader:
+            try:
+                drafter.bridge.table.check_keys({key: t.shape for key, t in reader.tensors.items()}, folder)
+            except MappingError as error:
+                raise CheckpointError(f"{error}; is {folder.parent} the run of another drafter, or of none?") from None
+            load_from_megatron(drafter.held, drafter.bridge.table, reader)
 
 
 def on_rank_0(function: Callable[[], None]) -> None:

@@ -27,15 +27,15 @@ from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
 from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
+from recipes.train.export import export
 from recipes.train.log import Log
-from recipes.train.lora import export_merged
 from recipes.train.media import mask_change, modality_of, senses_in
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
 from recipes.train.rollouts import Rollouts, RolloutStopped
-from recipes.train.samples import Samples, metrics_of
-from recipes.train.schedule import advance, rate_change, shortened
+from recipes.train.samples import Samples, acceptance_values, metrics_of
+from recipes.train.schedule import advance, group_rates, rate, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
@@ -121,8 +121,8 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             loop = _Loop(run, streams, progress, log, signalled, samples, metrics_of(recipe, streams))
             with signalled.noted():
                 outcome = loop.run()
-            if recipe.export.hf is not None and not outcome.stopped:
-                _export(run, loop.best(), Path(recipe.export.hf), say)
+            if not outcome.stopped:
+                export(run, loop.best(), say)
         finally:
             if rollouts is not None:
                 rollouts.close()
@@ -147,19 +147,6 @@ def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[st
         seen = progress.sense_updates.get("vision", 0)
         if change := mask_change(run.bridge.geometry, run.recipe.model.vision_mask, progress.vision_mask, seen):
             say(change)
-
-
-def _export(run: Run, best: Path | None, target: Path, say: Callable[[str], None]) -> None:
-    """Write the model of a checkpoint, or as it is now, as an HF folder. Collective."""
-    if best is not None:
-        say(f"exporting the best checkpoint, {best}")
-    if run.lora is not None:
-        checkpoint.on_rank_0(lambda: export_merged(run.recipe, best, target, say))
-        return
-    run.gather_weights()
-    if best is not None:
-        checkpoint.load_weights(run, best)
-    run.trained.save_hf(run.models, target, overwrite=True)
 
 
 def _better(value: float, best: float, measure: str) -> bool:
@@ -305,13 +292,13 @@ class _Loop:
     def _flops(self, batches: Sequence[Batch]) -> float:
         """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica.
 
-        Where a drafter is trained, of its target's forward pass.
+        Where a drafter alone is trained, of its model's forward pass.
         """
         groups = self.run_.groups
         if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
             return 0.0
         geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
-        if self.run_.target is not None:
+        if self.run_.drafts_alone:
             return forward_flops(geometry, batches, vision_mask)
         flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
         if self.run_.teacher is not None:
@@ -366,7 +353,8 @@ class _Loop:
             return
         values: Values = {
             **self._values((total, count, *others)),
-            "lr": run.optimizer.param_groups[0]["lr"],
+            "lr": rate(run.scheduler),
+            **group_rates(self.recipe, run.scheduler),
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,
@@ -409,6 +397,8 @@ class _Loop:
             if said is None:
                 return True
             if self.log is not None:
+                if run.drafting is not None:
+                    self.log.write(progress.step, acceptance_values(said))
                 self.log.texts(progress.step, {str(answer.index): answer.text for answer in said})
         self._compare(values[self._best_name])
         return False

@@ -44,12 +44,14 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 class Ask:
     """Prompts as token ids, served at a time. `adapters`: of every prompt its folder, None for the model as it is.
 
+    `free`: answers may have any token; else none that `placeholders` gives.
     `inputs_file`: where to write what goes into linears of FP8 weights, for one prompt and one token of an answer.
     """
 
     ids: Sequence[Sequence[int]]
     adapters: Sequence[str | None] = ()
     max_tokens: int = ANSWER
+    free: bool = False
     inputs_file: str | None = None
 
 
@@ -77,7 +79,7 @@ def ask_vllm(model: Path, asks: Sequence[Ask], workdir: Path, **options: Any) ->
             {
                 "model": str(model),
                 "options": OPTIONS | options,
-                "asks": [asdict(ask) | {"never": placeholders(model)} for ask in asks],
+                "asks": [asdict(ask) | {"never": [] if ask.free else placeholders(model)} for ask in asks],
             }
         )
     )

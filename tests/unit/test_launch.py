@@ -159,7 +159,7 @@ def test_proposals_fit_and_the_best_is_first() -> None:
     table = table_for(geometry_of("google/gemma-4-26B-A4B-it"))
     found = search(table, Plan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
     assert found and all(one.estimate.total + RESERVE <= 80e9 for one in found)
-    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(16 % one.plan.parallel.world_size == 0 for one in found)
     assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
 
@@ -223,6 +223,33 @@ def test_a_wheel_has_all_that_is_not_python() -> None:
         there = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
         assert {path for path in there if path.suffix != ".py"} == packed
         assert ROOT / package / "py.typed" in packed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], "give --hardware NAME"),
+        (["--hardware", "h101"], "hardware h101: neither a file nor one of b200, h100, h200"),
+        (["--hardware", "h100", "--plot", "x.svg"], "--plot shows a simulated step: add --simulate"),
+    ],
+)
+def test_plan_refuses(asked: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "8", *asked])
+    assert isinstance(done.exception, UsageError) and said in str(done.exception)
+
+
+def test_plan_of_a_recipe() -> None:
+    """Its rows, tokens, adapters and optimizer count; its layout does not."""
+    asked = ["--gpus", "64", "--hardware", "h100", "--json", "-"]
+    done = CliRunner().invoke(app, ["plan", "sft/31b", *asked])
+    proposals = json.loads(done.stdout)["proposals"]
+    seconds = [row["predicted_seconds"] for row in proposals]
+    assert len(proposals) == 5 and seconds == sorted(seconds)
+    for row in proposals:
+        recipe = load_recipe("sft/31b", ["data.path=x", "parallel.tp=1", "parallel.sequence_parallel=false",
+                                         "parallel.recompute=none", *row["overrides"]])  # fmt: skip
+        table = table_for(geometry_of("31b"))
+        assert (estimate(table, plan_of(recipe, 64, table)).total + RESERVE) / 1e9 == pytest.approx(row["gb"], abs=0.01)
 
 
 def test_plan_as_json() -> None:
