@@ -28,7 +28,7 @@ _SHIPPED = "shipped:"
 class ModelConfig:
     """`hf` (a folder or hub id) or `megatron` (a Megatron checkpoint or run): exactly one.
 
-    `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `FREEZABLE`, or
+    `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `recipes.groups`, or
     regular expressions on Megatron's parameter names.
     `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
@@ -262,12 +262,16 @@ class OptimizerConfig:
 
     `schedule`: constant, linear, cosine or wsd (constant, then over the last `wsd_steps` along `wsd_style`: linear,
     cosine, exponential or minus_sqrt). The rate after `warmup` steps is `lr`, that of the last step `min_lr`.
+    `lr_groups`: the same for groups of parameters, by names (of `recipes.groups`) or regular expressions on Megatron's
+    parameter names, in the place of `lr`, with the same warm-up and decay (`min_lr` in proportion); of several that
+    match, the one named last counts.
     `clip`: the largest gradient norm, 0: any. `precision_aware` (needs Transformer Engine): moments in
     `moments_dtype`, and no float32 copy of bf16 weights but what is missing of them.
     """
 
     lr: float = 1e-5
     min_lr: float = 0.0
+    lr_groups: dict[str, float] = field(default_factory=dict)
     warmup: int = 0
     schedule: str = "cosine"
     wsd_steps: int = 0

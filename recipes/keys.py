@@ -54,6 +54,8 @@ _ELSEWHERE = {
     "exclude_modules": "lora.exclude",
     "use_rslora": "lora.rslora",
     "use_dora": "lora.dora",
+    "loraplus_lr_ratio": "optimizer.lr_groups",
+    "teacher_model_name_or_path": "distill.teacher",
     "loss_type": "preference.loss",
     "reward_funcs": "grpo.rewards",
     "max_completion_length": "grpo.max_new_tokens",

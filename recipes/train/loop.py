@@ -35,7 +35,7 @@ from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
 from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, acceptance_values, metrics_of
-from recipes.train.schedule import advance, rate, rate_change, shortened
+from recipes.train.schedule import advance, group_rates, rate, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
@@ -354,6 +354,7 @@ class _Loop:
         values: Values = {
             **self._values((total, count, *others)),
             "lr": rate(run.scheduler),
+            **group_rates(self.recipe, run.scheduler),
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,

@@ -101,7 +101,8 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids", "text", "preference", "unpaired-preference", "prompt-response", "inputs-targets", "input-output"
+        "input_ids", "megatron", "text", "preference", "unpaired-preference", "prompt-response", "inputs-targets",
+        "input-output",
     }  # fmt: skip
 
 
