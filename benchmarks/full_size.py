@@ -1,4 +1,4 @@
-"""What training at the published sizes holds and computes, counted on a fake device (`fake_device.py`).
+"""What training at the published sizes holds and computes, counted on a device that computes nothing.
 
     python -m benchmarks.full_size                                  # train_gpu's cases of text, a minute each
     python -m benchmarks.full_size --cases lora/12b lora/31b/8192   # those whose name holds one of these texts
@@ -8,7 +8,7 @@ Ours is the training loop's own step: microbatch to the device, forward and back
 recompute is the least with which the project's estimate fits into --gpu-memory. Theirs is transformers + PEFT with
 gradient checkpointing, as in `training_sides.py`, twice: as it comes, and without its loss (the sum of the last hidden
 states instead: what a fused loss could reach at best). Its attention costs what ours does, its masks nothing. No figure
-here was measured on a GPU.
+here was measured on a GPU. The device: `recipes/simulate/fake_device.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch import Tensor
 from benchmarks.case import Case
 from benchmarks.cases import cases as gpu_cases
 from benchmarks.cases import ladder
-from benchmarks.fake_device import DEVICE, FakeDevice, attend_as_transformers
 from benchmarks.random_model import RandomBridge
 from benchmarks.training_sides import recipe_of, transformers_step
 from bridge.flops import decoder_flops, head_flops
@@ -38,6 +37,8 @@ from bridge.megatron.loss import linear_cross_entropy
 from bridge.token_ids import IGNORE
 from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
+from recipes.simulate.fake_device import FakeDevice
+from recipes.simulate.stand_ins import DEVICE, attend_as_transformers
 
 _ATTENTION = "counted"
 
@@ -69,9 +70,9 @@ class _EmptyBridge(RandomBridge):
     def load_hf_weights(self, model: Sequence[torch.nn.Module]) -> None: ...
 
 
-def count_ours(case: Case, watch: int = 0, loss: str | None = None, **lora: Any) -> Counted:
-    """A step of one microbatch, on one rank. `watch`: bytes from which on to note who holds them; `loss`: of
-    preferences, of which each half of a row is an answer; `lora`: changes to the recipe's group of that name."""
+def count_ours(case: Case, loss: str | None = None, **lora: Any) -> Counted:
+    """A step of one microbatch, on one rank. `loss`: of preferences, of which each half of a row is an answer;
+    `lora`: changes to the recipe's group of that name."""
     from recipes.check import check_recipe
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
@@ -95,7 +96,7 @@ def count_ours(case: Case, watch: int = 0, loss: str | None = None, **lora: Any)
         update(run, float("inf"))
         gc.collect()
         persistent = device.held
-        device.restart(watch)
+        device.restart()
         clear_gradients(run)
         sums = run_microbatches(run, batches, train=True)
         passes = device.snapshot()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bridge import __version__, cli_evaluate, cli_generate, cli_launch, cli_sync
+from bridge import __version__, cli_evaluate, cli_generate, cli_launch, cli_plan, cli_sync
 from bridge.cli_adapter import adapter
 from bridge.cli_data import data
 from bridge.cli_kit import (
@@ -52,6 +52,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(adapter, name="adapter")
 cli_launch.register(app)
+cli_plan.register(app)
 cli_generate.register(app)
 cli_evaluate.register(app)
 cli_sync.register(app)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from bridge.cli_kit import JsonOption, epilog, err, out, wrote_json
+from bridge.cli_kit import (
+    ColumnOption,
+    FormatOption,
+    FunctionOption,
+    JsonOption,
+    columns_of,
+    epilog,
+    err,
+    out,
+    wrote_json,
+)
 from bridge.errors import UsageError
 
-data = typer.Typer(help="Look at training data, prepare it.", no_args_is_help=True, rich_markup_mode="markdown")
+if TYPE_CHECKING:
+    from recipes.data.caches import Cache
+
+data = typer.Typer(
+    help="Look at training data, prepare it; list and clean what is prepared.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 
 
 @data.command("show", epilog=epilog("data show sft/e2b data.path=chats.jsonl -n 5"))
@@ -27,13 +46,9 @@ def data_show(
     count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
     seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
     split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
-    format_: Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
-    ] = None,
-    function: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
-    ] = None,
+    format_: FormatOption = None,
+    column: ColumnOption = None,
+    function: FunctionOption = None,
     turns: Annotated[
         str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
     ] = "all",
@@ -45,6 +60,9 @@ def data_show(
     media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
     cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the statistics, as .svg; needs a model.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
@@ -55,6 +73,7 @@ def data_show(
     from recipes.config import load_recipe
     from recipes.data import CorpusOptions, Supervise, open_corpus
     from recipes.data.formats import Layout
+    from recipes.data.plot import check_plot, write_plot
     from recipes.data.preference import of_its_kind
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
@@ -87,9 +106,13 @@ def data_show(
             media_root=media_root,
             chat_template=chat_template,
             cache=cache,
-            layout=Layout(format_, _columns(column or []), function),
+            layout=Layout(format_, columns_of(column), function),
         )
         options = of_its_kind(options)
+    if plot is not None:
+        check_plot(plot)
+        if model is None:
+            raise UsageError("--plot: draws tokens, which are those of a model: --model")
     progress = Progress(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(options, count, progress.read)
@@ -98,15 +121,11 @@ def data_show(
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     corpus = open_corpus(options, model, progress=progress.read)
+    if plot is not None:
+        write_plot(corpus, plot)
+        err.print(f"wrote {plot}")
     if not wrote_json(json_file, to_json(corpus, count)):
         show(corpus, count, out)
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    for one in given:
-        if "=" not in one:
-            raise UsageError(f"--column {one}: is written OURS=THEIRS")
-    return dict(one.split("=", 1) for one in given)
 
 
 @data.command("prepare", epilog=epilog("data prepare sft/e2b data.path=chats.jsonl --workers 32"))
@@ -121,16 +140,89 @@ def data_prepare(
         int | None, typer.Option(min=2, help="train.seq_length: longer samples are dropped, or split.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="data.workers: processes that tokenise.")] = None,
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="cache, what `train` reads; or megatron, also: whole documents as .bin, .idx."),
+    ] = "cache",
+    out_prefix: Annotated[
+        str | None, typer.Option("--out", metavar="PREFIX", help="With --format megatron: of the two files.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Make the tokens that `train` makes first, so that a run, on any number of ranks, starts at once.
 
     The same recipe and keys have to be given. Whatever ends it: the same command goes on behind what is done.
     """
-    from recipes.data.preparation import asked, lines, prepare, recipe_of, to_json
+    from recipes.data.preparation import asked, lines, prepare, recipe_of, targets, to_json, to_megatron
 
+    if format_ not in ("cache", "megatron"):
+        raise UsageError(f"--format {format_}: is cache or megatron; how records are written says data.format=...")
+    if (format_ == "megatron") != (out_prefix is not None):
+        raise UsageError("--out PREFIX goes with --format megatron")
     given = asked(arguments or [], named or [])
-    sets, notes = prepare(recipe_of(given, model, seq_length, workers), alone=given.recipe is None)
-    if not wrote_json(json_file, to_json(sets)):
-        for line in [*lines(sets), *notes]:
+    recipe = recipe_of(given, model, seq_length, workers)
+    if out_prefix is not None:
+        recipe = targets(recipe, out_prefix, seq_length)
+    sets, notes = prepare(recipe, alone=given.recipe is None)
+    written, said = to_megatron(sets, out_prefix) if out_prefix is not None else ({}, [])
+    if not wrote_json(json_file, to_json(sets) | ({"megatron": written} if written else {})):
+        for line in [*lines(sets), *notes, *said]:
             out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+CacheOption = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="data.cache; else the user's own.")]
+
+
+@data.command("list", epilog=epilog("data list"))
+def data_list(cache: CacheOption = None, json_file: JsonOption = None) -> None:
+    """Say which prepared data there is: of which files, for which run, how large and since when it was not used."""
+    from recipes.data.caches import find
+    from recipes.data.uses import default_folder
+
+    folder = cache or default_folder()
+    found = find(folder)
+    if wrote_json(json_file, {"folder": str(folder), "caches": [one.to_json() for one in found]}):
+        return
+    _print_caches(found)
+    out.print(f"{folder}: {len(found)} caches, {sum(one.bytes for one in found) / 1e9:.3f} GB")
+
+
+@data.command("clean", epilog=epilog("data clean --older-than 30d"))
+def data_clean(
+    cache: CacheOption = None,
+    older: Annotated[
+        str | None, typer.Option("--older-than", metavar="AGE", help="Those not used for so long: 12h, 30d, 8w.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove prepared data, unfinished too; never what a process that lives makes or uses. Asks first."""
+    from recipes.data.caches import find, older_than, remove, tidy
+    from recipes.data.uses import default_folder
+
+    if (older is None) == (not every):
+        raise UsageError("say which: --older-than AGE or --all")
+    limit = time.time() - (older_than(older) if older is not None else 0.0)
+    folder = cache or default_folder()
+    chosen = [one for one in find(folder) if every or one.used < limit]
+    _print_caches(chosen)
+    size = sum(one.bytes for one in chosen) / 1e9
+    if chosen and not yes and not typer.confirm(f"remove {len(chosen)} caches, {size:.3f} GB?"):
+        raise typer.Exit(1)
+    gone = list(remove(chosen, err.print))
+    tidy(folder)
+    out.print(f"{folder}: removed {len(gone)} of {len(chosen)} caches, {sum(one.bytes for one in gone) / 1e9:.3f} GB")
+
+
+def _print_caches(caches: list[Cache]) -> None:
+    if not caches:
+        return
+    table = Table("cache", "size", "not used for", "samples", "of", "for")
+    for one in caches:
+        files = ", ".join(one.files[:2]) + (f" and {len(one.files) - 2} more" if len(one.files) > 2 else "")
+        state = files if one.state == "complete" else one.state
+        used_by = " ".join(str(one.said[key]) for key in ("for", "model") if one.said.get(key))
+        hours = (time.time() - one.used) / 3600
+        age = "in use" if one.live else f"{hours / 24:.0f} d" if hours >= 48 else f"{hours:.0f} h"
+        table.add_row(one.folder.name[:8], f"{one.bytes / 1e6:.1f} MB", age, str(one.samples), state, used_by)
+    out.print(table)

@@ -12,9 +12,12 @@ import typer
 from bridge.cli_kit import (
     AdapterOption,
     AllowUrlsOption,
+    ColumnOption,
     DtypeOption,
     EpOption,
     EtpOption,
+    FormatOption,
+    FunctionOption,
     JsonOption,
     MaxNewTokensOption,
     MaxRowsOption,
@@ -23,6 +26,7 @@ from bridge.cli_kit import (
     SequenceParallelOption,
     TpOption,
     VppOption,
+    columns_of,
     epilog,
     err,
     out,
@@ -73,6 +77,9 @@ def evaluate(
     seq_length: SeqLengthOption = 4096,
     split: SplitOption = "test",
     subset: SubsetOption = None,
+    format_: FormatOption = None,
+    column: ColumnOption = None,
+    function: FunctionOption = None,
     turns: TurnsOption = "all",
     on_error: OnErrorOption = "fail",
     chat_template: ChatTemplateOption = None,
@@ -97,6 +104,7 @@ def evaluate(
     the true ones before it. For --metrics the model answers what stands before its last turn, greedily.
     """
     from bridge.megatron.parallel import Parallel
+    from recipes.data.formats import Layout
     from recipes.data.options import CorpusOptions, Supervise
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
@@ -111,6 +119,7 @@ def evaluate(
         media_root=media_root,
         allow_urls=allow_urls,
         cache=cache,
+        layout=Layout(format_, columns_of(column), function),
     )
     opened = _open(model, adapter, Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel), dtype, names)
     task = _task(opened, options, names, max_new_tokens, rows, micro_batch_size, max_rows)

@@ -55,6 +55,14 @@ DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16", callback=_
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 MaxRowsOption = Annotated[int, typer.Option(min=1, help="Answers that are written at once, on a replica.")]
 AllowUrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")]
+# Data.
+FormatOption = Annotated[str | None, typer.Option("--format", help="Of all records, where they do not show it.")]
+ColumnOption = Annotated[
+    list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column by the data's own name; repeatable.")
+]
+FunctionOption = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
+]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
 
 
@@ -90,3 +98,11 @@ def wrote_json(target: str | None, result: dict[str, Any]) -> bool:
         except OSError as error:
             raise BridgeError(f"{target}: cannot be written ({error.strerror})") from None
     return True
+
+
+def columns_of(given: list[str] | None) -> dict[str, str]:
+    """--column as {ours: theirs}. Raises UsageError."""
+    for one in given or ():
+        if "=" not in one:
+            raise UsageError(f"--column {one}: is written OURS=THEIRS")
+    return dict(one.split("=", 1) for one in given or ())

@@ -1,17 +1,13 @@
-"""`gemma4-bridge launch` and `plan`: parse, call, print."""
+"""`gemma4-bridge launch`: parse, call, print."""
 
 from __future__ import annotations
 
-import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from bridge.cli_kit import JsonOption, wrote_json
 from bridge.errors import UsageError
 
 
@@ -20,7 +16,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: `gemma4-bridge launch sft/e4b --nodes 2 --gpus-per-node 8 --time 08:00:00 --submit`")(
         launch
     )
-    app.command(epilog="Example: `gemma4-bridge plan 26b-a4b --gpus 16 --gpu-memory 80 --seq-length 8192`")(plan)
 
 
 def launch(
@@ -41,6 +36,7 @@ def launch(
     job_name: Annotated[str, typer.Option(help="Instead of the recipe's name.")] = "",
     logs: Annotated[str, typer.Option(metavar="DIR", help="Instead of OUTPUT/slurm.")] = "",
     signal_lead: Annotated[int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")] = 300,
+    launcher: Annotated[str, typer.Option(help="Who starts the ranks of a node: srun or torchrun.")] = "srun",
     venv: Annotated[
         str | None, typer.Option(metavar="DIR", help="The environment on the nodes; by default this one.")
     ] = None,
@@ -81,6 +77,7 @@ def launch(
             name=job_name,
             logs=logs,
             lead=signal_lead,
+            launcher=launcher,
             venv=venv,
             setup=setup,
             container=container,
@@ -101,72 +98,6 @@ def launch(
     print(f"job {done.number} submitted: {done.script}")
     for log in done.logs:
         print(f"log {log}")
-
-
-def plan(
-    model: Annotated[str, typer.Argument(metavar="VARIANT", help="e2b, e4b, 12b, 26b-a4b, 31b; a hub id or a folder.")],
-    gpus: Annotated[int, typer.Option(min=1, help="How many in all.")],
-    gpu_memory: Annotated[float, typer.Option(min=1, metavar="GB", help="Of each: 80 for an H100.")],
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 8192,
-    global_batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 64,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences that go through at once.")] = 1,
-    lora: Annotated[bool, typer.Option("--lora", help="Train adapters, not the model.")] = False,
-    lora_rank: Annotated[int, typer.Option(min=1, help="With --lora.")] = 16,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many proposals.")] = 5,
-    json_file: JsonOption = None,
-) -> None:
-    """Propose layouts that fit, best first, with what each needs of a GPU.
-
-    Memory is estimated from the model's geometry. The order follows rules of thumb on speed, which have not been
-    measured.
-    """
-    from rich.table import Table
-
-    from bridge.mapping import table_for
-    from bridge.megatron.parallel import Parallel
-    from recipes.memory.activations import Load
-    from recipes.memory.estimate import RESERVE, Plan, estimate
-    from recipes.memory.recipe import geometry_of
-    from recipes.memory.search import search
-
-    table = table_for(geometry_of(model))
-    wanted = Plan(Parallel(), gpus, Load(micro_batch_size, seq_length), lora_rank=lora_rank if lora else 0)
-    found = search(table, wanted, round(gpu_memory * 1e9), global_batch_size)[:count]
-    if not found:
-        from recipes.memory.search import layouts
-
-        least = min(
-            estimate(table, replace(wanted, parallel=parallel, load=replace(wanted.load, recompute="full"))).total
-            for parallel in layouts(table, gpus)
-        )
-        raise UsageError(
-            f"{model} on {gpus} × {gpu_memory:g} GB: nothing fits; the least is {(least + RESERVE) / 1e9:.0f} GB a GPU"
-            f"{'' if lora else ' (--lora needs less)'}"
-        )
-    if json_file is not None:
-        rows = [
-            {
-                "overrides": one.overrides(),
-                "gb": round((one.estimate.total + RESERVE) / 1e9, 2),
-                "weights_gb": round(one.estimate.weights / 1e9, 2),
-                "gradients_gb": round(one.estimate.gradients / 1e9, 2),
-                "optimizer_gb": round(one.estimate.optimizer / 1e9, 2),
-                "activations_gb": round(one.estimate.peak / 1e9, 2),
-                "cost": round(one.cost, 3),
-            }
-            for one in found
-        ]
-        wrote_json(json_file, {"model": model, "gpus": gpus, "proposals": rows})
-        return
-    shown = Table(title=f"{model} on {gpus} × {gpu_memory:g} GB, GB of a GPU")
-    for heading in ("all", "weights", "gradients", "optimizer", "at the peak", "cost", "overrides"):
-        shown.add_column(heading, justify="left" if heading == "overrides" else "right")
-    for one in found:
-        of = one.estimate
-        figures = (of.total + RESERVE, of.weights, of.gradients, of.optimizer, of.peak)
-        shown.add_row(*(f"{size / 1e9:.1f}" for size in figures), f"{one.cost:.2f}", shlex.join(one.overrides()))
-    # Wider than other tables: overrides are there to be copied.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(shown)
 
 
 def dry_run(recipe: str, overrides: list[str], ranks: int | None, gpu_memory: float | None) -> None:

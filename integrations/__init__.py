@@ -1,1 +1,1 @@
-"""Plug-ins that run in programs of others: each imports only what it needs of the bridge."""
+"""Where programs of others meet this one: each package needs that program, and only what it needs of the bridge."""

@@ -10,6 +10,7 @@ from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
 from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
 from recipes.distillation import check_distill
+from recipes.groups import RATED, compiled
 from recipes.keys import meant
 from recipes.losses import names as known
 from recipes.losses.names import loss_names
@@ -106,6 +107,14 @@ def _check_schedule(recipe: Recipe) -> None:
     train, optimizer = recipe.train, recipe.optimizer
     if train.patience and not train.eval_every:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
+    for name, rate in optimizer.lr_groups.items():
+        if not 0 <= rate < math.inf:
+            raise UsageError(f"optimizer.lr_groups.{name}={rate:g}: must be a number of at least 0")
+        if not optimizer.lr:
+            raise UsageError(f"optimizer.lr=0: rates of optimizer.lr_groups ({name}) follow its schedule; set it")
+        if name not in RATED and name.isidentifier() and (close := meant(name, tuple(RATED))):
+            raise UsageError(f"optimizer.lr_groups.{name}: there is no such group{close}")
+    compiled("optimizer.lr_groups", list(optimizer.lr_groups), RATED)
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
     if optimizer.schedule == "wsd" and not optimizer.wsd_steps:
@@ -251,44 +260,57 @@ def _check_metrics(recipe: Recipe) -> None:
 
 
 def _check_drafter(recipe: Recipe) -> None:
-    said = recipe.drafter
+    said, frozen = recipe.drafter, recipe.drafter.target == "frozen"
     if said.path is None:
         if said != DrafterConfig():
             raise UsageError("drafter: its keys need drafter.path")
+        if recipe.export.drafter is not None:
+            raise UsageError("export.drafter needs drafter.path")
         return
     for key in ("cross_entropy", "kl", "centroids"):
         if getattr(said, key) < 0:
             raise UsageError(f"drafter.{key}={getattr(said, key)}: must be at least 0")
     if said.steps < 1 or not (said.cross_entropy or said.kl):
         raise UsageError("drafter: steps is at least 1, and cross_entropy or kl above 0")
-    train, parallel = recipe.train, recipe.parallel
+    if said.target not in ("frozen", "trained"):
+        raise UsageError(f"drafter.target={said.target}: is frozen or trained")
     for key, given in (
-        ("lora", recipe.lora.rank or recipe.lora.adapter),
         ("preference.loss", recipe.preference.loss),
-        ("train.z_loss", train.z_loss),
-        ("train.aux_loss", train.aux_loss),
-        ("train.samples", train.samples),
-        ("eval.metrics", recipe.eval.metrics),
-        ("parallel.pp", parallel.pp > 1),
-        ("parallel.overlap", parallel.overlap),
+        ("train.z_loss", recipe.train.z_loss),
+        ("train.aux_loss", recipe.train.aux_loss),
+        ("parallel.overlap", recipe.parallel.overlap),
     ):
         if given:
-            raise UsageError(f"{key} does not go with drafter.path, which trains the drafter of a frozen model")
+            raise UsageError(f"{key} does not go with drafter.path; leave it out")
+    for key, given, why in (
+        ("lora", recipe.lora.rank or recipe.lora.adapter, ""),
+        ("model.freeze", recipe.model.freeze, ""),
+        ("eval.metrics", recipe.eval.metrics, ", and says the same at every evaluation"),
+        ("export.drafter", recipe.export.drafter, ", and export.hf is the drafter"),
+        ("drafter.detach=false", not said.detach, ""),
+    ):
+        if frozen and given:
+            raise UsageError(f"{key}: the model is frozen{why}; drafter.target=trained trains it with its drafter")
 
 
 def _check_export(recipe: Recipe) -> None:
-    """The export replaces the folder that it names, when all is done."""
-    if recipe.export.hf is None:
-        return
-    target = Path(recipe.export.hf).resolve()
-    for key, name in (
-        ("output", recipe.output),
-        ("model.hf", recipe.model.hf),
-        ("model.megatron", recipe.model.megatron),
-    ):
-        folder = None if name is None else Path(name).resolve()
-        if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
-            raise UsageError(f"export.hf={recipe.export.hf}: is {key}={name}, or one lies inside the other")
+    """An export replaces the folder that it names, when all is done."""
+    said = recipe.export
+    others = {
+        "output": recipe.output,
+        "model.hf": recipe.model.hf,
+        "model.megatron": recipe.model.megatron,
+        "drafter.path": recipe.drafter.path,
+    }
+    for own, where in (("export.hf", said.hf), ("export.drafter", said.drafter)):
+        if where is None:
+            continue
+        target = Path(where).resolve()
+        for key, name in others.items():
+            folder = None if name is None else Path(name).resolve()
+            if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
+                raise UsageError(f"{own}={where}: is {key}={name}, or one lies inside the other")
+        others[own] = where
 
 
 def check_startable(recipe: Recipe, world_size: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.convert.lock import held
+from bridge.convert.lock import Lock, held
 from bridge.convert.replace import check_replaceable, recover, replace_folder, sync_tree
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf.tensors import fsync_folder, printable, write_error
@@ -133,10 +133,7 @@ def staged(
         check_apart(path, source_folder)
     check_target(path, overwrite, sources)
     fingerprint = source_fingerprint(plan, sources)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error) from None
+    _make_folder(path.parent)
     partial = path.parent / f".{path.name}.partial"
     busy = f"{printable(path)}: another process is writing it right now"
     with held(path.parent / f".{path.name}.lock", busy, notify=say) as lock:
@@ -157,11 +154,7 @@ def staged(
                     raise CheckpointError(
                         f"{printable(path)}: not written, because the source changed while it was being read"
                     )
-                sync_tree(stage.folder)
-                # Again, because it may have appeared since.
-                check_target(path, overwrite, sources)
-                lock.check()
-                _replace(stage, partial)
+                _commit(stage, partial, overwrite, sources, lock)
                 _discard(partial, say)
             except OSError as error:
                 # Whatever else was written here (assets, config): one line as well.
@@ -174,6 +167,22 @@ def staged(
         finally:
             if journal is not None:
                 journal.close()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def _commit(stage: Stage, partial: Path, overwrite: bool, sources: Iterable[Path], lock: Lock) -> None:
+    """Make what was written durable, and the target."""
+    sync_tree(stage.folder)
+    # Again, because it may have appeared since.
+    check_target(stage.target, overwrite, sources)
+    lock.check()
+    _replace(stage, partial)
 
 
 def _warn(text: str) -> None:

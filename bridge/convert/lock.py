@@ -292,6 +292,21 @@ def held(path: Path, busy: str, *, notify: Callable[[str], None] | None = None, 
         lock.release()
 
 
+def lives(path: Path) -> bool | None:
+    """Whether a process that lives holds the lock at `path`; None where that cannot be known from here."""
+    there = _read(path)
+    if there is None:
+        return False
+    gone = None if there[0] is None else there[0].gone()
+    return None if gone is None else not gone
+
+
+def beat_at(path: Path) -> int | None:
+    """When its owner last renewed it, in nanoseconds by the clock of its file system; None without a lock."""
+    there = _read(path)
+    return None if there is None else there[1]
+
+
 def check_ours(path: Path) -> None:
     """Raise CheckpointError where another process holds the lock at `path`: it took it over from this one."""
     there = _read(path)

@@ -85,7 +85,7 @@ class Generator:
             for sample in range(options.num_return_sequences)
         ]
         mine = rows[self.groups.dp.rank() :: self.groups.dp.size()]
-        with _evaluating(self.chunks):
+        with evaluating(self.chunks):
             found = list(self._run(mine, options))
         if self.groups.dp.size() > 1:
             parts: list[list[Completion]] = [[] for _ in range(self.groups.dp.size())]
@@ -324,7 +324,7 @@ def _tokens(row: Row, part: NewTokens) -> list[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
+def evaluating(chunks: Sequence[Gemma4Model]) -> Iterator[None]:
     """Without gradients and dropout, and then as before: the modules of a model may be in different modes."""
     modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     for chunk in chunks:

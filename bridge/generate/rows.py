@@ -37,3 +37,20 @@ class Completion:
     finish_reason: str
     text: str = ""
     rounds: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids behind others, both given: what is asked is how likely a model holds `tokens` behind `prompt`."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of the continuation number `index`: the log-probability of all its tokens, and whether each was the likeliest."""
+
+    index: int
+    logprob: float
+    greedy: bool

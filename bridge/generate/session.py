@@ -15,14 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bridge.errors import ParallelError
 from bridge.generate.task import ModelTask, build_model, build_speculator
 
 if TYPE_CHECKING:
-    from bridge.generate.rows import Completion, Prompt
+    from bridge.generate.rows import Completion, Continuation, Likelihood, Prompt
     from bridge.generate.sampling import SamplingOptions
     from bridge.ranks import RankPool
 
@@ -81,22 +82,35 @@ class Session:
         on_token: OnToken | None = None,
     ) -> Iterator[Completion]:
         """Completions as they are finished, in any order. Raises what a rank raised."""
-        number, self._requests = self._requests, self._requests + 1
-        partial = self._folder / f"request{number}.partial"
-        partial.write_bytes(pickle.dumps((list(prompts), options, first_index)))
-        partial.rename(self._folder / f"request{number}")
         left = len(prompts) * options.num_return_sequences
-        places: dict[Path, int] = {}
+        events = self._ask(("generate", list(prompts), options, first_index))
         while left:
+            event = next(events)
+            if "token" not in event:
+                left -= 1
+                yield _completion(event)
+            elif on_token is not None:
+                on_token(event["index"], event["sample"], event["token"])
+
+    def score(self, rows: Sequence[Continuation]) -> Iterator[Likelihood]:
+        """Likelihoods as they are known, in any order. Raises what a rank raised."""
+        from bridge.generate.rows import Likelihood
+
+        events = self._ask(("score", list(rows)))
+        for _ in rows:
+            yield Likelihood(**next(events))
+
+    def _ask(self, request: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+        """What the ranks write about a request, without an end: who asks knows how much there will be."""
+        number, self._requests = self._requests, self._requests + 1
+        beside = self._folder / f"request{number}.partial"
+        beside.write_bytes(pickle.dumps(request))
+        beside.rename(self._folder / f"request{number}")
+        places: dict[Path, int] = {}
+        while True:
             ended = not self._thread.is_alive()
-            for event in self._events(number, places):
-                if "token" in event:
-                    if on_token is not None:
-                        on_token(event["index"], event["sample"], event["token"])
-                else:
-                    left -= 1
-                    yield _completion(event)
-            if left and ended:
+            yield from self._events(number, places)
+            if ended:
                 raise self._failure or ParallelError("the ranks have ended before the answers")
             time.sleep(_POLL_S)
 
@@ -125,6 +139,7 @@ def answer_requests(task: ModelTask, folder: Path, tokenizer: Path | None, setti
     import torch.distributed as dist
 
     from bridge.generate.loop import Generator
+    from bridge.generate.scoring import score
 
     model, groups = build_model(task)
     speculator = build_speculator(task, model, groups)
@@ -136,20 +151,28 @@ def answer_requests(task: ModelTask, folder: Path, tokenizer: Path | None, setti
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             return
-        prompts, options, first_index = found[0]
+        kind, *request = found[0]
         with contextlib.ExitStack() as stack:
-            listeners: dict[str, Any] = {}
+            on_token, on_finish = None, None
             if writes:
                 events = stack.enter_context((folder / f"events{number}-{groups.dp.rank()}").open("w", buffering=1))
-                listeners = {
-                    "on_token": lambda index, sample, token, file=events: print(
-                        json.dumps({"index": index, "sample": sample, "token": token}), file=file
-                    ),
-                    "on_finish": lambda completion, file=events: print(json.dumps(asdict(completion)), file=file),
-                }
-            generator = Generator(model, groups, decode=decode, speculator=speculator, **listeners, **settings)
-            generator.generate(prompts, options, first_index)
+                on_token, on_finish = partial(_write_token, events), partial(_write, events)
+            if kind == "score":
+                score(model, groups, *request, on_score=on_finish, **settings)
+            else:
+                listeners: dict[str, Any] = {"on_token": on_token, "on_finish": on_finish}
+                generator = Generator(model, groups, decode=decode, speculator=speculator, **listeners, **settings)
+                generator.generate(*request)
         number += 1
+
+
+def _write(file: TextIO, found: Any) -> None:
+    """A completion or a likelihood as a line."""
+    print(json.dumps(asdict(found)), file=file)
+
+
+def _write_token(file: TextIO, index: int, sample: int, token: int) -> None:
+    print(json.dumps({"index": index, "sample": sample, "token": token}), file=file)
 
 
 def _wait_for(folder: Path, number: int) -> Any:

@@ -32,10 +32,30 @@ def run_step(
     input_ids: Tensor,
     embeddings: Tensor | None,
 ) -> StepOutput | None:
-    """What the model gives of the tokens whose output is wanted, on every rank of the last stage; None elsewhere.
+    """What the model gives of the tokens whose output is wanted, on every rank of the last stage; None elsewhere."""
+    return through_stages(
+        chunks,
+        groups,
+        input_ids,
+        embeddings,
+        visibility=step,
+        output_processor=_output,
+        output_processor_context=step.outputs,
+    )
 
-    `input_ids` [1, n] on every stage; `embeddings` [n (/tp), 1, h] on the first, None elsewhere. Stage after stage, as
-    many as there are chunks on all pipeline ranks: a step is short, and one alone is in flight.
+
+def through_stages(
+    chunks: Sequence[Gemma4Model],
+    groups: ProcessGroupCollection,
+    input_ids: Tensor,
+    embeddings: Tensor | None,
+    **inputs: Any,
+) -> Any:
+    """What the last stage's output processor gives, on every rank of that stage; None elsewhere.
+
+    `input_ids` [1, n] on every stage; `embeddings` [n (/tp), 1, h] on the first, None elsewhere; `inputs`: other
+    arguments of the model. Stage after stage, as many as there are chunks on all pipeline ranks: a step is short, and
+    one alone is in flight.
     """
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     config = chunks[0].config
@@ -53,9 +73,7 @@ def run_step(
         output = chunk(
             input_ids,
             decoder_input=embeddings if stage == 0 else None,
-            visibility=step,
-            output_processor=_output,
-            output_processor_context=step.outputs,
+            **inputs,
         )
         if stage == pp_size * len(chunks) - 1:
             return output

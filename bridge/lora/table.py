@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.lora.spec import Factor, Target
-from bridge.mapping.table import Entry, HfTensor, Shard, Table
+from bridge.mapping.table import ADAPTERS, Entry, HfTensor, Shard, Table
 from bridge.mapping.transforms import RowBlock, Shape
 
 # Where adapters come from: (target, part) -> a tensor of the shape `target.shape_of(part)`, without filling.
@@ -86,7 +86,7 @@ class AdapterTable(Table):
 
     def covers(self, key: str) -> bool:
         """See `Table.covers`."""
-        return key in self.entries or not super().covers(key)
+        return key in self.entries or key.endswith(ADAPTERS)
 
     def factors(self) -> AdapterTable:
         """The table without the weights that are trained themselves."""

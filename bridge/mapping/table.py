@@ -10,6 +10,10 @@ from bridge.errors import MappingError
 from bridge.geometry import Geometry, LayerGeometry
 from bridge.mapping.transforms import RowBlock, Shape, Transform, copy
 
+# What the keys of a drafter begin with that is trained in its model, as part of its last stage.
+DRAFTER = "drafter."
+ADAPTERS = (".lora_A", ".lora_B", ".lora_magnitude")
+
 # One entry per axis of the Megatron tensor: the parallel group that splits it, or None.
 Shard = tuple[str | None, ...]
 
@@ -118,8 +122,9 @@ class Table:
         return name in self.by_hf_name and self.by_hf_name[name][0].row.integer
 
     def covers(self, key: str) -> bool:
-        """Whether a key of a model is this table's to account for. Adapters have a table of their own: `lora.table`."""
-        return not key.endswith((".lora_A", ".lora_B", ".lora_magnitude"))
+        """Whether a key of a model is this table's to account for. Adapters have a table of their own, `lora.table`,
+        and so has a drafter in its model."""
+        return not key.startswith(DRAFTER) and not key.endswith(ADAPTERS)
 
     def is_carried(self, name: str) -> bool:
         """Whether an HF tensor is kept beside the Megatron checkpoint instead of in it."""

@@ -31,19 +31,7 @@ def loss_and_accuracy(
     **unused: Any,
 ) -> Tensor:
     """`fused_loss`, and the likeliest tokens counted: an `output_processor` of Megatron's GPTModel."""
-    context.correct.add_(
-        count_likeliest(
-            hidden_states,
-            output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
-            labels,
-            vocab_size=config.geometry.vocab_size,
-            softcap=config.geometry.logit_softcap,
-            tp_group=output_layer.tp_group,  # type: ignore[arg-type]
-            sequence_parallel=config.sequence_parallel,
-            kept=context.loss.kept,
-        )
-    )
-    return fused_loss(
+    losses, right = losses_and_likeliest(
         hidden_states=hidden_states,
         output_layer=output_layer,
         output_weight=output_weight,
@@ -51,10 +39,44 @@ def loss_and_accuracy(
         config=config,
         context=context.loss,
     )
+    context.correct.add_(right.sum())
+    return losses
+
+
+def losses_and_likeliest(
+    *,
+    hidden_states: Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    config: Any,
+    context: LossContext,
+    **unused: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fused_loss`, and which of the labels are the likeliest tokens, bool [labels]: an `output_processor` too."""
+    right = are_likeliest(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
+        labels,
+        vocab_size=config.geometry.vocab_size,
+        softcap=config.geometry.logit_softcap,
+        tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+        sequence_parallel=config.sequence_parallel,
+        kept=context.kept,
+    )
+    losses = fused_loss(
+        hidden_states=hidden_states,
+        output_layer=output_layer,
+        output_weight=output_weight,
+        labels=labels,
+        config=config,
+        context=context,
+    )
+    return losses, right
 
 
 @torch.no_grad()
-def count_likeliest(
+def are_likeliest(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -65,10 +87,11 @@ def count_likeliest(
     sequence_parallel: bool = False,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """How many of `labels` [b, s] are the likeliest token at their place: int64 [], alike on every rank of `tp_group`.
+    """Which of `labels` [b, s] are the likeliest token at their place, alike on every rank of `tp_group`.
 
-    Arguments as of `linear_cross_entropy`, where -100 is no label. Of tokens that are alike the first one counts, as
-    in an argmax of the logits, softcap and all, in the dtype of `hidden`.
+    bool [labels], in the order of `positions_with_labels`. Arguments as of `linear_cross_entropy`, where -100 is no
+    label. Of tokens that are alike the first one counts, as in an argmax of the logits, softcap and all, in the dtype
+    of `hidden`.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     if group is not None and sequence_parallel:
@@ -77,7 +100,7 @@ def count_likeliest(
     words = held_rows(vocab_size, local_rows, rank)
     positions = positions_with_labels(labels) if kept is None else kept
     rows, targets = hidden.flatten(0, 1), labels.t().flatten()
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    found = [torch.zeros(0, dtype=torch.bool, device=hidden.device)]
     # Not by the kernels, which leave the softcap to what is behind the logits.
     head = Head(weight[:words], local_rows, 0, softcap, 0.0, group, "torch")
     for chunk in head.chunks(positions):
@@ -87,8 +110,8 @@ def count_likeliest(
         if group is not None:
             tops, tokens = _gathered(top.float(), group), _gathered(likeliest, group)
             likeliest = tokens.gather(0, tops.argmax(0, keepdim=True))[0]
-        correct += (likeliest == targets[chunk]).sum()
-    return correct
+        found.append(likeliest == targets[chunk])
+    return torch.cat(found)
 
 
 def _gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -41,7 +41,7 @@ class Gemma4Block(TransformerBlock):
         geometry = config.geometry
         linears = layer_linears(config.layer_spec, config.fake_quant)
         specs = [
-            layer_spec(layer, mask_rule(geometry, layer, config.vision_mask), backends[layer.kind], linears)
+            layer_spec(geometry, layer, mask_rule(geometry, layer, config.vision_mask), backends[layer.kind], linears)
             for layer in geometry.layers[layers.start : layers.stop]
         ]
         super().__init__(

@@ -121,7 +121,8 @@ def draft_loss(
 
     `drafter` in DDP or without; `chunk`: the last one of the target. `labels` [b, s] are of the whole rows and shifted:
     the token behind each. A step counts where the token that it predicts has a label and is of the same document; else
-    it adds nothing. The centroids' own loss is differentiated, and not in the figures.
+    it adds nothing. The centroids' own loss is differentiated, and not in the figures. What reaches the target does so
+    by its states and its keys and values; its embeddings, and the distribution of it that is learnt, get no gradient.
     """
     (model,) = unwrap_model([drafter])
     assert isinstance(model, Gemma4Drafter)
@@ -163,7 +164,7 @@ def draft_loss(
 
 def _whole_states(chunk: Gemma4Model, target: TargetPass) -> Tensor:
     """The target's final states of the whole rows, [b, s, H], on every rank: the target's distributions are of them."""
-    states = target.states
+    states = target.states.detach()
     if chunk.config.sequence_parallel:
         states = gather_from_sequence_parallel_region(states, group=chunk.pg_collection.tp)
     return gather(states.transpose(0, 1), chunk.pg_collection.cp)

@@ -8,7 +8,7 @@ transformers' `SinglePositionMultiTokenCandidateGenerator` behind token t, with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bridge.megatron.attention import KeyValue
 from bridge.megatron.drafter import Gemma4Drafter, TargetEmbedding
+from bridge.megatron.loss import LossContext, fused_loss
 from bridge.megatron.model import Gemma4Model, described
 from bridge.megatron.rope import rotary_tables
 from bridge.megatron.visibility import Visibility
@@ -29,7 +30,8 @@ class TargetPass:
     """What the last stage of a target has after a forward pass.
 
     `states` [s (/tp), b, H] behind the final norm; `kv` by layer; `input_ids` [b, s] are the whole rows. `visibility`
-    and `position_ids` [b, s / cp] are of this rank's part, `document` [b, s] of the whole rows.
+    and `position_ids` [b, s / cp] are of this rank's part, `document` [b, s] of the whole rows. `losses` [b, s / cp]:
+    the target's own, where they were asked for.
     """
 
     states: Tensor
@@ -38,6 +40,12 @@ class TargetPass:
     visibility: Visibility
     position_ids: Tensor
     zigzag: Zigzag | None
+    losses: Tensor | None = None
+
+    def detached(self) -> TargetPass:
+        """Without a way back to the target for the gradient of what reads it."""
+        kv = {source: KeyValue(*(tensor.detach() for tensor in each)) for source, each in self.kv.items()}
+        return replace(self, states=self.states.detach(), kv=kv)
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's part of whole rows [b, s]."""
@@ -45,41 +53,56 @@ class TargetPass:
 
 
 def run_target(
-    chunk: Gemma4Model,
+    chunk: torch.nn.Module,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     packed_seq_params: PackedSeqParams | None = None,
     mm_token_type_ids: Tensor | None = None,
     visibility: Visibility | None = None,
-    **media: Any,
+    loss: LossContext | None = None,
+    **given: Any,
 ) -> Tensor | TargetPass:
-    """One stage's pass over what `Gemma4Model.forward` takes, without a gradient: a payload, or at last a pass."""
+    """One stage's pass over what `Gemma4Model.forward` takes: a payload, or at last a pass. `chunk`: in DDP or without.
+
+    `loss`: what its own losses are made with, of `labels`, and it gets gradients; else there are none.
+    """
+    (model,) = unwrap_model([chunk])
+    assert isinstance(model, Gemma4Model)
     seen, position_ids = described(
         input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, visibility
     )
     assert isinstance(seen, Visibility)
-    with torch.no_grad():
+    with torch.set_grad_enabled(loss is not None and torch.is_grad_enabled()):
         output = chunk(
             input_ids,
             position_ids,
             mm_token_type_ids=mm_token_type_ids,
             visibility=seen,
-            output_processor=final_states,
-            **media,
+            output_processor=_begun,
+            output_processor_context=loss,
+            **given,
         )
-    if not chunk.post_process:
+    if not model.post_process:
         return output
     zigzag = None
-    if chunk.pg_collection.cp.size() > 1:
-        zigzag = Zigzag.of(input_ids.shape[1], chunk.pg_collection.cp)
+    if model.pg_collection.cp.size() > 1:
+        zigzag = Zigzag.of(input_ids.shape[1], model.pg_collection.cp)
         seen, position_ids = seen.on(zigzag), zigzag.take(position_ids)
-    return TargetPass(output, dict(chunk.decoder.published), input_ids, seen, position_ids, zigzag)
+    states, losses = output
+    return TargetPass(states, dict(model.decoder.published), input_ids, seen, position_ids, zigzag, losses)
 
 
 def final_states(*, hidden_states: Tensor, **unused: Any) -> Tensor:
     """As Megatron's GPTModel calls an `output_processor`; `unused` are the arguments of others."""
     return hidden_states
+
+
+def _begun(*, hidden_states: Tensor, context: LossContext | None, **others: Any) -> tuple[Tensor, Tensor | None]:
+    """The same: what a drafter begins with, and the model's own losses, where they are made."""
+    if context is None:
+        return hidden_states, None
+    return hidden_states, fused_loss(hidden_states=hidden_states, context=context, **others)
 
 
 def draft(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,10 +14,11 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from bridge.geometry import LayerGeometry
+from bridge.geometry import Geometry, LayerGeometry
 from bridge.megatron.activation import Gemma4MLP, gated_gelu
 from bridge.megatron.attention import Gemma4Attention, KeyValue, qkv_rows
 from bridge.megatron.config import Gemma4TransformerConfig
@@ -36,7 +39,29 @@ def _qkv_linear(
     return linear(input_size, qkv_rows(layer), **kwargs)
 
 
-def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: LayerLinears) -> ModuleSpec:
+# What makes a part of a layer: (config) -> module.
+Builder = Callable[[Gemma4TransformerConfig], torch.nn.Module]
+
+
+@dataclass
+class Gemma4LayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's submodules and those that it has no place for; None: the model has none."""
+
+    post_attention_layernorm: LayerNormBuilder = RMSNorm
+    post_mlp_layernorm: LayerNormBuilder = RMSNorm
+    # Experts, beside the dense FFN.
+    moe: type[Gemma4MoE] | None = None
+    post_dense_layernorm: LayerNormBuilder | None = None
+    post_moe_layernorm: LayerNormBuilder | None = None
+    # The per-layer input.
+    per_layer_input_gate: Builder | None = None
+    per_layer_projection: Builder | None = None
+    post_per_layer_input_norm: LayerNormBuilder | None = None
+
+
+def layer_spec(
+    geometry: Geometry, layer: LayerGeometry, rule: MaskRule, backend: str, parts: LayerLinears
+) -> ModuleSpec:
     """The Megatron spec of one layer, from its geometry, its mask and the classes of its linears."""
     attention = ModuleSpec(
         module=Gemma4Attention,
@@ -53,17 +78,25 @@ def layer_spec(layer: LayerGeometry, rule: MaskRule, backend: str, parts: LayerL
         submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
         ffn_hidden_size=layer.ffn_hidden_size,
     )
-    return ModuleSpec(
-        module=Gemma4Layer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=IdentityFuncOp,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=IdentityFuncOp,
-        ),
+    submodules = Gemma4LayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        self_attn_bda=IdentityFuncOp,
+        post_attention_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=mlp,
+        mlp_bda=IdentityFuncOp,
+        post_mlp_layernorm=RMSNorm,
     )
+    if geometry.moe is not None:
+        submodules.moe = Gemma4MoE
+        submodules.post_dense_layernorm = submodules.post_moe_layernorm = RMSNorm
+    if geometry.ple is not None:
+        hidden_size, dim = geometry.hidden_size, geometry.ple.dim
+        submodules.per_layer_input_gate = partial(ReplicatedLinear, in_features=hidden_size, out_features=dim)
+        submodules.per_layer_projection = partial(ReplicatedLinear, in_features=dim, out_features=hidden_size)
+        submodules.post_per_layer_input_norm = RMSNorm
+    return ModuleSpec(module=Gemma4Layer, submodules=submodules)
 
 
 class Gemma4Layer(TransformerLayer):
@@ -72,28 +105,32 @@ class Gemma4Layer(TransformerLayer):
     def __init__(
         self,
         config: Gemma4TransformerConfig,
-        submodules: TransformerLayerSubmodules,
+        submodules: Gemma4LayerSubmodules,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection=pg_collection, vp_stage=vp_stage, **kwargs)
-        geometry = config.geometry
-        self.layer = geometry.layers[self.layer_number - 1]
-        norm = partial(RMSNorm, config, config.hidden_size, config.layernorm_epsilon)
-        self.post_attention_layernorm = norm()
-        self.post_mlp_layernorm = norm()
+        self.layer = config.geometry.layers[self.layer_number - 1]
+
+        def norm(builder: LayerNormBuilder) -> Any:
+            return builder(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+        self.post_attention_layernorm = norm(submodules.post_attention_layernorm)
+        self.post_mlp_layernorm = norm(submodules.post_mlp_layernorm)
         self.moe: Gemma4MoE | None = None
-        if geometry.moe is not None:
-            self.moe = Gemma4MoE(config, self.layer_number, self.pg_collection)
-            self.post_dense_layernorm = norm()
-            self.post_moe_layernorm = norm()
-        self.has_ple = geometry.ple is not None
-        if geometry.ple is not None:
-            self.per_layer_input_gate = ReplicatedLinear(config, config.hidden_size, geometry.ple.dim)
-            self.per_layer_projection = ReplicatedLinear(config, geometry.ple.dim, config.hidden_size)
-            self.post_per_layer_input_norm = norm()
+        if submodules.moe is not None:
+            assert submodules.post_dense_layernorm is not None and submodules.post_moe_layernorm is not None
+            self.moe = submodules.moe(config, self.layer_number, self.pg_collection)
+            self.post_dense_layernorm = norm(submodules.post_dense_layernorm)
+            self.post_moe_layernorm = norm(submodules.post_moe_layernorm)
+        self.has_ple = submodules.per_layer_input_gate is not None
+        if submodules.per_layer_input_gate is not None:
+            assert submodules.per_layer_projection is not None and submodules.post_per_layer_input_norm is not None
+            self.per_layer_input_gate = submodules.per_layer_input_gate(config)
+            self.per_layer_projection = submodules.per_layer_projection(config)
+            self.post_per_layer_input_norm = norm(submodules.post_per_layer_input_norm)
         self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype, device=init_device(config)))
 
     def forward(

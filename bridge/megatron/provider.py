@@ -125,20 +125,35 @@ class Gemma4Provider:
             "bias_dropout_fusion": False,
             "persist_layer_norm": False,
         }
-        if parallel.pp > 1:
-            fields["pipeline_model_parallel_layout"] = layout_string(self.stages)
-            # With two interleaved stages, unoverlapped batched p2p delivers the wrong tensors in silence.
-            fields |= {"overlap_p2p_comm": parallel.vpp > 1, "batch_p2p_comm": parallel.vpp == 1}
-        if geometry.moe is not None:
-            fields |= {
-                "num_moe_experts": geometry.moe.num_experts,
-                "moe_router_topk": geometry.moe.topk,
-                "moe_ffn_hidden_size": geometry.moe.ffn_hidden_size,
-                "moe_router_load_balancing_type": "none",
-                "moe_router_pre_softmax": False,
-                "moe_token_dispatcher_type": "alltoall",
-            }
-        return Gemma4TransformerConfig(**(fields | self.overrides))
+        return Gemma4TransformerConfig(**(fields | self._pipeline | self._experts | self.overrides))
+
+    @property
+    def _pipeline(self) -> dict[str, Any]:
+        """What Megatron's config says of stages, where there are several."""
+        if self.parallel.pp == 1:
+            return {}
+        # With two interleaved stages, unoverlapped batched p2p delivers the wrong tensors in silence.
+        overlap = self.parallel.vpp > 1
+        return {
+            "pipeline_model_parallel_layout": layout_string(self.stages),
+            "overlap_p2p_comm": overlap,
+            "batch_p2p_comm": not overlap,
+        }
+
+    @property
+    def _experts(self) -> dict[str, Any]:
+        """What Megatron's config says of experts, where there are some."""
+        moe = self.geometry.moe
+        if moe is None:
+            return {}
+        return {
+            "num_moe_experts": moe.num_experts,
+            "moe_router_topk": moe.topk,
+            "moe_ffn_hidden_size": moe.ffn_hidden_size,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_pre_softmax": False,
+            "moe_token_dispatcher_type": "alltoall",
+        }
 
     def provide(
         self,

@@ -34,6 +34,7 @@ from bridge.hf.tensors import (
     printable,
     row_bytes,
 )
+from bridge.mapping.table import DRAFTER
 from bridge.torch_dist import pickles
 from bridge.torch_dist.format import DTYPE_OF_TORCH, TensorItem, contiguous_strides, parse_item
 from bridge.torch_dist.pickles import Call, Global, New, Pairs
@@ -105,25 +106,28 @@ class DistTensor:
 
 
 def is_weight(key: str) -> bool:
-    """Whether a key is a weight: not optimizer state, and not the state of a quantiser."""
-    return not key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state")) and "_extra_state" not in key
+    """Whether a key is a weight of the model: not optimizer state, not the state of a quantiser, not its drafter's."""
+    others = ("optimizer.", "chained_", "rng_state", "rerun_state", DRAFTER)
+    return not key.startswith(others) and "_extra_state" not in key
 
 
 class DistReader(CloseOnExit):
     """An open `torch_dist` folder. Thread-safe; a context manager.
 
-    `tensors`: those keys that `select` keeps (by default the weights), each checked to be covered by its chunks.
+    `tensors`: those keys that `select` keeps (by default the weights), each checked to be covered by its chunks; or
+    those that begin with `within`, without that.
     Raises CheckpointError that names the file or key at fault.
     """
 
-    def __init__(self, folder: str | Path, select: Callable[[str], bool] = is_weight) -> None:
+    def __init__(self, folder: str | Path, select: Callable[[str], bool] = is_weight, within: str = "") -> None:
         self.folder = Path(folder)
         self._files = RegularFiles()
         self._items: dict[tuple[Path, int], TensorItem] = {}
         self._local = threading.local()
         try:
             _check_config(self.folder)
-            self.tensors = self._read_metadata(select)
+            found = self._read_metadata(select if not within else lambda key: key.startswith(within))
+            self.tensors = {key.removeprefix(within): tensor for key, tensor in found.items()}
         except BaseException:
             self.close()
             raise

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.toy.config import ToyConfig
+from bridge.toy.config import SMALLEST_BUDGET, ToyConfig, image_budget
 from bridge.toy.tokenizer import EOS_IDS, build_tokenizer
-
-# The smallest budget that transformers' Gemma 4 image and video processors take.
-_SMALLEST_BUDGET = 70
-
 
 # How many tokens a toy's drafter drafts at once; transformers reads it from a drafter's generation_config.json.
 _DRAFT_TOKENS = 4
@@ -50,7 +46,7 @@ def processor_config(config: Mapping[str, Any], *, full_size: bool = False) -> d
     """
     family = "Gemma4Unified" if config["model_type"] == "gemma4_unified" else "Gemma4"
     vision, audio = config["vision_config"], config["audio_config"]
-    image_budget = 280 if full_size else _SMALLEST_BUDGET
+    budget = image_budget(config)
     pixels = {
         "do_convert_rgb": True,
         "do_rescale": True,
@@ -70,16 +66,16 @@ def processor_config(config: Mapping[str, Any], *, full_size: bool = False) -> d
         | {
             "do_normalize": False,
             "image_processor_type": f"{family}ImageProcessor",
-            "image_seq_length": image_budget,
-            "max_soft_tokens": image_budget,
+            "image_seq_length": budget,
+            "max_soft_tokens": budget,
         },
-        "image_seq_length": image_budget,
+        "image_seq_length": budget,
         "processor_class": f"{family}Processor",
         "video_processor": pixels
         | {
             "do_normalize": True,
             "do_sample_frames": True,
-            "max_soft_tokens": _SMALLEST_BUDGET,
+            "max_soft_tokens": SMALLEST_BUDGET,
             "num_frames": 32 if full_size else 4,
             "return_metadata": False,
             "video_processor_type": f"{family}VideoProcessor",

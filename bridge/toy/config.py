@@ -21,6 +21,11 @@ Smaller = int | list[int] | Callable[[Mapping[str, Any]], int]
 HEAD_DIM, TOWER_HEAD_DIM = 16, 8
 WINDOW, WINDOW_OF_OTHER_HEADS = 8, 16
 
+# How many soft tokens an image has at most, as published configs say it: transformers asks its processor alone, and
+# engines this field. The processors' smallest is 70.
+_BUDGET_FIELD = {"gemma4_vision": "default_output_length", "gemma4_unified_vision": "num_soft_tokens"}
+_BUDGET, SMALLEST_BUDGET = 280, 70
+
 # Per variant: layers, and how many of them share K/V. Two periods of the published pattern; the shared layers are the
 # second period, so that they are of both types and both producers lie in the first.
 _LAYERS: dict[str, dict[str, int]] = {
@@ -86,6 +91,9 @@ _DRAFTER_LAYERS = ["sliding_attention"] * 3 + ["full_attention"]
 _DRAFTER_HEADS = 4
 _DRAFTER_SMALLER: Config = {"hidden_size": 32, "intermediate_size": 72}
 _CENTROIDS: Config = {"num_centroids": 32, "centroid_intermediate_top_k": 6}
+# As published, of the one whose sizes are all known.
+_DRAFTER_PUBLISHED: dict[str, Config] = {"e2b": {"hidden_size": 256, "intermediate_size": 2048}}
+_CENTROIDS_PUBLISHED: Config = {"num_centroids": 2048, "centroid_intermediate_top_k": 32}
 # Published drafters whose head computes the logits of a part of the vocabulary only.
 _ORDERED = ("e2b", "e4b")
 
@@ -118,6 +126,12 @@ def published(variant: str) -> Config:
     text = resources.files("bridge").joinpath("variants", f"{variant}.json").read_text(encoding="utf-8")
     config: Config = json.loads(text)
     return config
+
+
+def image_budget(config: Mapping[str, Any]) -> int:
+    """Of a toy's multimodal config."""
+    vision = config["vision_config"]
+    return int(vision[_BUDGET_FIELD[vision["model_type"]]])
 
 
 def shrink(config: Config, variant: str, head_dim: int | None = None) -> Config:
@@ -175,8 +189,11 @@ def toy_config(
 
     Raises UsageError for an unknown variant, a head dim that cannot be, or options that exclude each other.
     """
-    if drafter and (full_size or text_only):
-        raise UsageError("a toy's drafter is small and has text alone: neither full_size nor text_only")
+    if drafter and text_only:
+        raise UsageError("a drafter has text alone: leave text_only out")
+    if drafter and full_size and variant not in _DRAFTER_PUBLISHED:
+        known = ", ".join(_DRAFTER_PUBLISHED)
+        raise UsageError(f"{variant}: not all sizes of its published drafter are known here, only those of {known}")
     if ordered is not None and not drafter:
         raise UsageError("ordered embeddings are a drafter's")
     config = published(variant)
@@ -189,20 +206,28 @@ def toy_config(
     for field, size in (("vocab_size", vocab_size), ("vocab_size_per_layer_input", ple_vocab_size or vocab_size)):
         if size is not None and text.get(field):
             text[field] = size
-    whole = {**config, "text_config": text}
+    vision = config["vision_config"]
+    budget = _BUDGET if full_size else SMALLEST_BUDGET
+    whole = {**config, "text_config": text, "vision_config": vision | {_BUDGET_FIELD[vision["model_type"]]: budget}}
     ordered = variant in _ORDERED if ordered is None else ordered
-    return ToyConfig(whole, text_only, untied, _drafter(whole, ordered) if drafter else None)
+    own, centroids = _DRAFTER_SMALLER, _CENTROIDS
+    if full_size and drafter:
+        own, centroids = _DRAFTER_PUBLISHED[variant], _CENTROIDS_PUBLISHED
+    return ToyConfig(whole, text_only, untied, _drafter(whole, own, centroids if ordered else {}) if drafter else None)
 
 
-def _drafter(target: Config, ordered: bool) -> Config:
-    """The config of a drafter of `target`, a toy's multimodal config: its K/V, window, rotation and vocabulary."""
+def _drafter(target: Config, sizes: Config, centroids: Config) -> Config:
+    """The config of a drafter of `target`, a multimodal config: its K/V, window, rotation and vocabulary.
+
+    `sizes` are its own; `centroids`: of ordered embeddings, {} without.
+    """
     text = target["text_config"]
     own = next(iter(text["per_layer_config"].values()))
     groups = max(text["num_key_value_heads"], own.get("num_key_value_heads", 0))
     kept = ("model_type", "vocab_size", "head_dim", "num_key_value_heads", "rope_parameters", "sliding_window")
     decoder = {key: text[key] for key in (*kept, "rms_norm_eps", "initializer_range", "max_position_embeddings")}
     count = len(_DRAFTER_LAYERS)
-    decoder |= _DRAFTER_SMALLER | {
+    decoder |= sizes | {
         "num_attention_heads": max(_DRAFTER_HEADS, groups),
         "num_hidden_layers": count,
         "num_kv_shared_layers": count,
@@ -218,7 +243,7 @@ def _drafter(target: Config, ordered: bool) -> Config:
     return {
         "model_type": "gemma4_unified_assistant" if unified else "gemma4_assistant",
         "backbone_hidden_size": text["hidden_size"],
-        "use_ordered_embeddings": ordered,
+        "use_ordered_embeddings": bool(centroids),
         "text_config": decoder,
-        **(_CENTROIDS if ordered else {}),
+        **centroids,
     }

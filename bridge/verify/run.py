@@ -51,11 +51,7 @@ def verify(
     `progress` is of the round trip; `notify` gets a line before each batch whose logits or gradients are compared.
     Raises a BridgeError when a check could not be carried out (which is not the same as failing).
     """
-    unknown = [name for name in checks if name not in CHECKS]
-    if unknown or not checks:
-        raise UsageError(f"check {unknown[0] if unknown else ''!r}: known are {', '.join(CHECKS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
+    _check_known(checks, dtype)
     with ExitStack() as stack:
         source = open_source(stack, hf_dir)
         geometry, quantized = source.geometry, source.folder.config is not None
@@ -94,6 +90,14 @@ def verify(
             )
             rows += _parity(hf_dir, quantized, first, samples, workdir, notify or _say_nothing, ranks)
     return rows
+
+
+def _check_known(checks: Sequence[str], dtype: str) -> None:
+    unknown = [name for name in checks if name not in CHECKS]
+    if unknown or not checks:
+        raise UsageError(f"check {unknown[0] if unknown else ''!r}: known are {', '.join(CHECKS)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)

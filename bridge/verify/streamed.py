@@ -122,19 +122,7 @@ def compare(task: StreamedTask) -> list[Check]:
                 layer.register_forward_hook(ends(i))
             else:
                 layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
-        tables = [model.embedding.word_embeddings.weight]
-        if model.decoder.ple is not None:
-            tables.append(model.decoder.ple.embed_tokens.weight)
-        head = EMBEDDING if task.geometry.tied else "output_layer.weight"
-        unused = [] if model.output_layer.weight is None else [model.output_layer.weight]
-        _prepare(model, tables, unused, task, weights)
-
-        def logits(*, hidden_states: Tensor, scale_logits: Any, **others: Any) -> Tensor:
-            by_words = torch.cat([hidden_states @ rows.t() for rows in weights.rows_of(head)], dim=-1)
-            return scale_logits(by_words).transpose(0, 1)
-
-        sample = task.sample
-        ours = model(sample.input_ids, None, sample.attention_mask, output_processor=logits, **sample.features())
+        ours = _our_logits(model, task, weights)
     if task.layers is None:
         ours = ours[..., : task.geometry.vocab_size]
         expected = theirs[LOGITS]
@@ -144,6 +132,24 @@ def compare(task: StreamedTask) -> list[Check]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     checks.append(Check("memory", task.variant, Parallel(), "float32", "peak GB", peak, None, "of the process"))
     return checks
+
+
+def _our_logits(model: Any, task: StreamedTask, weights: OurWeights) -> Tensor:
+    """[b, s, vocab] of the sample; layers come and go, tables and the head are read by rows."""
+    tables = [model.embedding.word_embeddings.weight]
+    if model.decoder.ple is not None:
+        tables.append(model.decoder.ple.embed_tokens.weight)
+    head = EMBEDDING if task.geometry.tied else "output_layer.weight"
+    unused = [] if model.output_layer.weight is None else [model.output_layer.weight]
+    _prepare(model, tables, unused, task, weights)
+
+    def logits(*, hidden_states: Tensor, scale_logits: Any, **others: Any) -> Tensor:
+        by_words = torch.cat([hidden_states @ rows.t() for rows in weights.rows_of(head)], dim=-1)
+        return scale_logits(by_words).transpose(0, 1)
+
+    sample = task.sample
+    output: Tensor = model(sample.input_ids, None, sample.attention_mask, output_processor=logits, **sample.features())
+    return output
 
 
 def _empty_transformers(task: StreamedTask) -> Any:

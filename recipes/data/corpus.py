@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,9 +35,13 @@ from recipes.data.sample import Blob, Where
 from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
 from recipes.data.tokenising import tokenise
+from recipes.data.uses import Use, default_folder, lock_of, parts_of
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
 _FORMAT = 3
+
+# Samples whose tokens are looked at together.
+_BLOCK = 1 << 16
 
 Progress = Callable[[int, float], None]
 
@@ -83,6 +87,22 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """Tokens of every sample, int64 [samples]."""
         return np.diff(self._index[:, 0], prepend=0)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Tokens of every sample that are learnt, int64 [samples]. Reads all of them."""
+        starts = self._index[:, 0] - self.lengths
+        found = np.zeros(len(self), np.int64)
+        for first in range(0, len(self), _BLOCK):
+            which = slice(first, first + _BLOCK)
+            begin, end = int(starts[first]), int(self._index[which, 0][-1])
+            found[which] = np.add.reduceat(self._flags[begin:end] & 1, starts[which] - begin, dtype=np.int64)
+        return found
+
+    @property
+    def source_tokens(self) -> np.ndarray:
+        """Tokens that come from each of `files`, int64 [files]."""
+        return np.bincount(self._index[:, 1], self.lengths, len(self._sources)).astype(np.int64)
 
     @property
     def files(self) -> list[str]:
@@ -142,12 +162,14 @@ def open_corpus(
     *,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
+    asked_by: str = "",
 ) -> Corpus:
     """The corpus of `options` for the model in a folder (or hub id): from the cache, tokenised first if need be.
 
     Args:
         progress: called for each record, with how many were read so far, and which part of the data that is, 0 to 1.
         notify: called with a line for every record that is skipped, and where work goes on.
+        asked_by: for whom it is opened, as `data list` says it.
 
     Raises:
         DataError: a bad record (with `on_error="fail"`), data that cannot be read, or none that can be kept.
@@ -155,20 +177,23 @@ def open_corpus(
     """
     sources = find_sources(options.paths, split=options.split, subset=options.subset)
     chat = ChatModel(resolve(str(model)), options)
-    caches = Path(options.cache) if options.cache else _default_cache()
+    caches = Path(options.cache) if options.cache else default_folder()
     try:
         caches.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{caches}: the cache cannot be written ({error.strerror})") from None
     inputs = _inputs(options, chat, fingerprints(sources, caches, options.workers, notify or _silent))
     folder = caches / _digest({"format": _FORMAT, **inputs})
-    with held(caches / f".{folder.name}.lock", str(caches), notify=notify, wait=True):
+    with held(lock_of(folder), str(caches), notify=notify, wait=True):
         if not (folder / "meta.json").is_file():
             _build(folder, chat, options, sources, progress, notify)
-        elif (parts := _parts(folder)).exists():
+        elif (parts := parts_of(folder)).exists():
             # Whoever made it was killed before it had tidied up.
             shutil.rmtree(parts, ignore_errors=True)
+        # From here on `data clean` leaves it.
+        use = Use(folder, {"for": asked_by, "model": str(model), "seq_length": options.seq_length})
     corpus = Corpus(folder, chat, options, sources, inputs)
+    weakref.finalize(corpus, use.end)
     if corpus.has_media:
         chat.media.processor  # noqa: B018  what is wrong with it is said now, not in the middle of a run
     return corpus
@@ -182,7 +207,7 @@ def _build(
     progress: Progress | None,
     notify: Callable[[str], None] | None,
 ) -> None:
-    parts_folder = _parts(folder)
+    parts_folder = parts_of(folder)
     keep = False
     try:
         parts = Parts(parts_folder)
@@ -202,11 +227,6 @@ def _build(
     finally:
         if not keep:
             shutil.rmtree(parts_folder, ignore_errors=True)
-
-
-def _parts(folder: Path) -> Path:
-    """Where the parts of a cache are made."""
-    return folder.with_name(f".{folder.name}.parts")
 
 
 def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequence[Source]) -> None:
@@ -266,11 +286,6 @@ def _of_preferences(options: CorpusOptions) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _default_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "gemma4-bridge" / "data"
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray:

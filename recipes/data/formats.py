@@ -204,11 +204,14 @@ def _refused(why: str) -> Callable[[Columns], Mapping[str, Any]]:
     return refuse
 
 
+# The name of the format, and of the only column of its records.
+MEGATRON = "megatron"
 _PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"), ("prompt", "response"),
           ("problem", "solution"), ("inputs", "targets"), ("input", "output"))  # fmt: skip
 
 FORMATS: tuple[Format, ...] = (
     Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask"), "input_ids"),
+    Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}, field=MEGATRON),
     Format("messages", ("messages",), _conversation("messages"), (*_SYSTEM, *_BESIDE)),
     Format("llava", ("conversations", "image"), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
     Format("llava-images", ("conversations", "images"), _conversation("conversations"), (*_SYSTEM, *_BESIDE),

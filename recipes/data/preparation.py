@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import UsageError
+from bridge.errors import DataError, UsageError
 from recipes.config import Recipe, load_recipe, resolve
 from recipes.data import report
 from recipes.data.corpus import Corpus, open_corpus
+from recipes.data.megatron import check_target, prefix_of, write
 from recipes.data.options import CorpusOptions
 from recipes.data.part import Part, Samples
 from recipes.data.preference import of_its_kind
@@ -37,7 +38,7 @@ def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
         if paths:
             raise UsageError("a recipe names data itself: write data.path=...")
         return Asked(names[0], (), overrides)
-    absent = [name for name in names if not Path(name).exists()]
+    absent = [name for name in names if not Path(name).exists() and prefix_of(name) is None]
     if absent:
         raise UsageError(f"{absent[0]}: no such file")
     if not names and not paths:
@@ -68,6 +69,45 @@ def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Samples], tupl
     every = corpora(recipe)
     sets = {f"eval/{name}" if name else "eval": samples for name, samples in every.evaluation.items()}
     return {"train": every.train, **sets}, every.notes
+
+
+# What is written for Megatron is whole: its readers cut it.
+_WHOLE = 2**31 - 1
+
+
+def targets(recipe: Recipe, out: str, seq_length: int | None) -> Recipe:
+    """The recipe for what `to_megatron` writes to a prefix. Raises UsageError."""
+    check_target(Path(out))
+    if seq_length is not None:
+        raise UsageError("--seq-length: documents are written whole; whoever reads them cuts them")
+    if recipe.data.val_fraction:
+        raise UsageError(
+            "data.val_fraction: holds samples out for a run; leave it to the run that reads what is written"
+        )
+    return replace(recipe, train=replace(recipe.train, seq_length=_WHOLE))
+
+
+def to_megatron(sets: Mapping[str, Samples], out: str) -> tuple[dict[str, Any], list[str]]:
+    """Write every set, `train` to the prefix `out`, others with their names behind it; what was written, and what there
+    is to say. Raises DataError and UsageError."""
+    written: dict[str, Any] = {}
+    said: list[str] = []
+    for name, samples in sets.items():
+        prefix = Path(out if name == "train" else f"{out}_{name.replace('/', '_')}")
+        check_target(prefix)
+        if not isinstance(samples, Corpus) or samples.has_media or samples.options.together > 1:
+            raise DataError(f"{prefix}: Megatron's format holds tokens alone: no media, no pairs, no part of a file")
+        write(prefix, samples.folder / "ids.bin", samples.lengths)
+        counts = samples.statistics
+        written[name] = {"prefix": str(prefix), "sequences": len(samples), "tokens": counts.tokens}
+        said.append(f"wrote {prefix}.bin and .idx: {len(samples)} sequences, {counts.tokens} tokens")
+        unlearnt = counts.tokens - counts.supervised - len(samples)
+        if unlearnt > 0:
+            said.append(
+                f"warning: {unlearnt} tokens that are not learnt of these records (what is asked) are tokens like "
+                "others there: the format does not say what is learnt, and a run on it learns all of them"
+            )
+    return written, said
 
 
 def opened(recipe: Recipe, options: CorpusOptions) -> Corpus:

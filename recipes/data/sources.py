@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bridge.errors import DataError
 from recipes.data.blocks import Block, Record
 from recipes.data.files import ROWS, DataFile, first_line, kind_of_file, needed, tables
+from recipes.data.megatron import MegatronFile, prefix_of
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What is read of a folder: other .json there is mostly somebody's configuration.
@@ -57,7 +58,9 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     found: list[Source] = []
     for name in paths:
         path = Path(name)
-        if path.is_dir():
+        if (prefix := prefix_of(name)) is not None:
+            found.append(MegatronFile(prefix))
+        elif path.is_dir():
             found += _folder(path, split)
         elif path.exists():
             found.append(DataFile(path))
@@ -65,7 +68,7 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
             matches = sorted(match for match in _glob(name) if match.is_file())
             if not matches:
                 raise DataError(f"{name}: no file matches")
-            found += [DataFile(match) for match in matches]
+            found += _matched(matches)
         elif is_hub_name(name):
             found.append(HubDataset(name, split, subset))
         else:
@@ -73,9 +76,18 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     return found
 
 
+def _matched(files: Sequence[Path]) -> list[Source]:
+    """The files of a glob; of the two that Megatron makes of a text, both are one."""
+    prefixes = {file: prefix_of(str(file)) for file in files}
+    both = dict.fromkeys(prefix for prefix in prefixes.values() if prefix is not None)
+    return [*map(MegatronFile, both), *(DataFile(file) for file, prefix in prefixes.items() if prefix is None)]
+
+
 def is_data(name: str, beside_data: bool) -> bool:
     """Whether the name of a recipe or of data is one of data: it is there, and no recipe's file, or `beside_data`."""
     path = Path(name)
+    if prefix_of(name) is not None:
+        return True
     return path.exists() and (beside_data or path.is_dir() or kind_of_file(path) is not None)
 
 

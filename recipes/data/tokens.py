@@ -56,6 +56,8 @@ def parse_tokens(record: Mapping[str, Any], where: object) -> Tokens:
 
 
 def _integers(values: Any, at: str) -> np.ndarray:
+    if isinstance(values, np.ndarray) and np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.int64)
     if not is_list(values) or not all(type(value) is int for value in values):
         raise DataError(f"{at}: expected a list of integers, found {kind_of(values)}")
     try:

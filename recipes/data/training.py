@@ -77,7 +77,7 @@ def corpora(recipe: Recipe) -> Opened:
     def opened(options: CorpusOptions) -> Corpus:
         say(f"reading data: {', '.join(options.paths)}")
         progress = report.Progress(say)
-        return open_corpus(options, folder, progress=progress.read, notify=progress.line)
+        return open_corpus(options, folder, progress=progress.read, notify=progress.line, asked_by=recipe.output)
 
     return open_sets(recipe, corpus_options(recipe), opened)
 

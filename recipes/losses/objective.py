@@ -82,6 +82,21 @@ class TokenLoss:
         return {"loss": sums["loss"] / sums["supervised"]}
 
 
+@dataclass(frozen=True)
+class DraftedLoss(TokenLoss):
+    """`TokenLoss` of a model, and that of its drafter's drafts: token losses are [2, b, s / cp], both are minimised."""
+
+    names: tuple[str, ...] = ("loss", "supervised", "draft_loss")
+
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+        model, drafts = losses
+        total, tokens, figures = super().sums(model, batch, cp)
+        return total + drafts.sum(), tokens, torch.cat([figures, drafts.detach().sum(dtype=torch.float64)[None]])
+
+    def values(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return super().values(sums) | {"draft_loss": sums["draft_loss"] / sums["supervised"]}
+
+
 def answer_logps(losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Tensor:
     """The summed log-probabilities of a microbatch's answers, float64 [answers], whole on every rank of `cp`."""
     numbers = take(batch["sequence_ids"], cp).flatten()

@@ -29,7 +29,7 @@ from recipes.losses.grpo import (
     sequence_ratios,
     token_ratios,
 )
-from recipes.losses.objective import Batch, Objective, Sums, objective_of
+from recipes.losses.objective import Batch, DraftedLoss, Objective, Sums, objective_of
 
 
 @dataclass(frozen=True)
@@ -125,4 +125,6 @@ def training_objective(recipe: Recipe) -> Objective:
 
 def evaluated_objective(recipe: Recipe) -> Objective:
     """What evaluations measure, which are of answers that are there."""
+    if recipe.drafter.path is not None and recipe.drafter.target == "trained":
+        return DraftedLoss()
     return objective_of(recipe.preference) if recipe.distill.teacher is None else distill_loss(recipe.distill)

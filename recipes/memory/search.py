@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,23 +11,34 @@ from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
 from recipes.config import ParallelConfig
 from recipes.memory.estimate import RESERVE, Estimate, Plan, estimate
+from recipes.simulate.hardware import Hardware, nearest_hardware
+from recipes.simulate.predict import predicted_parts
 
 # GPUs that a fast link joins; tensor and expert parallelism stay within.
 NODE = 8
 
-# What a layout costs against one GPU's worth of work, as rules of thumb: none of these was measured here. Recompute is
-# a third of a step's products; the rest is communication that is not hidden, for every doubling.
-_RECOMPUTE = {"none": 1.0, "selective": 1.05, "full": 1.33}
-_DOUBLING = {"tp": 0.08, "cp": 0.04, "ep": 0.03}
+# What may be made again in the backward pass, the least first. Attention keeps little; what an FFN and experts keep is
+# worth their products.
+_RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("none", ()),
+    ("selective", ("mlp",)),
+    ("selective", ("mlp", "moe")),
+    ("full", ()),
+)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that fits. `cost`: time of a step, relative to others of the same model and number of GPUs."""
+    """A layout that fits. `parts`: predicted seconds of a step by what they go into."""
 
     plan: Plan
     estimate: Estimate
-    cost: float
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, predicted."""
+        return sum(self.parts.values())
 
     def overrides(self, over: ParallelConfig | None = None) -> list[str]:
         """As overrides of a recipe whose section `parallel` is `over`, by default that of a recipe that says nothing.
@@ -51,22 +61,30 @@ def _written(value: object) -> str:
     return str(value).lower()
 
 
-def search(table: Table, wanted: Plan, budget: int, global_batch: int) -> list[Proposal]:
-    """Proposals for `wanted.world_size` GPUs of `budget` bytes, best first; its layout and recompute are replaced."""
-    found = []
+def search(
+    table: Table, wanted: Plan, budget: int, global_batch: int, hardware: Hardware | None = None
+) -> list[Proposal]:
+    """Proposals for `wanted.world_size` GPUs of `budget` bytes, best first; its layout and recompute are replaced.
+
+    `hardware`: by default the profile whose memory is nearest.
+    """
+    found, hardware = [], hardware or nearest_hardware(budget)
+    experts = table.geometry.moe is not None
     for parallel in layouts(table, wanted.world_size):
         dp = parallel.dp(wanted.world_size)
         if global_batch % (dp * wanted.load.rows):
             continue
         microbatches = global_batch // (dp * wanted.load.rows)
-        for recompute, modules in (("none", ()), ("selective", ("core_attn", "mlp")), ("full", ())):
+        for recompute, modules in _RECOMPUTE:
+            if "moe" in modules and not experts:
+                continue
             load = replace(wanted.load, recompute=recompute, recompute_modules=modules)
             plan = replace(wanted, parallel=parallel, load=load, microbatches=microbatches)
             one = estimate(table, plan)
             if one.total + RESERVE <= budget:
-                found.append(Proposal(plan, one, _cost(plan)))
+                found.append(Proposal(plan, one, predicted_parts(table, plan, hardware)))
                 break
-    return sorted(found, key=lambda proposal: (proposal.cost, proposal.estimate.total))
+    return sorted(found, key=lambda proposal: (proposal.seconds, proposal.estimate.total))
 
 
 def layouts(table: Table, gpus: int) -> Iterator[Parallel]:
@@ -85,12 +103,3 @@ def layouts(table: Table, gpus: int) -> Iterator[Parallel]:
                     except ParallelError:
                         continue
                     yield parallel
-
-
-def _cost(plan: Plan) -> float:
-    parallel = plan.parallel
-    cost = _RECOMPUTE[plan.load.recompute]
-    for name, share in _DOUBLING.items():
-        cost *= 1 + share * math.log2(getattr(parallel, name))
-    # Stages wait while a pipeline fills and drains.
-    return cost * (1 + (parallel.pp - 1) / plan.microbatches)

@@ -107,7 +107,7 @@ def _check_others(recipe: Recipe) -> None:
     """Keys of other ways to train."""
     for key, value, why in (
         ("preference.loss", recipe.preference.loss, "is of answers that are there"),
-        ("drafter.path", recipe.drafter.path, "trains the drafter of a frozen model"),
+        ("drafter.path", recipe.drafter.path, "trains a drafter on data"),
         ("train.epochs", recipe.train.epochs, "count rows of data, and these are sampled; set train.steps"),
         ("train.z_loss", recipe.train.z_loss, "is added to token losses"),
         ("data.packing", recipe.data.packing, "answers have rows of their own yet"),

@@ -34,11 +34,13 @@ def answers(
 ) -> list[Completion] | None:
     """The answers to prompts 0 to `count` - 1. Collective; training goes on as if nothing had been.
 
-    None where any rank was told to stop, which is asked after every few prompts. `progress`: the answers so far. Those
+    A drafter that is trained drafts them. None where any rank was told to stop, which is asked after every few prompts.
+    `progress`: the answers so far. Those
     to a prompt are numbered from `first_index` on: what is drawn depends on that number alone.
     """
     run.gather_weights()
-    generator = Generator(run.models, run.groups, decode=decode, max_rows=max_rows)
+    speculator = None if run.drafting is None else run.drafting.speculator(run.models, run.groups)
+    generator = Generator(run.models, run.groups, decode=decode, max_rows=max_rows, speculator=speculator)
     at_once = max(1, generator.max_rows * run.groups.dp.size() // options.num_return_sequences)
     found: list[Completion] = []
     for first in range(0, count, at_once):

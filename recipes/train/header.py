@@ -102,6 +102,8 @@ def _rounding(said: Mapping[str, Any]) -> Iterator[str]:
 def _trained(run: Run, plan: Plan) -> int:
     """How many elements are trained, over all ranks."""
     entries = [entry for entry in run.table.entries.values() if entry.row.trainable]
-    if run.lora is None and run.target is None:
+    if run.lora is None and not run.drafts_alone:
         entries = [entry for entry in entries if plan.trains(entry)]
+    if run.drafting is not None and not run.drafting.frozen:
+        entries += [entry for entry in run.drafting.bridge.table.entries.values() if entry.row.trainable]
     return sum(math.prod(entry.shape) for entry in entries)

@@ -22,7 +22,7 @@ from bridge.megatron.visibility import Visibility, send
 from bridge.token_ids import IGNORE, check_ids, check_labels
 from recipes.check import row_multiple
 from recipes.data.collate import KL
-from recipes.train.drafter import Target
+from recipes.train.drafter import Drafting
 from recipes.train.media import MEDIA_NAMES
 from recipes.train.setup import BuiltModel
 
@@ -127,10 +127,13 @@ def through(
     rows, length = microbatches[0].batch["input_ids"].shape
     if run.provider.parallel.pp > 1 and len(lengths) > 1:
         raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
+    # A frozen model has no backward pass for stages to hand on: its drafter has its own, behind each forward pass.
+    own, counts = train and run.drafts_alone, list[Tensor]()
     for chunk in run.chunks:
-        if chunk.training != train:  # it walks all modules
-            chunk.train(train)
-    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, target=run.target)
+        if chunk.training != (train and not own):  # it walks all modules
+            chunk.train(train and not own)
+    total = partial(_with_backward, total=total, counts=counts) if own else total
+    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, drafting=run.drafting)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports: list[dict[str, Any]] = get_forward_backward_func()(
@@ -140,9 +143,22 @@ def through(
             num_microbatches=len(microbatches),
             seq_length=length * run.config.pipeline_payload,
             micro_batch_size=rows,
-            forward_only=not train,
+            forward_only=own or not train,
         )
+    if own:
+        count = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int, device=run.device)
+        run.config.finalize_model_grads_func(list(run.chunks), count.to(torch.int), pg_collection=run.groups)
     return reports
+
+
+def _with_backward(
+    losses: Tensor, passed: Passed, total: Total, counts: list[Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`total`, its sum differentiated at once; what it is a mean over goes to `counts`."""
+    loss, count, report = total(losses, passed)
+    loss.backward()
+    counts.append(count)
+    return loss.detach(), count, report
 
 
 def in_groups(run: BuiltModel, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
@@ -198,7 +214,7 @@ def _forward_step(
     total: Total,
     z_loss: float,
     accuracy: bool,
-    target: Target | None,
+    drafting: Drafting | None,
 ) -> tuple[Tensor, Any]:
     batch, visibility, kept, placeholders, output = next(iterator)
     packed = None
@@ -207,9 +223,10 @@ def _forward_step(
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
     counted: dict[str, Any] = {}
-    media = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
-    if target is not None:
-        losses = target.losses(chunk, batch, packed, visibility, **media)
+    media: dict[str, Any] = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
+    media |= {"placeholder_counts": placeholders} if placeholders else {}
+    if drafting is not None:
+        losses = drafting.losses(chunk, batch, packed, visibility, LossContext(z_loss, kept), **media)
         return losses, lambda losses: total(losses, Passed(batch, squares, correct))
     if accuracy:
         context = AccuracyContext(LossContext(z_loss, kept), correct)
@@ -228,7 +245,6 @@ def _forward_step(
         kept=kept,
         squares=squares if z_loss else None,
         **counted,
-        **({"placeholder_counts": placeholders} if placeholders else {}),
         **media,
     )
 

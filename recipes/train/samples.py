@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bridge.errors import UsageError
+from bridge.generate.acceptance import Acceptance
 from bridge.generate.loop import Decode
 from bridge.generate.opened import stop_token_ids
 from bridge.generate.output import record
@@ -24,6 +25,7 @@ from recipes.train.answers import AnswerMetrics, Say, answers
 from recipes.train.data import Streams
 from recipes.train.setup import Run
 from recipes.train.signals import StopSignal
+from recipes.train.sinks import Values
 
 FOLDER = "samples"
 # Of an answer on the terminal, and how many answers.
@@ -94,6 +96,13 @@ class Samples:
     def _line(self, completion: Completion) -> dict[str, object]:
         line = record(completion)
         return line if self.reference is None else line | {"reference": self.reference(completion.index)}
+
+
+def acceptance_values(answers: Sequence[Completion]) -> Values:
+    """For the log, of answers that a drafter drafted: accepted tokens a pass, and how many of those at each place."""
+    acceptance = Acceptance.of(answers)
+    places = {f"eval_acceptance/{place}": rate for place, rate in enumerate(acceptance.rates, 1)}
+    return {"eval_mean_accepted_length": acceptance.mean_length, **places}
 
 
 def _options(recipe: Recipe) -> SamplingOptions:

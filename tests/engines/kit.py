@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bridge.verify.reference import load_hf
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / ".venv-engines"
 # Kernels of vLLM's CPU attention begin at 32, and these are the smallest of several engines. A busy machine is slow.
-HEAD_DIM, SECONDS = 64, 900
+HEAD_DIM, SECONDS = 64, 1800
 # The longer ones are of several windows (16); the shortest is within one.
 LENGTHS, ANSWER = (55, 23, 9), 32
 # Beside the adapter everything is as on a GPU, but slower; towers are not asked for text, and need memory.
@@ -43,12 +44,14 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 class Ask:
     """Prompts as token ids, served at a time. `adapters`: of every prompt its folder, None for the model as it is.
 
+    `free`: answers may have any token; else none that `placeholders` gives.
     `inputs_file`: where to write what goes into linears of FP8 weights, for one prompt and one token of an answer.
     """
 
     ids: Sequence[Sequence[int]]
     adapters: Sequence[str | None] = ()
     max_tokens: int = ANSWER
+    free: bool = False
     inputs_file: str | None = None
 
 
@@ -76,7 +79,7 @@ def ask_vllm(model: Path, asks: Sequence[Ask], workdir: Path, **options: Any) ->
             {
                 "model": str(model),
                 "options": OPTIONS | options,
-                "asks": [asdict(ask) | {"never": placeholders(model)} for ask in asks],
+                "asks": [asdict(ask) | {"never": [] if ask.free else placeholders(model)} for ask in asks],
             }
         )
     )
@@ -131,7 +134,11 @@ def serving(
         port = free.getsockname()[1]
     with said.open("w") as log:
         process = subprocess.Popen(
-            command(port), stdout=log, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+            command(port),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
         )
         try:
             server = Server(f"http://127.0.0.1:{port}")
@@ -143,10 +150,12 @@ def serving(
             yield server
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            # Servers have processes of their own, which an end by force would leave behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _is_up(server: Server) -> bool:
@@ -187,16 +196,22 @@ def expected(
     model = load_hf(folder, Geometry.from_folder(folder), torch.float32).eval()
     if change is not None:
         change(model)
-    never, answers = torch.tensor(placeholders(folder)), []
-    for prompt in ids:
-        tokens = list(prompt)
+    never = placeholders(folder)
+    return [answered(model, {"input_ids": torch.tensor([prompt])}, max_tokens, never) for prompt in ids]
+
+
+def answered(model: Any, inputs: Mapping[str, Tensor], max_tokens: int, never: Sequence[int]) -> Answer:
+    """What a transformers model says to one prompt: `inputs` [1, prompt], and media beside them."""
+    prompt, inputs = inputs["input_ids"].shape[1], dict(inputs)
+    for _ in range(max_tokens):
         with torch.no_grad():
-            for _ in range(max_tokens):
-                logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-                tokens.append(int(logits[-1].index_fill(0, never, -torch.inf).argmax()))
-        logprobs = logits.log_softmax(-1)
-        answers.append(Answer(logprobs[: len(prompt) - 1], tokens[len(prompt) :], logprobs[len(prompt) - 1]))
-    return answers
+            logits = model(**inputs, use_cache=False).logits[0]
+        token = int(logits[-1].index_fill(0, torch.tensor(never, dtype=torch.int64), -torch.inf).argmax())
+        for name, value in (("input_ids", token), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
+    logprobs = logits.log_softmax(-1)
+    return Answer(logprobs[: prompt - 1], inputs["input_ids"][0, prompt:].tolist(), logprobs[prompt - 1])
 
 
 def furthest(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:

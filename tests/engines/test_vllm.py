@@ -50,6 +50,21 @@ def test_a_trained_model(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_model(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
+    """What an adapter of everything is merged into: attention, FFN, experts, towers, embeddings."""
+    base = toy(variant, head_dim=HEAD_DIM)
+    ranks.run(save_run, base, tmp_path / "run", {}, {}, world_size=1)
+    with ExitStack() as stack:
+        model, adapter = open_both(stack, tmp_path / "run", None)
+        merge_adapter(model, adapter, tmp_path / "merged")
+    (served,) = ask_vllm(tmp_path / "merged", [Ask(prompts(base))], tmp_path)
+    difference = agree(served, tmp_path / "merged")
+    print(f"{variant}: {difference:.1e} from transformers")
+    assert difference <= BOUND
+    assert furthest(served, expected(base, prompts(base), max_tokens=1)) > APART
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_adapters(ranks: RankPool, toy: Toy, variant: str, tmp_path: Path) -> None:
     """One of a run here, exported, and one of PEFT's, converted: at a time, each as what it is merged into.
 

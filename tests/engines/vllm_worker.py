@@ -2,6 +2,7 @@
 
 `python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}`, options of
 vllm.LLM; fields of asks and answers are those of `Ask` and `Answer` in kit.py; `never` are tokens that no answer has.
+With a drafter, what vLLM counted is in vllm-counts.json beside the answer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main(job_file: str, answer_file: str) -> None:
     for asked in job["asks"]:
         with recorded(llm, asked["inputs_file"]):
             answers.append(ask(llm, asked, numbers))
+    if "speculative_config" in job["options"]:
+        counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        Path(answer_file).with_name("vllm-counts.json").write_text(json.dumps(counts), encoding="utf-8")
     Path(answer_file).write_text(json.dumps(answers), encoding="utf-8")
 
 
@@ -38,7 +42,7 @@ def ask(llm: Any, asked: dict[str, Any], numbers: dict[str, int]) -> list[dict[s
 
     never = dict.fromkeys(asked["never"], -100.0)
     params = SamplingParams(
-        temperature=0, max_tokens=asked["max_tokens"], prompt_logprobs=-1, ignore_eos=True, logit_bias=never
+        temperature=0, max_tokens=asked["max_tokens"], prompt_logprobs=-1, ignore_eos=True, logit_bias=never or None
     )
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in asked["ids"]],

@@ -20,9 +20,11 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 
 from bridge import Gemma4Bridge
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf
+from bridge.generate import speculative
 from bridge.generate.loop import Generator
+from bridge.generate.row import Row
 from bridge.generate.rows import Completion, Prompt
-from bridge.generate.sampling import SamplingOptions
+from bridge.generate.sampling import SamplingOptions, draw
 from bridge.generate.task import ModelTask, build_model, build_speculator
 from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder
@@ -31,10 +33,12 @@ from bridge.megatron.draft_loss import DraftLoss, draft_loss
 from bridge.megatron.drafter import Gemma4Drafter, TargetEmbedding, drafter_groups
 from bridge.megatron.drafting import TargetPass, draft, run_target, shifted
 from bridge.megatron.layout import drafter_layout
+from bridge.megatron.loss import LossContext
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.megatron.provider import Gemma4Provider
-from bridge.verify.reference import load_hf
+from bridge.verify.media import media_sample
+from bridge.verify.reference import load_hf, with_masks
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,18 @@ def answer_with_drafter(
     )
 
 
+def answer_accepting_all(
+    task: ModelTask, prompts: Sequence[Prompt], options: SamplingOptions, **settings: Any
+) -> list[Completion]:
+    """`answer_with_drafter` that is wrong: every token that is drafted counts as accepted."""
+
+    def sampled(wanted: Tensor, proposed: list[int], own: Any, row: Row, options: SamplingOptions) -> list[int]:
+        return [*proposed, int(draw(wanted[-1:], [row.drawn(options, len(proposed))]))]
+
+    with unittest.mock.patch.object(speculative, "sampled", sampled):
+        return answer_with_drafter(task, prompts, options, **settings)
+
+
 def fit(pair: Pair, rows: Sequence[Sequence[int]], out: Path, steps: int = 120, drafts: int = 4) -> float:
     """On a rank: a drafter that was tuned to guess `rows`, written to `out` as an HF folder; the last loss.
 
@@ -224,11 +240,33 @@ def counted_with_transformers(
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [b, s] of documents that begin at `starts` of each row, and their labels: the token behind each."""
+    """Rows [b, s] of documents that begin at `starts` of each row, and their labels: the token behind each.
+
+    `media`: what a model takes beside them; placeholders are no labels.
+    """
 
     input_ids: Tensor
     starts: tuple[int, ...] = (0,)
     packed: bool = False
+    media: dict[str, Tensor] = field(default_factory=dict)
+    placeholders: tuple[int, ...] = ()
+
+    @classmethod
+    def of_kind(cls, folder: Path, kind: str) -> Rows:
+        """One row with media and, in the place of its padding, text behind it, as long as every layout can divide."""
+        geometry = Geometry.from_folder(folder)
+        sample = media_sample(folder, geometry, 3, [kind], 8)
+        more = 16 + int((sample.attention_mask == 0).sum())
+        ids = sample.input_ids[:, : int(sample.attention_mask.sum())]
+        ids = torch.cat([ids, 8 + torch.arange(more)[None] * 5 % 100], dim=1)
+        features = sample.features()
+        kinds = torch.nn.functional.pad(features["mm_token_type_ids"], (0, 16))
+        return cls(ids, media=features | {"mm_token_type_ids": kinds}, placeholders=tuple(geometry.placeholder_ids))
+
+    @property
+    def text(self) -> Tensor:
+        """What a drafter is given: padding where a placeholder stands."""
+        return self.input_ids.masked_fill(torch.isin(self.input_ids, torch.tensor(self.placeholders)), 0)
 
     @property
     def documents(self) -> list[tuple[int, int]]:
@@ -241,19 +279,20 @@ class Rows:
         for start, stop in self.documents:
             labels[:, stop - 1] = -100
             labels[:, start + 1 : start + 3] = -100
-        return labels
+        return labels.masked_fill(torch.isin(labels, torch.tensor(self.placeholders)), -100)
 
     def given(self) -> dict[str, Any]:
         """What the model takes: packed, in one row; else documents of a row are not told apart."""
         if not self.packed:
-            return {"input_ids": self.input_ids}
+            return {"input_ids": self.input_ids, **self.media}
         assert len(self.input_ids) == 1
         bounds = torch.tensor([*self.starts, self.input_ids.shape[1]], dtype=torch.int32)
         return {"input_ids": self.input_ids, "packed_seq_params": PackedSeqParams("thd", bounds, bounds)}
 
 
 def gradients(pair: Pair, rows: Rows, asked: DraftLoss) -> dict[str, Tensor]:
-    """On every rank: the gradients of a drafter's parameters, of the mean over tokens with a label, by HF names."""
+    """On every rank: the gradients of a drafter's parameters, of the mean over tokens with a label, by HF names; and
+    of one rank alone the "loss"."""
     chunks, drafter = build_pair(pair)
     config = chunks[0].config
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -281,32 +320,65 @@ def gradients(pair: Pair, rows: Rows, asked: DraftLoss) -> dict[str, Tensor]:
         losses.sum().backward()
         count = (target.take(rows.labels) != -100).sum()
         finalize_model_grads([ddp], count, pg_collection=alone)
-        held = [drafter]
+        held, loss = [drafter], losses.detach().sum() / count
     table = table_for(bound(Geometry.from_folder(pair.drafter), Geometry.from_folder(pair.target)))
     found = iter_hf(Gatherer(held, table, lambda p: getattr(p, "main_grad", None)))
-    return {name: gradient.clone() for name, gradient in found}
+    alone_too = {"loss": loss} if dist.get_world_size() == 1 else {}
+    return {name: gradient.clone() for name, gradient in found} | alone_too
 
 
-def gradients_with_transformers(pair: Pair, rows: Rows, asked: DraftLoss) -> dict[str, Tensor]:
-    """On a rank: the same of a plain loop over transformers' classes, one token after the other."""
-    target = load_hf(pair.target, Geometry.from_folder(pair.target), torch.float32).eval()
+def joint_gradients(pair: Pair, rows: Rows, asked: DraftLoss, detach: bool) -> dict[str, dict[str, Tensor]]:
+    """On one rank: those of a "target" and its "drafter", trained at once, of the mean over tokens with a label."""
+    (chunk,), drafter = build_pair(pair)
+    assert drafter is not None
+    target = run_target(chunk, **rows.given(), labels=rows.labels, loss=LossContext())
+    assert isinstance(target, TargetPass) and target.losses is not None
+    seen = target.detached() if detach else target
+    drafts = draft_loss(drafter, TargetEmbedding([chunk]), chunk, seen, rows.labels, asked)
+    loss = (target.losses.sum() + drafts.sum()) / (rows.labels != -100).sum()
+    loss.backward()
+    tables = table_for(Geometry.from_folder(pair.target)), table_for(drafter.config.geometry)
+    found = {
+        name: {key: gradient.clone() for key, gradient in iter_hf(Gatherer([model], table, lambda p: p.grad))}
+        for name, model, table in zip(("target", "drafter"), (chunk, drafter), tables, strict=True)
+    }
+    found["drafter"]["loss"] = loss.detach()
+    return found
+
+
+def gradients_with_transformers(
+    pair: Pair, rows: Rows, asked: DraftLoss, target: torch.nn.Module | None = None, detach: bool = True
+) -> dict[str, Tensor]:
+    """On a rank: the drafter's of a plain loop over transformers' classes, one token after the other.
+
+    A `target` that is given gets its own gradients as well, those of its own losses and, unless `detach`, of drafts.
+    """
+    joint = target is not None
+    target = target or load_hf(pair.target, Geometry.from_folder(pair.target), torch.float32).eval()
     drafter = load_drafter(pair.drafter)
     ordered, drafter.config.use_ordered_embeddings = drafter.config.use_ordered_embeddings, False
     seen: list[Tensor] = []
     drafter.post_projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     labels, count, total = rows.labels, int((rows.labels != -100).sum()), torch.zeros(())
+    # That of the centroids is differentiated, and not told.
+    untold = torch.zeros(())
     for start, stop in rows.documents if rows.packed else [(0, rows.input_ids.shape[1])]:
         ids, own = rows.input_ids[:, start:stop], labels[:, start:stop]
+        with torch.set_grad_enabled(joint):
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **rows.media}
+            given = with_masks(target, given) if rows.media else given
+            output = target(**given, use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
         with torch.no_grad():
-            output = target(
-                ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True,
-                return_shared_kv_states=True,
-            )  # fmt: skip
-            embeddings = target.get_input_embeddings()(ids)
+            embeddings = target.get_input_embeddings()(rows.text[:, start:stop])
             wanted = output.logits.float().log_softmax(-1)
+        if joint:
+            losses = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), own.flatten(), reduction="sum")
+            total = total + asked.steps * losses
         for t in range(stop - start):
             kv = {kind: tuple(x[:, :, : t + 1] for x in both) for kind, both in output.shared_kv_states.items()}
             states = output.hidden_states[-1][:, t : t + 1]
+            if detach:
+                kv, states = {kind: tuple(x.detach() for x in both) for kind, both in kv.items()}, states.detach()
             for step in range(1, min(asked.steps, stop - start - 1 - t) + 1):
                 inputs = torch.cat([embeddings[:, t + step : t + step + 1], states], dim=-1)
                 position = torch.full((len(ids), 1), t + 1)
@@ -321,7 +393,20 @@ def gradients_with_transformers(pair: Pair, rows: Rows, asked: DraftLoss) -> dic
                     size = len(log_q[0]) // drafter.config.num_centroids
                     cluster = drafter.masked_embedding.token_ordering.argsort()[label.clamp(min=0)] // size
                     centroids = drafter.masked_embedding.centroids(seen[-1][:, 0].detach()).log_softmax(-1)
-                    loss = loss - asked.centroids * centroids.gather(1, cluster[:, None])[:, 0]
+                    untold = untold - asked.centroids * (centroids.gather(1, cluster[:, None])[:, 0] * here).sum()
                 total = total + (loss * here).sum()
-    (total / asked.steps / count).backward()
-    return {name: p.grad for name, p in drafter.named_parameters() if p.grad is not None}
+    loss = total / asked.steps / count
+    (loss + untold / asked.steps / count).backward()
+    return {name: p.grad for name, p in drafter.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+def joint_gradients_with_transformers(
+    pair: Pair, rows: Rows, asked: DraftLoss, detach: bool
+) -> dict[str, dict[str, Tensor]]:
+    """On a rank: `joint_gradients` of transformers' classes."""
+    target = load_hf(pair.target, Geometry.from_folder(pair.target), torch.float32).eval()
+    drafter = gradients_with_transformers(pair, rows, asked, target, detach)
+    return {
+        "target": {name: p.grad for name, p in target.named_parameters() if p.grad is not None},
+        "drafter": drafter,
+    }

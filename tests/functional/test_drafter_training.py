@@ -30,9 +30,9 @@ def run(ranks: RankPool, recipe: str, overrides: list[str], world_size: int = 1)
     return outcome
 
 
-def logged(output: Path) -> list[float]:
+def logged(output: Path, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def test_a_run(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:

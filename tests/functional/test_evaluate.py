@@ -160,7 +160,12 @@ def test_what_a_function_raises_names_it_and_the_row(
 
 
 def test_the_command(trained: Trained, expected: dict[str, float], tmp_path: Path) -> None:
-    result = evaluate(trained, "--metrics", "exact_match", "--json", tmp_path / "found.json", "--micro-batch-size", 4)
+    """On the data by other names, as evaluated while training."""
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps({"asked": q, "wanted": a, "id": 3}) + "\n" for q, a in QUESTIONS.items()))
+    names = ("--format", "prompt-completion", "--column", "prompt=asked", "--column", "completion=wanted")
+    more = ("--metrics", "exact_match", "--json", tmp_path / "found.json", "--micro-batch-size", 4)
+    result = evaluate(trained, *names, *more, data=data)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == {"loss", "tokens", "token_accuracy", "metrics"}
@@ -170,8 +175,8 @@ def test_the_command(trained: Trained, expected: dict[str, float], tmp_path: Pat
         assert word in result.output
 
 
-def evaluate(trained: Trained, *arguments: object) -> Any:
-    said = ["evaluate", trained.run, "--data", trained.data, "--cache", trained.cache, "--dtype", "float32"]
+def evaluate(trained: Trained, *arguments: object, data: Path | None = None) -> Any:
+    said = ["evaluate", trained.run, "--data", data or trained.data, "--cache", trained.cache, "--dtype", "float32"]
     said += ["--seq-length", 64, "--max-new-tokens", TOKENS, *arguments]
     return CliRunner().invoke(app, list(map(str, said)), catch_exceptions=False)
 
@@ -188,6 +193,8 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(trained: Trained,
         (("--data", tmp_path / "no.jsonl"), "no.jsonl"),
         (("--tp", 3), "tp=3"),
         (("--dtype", "int8"), "--dtype"),
+        (("--column", "prompt"), "--column prompt: is written OURS=THEIRS"),
+        (("--format", "chat"), "format"),
         (("--adapter", tmp_path / "no"), "not a folder"),
         (("--seq-length", 4), "no sample"),
         (("--json", tmp_path / "no" / "found.json"), "its folder does not exist"),

@@ -1,4 +1,4 @@
-"""A step on a fake device (`benchmarks.fake_device`): nothing is mixed, nothing waits, memory as estimated.
+"""A step on a fake device (`recipes.simulate.fake_device`): nothing is mixed, nothing waits, memory as estimated.
 
 It stands for a GPU where there is none: what the step makes on the host and uses on the device raises, what it reads
 back is noted, and the bytes that it holds are counted operation by operation.
@@ -15,7 +15,7 @@ from benchmarks.case import Case
 from bridge.ranks import RankPool
 
 # What a step reads, behind its passes: its sums and the norm of its gradients.
-READS = {"recipes/train/step.py:reduce_sums: item", "recipes/train/gradients.py:gradient_norm: item"}
+READS = {"recipes/train/step.py:reduce_sums: copy", "recipes/train/gradients.py:gradient_norm: item"}
 # Blocks of masks and what a loss holds for a moment are more of a toy than of a model.
 MARGIN = 0.1
 LENGTH = 16_384

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from benchmarks.attention_check import Sizes, _subjects, accuracy
-from benchmarks.fake_device import DEVICE, FakeDevice
 from benchmarks.loss import arguments
 from benchmarks.random_model import RandomModel, _Rows
 from bridge.convert.live import TensorSource
 from bridge.megatron.attention_backends import BACKENDS
 from bridge.ranks import RankPool
 from bridge.toy.weights import chunks
+from recipes.simulate.fake_device import FakeDevice
+from recipes.simulate.stand_ins import DEVICE
 
 
 def named(rows: _Rows, ending: str) -> str:

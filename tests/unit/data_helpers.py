@@ -10,7 +10,8 @@ from typing import Any
 from bridge.toy.assets import write_assets
 from bridge.toy.config import toy_config
 from recipes.data import Corpus, CorpusOptions, open_corpus
-from recipes.data.fingerprints import FOLDER
+from recipes.data.fingerprints import FOLDER as FILES
+from recipes.data.uses import FOLDER as USES
 
 # Behaves as the published templates do where the toys' one does not: tools answer inside the model's turn, which may
 # stay open and go on; thoughts written into content are taken out; media stand between blank lines.
@@ -86,8 +87,8 @@ def corpus_of(folder: Path, model: Path, rows: Sequence[Any], **options: Any) ->
 
 
 def caches(folder: Path) -> list[Path]:
-    """What there is in a folder of caches, but for what is remembered of files."""
-    return sorted(path for path in folder.iterdir() if path.name != FOLDER)
+    """What there is in a folder of caches, but for what is remembered of files and uses."""
+    return sorted(path for path in folder.iterdir() if path.name not in (FILES, USES))
 
 
 def chat(*turns: str, **extra: Any) -> Mapping[str, Any]:

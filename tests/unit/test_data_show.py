@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +45,29 @@ def test_the_json(tmp_path: Path, model: Path) -> None:
     whole = shown("--data", str(path), *options, "-n", "9")
     assert said["supervised"] == sum(label != -100 for one in whole["samples"] for label in one["labels"])
     assert said["tokens"] == sum(len(one["input_ids"]) for one in whole["samples"]) and learnt[-1] == 106
+
+
+def test_the_plot(tmp_path: Path, model: Path) -> None:
+    """Well-formed, with every figure of the statistics in it, and names that XML would misread."""
+    first = write_jsonl(tmp_path / "a&<b.jsonl", [chat("q", "x" * size) for size in (1, 5, 20)])
+    second = write_jsonl(tmp_path / "c.jsonl", [{"text": "some words"}])
+    options = ["--model", str(model), "--cache", str(tmp_path / "cache"), "--seq-length", "64"]
+    target = tmp_path / "plot.svg"
+    said = shown("--data", str(first), "--data", str(second), *options, "--plot", str(target))
+    root = ElementTree.parse(target).getroot()
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    tokens, learnt = said["tokens"], said["supervised"]
+    assert f"4 samples by tokens, {tokens / 4:.0f} in the mean" in texts and "a&<b.jsonl" in texts
+    assert f"samples by the part that is learnt, {learnt / tokens:.1%} of all tokens" in texts
+    assert f"{said['packing']['efficiency']:.1%}" in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 2 * 24 + 2 + 2
+    by_source = [int(text.replace(",", "")) for text in texts if text.replace(",", "").isdigit()][-2:]
+    assert sum(by_source) == tokens
+    for name, message in ((tmp_path / "plot.png", "is written as .svg"), (tmp_path / "no" / "a.svg", "does not exist")):
+        with pytest.raises(UsageError, match=message):
+            shown("--data", str(first), *options, "--plot", str(name))
+    with pytest.raises(UsageError, match="--plot: draws tokens"):
+        shown("--data", str(first), "--plot", str(target))
 
 
 def test_what_a_shell_expands_is_data(tmp_path: Path, model: Path) -> None:

@@ -23,6 +23,7 @@ from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder
 from bridge.inspection import inspect_folder
 from bridge.toy import VARIANTS, write_toy
+from bridge.toy.config import toy_config
 from bridge.verify.round_trip import check_round_trip
 from bridge.verify.run import verify
 
@@ -169,10 +170,29 @@ def test_another_dtype_leaves_token_numbers(drafter: Make, tmp_path: Path) -> No
 
 
 def test_options_that_go_with_no_drafter(tmp_path: Path) -> None:
-    wrong: list[dict[str, Any]] = [{"drafter": True, "full_size": True}, {"drafter": True, "text_only": True}]
-    for options in [*wrong, {"ordered": True}]:
+    wrong: list[dict[str, Any]] = [{"drafter": True, "text_only": True}, {"ordered": True}]
+    for options in wrong:
         with pytest.raises(UsageError):
             write_toy("e2b", tmp_path / "toy", **options)
+    with pytest.raises(
+        UsageError, match="e4b: not all sizes of its published drafter are known here, only those of e2b"
+    ):
+        write_toy("e4b", tmp_path / "toy", drafter=True, full_size=True)
+
+
+@pytest.mark.slow
+def test_the_published_size(tmp_path: Path) -> None:
+    """50 tensors and about 78 million parameters, as published; every byte back; bound to the published model."""
+    write_toy("e2b", tmp_path / "toy", drafter=True, full_size=True)
+    tensors = load_file(tmp_path / "toy" / "model.safetensors")
+    sizes = [math.prod(tensor.shape) for tensor in tensors.values() if tensor.is_floating_point()]
+    assert len(tensors) == 50 and 77_500_000 < sum(sizes) < 78_500_000
+    import_hf(tmp_path / "toy", tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (tmp_path / "toy" / "model.safetensors").read_bytes()
+    target = Geometry.from_dict(toy_config("e2b", full_size=True).written)
+    geometry = bound(Geometry.from_folder(tmp_path / "toy"), target)
+    assert {layer.kv_source for layer in geometry.layers} == {13, 14}
 
 
 def test_a_drafter_alone_has_no_logits(drafter: Make) -> None:

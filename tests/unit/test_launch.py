@@ -85,6 +85,7 @@ def test_whatever_a_user_writes_stays_one_word(tmp_path: Path) -> None:
         {"nodes": 0},
         {"options": (("time", "5"),)},
         {"container": "x", "runtime": "docker"},
+        {"launcher": "mpirun"},
     ],
 )
 def test_what_cannot_be_quoted_is_refused(wrong: dict[str, Any]) -> None:
@@ -97,6 +98,22 @@ def test_only_a_run_that_saved_on_a_signal_goes_back(tmp_path: Path, code: int, 
     said = bash(JOB.render() + "\n", tmp_path, SRUN=str(code))
     assert ("scontrol requeue 7" in said) == requeued and said.endswith(f"exit {code}")
     assert (f"error: a rank failed (exit code {code})" in said) == (code in (1, 137))
+
+
+def test_one_torchrun_on_every_node(tmp_path: Path) -> None:
+    job = replace(JOB, launcher="torchrun", python="/venv/bin/python", cpus=3)
+    said = bash(job.render() + "\n", tmp_path, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="3")
+    assert "--ntasks=2\n--ntasks-per-node=1\n--cpus-per-task=24\n--label\n" in said
+    assert "/venv/bin/python\n-m\nrecipes.slurm.torchrun\n8\ngemma4-bridge\ntrain\nsft/e4b\n" in said
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [("2030-01-01T00:00:00", "1893456000"), ("NONE", "unset"), ("", "unset"), ("N/A", "unset")]
+)
+def test_ranks_are_told_when_the_time_limit_is(tmp_path: Path, end: str, told: str) -> None:
+    script = JOB.render().replace("srun ", 'echo "ends ${SLURM_JOB_END_TIME:-unset}"; srun ', 1) + "\n"
+    said = bash(f"squeue() {{ echo {end}; }}\n{script}", tmp_path, TZ="UTC")
+    assert f"ends {told}\n" in said and said.endswith("exit 0")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +176,7 @@ def test_proposals_fit_and_the_best_is_first() -> None:
     table = table_for(geometry_of("google/gemma-4-26B-A4B-it"))
     found = search(table, Plan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
     assert found and all(one.estimate.total + RESERVE <= 80e9 for one in found)
-    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(16 % one.plan.parallel.world_size == 0 for one in found)
     assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
 
@@ -223,6 +240,33 @@ def test_a_wheel_has_all_that_is_not_python() -> None:
         there = {path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
         assert {path for path in there if path.suffix != ".py"} == packed
         assert ROOT / package / "py.typed" in packed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], "give --hardware NAME"),
+        (["--hardware", "h101"], "hardware h101: neither a file nor one of b200, h100, h200"),
+        (["--hardware", "h100", "--plot", "x.svg"], "--plot shows a simulated step: add --simulate"),
+    ],
+)
+def test_plan_refuses(asked: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "e2b", "--gpus", "8", *asked])
+    assert isinstance(done.exception, UsageError) and said in str(done.exception)
+
+
+def test_plan_of_a_recipe() -> None:
+    """Its rows, tokens, adapters and optimizer count; its layout does not."""
+    asked = ["--gpus", "64", "--hardware", "h100", "--json", "-"]
+    done = CliRunner().invoke(app, ["plan", "sft/31b", *asked])
+    proposals = json.loads(done.stdout)["proposals"]
+    seconds = [row["predicted_seconds"] for row in proposals]
+    assert len(proposals) == 5 and seconds == sorted(seconds)
+    for row in proposals:
+        recipe = load_recipe("sft/31b", ["data.path=x", "parallel.tp=1", "parallel.sequence_parallel=false",
+                                         "parallel.recompute=none", *row["overrides"]])  # fmt: skip
+        table = table_for(geometry_of("31b"))
+        assert (estimate(table, plan_of(recipe, 64, table)).total + RESERVE) / 1e9 == pytest.approx(row["gb"], abs=0.01)
 
 
 def test_plan_as_json() -> None:

@@ -48,7 +48,7 @@ def test_a_recipe_of_rewards_is_taken() -> None:
         (["train.epochs=2"], "train.epochs=2.0: count rows of data, and these are sampled; set train.steps"),
         (["train.z_loss=0.1"], "train.z_loss=0.1: is added to token losses"),
         (["data.supervise_thinking=false"], "what is learnt of an answer is the reference"),
-        (["drafter.path=x"], "drafter.path=x: trains the drafter of a frozen model; leave it out with grpo.rewards"),
+        (["drafter.path=x"], "drafter.path=x: trains a drafter on data; leave it out with grpo.rewards"),
         (["preference.loss=sigmoid"], "preference.loss=sigmoid: is of answers that are there"),
     ],
 )

@@ -522,6 +522,9 @@ def test_processor_files_name_classes_and_sizes(variant: str) -> None:
     files = processor_config(config)
     family = "Gemma4Unified" if variant == "12b" else "Gemma4"
     assert files["processor_class"] == f"{family}Processor"
+    # What engines read, in the config, and transformers' processor, in its own file.
+    said = "num_soft_tokens" if variant == "12b" else "default_output_length"
+    assert config["vision_config"][said] == files["image_processor"]["max_soft_tokens"]
     for part in ("image_processor", "video_processor"):
         assert files[part]["patch_size"] == config["vision_config"]["patch_size"]
         assert files[part]["pooling_kernel_size"] == config["vision_config"]["pooling_kernel_size"]
