@@ -136,8 +136,11 @@ def _simulate(tasks: Sequence[tuple[Recipe, int]], geometry: Geometry, world_siz
     for number in own:
         recipe, rank = tasks[number]
         layout = recipe.parallel.layout()
-        count = fewest_microbatches(layout, check_recipe(recipe, world_size))
-        done[number] = simulate_rank(recipe, geometry, world_size, rank, count)
+        all_of_them = check_recipe(recipe, world_size)
+        count = fewest_microbatches(layout, all_of_them)
+        one = simulate_rank(recipe, geometry, world_size, rank, count)
+        tokens = recipe.train.micro_batch_size * recipe.train.seq_length
+        done[number] = replace(one, memory=one.memory.with_batches(all_of_them - count, tokens))
     return done
 
 
