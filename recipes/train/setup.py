@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from recipes.groups import FREEZABLE, compiled, none_named
 from recipes.train import lora
 from recipes.train.drafter import Drafting, with_drafter
 from recipes.train.rates import Schedule, group_overrides
+from recipes.train.rendezvous import meet
 from recipes.train.schedule import make_scheduler
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,13 +43,9 @@ def start_ranks() -> None:
     cpu_runtime.enable()
     if dist.is_initialized():
         return
-    env = os.environ
-    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        # The same on every node, another for every job.
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env, met = os.environ, meet()
+    if met is not None and env["RANK"] == "0":
+        print(met, file=sys.stderr, flush=True)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"

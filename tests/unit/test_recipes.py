@@ -13,6 +13,7 @@ from recipes.check import check_recipe, check_startable
 from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
+from recipes.keys import key_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +113,17 @@ def test_the_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     again = load_recipe(str(tmp_path / "again.yaml"))
     assert isinstance(again, Recipe) and again == recipe
+
+
+def test_a_key_that_python_keeps_for_itself(tmp_path: Path) -> None:
+    """`async` is no name of a field; a column called `from` is not touched."""
+    recipe = resolve(MINIMAL | {"checkpoint": {"async": True}}, ["data.columns={messages: from}"])
+    assert recipe.checkpoint.async_ and "async: true" in to_yaml(recipe) and "async_" not in to_yaml(recipe)
+    assert resolve(MINIMAL, ["checkpoint.async=true"]).checkpoint.async_
+    for said in ("checkpoint.async=perhaps", "checkpoint.async_=true", "checkpoint.asnyc=true"):
+        with pytest.raises(UsageError, match=r"checkpoint\.async") as caught:
+            resolve(MINIMAL, [said])
+        assert "async_:" not in str(caught.value)
 
 
 def test_unknown_recipes(tmp_path: Path) -> None:
@@ -313,7 +325,7 @@ def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
     documented = set(re.findall(r"`([a-z_.0-9]+)`", text))
     groups = {
-        name: [f.name for f in fields(value)]
+        name: [key_of(f.name) for f in fields(value)]
         for name, value in resolve(MINIMAL).__dict__.items()
         if not isinstance(value, str)
     }
