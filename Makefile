@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow and not engine"
 
-.PHONY: demo test first-half second-half functional unit engines lint docs clean
+.PHONY: demo test first-half second-half functional unit slurm engines lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
 .venv/.ready: pyproject.toml
@@ -40,6 +40,10 @@ functional: .venv/.ready
 
 unit: .venv/.ready
 	$(PYTEST) tests/unit
+
+# A real Slurm, of one node and of two in network namespaces: as root, with Slurm or on Debian, where it is installed.
+slurm: .venv/.ready
+	$(BIN)/python -m pytest -m "not gpu" tests/functional/test_slurm.py tests/functional/test_two_nodes.py
 
 # Servers of others have an environment of their own, 6 GB: vLLM for a CPU, and llama.cpp, which is compiled (ten minutes).
 ENGINES := .venv-engines

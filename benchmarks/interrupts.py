@@ -37,7 +37,7 @@ PHASES = {
     "loading": ("bridge/api.py", "Gemma4Bridge.load_hf_weights", 1),
     "training step": ("recipes/train/loop.py", "_Loop._step", 2),
     "evaluation": ("recipes/train/evaluate.py", "evaluate", 1),
-    "saving": ("recipes/train/checkpoint.py", "save", 1),
+    "saving": ("recipes/train/saver.py", "Saver.save", 1),
     "export": ("recipes/train/loop.py", "_export", 1),
     "resuming": ("recipes/train/checkpoint.py", "load", 1),
 }

@@ -89,10 +89,14 @@ _TURNS = 4
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds: of the clock, and of CPUs (user and system, children that have ended included)."""
+    """Seconds: of the clock, and of CPUs (user and system, children that have ended included).
+
+    `parent`: of the CPU's, those of this process, where others work for it: what no number of them takes off it.
+    """
 
     wall: float
     cpu: float
+    parent: float = 0.0
 
 
 def timed(work: Callable[[], None]) -> Spent:
@@ -150,7 +154,7 @@ def ours(path: Path, model: Path, workers: int) -> Spent:
             parts.join(joined)
 
         spent = timed(together)
-        spent = Spent(spent.wall, spent.cpu + _children(processes) - before)
+        spent = Spent(spent.wall, spent.cpu + _children(processes) - before, spent.cpu)
         processes.close()
         return spent
 
@@ -203,12 +207,24 @@ def main() -> None:
                 ways[f"{workers} process(es)"] = lambda workers=workers: ours(path, model, workers)  # type: ignore[misc]
             best = {name: [way() for _ in range(arguments.runs)] for name, way in ways.items()}
             load = os.getloadavg()[0]
+            alone = best.get("1 process(es)")
             for name, spent in best.items():
                 cpu, wall = (len(rows) / min(getattr(one, which) for one in spent) for which in ("cpu", "wall"))
                 print(
                     f"{tokens} tokens | {name} | {cpu:.0f} a CPU second | {wall:.0f} a second | load {load:.1f}",
                     flush=True,
                 )
+                least = min(spent, key=lambda one: one.cpu)
+                if least.parent and alone:
+                    # Both work at once, where there are cores for both: whichever has more to do decides.
+                    workers = int(name.split()[0])
+                    longest = max(least.parent, (least.cpu - least.parent) / workers)
+                    of_each = [1e6 * seconds / len(rows) for seconds in (least.cpu - least.parent, least.parent)]
+                    print(
+                        f"  a sample: {of_each[0]:.0f} µs of a worker, {of_each[1]:.0f} µs of the parent; by these "
+                        f"{min(one.cpu for one in alone) / longest:.2f} times one process",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def launch(
     job_name: Annotated[str, typer.Option(help="Instead of the recipe's name.")] = "",
     logs: Annotated[str, typer.Option(metavar="DIR", help="Instead of OUTPUT/slurm.")] = "",
     signal_lead: Annotated[int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")] = 300,
+    launcher: Annotated[str, typer.Option(help="Who starts the ranks of a node: srun or torchrun.")] = "srun",
     venv: Annotated[
         str | None, typer.Option(metavar="DIR", help="The environment on the nodes; by default this one.")
     ] = None,
@@ -76,6 +77,7 @@ def launch(
             name=job_name,
             logs=logs,
             lead=signal_lead,
+            launcher=launcher,
             venv=venv,
             setup=setup,
             container=container,

@@ -10,6 +10,7 @@ from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
 from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
 from recipes.distillation import check_distill
+from recipes.groups import RATED, compiled
 from recipes.keys import meant
 from recipes.losses import names as known
 from recipes.losses.names import loss_names
@@ -106,6 +107,14 @@ def _check_schedule(recipe: Recipe) -> None:
     train, optimizer = recipe.train, recipe.optimizer
     if train.patience and not train.eval_every:
         raise UsageError(f"train.patience={train.patience} counts evaluations: set train.eval_every")
+    for name, rate in optimizer.lr_groups.items():
+        if not 0 <= rate < math.inf:
+            raise UsageError(f"optimizer.lr_groups.{name}={rate:g}: must be a number of at least 0")
+        if not optimizer.lr:
+            raise UsageError(f"optimizer.lr=0: rates of optimizer.lr_groups ({name}) follow its schedule; set it")
+        if name not in RATED and name.isidentifier() and (close := meant(name, tuple(RATED))):
+            raise UsageError(f"optimizer.lr_groups.{name}: there is no such group{close}")
+    compiled("optimizer.lr_groups", list(optimizer.lr_groups), RATED)
     if optimizer.min_lr > optimizer.lr:
         raise UsageError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}")
     if optimizer.schedule == "wsd" and not optimizer.wsd_steps:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bridge.errors import UsageError
 from bridge.generate.memory import MAX_ROWS
 from bridge.megatron.parallel import Parallel
-from recipes.keys import check_keys, meant
+from recipes.keys import by_field, by_key, check_keys, key_of, meant
 
 CONFIGS = Path(__file__).parent / "configs"
 # Begins a `data.path` that is a file of `CONFIGS`, wherever that is installed.
@@ -28,7 +28,7 @@ _SHIPPED = "shipped:"
 class ModelConfig:
     """`hf` (a folder or hub id) or `megatron` (a Megatron checkpoint or run): exactly one.
 
-    `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `FREEZABLE`, or
+    `dtype`: of weights and activations; the optimizer's own copy is float32. `freeze`: groups of `recipes.groups`, or
     regular expressions on Megatron's parameter names.
     `layer_spec`: what the decoder's linears are: local, or te (Transformer Engine, on a GPU). `fp8`: what te linears
     multiply in: none (bf16), current (a scale for each tensor, from its own values) or block (for each 128 of them).
@@ -262,12 +262,16 @@ class OptimizerConfig:
 
     `schedule`: constant, linear, cosine or wsd (constant, then over the last `wsd_steps` along `wsd_style`: linear,
     cosine, exponential or minus_sqrt). The rate after `warmup` steps is `lr`, that of the last step `min_lr`.
+    `lr_groups`: the same for groups of parameters, by names (of `recipes.groups`) or regular expressions on Megatron's
+    parameter names, in the place of `lr`, with the same warm-up and decay (`min_lr` in proportion); of several that
+    match, the one named last counts.
     `clip`: the largest gradient norm, 0: any. `precision_aware` (needs Transformer Engine): moments in
     `moments_dtype`, and no float32 copy of bf16 weights but what is missing of them.
     """
 
     lr: float = 1e-5
     min_lr: float = 0.0
+    lr_groups: dict[str, float] = field(default_factory=dict)
     warmup: int = 0
     schedule: str = "cosine"
     wsd_steps: int = 0
@@ -334,12 +338,14 @@ class DrafterConfig:
 class CheckpointConfig:
     """`every`: steps between checkpoints, 0: only the last. `keep`: how many stay, 0: all.
 
-    `resume`: go on from the latest complete checkpoint in `output`, where there is one.
+    `resume`: go on from the latest complete checkpoint in `output`, where there is one. `async`: training goes on while
+    one is written.
     """
 
     every: int = 0
     keep: int = 2
     resume: bool = True
+    async_: bool = False
 
 
 @dataclass
@@ -412,20 +418,21 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         if not separator or not key:
             raise UsageError(f"{override!r}: an override is written key=value")
         try:
-            given.append(OmegaConf.from_dotlist([override]))
+            more = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except Exception as error:  # as above
             raise UsageError(f"{override!r}: cannot be read ({' '.join(str(error).split())})") from None
-        check_keys(OmegaConf.to_container(given[-1]), Recipe, override)
+        check_keys(more, Recipe, override)
+        given.append(OmegaConf.create(by_field(more, Recipe)))
     if any(OmegaConf.select(more, "lora.adapter") is not None for more in given):
         # It brings its rank, targets and the rest: those of the recipe are of other adapters.
         said = {key: value for key, value in said.items() if key != "lora"}
     merged: Any = OmegaConf.structured(Recipe)
-    for source, more in [(where, said), *zip(overrides, given, strict=True)]:
+    for source, more in [(where, by_field(said, Recipe)), *zip(overrides, given, strict=True)]:
         try:
             merged = OmegaConf.merge(merged, more)
             missing = sorted(OmegaConf.missing_keys(merged))
         except OmegaConfBaseException as error:
-            key = f"{error.full_key}: " if error.full_key else ""
+            key = f"{'.'.join(map(key_of, error.full_key.split('.')))}: " if error.full_key else ""
             raise UsageError(f"{source}: {key}{str(error.msg or error).splitlines()[0]}") from None
     _replace_length(merged, given)
     try:
@@ -466,7 +473,8 @@ def find_recipe(name: str) -> Path:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every key with its value."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    said = OmegaConf.to_container(OmegaConf.structured(recipe))
+    return OmegaConf.to_yaml(OmegaConf.create(by_key(said, Recipe)))
 
 
 def world_size_from_environment() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import keyword
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -42,6 +43,7 @@ _ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume",
+    "async_save": "checkpoint.async",
     "logging_steps": "log.every",
     "output_dir": "output",
     "model_name_or_path": "model.hf",
@@ -54,6 +56,8 @@ _ELSEWHERE = {
     "exclude_modules": "lora.exclude",
     "use_rslora": "lora.rslora",
     "use_dora": "lora.dora",
+    "loraplus_lr_ratio": "optimizer.lr_groups",
+    "teacher_model_name_or_path": "distill.teacher",
     "loss_type": "preference.loss",
     "reward_funcs": "grpo.rewards",
     "max_completion_length": "grpo.max_new_tokens",
@@ -61,6 +65,26 @@ _ELSEWHERE = {
     "precompute_ref_log_probs": "preference.reference",
     "ref_model": "preference.reference",
 }
+
+
+def key_of(name: str) -> str:
+    """The key of a field, which Python lets have no name of its own syntax: `async_` is `async`."""
+    return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+
+
+def by_field(said: Any, schema: Any) -> Any:
+    """A nested dictionary of keys (`check_keys`) by the names of the fields of `schema`."""
+    return _renamed(said, schema, {key_of(name): name for name in get_type_hints(schema)}, by_field)
+
+
+def by_key(said: Any, schema: Any) -> Any:
+    """The inverse of `by_field`."""
+    return _renamed(said, schema, {name: key_of(name) for name in get_type_hints(schema)}, by_key)
+
+
+def _renamed(said: Any, schema: Any, names: Mapping[str, str], within: Callable[[Any, Any], Any]) -> Any:
+    types = {key: kind for name, kind in get_type_hints(schema).items() for key in (name, key_of(name))}
+    return {names[key]: within(value, types[key]) if is_dataclass(types[key]) else value for key, value in said.items()}
 
 
 def check_keys(said: Any, schema: Any, where: str) -> None:
@@ -77,8 +101,8 @@ def meant(name: str, known: Sequence[str]) -> str:
 def _check_group(said: Any, schema: Any, where: str, prefix: str, every: Sequence[str]) -> None:
     if not isinstance(said, dict):
         raise UsageError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is a group of keys, not a value")
-    types = get_type_hints(schema)
-    names = [f.name for f in fields(schema)]
+    types = {key_of(name): kind for name, kind in get_type_hints(schema).items()}
+    names = [key_of(f.name) for f in fields(schema)]
     for key, value in said.items():
         if key not in names:
             raise UsageError(f"{where}: unknown key {prefix}{key}{_meant_key(prefix, str(key).lower(), names, every)}")
@@ -89,7 +113,7 @@ def _check_group(said: Any, schema: Any, where: str, prefix: str, every: Sequenc
 def _all_keys(schema: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, kind in get_type_hints(schema).items():
-        keys += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]
+        keys += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{key_of(name)}"]
     return keys
 
 

@@ -21,6 +21,7 @@ from bridge.megatron.layout import check_layout
 from bridge.toy.config import VARIANTS, published
 from recipes.check import check_recipe
 from recipes.config import Recipe
+from recipes.groups import FREEZABLE, compiled
 from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
 from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
@@ -136,10 +137,7 @@ def _trained(freeze: list[str]) -> Callable[[Entry], bool]:
     """What is left to train: all but what `model.freeze` names."""
     if not freeze:
         return everything
-    # These patterns live beside what they freeze, in a module that needs torch.
-    from recipes.train.setup import FREEZABLE
-
-    patterns = [re.compile(FREEZABLE.get(group, group)) for group in freeze]
+    patterns = compiled("model.freeze", freeze, FREEZABLE)
     return lambda entry: not any(pattern.search(entry.key) for pattern in patterns)
 
 

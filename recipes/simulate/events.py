@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bridge.megatron.parallel import Parallel
@@ -69,6 +69,11 @@ class Memory:
     optimizer: int
     at_peak: dict[str, int]
     moment: str
+
+    def with_batches(self, more: int, tokens: int) -> Memory:
+        """With the batches of so many more microbatches, of `tokens` each, which are there as long as a step: ids,
+        labels, documents, places and what has a label, in int64 each."""
+        return replace(self, at_peak=self.at_peak | {"batches": more * tokens * 5 * 8})
 
     @property
     def persistent(self) -> int:

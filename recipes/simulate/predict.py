@@ -20,7 +20,7 @@ from recipes.simulate.hardware import Hardware
 Seconds = defaultdict[str, float]
 
 # Bytes that norms, activations, copies and sums of a layer read and write, forward and backward, in hidden states.
-_ELEMENTWISE = 75
+_ELEMENTWISE = 220
 # Bytes of an update for a trained parameter: its gradient, the float32 copy and two moments there and back, the weight.
 _UPDATE = 28
 
@@ -68,7 +68,8 @@ def _microbatch(geometry: Geometry, plan: Plan, hardware: Hardware) -> Seconds:
     found["products"] = (decoder_flops(geometry) - experts) * share / hardware.rate("products")
     found["products"] += head_flops(geometry) * full * 4 / parallel.tp / hardware.rate("products")
     if experts:
-        found["experts"] = experts * share / hardware.rate("experts")
+        again = (2 if plan.lora_rank else 3) + _repeated(load, "moe")
+        found["experts"] = experts * full * again / parallel.tp / parallel.pp / hardware.rate("experts")
     forward = 1 + _repeated(load, "core_attn")
     for layer in geometry.layers:
         flops = attention_flops(layer) * _pairs(layer, load) * load.rows / parallel.cp / parallel.tp / parallel.pp
@@ -76,7 +77,7 @@ def _microbatch(geometry: Geometry, plan: Plan, hardware: Hardware) -> Seconds:
         found["attention_backward"] += 2.5 * flops / hardware.rate("attention_backward")
     states = full * geometry.hidden_size * load.e / (parallel.tp if parallel.sequence_parallel else 1)
     layers = geometry.num_layers / parallel.pp
-    found["memory"] = _ELEMENTWISE * states * layers * (1 + 0.3 * _repeated(load, "all")) / hardware.rate("memory")
+    found["memory"] = _ELEMENTWISE * states * layers * (1 + 0.5 * _repeated(load, "all")) / hardware.rate("memory")
     found.update(_communication(geometry, parallel, load, full, hardware))
     return found
 
@@ -108,7 +109,7 @@ def _communication(geometry: Geometry, parallel: Parallel, load: Load, full: flo
         found["context parallelism"] = _exchanged(geometry, parallel, load, hardware) / parallel.pp
     if geometry.moe is not None and parallel.ep > 1:
         routed = full / parallel.tp * geometry.moe.topk * geometry.hidden_size * load.e
-        ways = 4 + 2 * _repeated(load, "all")
+        ways = 4 + 2 * _repeated(load, "moe")
         sent = ways * routed * layers
         group = _ranks(parallel.etp, parallel.ep * parallel.etp)
         found["expert parallelism"] = sent * hardware.all_to_all_share(group)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bridge.errors import ParallelError
+from bridge.errors import ParallelError, UsageError
 from bridge.geometry import Geometry
 from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
@@ -87,6 +87,7 @@ class Simulator:
             raise ParallelError(f"{world_size} GPUs: at most {WORLD_LIMIT} can be simulated")
         tasks = []
         for recipe in recipes:
+            check_simulable(recipe)
             check_layout(geometry, recipe.parallel.layout())
             check_recipe(recipe, world_size)
             tasks += [(recipe, rank) for rank in representatives(recipe.parallel.layout(), world_size)]
@@ -101,6 +102,22 @@ class Simulator:
         return found
 
 
+def check_simulable(recipe: Recipe) -> None:
+    """Raise UsageError for what a simulated step would leave out, or cannot do without a GPU."""
+    model = recipe.model
+    for key, given, why in (
+        ("preference.loss", recipe.preference.loss, "its rows and its reference are not simulated"),
+        ("grpo.rewards", recipe.grpo.rewards, "answers are not simulated"),
+        ("distill.teacher", recipe.distill.teacher, "the teacher is not simulated"),
+        ("drafter.path", recipe.drafter.path, "drafters are not simulated"),
+        ("model.layer_spec", model.layer_spec != "local" and model.layer_spec, "needs Transformer Engine on a GPU"),
+        ("model.fp8", model.fp8 != "none" and model.fp8, "needs Transformer Engine on a GPU"),
+        ("model.fp8_experts", model.fp8_experts, "needs a GPU"),
+    ):
+        if given:
+            raise UsageError(f"{key}={given}: {why}; leave it out of what is simulated")
+
+
 def representatives(parallel: Parallel, world_size: int) -> list[int]:
     """The first rank of each stage: Megatron numbers pipeline ranks last."""
     return [stage * (world_size // parallel.pp) for stage in range(parallel.pp)]
@@ -112,13 +129,18 @@ def _simulate(tasks: Sequence[tuple[Recipe, int]], geometry: Geometry, world_siz
 
     from recipes.simulate.rank import simulate_rank
 
+    # Each leaves this group for one of its own: not before the others are in it.
+    dist.barrier()
     own = range(dist.get_rank(), len(tasks), dist.get_world_size())
     done = {}
     for number in own:
         recipe, rank = tasks[number]
         layout = recipe.parallel.layout()
-        count = fewest_microbatches(layout, check_recipe(recipe, world_size))
-        done[number] = simulate_rank(recipe, geometry, world_size, rank, count)
+        all_of_them = check_recipe(recipe, world_size)
+        count = fewest_microbatches(layout, all_of_them)
+        one = simulate_rank(recipe, geometry, world_size, rank, count)
+        tokens = recipe.train.micro_batch_size * recipe.train.seq_length
+        done[number] = replace(one, memory=one.memory.with_batches(all_of_them - count, tokens))
     return done
 
 

@@ -19,6 +19,7 @@ _PLAIN = re.compile(r"[\w.,:@/+=\[\]-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 RUNTIMES = ("pyxis", "apptainer")
+LAUNCHERS = ("srun", "torchrun")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Job:
 
     `options`: further sbatch options by their long names (partition, account, time ...). `lead`: seconds before the
     time limit at which the run is told to save. `exports`: (name, value). `setup`: a shell file that is read first.
-    `program`: words that start the command line on a node. `notes`: comments. `container`: an image, run by `runtime`.
+    `program`: words that start the command line on a node. `launcher`: who starts the ranks of one, srun, or torchrun
+    by `python` (`recipes.slurm.torchrun`). `notes`: comments. `container`: an image, run by `runtime`.
     Raises UsageError for what cannot stand in a job script.
     """
 
@@ -54,6 +56,8 @@ class Job:
     exports: tuple[tuple[str, str], ...] = ()
     setup: str = ""
     program: tuple[str, ...] = ("gemma4-bridge",)
+    launcher: str = "srun"
+    python: str = "python"
     container: str = ""
     runtime: str = "pyxis"
     mounts: tuple[str, ...] = ()
@@ -79,6 +83,8 @@ class Job:
             )
         if self.runtime not in RUNTIMES:
             raise UsageError(f"container runtime {self.runtime!r}: known are {', '.join(RUNTIMES)}")
+        if self.launcher not in LAUNCHERS:
+            raise UsageError(f"launcher {self.launcher!r}: known are {', '.join(LAUNCHERS)}")
         folders = {
             "output": [p.output for p in self.sweep],
             "export.hf": [p.exported for p in self.sweep if p.exported],
@@ -143,10 +149,24 @@ class Job:
                 {"output": shlex.quote(point.output), "overrides": shlex.join(point.overrides)} for point in self.sweep
             ],
             "container": self._container(),
-            "program": shlex.join(self.program),
+            "program": shlex.join(self._program()),
+            "task": "one rank" if self.launcher == "srun" else "one torchrun, with all ranks of its node",
+            "tasks": self._tasks(),
         }
         environment = (files / "env.sh").read_text(encoding="utf-8")
         return template.render(job=quoted, environment=environment.rstrip() + "\n")
+
+    def _tasks(self) -> str:
+        """What of the job's resources a task of srun has."""
+        if self.launcher == "srun":
+            return '--cpus-per-task="$SLURM_CPUS_PER_TASK"'
+        cpus = f'--cpus-per-task="$((SLURM_CPUS_PER_TASK * {self.ranks}))"'
+        return f'--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {cpus}'
+
+    def _program(self) -> tuple[str, ...]:
+        if self.launcher == "srun":
+            return self.program
+        return (self.python, "-m", "recipes.slurm.torchrun", str(self.ranks), *self.program)
 
     def _container(self) -> str:
         """What stands between srun and the program; it ends with a blank."""

@@ -27,6 +27,7 @@ class Wanted:
     name: str
     logs: str
     lead: int
+    launcher: str
     venv: str | None
     setup: str
     container: str
@@ -67,6 +68,8 @@ def make_job(wanted: Wanted) -> Job:
         exports=tuple(_export(said) for said in wanted.exports),
         setup=wanted.setup,
         program=_program(wanted),
+        launcher=wanted.launcher,
+        python="python" if wanted.container else str(_environment(wanted) / "python"),
         container=wanted.container,
         runtime=wanted.runtime,
         mounts=wanted.mounts,
@@ -123,8 +126,12 @@ def _program(wanted: Wanted) -> tuple[str, ...]:
     """A container brings its own `gemma4-bridge`; an environment is the one named, or this one."""
     if wanted.container:
         return ("gemma4-bridge",)
-    folder = Path(wanted.venv) if wanted.venv is not None else Path(sys.prefix)
-    program = folder.absolute() / "bin" / "gemma4-bridge"
+    program = _environment(wanted) / "gemma4-bridge"
     if not program.is_file():
         raise UsageError(f"{program}: no such file; --venv DIR names the environment that has it")
     return (str(program),)
+
+
+def _environment(wanted: Wanted) -> Path:
+    folder = Path(wanted.venv) if wanted.venv is not None else Path(sys.prefix)
+    return folder.absolute() / "bin"

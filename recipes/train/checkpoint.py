@@ -9,12 +9,12 @@ A LoRA run has adapters in place of the weights, and OUTPUT/adapter.json (see br
 
 from __future__ import annotations
 
+import contextlib
 import json
-import queue
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -43,6 +42,7 @@ from recipes.train.media import modality_of
 from recipes.train.optimizer_state import make_states, set_state, sharded_state
 from recipes.train.setup import Run
 from recipes.train.sole import check_sole
+from recipes.train.writing import Writing
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _PROGRESS_FILE = "progress.json"
@@ -109,15 +109,73 @@ def prepare_output(run: Run) -> None:
     on_rank_0(write)
 
 
-def save(run: Run, progress: Progress) -> Path:
-    """Write the checkpoint of `progress.step`. Collective; it appears by one rename when every rank is done."""
-    output = Path(run.recipe.output)
-    target = output / f"iter_{progress.step:07d}"
-    partial = output / f".{target.name}.partial"
+@dataclass
+class Save:
+    """A checkpoint that is written: it appears by one rename when every rank is done. `record`: of its progress."""
+
+    step: int
+    output: Path
+    record: str
+    keep: int
+    best: int
+    writing: Writing = field(init=False)
+
+    @property
+    def target(self) -> Path:
+        return self.output / f"iter_{self.step:07d}"
+
+    @property
+    def partial(self) -> Path:
+        return self.output / f".{self.target.name}.partial"
+
+    def finish(self) -> Path:
+        """Wait for it, and let it appear. Collective. Raises CheckpointError."""
+        with self.reported():
+            self.writing.finish()
+        on_rank_0(self._appear)
+        return self.target
+
+    def give_up(self) -> None:
+        """Leave it, and nothing of it. Collective."""
+        self.writing.give_up()
+        dist.barrier()
+        on_rank_0(lambda: shutil.rmtree(self.partial, ignore_errors=True))
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """What fails on a rank, as one line on every one."""
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            on_rank_0(lambda: shutil.rmtree(self.partial, ignore_errors=True))
+            free = shutil.disk_usage(self.output).free / 1e9
+            why = f"cannot be written ({_why(error)}); {free:.1f} GB are free there"
+            raise CheckpointError(f"{self.target}: {why}") from None
+
+    def _appear(self) -> None:
+        output, target = self.output, self.target
+        (self.partial / _PROGRESS_FILE).write_text(self.record + "\n", encoding="utf-8")
+        sync_tree(self.partial)
+        check_sole(output)
+        # The same step may have been saved before: by an interrupted run that was resumed from an earlier one, or that
+        # still had to evaluate it.
+        replace_folder(self.partial, target, output / f".{target.name}{_REPLACED}")
+        tracker = output / f".{TRACKER_FILE}.partial"
+        write_text(tracker, str(self.step))
+        tracker.rename(output / TRACKER_FILE)
+        fsync_folder(output)
+        _prune(output, self.keep, self.best)
+
+
+def begin_save(run: Run, progress: Progress) -> Save:
+    """Write the checkpoint of `progress.step`, or begin to (`checkpoint.async`). Collective. Raises CheckpointError."""
+    record = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
+    wanted, best = run.recipe.checkpoint, progress.best_step if run.recipe.train.patience else 0
+    save = Save(progress.step, Path(run.recipe.output), record, wanted.keep, best)
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(save.partial, ignore_errors=True)
+        save.partial.mkdir(parents=True)
 
     on_rank_0(begin)
     run.gather_weights()
@@ -128,32 +186,9 @@ def save(run: Run, progress: Progress) -> Path:
         state[f"model{number}"] = kept
     state["optimizer"] = sharded_state(run.optimizer, run.stored, fill=True)
     state["rng"] = _rng_object(_random_states())
-    # What the writer reports goes from this thread to this thread. Megatron would start a process to carry it, which a
-    # signal to the job ends, and which outlives a rank that is killed.
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except (CheckpointException, OSError) as error:
-        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        free = shutil.disk_usage(output).free / 1e9
-        raise CheckpointError(f"{target}: cannot be written ({_why(error)}); {free:.1f} GB are free there") from None
-
-    def finish() -> None:
-        text = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
-        (partial / _PROGRESS_FILE).write_text(text + "\n", encoding="utf-8")
-        sync_tree(partial)
-        check_sole(output)
-        # The same step may have been saved before: by an interrupted run that was resumed from an earlier one, or that
-        # still had to evaluate it.
-        replace_folder(partial, target, output / f".{target.name}{_REPLACED}")
-        tracker = output / f".{TRACKER_FILE}.partial"
-        write_text(tracker, str(progress.step))
-        tracker.rename(output / TRACKER_FILE)
-        fsync_folder(output)
-        _prune(output, run.recipe.checkpoint.keep, progress.best_step if run.recipe.train.patience else 0)
-
-    on_rank_0(finish)
-    return target
+    with save.reported():
+        save.writing = Writing(state, save.partial, run.stored if wanted.async_ else None)
+    return save
 
 
 def load(run: Run, folder: Path) -> Progress:

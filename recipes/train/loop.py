@@ -35,12 +35,13 @@ from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
 from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, acceptance_values, metrics_of
-from recipes.train.schedule import advance, rate, rate_change, shortened
+from recipes.train.saver import Saver
+from recipes.train.schedule import advance, group_rates, rate, rate_change, shortened
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
 from recipes.train.start import start_logps
-from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.step import any_rank, clear_gradients, reduce_sums, run_microbatches, update
 from recipes.train.student import with_teacher
 from recipes.train.teacher import open_teacher
 from recipes.train.workload import forward_flops, training_flops
@@ -184,6 +185,7 @@ class _Loop:
         self.progress = progress
         self.log = log
         self.signalled = signalled
+        self._saver = Saver(run, self._say)
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
         self._logged = progress.step
         forget_auxiliary_loss()
@@ -196,6 +198,12 @@ class _Loop:
 
         A signal leaves an evaluation that is due, or under way, to the run that goes on.
         """
+        try:
+            return self._run()
+        finally:
+            self._saver.abandon()
+
+    def _run(self) -> Outcome:
         progress, steps, every = self.progress, self.recipe.train.steps, self.recipe.checkpoint.every
         loss, stop = math.nan, False
         saved = asdict(progress)
@@ -207,12 +215,11 @@ class _Loop:
                 stop = self._evaluate()
             best = self.recipe.train.patience and progress.best_step == progress.step
             if best or (every and progress.step % every == 0):
-                self._save()
+                stop = not self._save() or stop
                 saved = asdict(progress)
                 stop = stop or self._told()
-        if saved != asdict(progress):
-            self._save()
-        stop = stop or self._told()
+        written = (saved == asdict(progress) or self._save()) and self._saver.finish()
+        stop = stop or not written or self._told()
         if self._ended():
             self._say_why()
         return Outcome(progress.step, loss, stop, self.signalled.interrupted)
@@ -254,10 +261,10 @@ class _Loop:
             return math.nan, True
         clear_gradients(run)
         sums = run_microbatches(run, batches, train=True, objective=self._objective)
-        told = [float(bool(self.signalled)), self._flops(batches), *senses_in(batches)]
+        told = [float(bool(self.signalled)), float(self._saver.writing), self._flops(batches), *senses_in(batches)]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
         found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
-        figures, (real, slots, squares, _, stop, flops, *used) = found[: len(names)], found[len(names) :]
+        figures, (real, slots, squares, _, stop, writing, flops, *used) = found[: len(names)], found[len(names) :]
         if not figures[1]:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = self._values(figures)["loss"], math.nan, False
@@ -273,7 +280,10 @@ class _Loop:
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:
             self._log(norm, changed)
         progress.schedule = advance(self.recipe, run.scheduler)
+        with self._meter.paused():
+            self._saver.stepped(progress.step, writing > 0)
         if progress.skipped_in_row >= self.recipe.train.nan_limit:
+            self._saver.finish()
             raise TrainingError(
                 f"step {progress.step}: {progress.skipped_in_row} updates in a row were left out (loss {loss:.4g}, "
                 f"gradient norm {norm:.4g}); the last checkpoint is as it was"
@@ -354,6 +364,7 @@ class _Loop:
         values: Values = {
             **self._values((total, count, *others)),
             "lr": rate(run.scheduler),
+            **group_rates(self.recipe, run.scheduler),
             "grad_norm": norm,
             **self._meter.read(),
             "tokens": self.progress.tokens,
@@ -423,12 +434,10 @@ class _Loop:
 
     def _told(self) -> bool:
         """Whether any rank was told to stop. Collective."""
-        told = torch.tensor([float(bool(self.signalled))], dtype=torch.float64, device=self.run_.device)
-        return reduce_sums(told)[0] > 0
+        return any_rank(bool(self.signalled), self.run_.device)
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """Save, or begin to; False where time is up."""
         self.progress.data = self.streams.train.state_dict()
         with self._meter.paused():
-            where = checkpoint.save(self.run_, self.progress)
-        if self.log is not None:
-            self.log.say(f"saved {where}")
+            return self._saver.save(self.progress)

@@ -154,7 +154,7 @@ def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | Non
         for value in _state(part, held) if start < stop else ():
             dist.send(value.detach().float(), group=group, group_dst=held.owner)
         return None
-    whole = torch.empty(len(held.keys), held.parameter.numel())
+    whole = [torch.empty(held.parameter.numel()) for _ in held.keys]
     for source, (low, high) in enumerate(held.ranges):
         if low == high:
             continue

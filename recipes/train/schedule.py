@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from recipes.config import OptimizerConfig, Recipe
+from recipes.train.rates import Schedule, factors
 
 
 def fitted(recipe: Recipe) -> OptimizerConfig:
@@ -33,7 +33,7 @@ def shortened(recipe: Recipe) -> list[str]:
     ]
 
 
-def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> Schedule:
     """Megatron's schedule, counted in steps; `step(1)` goes behind every update, as in Megatron's own loop.
 
     Step k of N, with W of warm-up, has the rate `lr` · k / (W + 1) up to W; from W + 1 on, which has `lr` itself, what
@@ -42,7 +42,7 @@ def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPar
     """
     wanted, steps = fitted(recipe), recipe.train.steps
     wsd = wanted.schedule == "wsd"
-    return OptimizerParamScheduler(
+    return Schedule(
         optimizer,
         init_lr=wanted.lr / (wanted.warmup + 1),
         max_lr=wanted.lr,
@@ -59,26 +59,34 @@ def make_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPar
     )
 
 
-def rate(scheduler: OptimizerParamScheduler) -> float:
-    """Of the next step, on ranks too that have no parameter to train."""
+def rate(scheduler: Schedule) -> float:
+    """Of the next step, and of what is in no group, on ranks too that have no parameter to train."""
     return float(scheduler.get_lr({}))
 
 
-def advance(recipe: Recipe, scheduler: OptimizerParamScheduler) -> dict[str, float]:
-    """Go on to the next step; {"rate": of the step that was, "next": of the one to come, "steps": of the schedule}."""
+def group_rates(recipe: Recipe, scheduler: Schedule) -> dict[str, float]:
+    """Of the step to come, by the names that the log gives them: that of each of `optimizer.lr_groups`."""
+    return {f"lr/{name}": rate(scheduler) * factor for name, factor in factors(recipe).items()}
+
+
+def advance(recipe: Recipe, scheduler: Schedule) -> dict[str, float]:
+    """Go on to the next step; {"rate": of the step that was, "next": of the one to come, "steps": of the schedule}, and
+    those of groups that come."""
     before = rate(scheduler)
     scheduler.step(1)
-    return {"rate": before, "next": rate(scheduler), "steps": recipe.train.steps}
+    return {"rate": before, "next": rate(scheduler), "steps": recipe.train.steps} | group_rates(recipe, scheduler)
 
 
-def rate_change(recipe: Recipe, scheduler: OptimizerParamScheduler, step: int, before: dict[str, float]) -> str | None:
-    """What has to be said where the next step after `step` has another rate than the run's own schedule gave it.
+def rate_change(recipe: Recipe, scheduler: Schedule, step: int, before: dict[str, float]) -> str | None:
+    """What has to be said where the next step after `step` has other rates than the run's own schedule gave it.
 
     `before`: what `advance` gave when the run was saved; {} of older checkpoints.
     """
     now = rate(scheduler)
-    if not before or step >= recipe.train.steps or math.isclose(now, before["next"], rel_tol=1e-6):
+    if not before or step >= recipe.train.steps:
         return None
+    if math.isclose(now, before["next"], rel_tol=1e-6):
+        return _group_change(group_rates(recipe, scheduler), step, before)
     why = "optimizer.* is another"
     if recipe.train.steps != before["steps"]:
         why = f"train.steps was {before['steps']:g}, is {recipe.train.steps}"
@@ -87,3 +95,14 @@ def rate_change(recipe: Recipe, scheduler: OptimizerParamScheduler, step: int, b
         f"{before['next']:.4g} was to come; optimizer.schedule=constant optimizer.lr={before['rate']:.4g} "
         "optimizer.min_lr=0 optimizer.warmup=0 would keep it"
     )
+
+
+def _group_change(now: dict[str, float], step: int, before: dict[str, float]) -> str | None:
+    then = {name: rate for name, rate in before.items() if name.startswith("lr/")}
+    changed = [
+        f"{name.removeprefix('lr/')} {now.get(name, before['next']):.4g}, where "
+        f"{then.get(name, before['next']):.4g} was to come"
+        for name in dict.fromkeys((*now, *then))
+        if not math.isclose(now.get(name, before["next"]), then.get(name, before["next"]), rel_tol=1e-6)
+    ]
+    return f"optimizer.lr_groups is another: of step {step + 1} " + ", ".join(changed) if changed else None

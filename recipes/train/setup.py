@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bridge import Gemma4Bridge
@@ -26,25 +25,14 @@ from bridge.megatron.parallel import initialize
 from bridge.megatron.provider import Gemma4Provider
 from recipes.check import check_recipe
 from recipes.config import Recipe
+from recipes.groups import FREEZABLE, compiled, none_named
 from recipes.train import lora
 from recipes.train.drafter import Drafting, with_drafter
+from recipes.train.rates import Schedule, group_overrides
+from recipes.train.rendezvous import meet
 from recipes.train.schedule import make_scheduler
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# What `model.freeze` can name: patterns that begin anywhere in a Megatron parameter name, which `bridge inspect` and
-# docs/mapping.md show.
-FREEZABLE = {
-    "embeddings": r"embedding\.|output_layer\.|ple\.embed_tokens\.",
-    "router": r"\.router\.",
-    "experts": r"\.experts\.",
-    "language": r"^(embedding|decoder|output_layer)\.",
-    "vision": r"vision",
-    "vision_tower": r"vision_(tower|embedder)\.",
-    "audio": r"audio",
-    "audio_tower": r"audio_tower\.",
-    "projectors": r"embed_(vision|audio)\.",
-}
 
 
 def start_ranks() -> None:
@@ -55,13 +43,9 @@ def start_ranks() -> None:
     cpu_runtime.enable()
     if dist.is_initialized():
         return
-    env = os.environ
-    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        # The same on every node, another for every job.
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env, met = os.environ, meet()
+    if met is not None and env["RANK"] == "0":
+        print(met, file=sys.stderr, flush=True)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -126,7 +110,7 @@ class Run(BuiltModel):
 
     bridge: Gemma4Bridge
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    scheduler: Schedule
     microbatches: int
     table: Table
     lora: LoraSpec | None = None
@@ -214,12 +198,7 @@ def open_model(recipe: Recipe) -> Gemma4Bridge:
 
 def freeze(models: Sequence[torch.nn.Module], groups: Sequence[str]) -> None:
     """Take the gradients of parameters that `model.freeze` names. Collective. Raises UsageError."""
-    patterns = []
-    for group in groups:
-        try:
-            patterns.append(re.compile(FREEZABLE.get(group, group)))
-        except re.error as error:
-            raise UsageError(f"model.freeze: {group!r} is no group and no regular expression ({error})") from None
+    patterns = compiled("model.freeze", groups, FREEZABLE)
     hits = torch.zeros(len(patterns) + 1, dtype=torch.int64)
     for model in models:
         for name, parameter in model.named_parameters():
@@ -231,7 +210,7 @@ def freeze(models: Sequence[torch.nn.Module], groups: Sequence[str]) -> None:
     dist.all_reduce(hits)
     for group, count in zip(groups, hits.tolist(), strict=False):
         if not count:
-            raise UsageError(f"model.freeze: {group!r} names no parameter; groups are {', '.join(FREEZABLE)}")
+            raise none_named("model.freeze", group, FREEZABLE)
     if not hits[-1]:
         raise UsageError(f"model.freeze={list(groups)}: nothing is left to train")
 
@@ -286,7 +265,8 @@ def make_optimizer(
         overlap_param_gather=recipe.parallel.overlap,
         **precision,
     )
-    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    rates = group_overrides(recipe, config, chunks)
+    optimizer = get_megatron_optimizer(config, list(chunks), rates, use_gloo_process_groups=False, pg_collection=groups)
     for part in optimizer.chained_optimizers:
         # Without Transformer Engine or Apex Megatron takes torch's Adam. Of its own accord that takes one parameter and
         # one operation at a time on a CPU; on a GPU it batches parameters, but makes a temporary copy of all second

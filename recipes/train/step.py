@@ -88,6 +88,11 @@ def reduce_sums(sums: Tensor) -> list[float]:
     return values
 
 
+def any_rank(here: bool, device: torch.device) -> bool:
+    """Whether something is so on any rank, on every rank alike. Collective."""
+    return reduce_sums(torch.tensor([float(here)], dtype=torch.float64, device=device))[0] > 0
+
+
 def clear_gradients(run: Run) -> None:
     """Before the first microbatch of a step."""
     for chunk in run.chunks:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bridge import Gemma4Bridge
+from bridge.errors import UsageError
 from bridge.generate.opened import stop_token_ids
 from bridge.generate.sampling import SamplingOptions
 from recipes.data.batches import Batches
@@ -26,8 +27,13 @@ from recipes.train.teacher_cache import ask_once
 
 
 def with_teacher(run: Run, teacher: Gemma4Bridge, streams: Streams, signalled: StopSignal) -> Streams:
-    """Let the teacher speak: live, or what it said once; and where asked let the student answer. Collective."""
+    """Let the teacher speak: live, or what it said once; and where asked let the student answer. Collective.
+
+    Raises a BridgeError, and so where batches are not made of the recipe's own data, of which more has to be known.
+    """
     said, samples = run.recipe.distill, streams.trained
+    if samples is None and (said.cache or said.lmbda):
+        raise UsageError(f"distill.{'cache' if said.cache else 'lmbda'}: needs data.path, and data is given otherwise")
     if samples is not None and samples.has_media:
         check_media(teacher.geometry, run.bridge.geometry, f"distill.teacher={said.teacher}")
     if said.cache:

@@ -206,7 +206,7 @@ def answered(model: Any, inputs: Mapping[str, Tensor], max_tokens: int, never: S
     for _ in range(max_tokens):
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[0]
-        token = int(logits[-1].index_fill(0, torch.tensor(never), -torch.inf).argmax())
+        token = int(logits[-1].index_fill(0, torch.tensor(never, dtype=torch.int64), -torch.inf).argmax())
         for name, value in (("input_ids", token), ("attention_mask", 1), ("mm_token_type_ids", 0)):
             if name in inputs:
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)

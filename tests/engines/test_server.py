@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import shutil
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,9 +70,16 @@ CHATS = [
 ]
 
 
+# The toys' template writes the arguments of a call as JSON, published ones in a way of their own, which parsers expect.
+AS_JSON, AS_PUBLISHED = (
+    "(call.function.arguments | tojson)",
+    """'{city:<|"|>' + call.function.arguments.city + '<|"|>}'""",
+)
+
+
 @dataclass(frozen=True)
 class Served:
-    """A server, the folder that it has, and what adapters of it are as folders of their own."""
+    """A server, the folder that it has, and where adapters of it and what they are merged into lie."""
 
     server: Server
     folder: Path
@@ -90,11 +98,15 @@ def served(
     request: pytest.FixtureRequest, ranks: RankPool, toy: Toy, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     workdir = tmp_path_factory.mktemp(request.param)
-    data, folder = workdir / "chats.jsonl", workdir / "trained"
+    data, base, folder = workdir / "chats.jsonl", workdir / "base", workdir / "trained"
+    shutil.copytree(toy(request.param, head_dim=HEAD_DIM), base)
+    template = (base / "chat_template.jinja").read_text()
+    assert AS_JSON in template
+    (base / "chat_template.jinja").write_text(template.replace(AS_JSON, AS_PUBLISHED))
     data.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     said = {
         "output": str(workdir / "training"),
-        "model": {"hf": str(toy(request.param, head_dim=HEAD_DIM)), "dtype": "float32"},
+        "model": {"hf": str(base), "dtype": "float32"},
         "data": {"path": str(data), "cache": str(workdir / "cache")},
         "train": {"steps": 60, "global_batch_size": 2, "micro_batch_size": 2, "seq_length": 512},
         "optimizer": {"lr": 4e-3},

@@ -1,4 +1,7 @@
-"""A Slurm of one node on this machine, for tests: its own key, sockets, ports and folders, and nothing left behind."""
+"""A Slurm on this machine, for tests: its own key, sockets, ports and folders, and nothing left behind.
+
+Of one node, or of the two of a `Network`, with a slurmd in each.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from .node_network import Network
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 _SBIN = "/usr/sbin:/sbin"
+# Seconds until a node that does not answer is down.
+_TIMEOUT = 3600
 
 _CONFIG = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -30,11 +37,11 @@ AuthInfo=socket={folder}/munge.sock,cred_expire=5
 SlurmctldPort={ctld_port}
 SlurmdPort={slurmd_port}
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -46,8 +53,9 @@ SlurmdParameters=config_overrides
 # A node that a test takes down stays down until it is resumed.
 ReturnToService=1
 KillWait=15
+SlurmdTimeout={timeout}
 MinJobAge=3600
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 State=UNKNOWN
+{nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -59,53 +67,75 @@ class NoSlurm(Exception):
 class Cluster:
     """A running Slurm; `env` is the environment by which its commands find it. A context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, network: Network | None = None) -> None:
         """Start it in `folder`. Raises NoSlurm."""
         _find_or_install()
-        self.folder = folder
+        self.folder, self._network = folder, network
+        self.addresses = {socket.gethostname().split(".")[0]: "127.0.0.1"} if network is None else network.addresses
+        self.first = next(iter(self.addresses))
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{_SBIN}"}
         for name in list(self.env):
             if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF":
                 del self.env[name]
-        self._daemons: list[subprocess.Popen[bytes]] = []
-        for name in ("state", "spool"):
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("state", *(f"spool-{host}" for host in self.addresses)):
             (folder / name).mkdir()
         folder.chmod(0o755)
         (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
         (folder / "munge.key").chmod(0o400)
-        host = socket.gethostname().split(".")[0]
-        ports = _free_ports(2)
-        text = _CONFIG.format(
-            host=host, user=pwd.getpwuid(os.getuid()).pw_name, folder=folder, ctld_port=ports[0], slurmd_port=ports[1]
-        )
-        (folder / "slurm.conf").write_text(text)
+        self._ports = _free_ports(2)
+        self._configure(_TIMEOUT)
         try:
             names = {"socket": "munge.sock", "key-file": "munge.key", "pid-file": "munged.pid", "seed-file": "seed"}
             options = [f"--{option}={folder / name}" for option, name in names.items()]
-            self._start("munged", "--foreground", "--force", *options)
+            self._start(self.first, "munged", "--foreground", "--force", *options)
             self.wait(lambda: (folder / "munge.sock").exists(), "munged", 20)
-            self._start("slurmctld", "-D", "-c")
-            self._start("slurmd", "-D")
-            self.wait(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).strip() == "idle", "the node", 60)
+            self._start(self.first, "slurmctld", "-D", "-c")
+            for host in self.addresses:
+                self._start(host, "slurmd", "-D")
+            self.wait(lambda: all(state == "idle" for state in self.nodes().values()), "the nodes", 60)
         except BaseException:
             self.stop()
             raise
 
-    def _start(self, daemon: str, *arguments: str) -> None:
-        with (self.folder / f"{daemon}.out").open("wb") as out:
-            self._daemons.append(
-                subprocess.Popen(
-                    [daemon, *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/"
-                )
+    def _configure(self, timeout: int) -> None:
+        each = 4 // len(self.addresses)
+        nodes = [f"NodeName={host} NodeAddr={at} CPUs={each} RealMemory=1000" for host, at in self.addresses.items()]
+        text = _CONFIG.format(
+            host=self.first,
+            address=self.addresses[self.first],
+            user=pwd.getpwuid(os.getuid()).pw_name,
+            folder=self.folder,
+            ctld_port=self._ports[0],
+            slurmd_port=self._ports[1],
+            timeout=timeout,
+            nodes="\n".join(f"{node} State=UNKNOWN" for node in nodes),
+        )
+        (self.folder / "slurm.conf").write_text(text)
+
+    def nodes(self) -> dict[str, str]:
+        """The state of each, as sinfo has it; `*` behind it where it does not answer."""
+        said = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False).split()
+        return dict(zip(said[::2], said[1::2], strict=True)) or {"none": "unknown"}
+
+    def at(self, host: str) -> list[str]:
+        """What a command starts with that is run on a node."""
+        return [] if self._network is None else self._network.at(host)
+
+    def _start(self, host: str, daemon: str, *arguments: str) -> None:
+        name = f"{daemon}-{host}"
+        with (self.folder / f"{name}.out").open("wb") as out:
+            command = [*self.at(host), daemon, *arguments]
+            self._daemons[name] = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/"
             )
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float) -> None:
         """Until `condition` holds. Raises NoSlurm where a daemon has ended, TimeoutError."""
         end = time.monotonic() + seconds
         while not condition():
-            for daemon in self._daemons:
+            for name, daemon in self._daemons.items():
                 if daemon.poll() is not None:
-                    name = daemon.args[0]  # type: ignore[index]
                     said = (self.folder / f"{name}.out").read_text(errors="replace").strip().splitlines()
                     raise NoSlurm(f"{name} ended with {daemon.returncode}: {said[-1] if said else 'silently'}")
             if time.monotonic() > end:
@@ -114,6 +144,7 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """A Slurm command's output."""
+        command = (*self.at(self.first), *command)
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=check, timeout=60).stdout
 
     def job(self, number: int) -> dict[str, str]:
@@ -127,7 +158,7 @@ class Cluster:
     def processes(self) -> list[int]:
         """Every process but the daemons that lives in this cluster: steps, job scripts, ranks."""
         wanted, found = f"SLURM_CONF={self.env['SLURM_CONF']}".encode(), []
-        own = {daemon.pid for daemon in self._daemons}
+        own = {daemon.pid for daemon in self._daemons.values()}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 if int(entry.name) in own or (entry / "status").read_text().find("State:\tZ") >= 0:
@@ -154,9 +185,9 @@ class Cluster:
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             self.run("scancel", "--user", pwd.getpwuid(os.getuid()).pw_name, check=False)
             self.run("scancel", "--signal=KILL", "--full", "--user", pwd.getpwuid(os.getuid()).pw_name, check=False)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:

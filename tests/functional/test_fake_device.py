@@ -15,7 +15,7 @@ from benchmarks.case import Case
 from bridge.ranks import RankPool
 
 # What a step reads, behind its passes: its sums and the norm of its gradients.
-READS = {"recipes/train/step.py:reduce_sums: item", "recipes/train/gradients.py:gradient_norm: item"}
+READS = {"recipes/train/step.py:reduce_sums: copy", "recipes/train/gradients.py:gradient_norm: item"}
 # Blocks of masks and what a loss holds for a moment are more of a toy than of a model.
 MARGIN = 0.1
 LENGTH = 16_384

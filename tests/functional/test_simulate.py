@@ -197,7 +197,8 @@ def both_ways(folder: str, overrides: list[str]) -> list[tuple[float, dict[str, 
     for count in (many, fewest_microbatches(layout, many)):
         ranks = [simulate_rank(recipe, geometry, 2, rank, count) for rank in range(2)]
         step = step_time(ranks, layout, many, hardware)
-        found.append((step.seconds, step.parts, ranks[0].memory.total))
+        tokens = recipe.train.micro_batch_size * recipe.train.seq_length
+        found.append((step.seconds, step.parts, ranks[0].memory.with_batches(many - count, tokens).total))
     return found
 
 
@@ -229,6 +230,6 @@ def test_plan_simulates(toy: Callable[..., Path], tmp_path: Path) -> None:
     found = [row["simulated"] for row in json.loads(result.read_text())["proposals"]]
     assert len(found) == 3 and [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
     for row in found:
-        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], rel=0.01)
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], abs=1e-3)
         assert row["collectives"] and row["memory"]["weights"] > 0
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")

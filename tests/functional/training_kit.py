@@ -240,16 +240,24 @@ def rate(step: int, steps: int) -> float:
     return MIN_LR + (LR - MIN_LR) * 0.5 * (math.cos(math.pi * (step - 1 - WARMUP) / (steps - WARMUP)) + 1)
 
 
-def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Plain:
-    """The same training with transformers and torch alone."""
+def plain_loop(
+    toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0, factors: dict[str, float] | None = None
+) -> Plain:
+    """The same training with transformers and torch alone. `factors`: of the rates of parameters whose names have the
+    keys in them."""
     from bridge.verify.reference import load_hf
 
     geometry = Geometry.from_folder(toy)
     model = load_hf(Path(toy), geometry, torch.float32).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        {
+            "params": [parameter],
+            "weight_decay": WEIGHT_DECAY if parameter.ndim > 1 else 0.0,
+            "factor": next((factor for key, factor in (factors or {}).items() if key in name), 1.0),
+        }
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
     plain, margins = Plain([], [], math.inf, []), RouterMargins(model, geometry)
@@ -258,7 +266,7 @@ def plain_loop(toy: str, steps: int, seed: int = 1, aux_loss: float = 0.0) -> Pl
         batch = collate(geometry, seed, range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH), padded=not aux_loss)
         margins.real = batch["attention_mask"].flatten().bool()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
+            group["lr"] = group["factor"] * rate(step, steps)
         optimizer.zero_grad()
         logits = model(
             input_ids=batch["input_ids"],

@@ -370,6 +370,17 @@ def test_media_that_changed_or_went(folder: Path, model: Path) -> None:
         opened.media_tensors(0)
 
 
+def test_what_is_broken_inside_is_named_at_use(folder: Path, model: Path) -> None:
+    """Header and end of the file are whole: it is counted, and record and file are named when it is decoded."""
+    dice = np.random.default_rng(0)
+    Image.fromarray(dice.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(folder / "good.png")
+    whole = (folder / "good.png").read_bytes()
+    (folder / "good.png").write_bytes(whole[:2000] + bytes(50) + whole[2050:])
+    opened = corpus_of(folder, model, [GOOD, part(type="image", path="good.png")])
+    with pytest.raises(DataError, match=r"data\.jsonl:2: image 'good\.png': not an image that can be read \(broken"):
+        opened.media_tensors(1)
+
+
 def test_long_conversations_are_dropped_or_split_between_turns(folder: Path, model: Path) -> None:
     system = {"role": "system", "content": "be brief"}
     long = messages(system, *chat("aa", "bb", "cc", "dd", "x" * 200, "ee", "ff", "gg")["messages"])

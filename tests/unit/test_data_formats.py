@@ -101,7 +101,8 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids", "text", "preference", "unpaired-preference", "prompt-response", "inputs-targets", "input-output"
+        "input_ids", "megatron", "text", "preference", "unpaired-preference", "prompt-response", "inputs-targets",
+        "input-output",
     }  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def test_what_a_record_does_not_show_is_said(tmp_path: Path, model: Path, templa
     with pytest.raises(DataError, match=r"has no instruction, which data\.format=alpaca needs; it has q"):
         learnt([{"q": 1}], format="alpaca")
     for layout, message in [
-        ({"format": "alpacca"}, r"data\.format=alpacca: is one of input_ids, messages"),
+        ({"format": "alpacca"}, r"data\.format=alpacca: is one of input_ids, megatron, messages"),
         ({"columns": {"promt": "q"}}, r"data\.columns\.promt=q: names a column of the data for one of role"),
         ({"function": "made"}, r"data\.function=made: is written module:function"),
         ({"function": "nowhere:made"}, r"nowhere:made: cannot be imported"),

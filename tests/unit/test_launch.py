@@ -85,6 +85,7 @@ def test_whatever_a_user_writes_stays_one_word(tmp_path: Path) -> None:
         {"nodes": 0},
         {"options": (("time", "5"),)},
         {"container": "x", "runtime": "docker"},
+        {"launcher": "mpirun"},
     ],
 )
 def test_what_cannot_be_quoted_is_refused(wrong: dict[str, Any]) -> None:
@@ -97,6 +98,22 @@ def test_only_a_run_that_saved_on_a_signal_goes_back(tmp_path: Path, code: int, 
     said = bash(JOB.render() + "\n", tmp_path, SRUN=str(code))
     assert ("scontrol requeue 7" in said) == requeued and said.endswith(f"exit {code}")
     assert (f"error: a rank failed (exit code {code})" in said) == (code in (1, 137))
+
+
+def test_one_torchrun_on_every_node(tmp_path: Path) -> None:
+    job = replace(JOB, launcher="torchrun", python="/venv/bin/python", cpus=3)
+    said = bash(job.render() + "\n", tmp_path, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="3")
+    assert "--ntasks=2\n--ntasks-per-node=1\n--cpus-per-task=24\n--label\n" in said
+    assert "/venv/bin/python\n-m\nrecipes.slurm.torchrun\n8\ngemma4-bridge\ntrain\nsft/e4b\n" in said
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [("2030-01-01T00:00:00", "1893456000"), ("NONE", "unset"), ("", "unset"), ("N/A", "unset")]
+)
+def test_ranks_are_told_when_the_time_limit_is(tmp_path: Path, end: str, told: str) -> None:
+    script = JOB.render().replace("srun ", 'echo "ends ${SLURM_JOB_END_TIME:-unset}"; srun ', 1) + "\n"
+    said = bash(f"squeue() {{ echo {end}; }}\n{script}", tmp_path, TZ="UTC")
+    assert f"ends {told}\n" in said and said.endswith("exit 0")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from recipes.check import check_recipe, check_startable
 from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
+from recipes.keys import key_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ MINIMAL = {"output": "run", "model": {"hf": "toy"}, "train": {"steps": 10, "glob
         (["optimizer.LR=3"], "unknown key optimizer.LR; did you mean optimizer.lr?"),
         (["parallel.sequence-parallel=true"], "did you mean parallel.sequence_parallel?"),
         (["lora.r=8"], "did you mean lora.rank?"),
+        (["loraplus_lr_ratio=16"], "did you mean optimizer.lr_groups?"),
         (["optimizer.learning_rate=1"], "did you mean optimizer.lr?"),
         (["lora_alpha=1"], "did you mean lora.alpha?"),
         (["optimizer.type=adam"], "unknown key optimizer.type; there are lr, min_lr"),
@@ -113,6 +115,17 @@ def test_the_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert isinstance(again, Recipe) and again == recipe
 
 
+def test_a_key_that_python_keeps_for_itself(tmp_path: Path) -> None:
+    """`async` is no name of a field; a column called `from` is not touched."""
+    recipe = resolve(MINIMAL | {"checkpoint": {"async": True}}, ["data.columns={messages: from}"])
+    assert recipe.checkpoint.async_ and "async: true" in to_yaml(recipe) and "async_" not in to_yaml(recipe)
+    assert resolve(MINIMAL, ["checkpoint.async=true"]).checkpoint.async_
+    for said in ("checkpoint.async=perhaps", "checkpoint.async_=true", "checkpoint.asnyc=true"):
+        with pytest.raises(UsageError, match=r"checkpoint\.async") as caught:
+            resolve(MINIMAL, [said])
+        assert "async_:" not in str(caught.value)
+
+
 def test_unknown_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'sft/e5b': not found; did you mean sft/e\db\?"):
         load_recipe("sft/e5b")
@@ -154,6 +167,16 @@ def test_unknown_recipes(tmp_path: Path) -> None:
         (["optimizer.lr=inf"], 1, "optimizer.lr=inf: is no finite number"),
         (["optimizer.weight_decay=-1"], 1, "optimizer.weight_decay=-1.0: must be at least 0"),
         (["optimizer.beta2=1"], 1, "optimizer.beta2=1.0: must be below 1"),
+        (
+            ["optimizer.lr_groups.vison=1e-5"],
+            1,
+            "optimizer.lr_groups.vison: there is no such group; did you mean vision?",
+        ),
+        (["optimizer.lr_groups.lora_B=1e-5"], 1, "lora_B: there is no such group; did you mean lora_b?"),
+        (["optimizer.lr_groups.router=-1"], 1, "optimizer.lr_groups.router=-1: must be a number of at least 0"),
+        (["optimizer.lr_groups.router=nan"], 1, "optimizer.lr_groups.router=nan: must be a number"),
+        (["optimizer.lr_groups.router=1", "optimizer.lr=0"], 1, "optimizer.lr=0: rates of optimizer.lr_groups"),
+        (["optimizer.lr_groups.a(b=1"], 1, "optimizer.lr_groups: 'a(b' is no group and no regular expression"),
         (["optimizer.eps=0"], 1, "optimizer.eps=0.0: must be above 0"),
         (["data.workers=0"], 1, "data.workers=0: must be at least 1"),
         (["lora.rank=-4"], 1, "lora.rank=-4: must be at least 0"),
@@ -302,7 +325,7 @@ def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## Keys\n")[2]
     documented = set(re.findall(r"`([a-z_.0-9]+)`", text))
     groups = {
-        name: [f.name for f in fields(value)]
+        name: [key_of(f.name) for f in fields(value)]
         for name, value in resolve(MINIMAL).__dict__.items()
         if not isinstance(value, str)
     }

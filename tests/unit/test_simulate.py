@@ -24,7 +24,7 @@ from recipes.simulate.events import (
 )
 from recipes.simulate.hardware import PROFILES, Efficiency, Hardware, load_hardware
 from recipes.simulate.plot import plot
-from recipes.simulate.run import Forecast, Simulation, representatives, why
+from recipes.simulate.run import Forecast, Simulation, check_simulable, representatives, why
 from recipes.simulate.timeline import step_time
 
 # One FLOP takes a second, as does a byte on any link; nothing else takes any.
@@ -168,6 +168,18 @@ def test_a_wrong_profile_is_refused(tmp_path: Path, change: dict[str, object], s
 
 def test_one_rank_of_each_stage_speaks_for_the_others() -> None:
     assert representatives(Parallel(tp=8, pp=4), 512) == [0, 128, 256, 384]
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["preference.loss=sigmoid", "grpo.rewards=[length]", "drafter.path=x", "distill.teacher=x", "model.layer_spec=te",
+     "model.fp8=block", "model.fp8_experts=true"],
+)  # fmt: skip
+def test_what_cannot_be_simulated_is_refused_by_name(given: str) -> None:
+    base = {"output": "x", "model": {"hf": "e2b"}, "train": {"steps": 1}}
+    check_simulable(resolve(base))
+    with pytest.raises(UsageError, match=given.partition("=")[0].replace(".", r"\.")):
+        check_simulable(resolve(base, [given]))
 
 
 def told(pp: int, microbatches: int) -> Forecast:

@@ -1,0 +1,122 @@
+"""One checkpoint on its way to the disk, by Megatron-Core's writer: on the spot, or in a thread while training goes on.
+
+What is written beside training is a copy in host memory of this rank's part, and goes as it is written. A thread dies
+with its process, no signal reaches it, and nothing of it outlives a rank that is killed, as a helper process would.
+Python's garbage collector rests meanwhile: Megatron's writer stops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+# How much may wait in memory for the disk: what is given up ends when so much is there. Bytes.
+_UNWRITTEN = 256 << 20
+
+
+class _GivenUp(BaseException):
+    """Not an `Exception`, which Megatron's writer would report as a failure."""
+
+
+class Writing:
+    """The files of a state in `folder`, an empty one that every rank sees. Collective."""
+
+    def __init__(self, state: dict[str, Any], folder: Path, beside: Sequence[torch.nn.Module] | None = None) -> None:
+        """Plan it; with `beside`, the models whose weights are in the state, begin it in a thread, else write it.
+
+        Raises what Megatron and the disk raise, here or in `finish`.
+        """
+        # What the writer reports goes from thread to thread. Megatron would start a process to carry it, which a
+        # signal to the job ends, and which outlives a rank that is killed.
+        filesystem_async._results_queue = queue.Queue()
+        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+        assert request is not None
+        self._request, self._thread, self._given_up = request, None, threading.Event()
+        if beside is None:
+            request.execute_sync()
+        elif request.async_fn is not None:
+            self._thread = threading.Thread(target=self._write, args=(self._copied(beside),), name="checkpoint")
+            self._thread.start()
+        self._finished = beside is None
+
+    @property
+    def going_on(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Make it a checkpoint, when every rank has written its part. Collective."""
+        if self._finished:
+            return
+        if self._thread is not None:
+            self._thread.join()
+        self._finished = True
+        for function in self._request.finalize_fns:
+            function()
+
+    def give_up(self) -> None:
+        """End it where it is, on this rank."""
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _copied(self, models: Sequence[torch.nn.Module]) -> list[Any]:
+        """The files to write, as Megatron has them, with tensors that no update changes: from a GPU in pinned memory.
+
+        The optimizer's state is a copy already (`recipes.train.optimizer_state`), and so is what Megatron found to be a
+        part of a larger tensor.
+        """
+        live = {tensor.untyped_storage().data_ptr() for model in models for tensor in _tensors(model)}
+        files = []
+        for path, name, (objects, tensors) in self._request.preload_fn():
+            kept = [
+                (item, tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor)
+                for item, tensor in tensors
+            ]
+            files.append((path, name, (objects, self._going(path, kept))))
+        for _, _, (_, tensors) in self._request.async_fn_args[1]:
+            tensors.clear()  # which would hold on to all of it
+        return files
+
+    def _write(self, files: list[Any]) -> None:
+        # Signals are the main thread's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        rank, _, results = self._request.async_fn_args
+        with contextlib.suppress(_GivenUp):
+            self._request.async_fn(rank, files, results)
+
+    def _going(self, path: str, tensors: list[tuple[Any, torch.Tensor]]) -> Iterator[tuple[Any, torch.Tensor]]:
+        """One after the other, each let go of as the next is asked for."""
+        unwritten = 0
+        tensors.reverse()
+        while tensors:
+            if self._given_up.is_set():
+                raise _GivenUp
+            if unwritten >= _UNWRITTEN:
+                unwritten = 0
+                _sync(path)
+            unwritten += tensors[-1][1].nbytes
+            yield tensors.pop()
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _sync(path: str) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)

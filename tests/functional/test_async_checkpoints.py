@@ -1,0 +1,103 @@
+"""Checkpoints that are written while training goes on: what they hold, what a kill, a signal and a full disk leave."""
+
+from __future__ import annotations
+
+import filecmp
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.errors import CheckpointError, ParallelError
+from bridge.ranks import RankPool
+from bridge.torch_dist.reader import DistReader
+from recipes.train.checkpoint import checkpoints
+
+from .async_kit import full_disk_beside, train_beside
+from .training_kit import Trouble, losses, recipe, train_toy
+
+STEPS, EVERY = 6, 2
+OVERRIDES = [f"checkpoint.every={EVERY}", "checkpoint.keep=0"]
+LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
+    "TP2+SP": ("e2b", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "PP2": ("e2b", 2, ["parallel.pp=2"]),
+    "EP2": ("26b-a4b", 2, ["parallel.ep=2"]),
+    "DP2 bf16, overlap": ("e2b", 2, ["model.dtype=bfloat16", "parallel.overlap=true"]),
+}
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Every byte: weights, optimizer, random states, the record of the run; of `.metadata`, which holds a number drawn
+    for every save, what is where."""
+    names = sorted(path.name for path in theirs.iterdir())
+    assert sorted(path.name for path in ours.iterdir()) == names and names.pop(names.index(".metadata"))
+    assert filecmp.cmpfiles(ours, theirs, names, shallow=False)[0] == names
+    assert places(ours) == places(theirs)
+
+
+def places(folder: Path) -> dict[str, Any]:
+    with DistReader(folder, lambda key: True) as reader:
+        return {
+            key: (each.dtype, each.shape, [replace(chunk, file=Path(chunk.file.name)) for chunk in each.chunks])
+            for key, each in reader.tensors.items()
+        }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_is_of_the_step_it_was_begun_at(
+    ranks: RankPool, toy: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """Written behind the next update, it is what a run holds that waits for its checkpoints."""
+    variant, world, overrides = LAYOUTS[name]
+    overrides = [*overrides, *OVERRIDES]
+    folder = toy(variant)
+    ranks.run(train_toy, recipe(folder, tmp_path / "waits", STEPS), overrides, world_size=world)
+    ranks.run(train_beside, recipe(folder, tmp_path / "beside", STEPS), overrides, STEPS, world_size=world)
+    assert losses(tmp_path / "beside") == losses(tmp_path / "waits")
+    whole = checkpoints(tmp_path / "waits")
+    assert list(checkpoints(tmp_path / "beside")) == list(whole) == [2, 4, 6]
+    for step, path in checkpoints(tmp_path / "beside").items():
+        assert_same(path, whole[step])
+
+
+def test_killed_while_one_is_written(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    """The last whole one is what it would have been, the run goes on from it, and is the same in the end."""
+    said = recipe(toy("e2b"), tmp_path / "killed", STEPS)
+    with pytest.raises(ParallelError, match="rank 1 "):
+        ranks.run(train_beside, said, OVERRIDES, STEPS, kill=(1, 4), world_size=2)
+    ranks.run(train_toy, recipe(toy("e2b"), tmp_path / "whole", STEPS), OVERRIDES, world_size=2)
+    assert (tmp_path / "killed" / ".iter_0000004.partial").is_dir() and len(losses(tmp_path / "killed")) >= 4
+    assert list(checkpoints(tmp_path / "killed")) == [2]
+    assert_same(tmp_path / "killed" / "iter_0000002", tmp_path / "whole" / "iter_0000002")
+    ranks.run(train_beside, said, [*OVERRIDES, "checkpoint.keep=2"], STEPS, world_size=2)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "killed").glob("*iter*")) == [
+        "iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt",
+    ]  # fmt: skip
+    assert_same(tmp_path / "killed" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
+
+
+def test_a_signal_waits_for_what_is_written(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    """Then it is saved as ever. Where the job's time is up before, both are given up, and it is said."""
+    said, stop = recipe(toy("e2b"), tmp_path, STEPS), Trouble(3, 1, signal.SIGUSR1)
+    late = time.time() + 19  # less than it takes to end
+    outcome = ranks.run(train_beside, said, OVERRIDES, 3, stop, limit=late, world_size=2)
+    assert [who[:2] for who in outcome] == [(True, 3)] * 2 and not list(tmp_path.glob("*iter_*"))
+    assert outcome[0][2] == [
+        "the checkpoint of step 2 was not written before the time limit of the job and is given up: "
+        "the run goes on from the beginning"
+    ]
+    outcome = ranks.run(train_beside, said, OVERRIDES, 3, stop, world_size=2)
+    assert [who[:2] for who in outcome] == [(True, 3)] * 2 and list(checkpoints(tmp_path)) == [2, 3]
+    assert outcome[0][2] == [f"saved {tmp_path}/iter_0000002", f"saved {tmp_path}/iter_0000003"]
+
+
+def test_a_full_disk(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) -> None:
+    """Said at the end of a step, and the run fails as it does where it waits."""
+    with pytest.raises(CheckpointError, match=r"iter_0000002: cannot be written \(rank 0: .*GB are free"):
+        ranks.run(full_disk_beside, recipe(toy("31b"), tmp_path, STEPS), OVERRIDES, world_size=1)
+    assert not list(tmp_path.glob("*iter_*"))
