@@ -46,6 +46,10 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._kernels: list[tuple[Any, Any]] = []
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Raises ValueError where the trainer's model is another one."""
         ours = self.model_config.hf_text_config
@@ -56,6 +60,14 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """What is loaded from here on replaces the weights; layers of which nothing comes stay as they are."""
+        if self.device.type == "cpu":
+            # Where experts have a kernel vLLM 0.32 takes weights for laid out as it wants them, and on a CPU nobody has
+            # packed them again. Without one it does all that it did at first.
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    self._kernels.append((method, method.moe_kernel))
+                    method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -75,9 +87,32 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         """Put the layers together that are still open."""
         finalize_layerwise_reload(self.model, self.model_config)
+        _process_tied(self.model)
+        for method, kernel in self._kernels:
+            if method.moe_kernel is None:  # of its layer nothing came
+                method.moe_kernel = kernel
+        self._kernels.clear()
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+def _process_tied(model: torch.nn.Module) -> None:
+    """Do once more what vLLM does with weights behind loading, where several modules share one: a tied head.
+
+    Only the module that a checkpoint names is loaded. The others share its values, but not what kernels made of them:
+    on a CPU a head keeps a packed copy of its weight.
+    """
+    owners: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(module)
+    for module in (module for shared in owners.values() if len(shared) > 1 for module in shared):
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "process_weights_after_loading"):
+            vars(module).pop("_already_called_process_weights_after_loading", None)
+            method.process_weights_after_loading(module)
 
 
 def _views(info: UpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:

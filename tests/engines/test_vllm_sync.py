@@ -69,7 +69,7 @@ def train_and_sync(folder: Path, parallel: dict[str, Any], url: str, out: Path) 
     from recipes.train.step import clear_gradients, run_microbatches, update
     from tests.functional.training_kit import collate
 
-    run = trained_run(folder, parallel, STEPS, model={"freeze": ["router", "embeddings"]})
+    run = trained_run(folder, parallel, STEPS, model={"freeze": ["router", "vision"]})
     sync = run.bridge.weight_sync(run.chunks, bucket_bytes=BUCKET)
     sink = VllmSink(url, run.bridge.geometry, version=f"step {STEPS}") if sync.receives else None
     largest = max(bucket.nbytes for bucket in sync.plan())
