@@ -15,6 +15,14 @@ from torch import Tensor
 from bridge.geometry import Geometry
 
 
+def train_recipe(said: dict[str, Any], overrides: list[str]) -> int:
+    """The last step of a run on the recipe's own data. Runs on every rank."""
+    from recipes.config import resolve
+    from recipes.train.loop import train
+
+    return train(resolve(said, overrides)).step
+
+
 class Watched:
     """A `BatchStream` that notes the tokens of every microbatch in a file of its rank, and dies before one of them.
 

@@ -496,7 +496,9 @@ def test_prompts_of_rollouts_blend(model: Path, files: Path) -> None:
     assert rows_of_run(recipe) == 16
     opened = corpora(recipe)
     found = streams(recipe, None, 0, 1, opened)  # type: ignore[arg-type]
-    assert any("source chats (weight=3): " in line and "the run takes 12 rows" in line for line in found.notes)
+    said_of = [line for line in found.notes if line.startswith("  source")]
+    taken = [int(re.findall(r"the run takes (\d+) rows", line)[0]) for line in said_of]
+    assert sum(taken) == 16 and taken[0] == pytest.approx(12, abs=1), "of rows, three in four"
 
 
 def test_a_source_needs_no_other_to_be_read_again(model: Path, files: Path) -> None:
@@ -513,3 +515,26 @@ def _sources(recipe: Any) -> tuple[Source, ...]:
     train = corpora(recipe).train
     assert isinstance(train, Blend)
     return train.sources
+
+
+def test_shown_and_prepared_by_the_source(model: Path, files: Path, tmp_path: Path) -> None:
+    """`data show` and `data prepare` of a recipe with sources have each of them, by its name."""
+    from typer.testing import CliRunner
+
+    from bridge.cli import app
+
+    text = f"output: run\nmodel: {{hf: {model}}}\ntrain: {{steps: 3, seq_length: 128}}\n"
+    text += f"data: {{cache: {files / 'cache'}}}\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    keys = [str(tmp_path / "recipe.yaml"), "data.sources=" + CHATS_AND_CODE.replace("DIR", str(files))]
+    run = CliRunner()
+    shown = run.invoke(app, ["data", "show", *keys, "-n", "1"])
+    assert shown.exit_code == 0 and "source chats" in shown.output and "source code" in shown.output
+    result = run.invoke(app, ["data", "show", *keys, "-n", "1", "--json", str(tmp_path / "shown.json")])
+    assert result.exit_code == 0
+    said = json.loads((tmp_path / "shown.json").read_text(encoding="utf-8"))
+    assert {name: each["sample_count"] for name, each in said["sources"].items()} == {"chats": 20, "code": 30}
+    result = run.invoke(app, ["data", "prepare", *keys, "--json", str(tmp_path / "made.json")])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))["sets"]
+    assert {name: each["samples"] for name, each in made.items()} == {"train/chats": 20, "train/code": 30}
