@@ -1,4 +1,4 @@
-"""Every shipped recipe on the clusters of a table in docs/, which this writes:
+"""Every shipped recipe on the clusters of docs/recipes-simulated.md, whose table this writes:
 
     python -m recipes.simulate.table docs/recipes-simulated.md            # all of it, an hour on two cores
     python -m recipes.simulate.table - --only sft/31b --clusters 64x80    # a part of it, to the terminal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import re
@@ -102,13 +103,13 @@ def test_processes_to_the_end_and_killed(
     assert said[0].startswith("tokenising goes on behind") and files_of(resumed.folder) == files_of(alone.folder)
 
 
-def prepared(options: CorpusOptions, model: Path, cache: Path, at: int = 0, where: str = "record") -> int:
-    """Prepare in a process of its own, killed when `at` records are done; how it ended."""
-    arguments = [str(options.path), str(model), str(cache), str(options.workers), str(at), where]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.preparing", *arguments], cwd=Path(__file__).parents[2], capture_output=True
-    )
-    return done.returncode
+def ends(options: CorpusOptions, model: Path, cache: Path, kills: list[tuple[int, int, str]]) -> list[int]:
+    """How preparations ended that were killed when, as `preparing` has it."""
+    arguments = [str(options.path), str(model), str(cache), json.dumps(kills)]
+    command = [sys.executable, "-m", "tests.unit.preparing", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
+    found: list[int] = json.loads(done.stdout)
+    return found
 
 
 def order(corpus: Corpus) -> list[list[int]]:
@@ -120,7 +121,7 @@ def order(corpus: Corpus) -> list[list[int]]:
 def test_killed_in_the_middle(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
     """By SIGKILL, when so many records are done: what is there is gone on with, to the same bytes."""
     alone = replace(options, workers=1)
-    assert prepared(alone, model, tmp_path / "killed", 300) == -signal.SIGKILL
+    assert ends(alone, model, tmp_path / "killed", [(1, 300, "record")]) == [-signal.SIGKILL]
     said: list[str] = []
     resumed = open_corpus(replace(alone, cache=str(tmp_path / "killed")), model, notify=said.append)
     assert "tokenising goes on behind the 288 records of an interrupted run" in said
@@ -132,10 +133,8 @@ def test_killed_in_the_middle(options: CorpusOptions, tmp_path: Path, model: Pat
 @pytest.mark.slow
 def test_killed_twenty_times(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
     """At twenty points, by one process and by two, while the parts are joined and behind that."""
-    kills = [(100 + 45 * n, "record") for n in range(18)] + [(0, "join"), (0, "made")]
-    for number, (at, where) in enumerate(kills):
-        assert prepared(replace(options, workers=1 + number % 2), model, tmp_path / "killed", at, where) == -9
-    assert prepared(options, model, tmp_path / "killed") == 0
+    kills = [(1 + (n % 5 == 4), 100 + 45 * n, "record") for n in range(18)] + [(1, 0, "join"), (1, 0, "made")]
+    assert ends(options, model, tmp_path / "killed", kills) == [-signal.SIGKILL] * 20
     resumed = open_corpus(replace(options, cache=str(tmp_path / "killed")), model)
     whole = open_corpus(replace(options, workers=1), model)
     assert files_of(resumed.folder) == files_of(whole.folder) and order(resumed) == order(whole)
