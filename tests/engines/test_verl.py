@@ -24,6 +24,12 @@ pytestmark = pytest.mark.engine
 VERL = ROOT / ".venv-verl" / "bin" / "python"
 BOUND, APART = 1e-5, 1e-4
 CASES: dict[str, tuple[str, dict[str, int], dict[str, Any], tuple[str, ...]]] = {
+    "e4b PP2, pictures": (
+        "e4b",
+        {"pp": 2},
+        {"pipeline_model_parallel_size": 2},
+        ("image", "text", "two images", "text"),
+    ),
     "26b EP2": ("26b-a4b", {"ep": 2}, {"expert_model_parallel_size": 2}, ()),
 }
 
