@@ -77,7 +77,8 @@ def data_show(
     from recipes.data.preference import of_its_kind
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
-    from recipes.data.show import show, to_json
+    from recipes.data.show import show_sources, sources_to_json
+    from recipes.data.source_keys import sources_said
     from recipes.data.sources import is_data
     from recipes.data.training import corpus_options, model_folder
 
@@ -91,7 +92,8 @@ def data_show(
         if named or model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
         said = load_recipe(recipe, overrides or [])
-        options, model = corpus_options(said), model_folder(said)
+        model = model_folder(said)
+        sources = {one.name: one.options for one in sources_said(said.data, corpus_options(said))}
     elif not named:
         raise UsageError("name a recipe, or data: a file, or --data")
     else:
@@ -109,6 +111,7 @@ def data_show(
             layout=Layout(format_, columns_of(column), function),
         )
         options = of_its_kind(options)
+        sources = {"": options}
     if plot is not None:
         check_plot(plot)
         if model is None:
@@ -120,12 +123,14 @@ def data_show(
             for line in lines(found):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
         return
-    corpus = open_corpus(options, model, progress=progress.read)
+    if plot is not None and len(sources) > 1:
+        raise UsageError("--plot: draws one source, and there are several: name it, data.path=...")
+    corpora = {name: open_corpus(one, model, progress=progress.read) for name, one in sources.items()}
     if plot is not None:
-        write_plot(corpus, plot)
+        write_plot(next(iter(corpora.values())), plot)
         err.print(f"wrote {plot}")
-    if not wrote_json(json_file, to_json(corpus, count)):
-        show(corpus, count, out)
+    if not wrote_json(json_file, sources_to_json(corpora, count)):
+        show_sources(corpora, count, out)
 
 
 @data.command("prepare", epilog=epilog("data prepare sft/e2b data.path=chats.jsonl --workers 32"))

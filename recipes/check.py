@@ -16,6 +16,7 @@ from recipes.losses import names as known
 from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 from recipes.rewards.check import check_grpo
+from recipes.sources import check_sources
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
@@ -27,6 +28,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_numbers(recipe)
     _check_schedule(recipe)
     _check_metrics(recipe)
+    check_sources(recipe)
     _check_preference(recipe)
     check_grpo(recipe)
     check_distill(recipe)
@@ -209,8 +211,14 @@ def _check_preference(recipe: Recipe) -> None:
         raise UsageError(f"preference.reference={said.reference}: is one of auto, base, start")
     if said.reference == "base" and not recipe.lora.rank and recipe.lora.adapter is None:
         raise UsageError("preference.reference=base: is the model without adapters, and there are none; start it is")
+    sorted_pairs = len(recipe.data.sources) > 1 and "aot" in names
     for key, value, why in (
         ("train.z_loss", recipe.train.z_loss, "is added to token losses, and these are of answers"),
+        (
+            "data.sources",
+            sorted_pairs and len(recipe.data.sources),
+            "aot compares all pairs sorted, not those of a source",
+        ),
         ("data.overlong", recipe.data.overlong != "drop" and recipe.data.overlong, "a pair cannot be cut"),
         ("eval.metrics", recipe.eval.metrics, "are of conversations"),
     ):
@@ -321,8 +329,9 @@ def check_startable(recipe: Recipe, world_size: int) -> None:
 
 def check_data(recipe: Recipe) -> None:
     """Raise UsageError where a recipe names no data, none to evaluate on, or some that it would never use."""
-    if recipe.data.path is None:
+    if recipe.data.path is None and not recipe.data.sources:
         raise UsageError("data.path is not set; add data.path=FILE (JSONL or Parquet of conversations)")
+    check_sources(recipe)
     data, every = recipe.data, recipe.train.eval_every
     named = {"data.eval": data.eval, "data.eval_split": data.eval_split, "data.val_fraction": data.val_fraction}
     given = [key for key, value in named.items() if value]

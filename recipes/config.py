@@ -55,9 +55,34 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of `data.sources`. What it does not say of how it is read is as `data.*` has it.
+
+    `name`: what the log calls it, by default the name of its first file. `weight`: its share of the rows, of the sum of
+    all weights. Without weights an epoch has all rows of every source, `repeat` times, or as many as hold `tokens`
+    tokens (of more than there are, where `repeat` allows so many rounds). `max_samples`: of its first so many; 0: all.
+    """
+
+    path: Any = None
+    name: str | None = None
+    weight: float | None = None
+    tokens: int | None = None
+    max_samples: int = 0
+    repeat: int = 1
+    split: str | None = None
+    subset: str | None = None
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    function: str | None = None
+    media_root: str | None = None
+
+
+@dataclass
 class DataConfig:
     """Read by `recipes.data`, which says what the keys mean.
 
+    `sources`: in the place of `path`, several of them and how much is taken of each. `shuffle`: rows come in another
+    order in every epoch; without it as the data has them.
     `eval`: what evaluation uses, as `path`, or several of these by their names. `eval_split`: which split of it, where
     it has splits (without `eval`: of `path`); by default one for validation or test, never the one that is trained on.
     `val_fraction`: this part of the training data is held out and evaluated on, the same whatever the seed.
@@ -66,6 +91,8 @@ class DataConfig:
     """
 
     path: Any = None
+    sources: list[SourceConfig] = field(default_factory=list)
+    shuffle: bool = True
     eval: Any = None
     eval_split: str | None = None
     val_fraction: float = 0.0
@@ -434,7 +461,8 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
         except OmegaConfBaseException as error:
             key = f"{'.'.join(map(key_of, error.full_key.split('.')))}: " if error.full_key else ""
             raise UsageError(f"{source}: {key}{str(error.msg or error).splitlines()[0]}") from None
-    _replace_length(merged, given)
+    _replace(merged, given, ("train.steps", "train.epochs"), 0)
+    _replace(merged, given, ("data.path", "data.sources"), None)
     try:
         recipe = OmegaConf.to_object(merged) if not missing else None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -442,17 +470,19 @@ def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> 
     if missing:
         raise UsageError(f"{where}: {missing[0]} is not set; add {missing[0]}=...")
     assert isinstance(recipe, Recipe)
-    if isinstance(recipe.data.path, str) and recipe.data.path.startswith(_SHIPPED):
-        recipe.data.path = str(CONFIGS / recipe.data.path.removeprefix(_SHIPPED))
+    every: list[DataConfig | SourceConfig] = [recipe.data, *recipe.data.sources]
+    for named in every:
+        if isinstance(named.path, str) and named.path.startswith(_SHIPPED):
+            named.path = str(CONFIGS / named.path.removeprefix(_SHIPPED))
     return recipe
 
 
-def _replace_length(merged: Any, given: Sequence[DictConfig]) -> None:
-    """`train.steps` and `train.epochs` say one thing: which of them overrides name takes the place of the other."""
-    keys = ("train.steps", "train.epochs")
+def _replace(merged: Any, given: Sequence[DictConfig], keys: tuple[str, str], nothing: object) -> None:
+    """The two `keys` say one thing: which of them overrides name takes the place of the other."""
     named = [key for key in keys if any(OmegaConf.select(one, key) is not None for one in given)]
     if len(named) == 1 and OmegaConf.select(merged, named[0]):
-        OmegaConf.update(merged, keys[1 - keys.index(named[0])], 0)
+        other = keys[1 - keys.index(named[0])]
+        OmegaConf.update(merged, other, [] if other == "data.sources" else nothing, merge=False)
 
 
 def find_recipe(name: str) -> Path:

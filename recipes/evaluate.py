@@ -14,7 +14,7 @@ from recipes.config import DataConfig, ParallelConfig, Recipe, TrainConfig
 from recipes.data.batches import BatchOptions
 from recipes.data.corpus import open_corpus
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Samples, first
+from recipes.data.part import Whole, first
 from recipes.metrics.named import find_metrics
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EvaluationTask:
     max_rows: int = MAX_ROWS
     progress: Path | None = None
 
-    def samples(self) -> Samples:
+    def samples(self) -> Whole:
         """The data, from the cache. Raises DataError."""
         return first(open_corpus(self.data, self.assets), self.rows)
 

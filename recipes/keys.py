@@ -6,7 +6,10 @@ import difflib
 import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError
 
@@ -48,6 +51,13 @@ _ELSEWHERE = {
     "output_dir": "output",
     "model_name_or_path": "model.hf",
     "train_file": "data.path",
+    "files": "data.path",
+    "data_files": "data.path",
+    "datasets": "data.sources",
+    "dataset_mixer": "data.sources",
+    "blend": "data.sources",
+    "interleave_probs": "data.sources",
+    "max_train_samples": "data.sources",
     "r": "lora.rank",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
@@ -108,6 +118,22 @@ def _check_group(said: Any, schema: Any, where: str, prefix: str, every: Sequenc
             raise UsageError(f"{where}: unknown key {prefix}{key}{_meant_key(prefix, str(key).lower(), names, every)}")
         if is_dataclass(types[key]):
             _check_group(value, types[key], where, f"{prefix}{key}.", every)
+        elif (kind := _group_of_list(types[key])) is not None:
+            if not isinstance(value, list):
+                raise UsageError(f"{where}: {prefix}{key} is a list: {prefix}{key}=[{{path: FILE, weight: 1}}, ...]")
+            for number, each in enumerate(value):
+                at = f"{prefix}{key}[{number}]."
+                _check_group(each, kind, where, at, every)
+                try:
+                    OmegaConf.merge(OmegaConf.structured(kind), each)
+                except OmegaConfBaseException as error:  # which knows no more than the key within the element
+                    raise UsageError(f"{where}: {at}{error.full_key}: {str(error.msg).splitlines()[0]}") from None
+
+
+def _group_of_list(kind: Any) -> Any:
+    """The group that a list is of; None of anything else."""
+    of = get_args(kind)
+    return of[0] if get_origin(kind) is list and is_dataclass(of[0]) else None
 
 
 def _all_keys(schema: Any, prefix: str = "") -> list[str]:

@@ -208,7 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight[:words].addmm_(tanh_logits.t(), rows)
             del tanh_logits, tiles  # before the next chunk's are made
         if squares is not None:
-            squares += lses.double().square_().sum()
+            count = len(squares)  # rows; positions are those of hidden states, [s, b]
+            squares[kept % count, kept // count] += lses.double().square_()
         ctx.save_for_backward(hidden, weight, labels, kept, lses)
         ctx.options, ctx.main_grad = options, main_grad
         ctx.gradients = (grad_hidden, grad_weight)
@@ -271,8 +272,8 @@ def linear_cross_entropy(
     c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss` times the squared
     log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known. `kernels` as in
     `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the weight to it, and
-    autograd gets none; of a weight that takes none it is not read. `squares`, float64 []: the forward pass adds the
-    squared log-sum-exp of every position that has a loss, what `z_loss` is the factor of.
+    autograd gets none; of a weight that takes none it is not read. `squares`, float64 [b, s]: the forward pass adds to
+    every position that has a loss its squared log-sum-exp, what `z_loss` is the factor of.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). In float32 cheapest where every token weighs the same, as in a sum.

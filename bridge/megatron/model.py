@@ -111,7 +111,7 @@ class Gemma4Model(GPTModel):
         A vocabulary that `tp` does not divide is filled up at its end, on the last rank, with logits of -inf.
 
         Losses are float32, 0 where the label is -100, and made without the logits (see `loss.py`); `z_loss` is a
-        factor for them, and the sum of what it is a factor of is added to `squares` (float64 []). An `output_processor`
+        factor for them, and what it is a factor of is added to `squares` (float64 [b, s / cp]). An `output_processor`
         of the caller's takes precedence.
 
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask

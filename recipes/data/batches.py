@@ -1,13 +1,12 @@
 """The batches of one data-parallel rank: deterministic, sharded, resumable, made ahead by threads.
 
-Rows form one global stream, epoch after epoch. A step of all ranks takes the next `dp_size * micro_batch_size` rows of
-it, rank r its r-th share. So the position in the stream is all the state there is, it is the same on every rank, and a
-run that goes on with another number of ranks goes on at the same row.
+Rows form one global stream (`recipes.data.order`). A step of all ranks takes the next `dp_size * micro_batch_size` rows
+of it, rank r its r-th share. So the position in the stream is all the state there is, it is the same on every rank, and
+a run that goes on with another number of ranks goes on at the same row.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,15 +18,15 @@ from torch import Tensor
 
 from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
+from recipes.data.blend import Samples, Source, blend_of, described_shares
 from recipes.data.chat import Encoded
-from recipes.data.collate import KL, batch_tensors, join_media, mismatched
+from recipes.data.collate import KL, batch_tensors, join_media, mismatched, source_tensors
 from recipes.data.options import at_least, one_of
+from recipes.data.order import Order, Plans, Position
 from recipes.data.packing import Plan, plan_epoch
-from recipes.data.part import Samples
 from recipes.data.preference import SAMPLES
 from recipes.data.threads import ordered_map
 
-_KEPT_PLANS = 3
 # By the fingerprints of corpora: see `Batches`.
 Taught = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -80,14 +79,6 @@ class BatchOptions:
             raise UsageError(f"seq_length: {self.seq_length} is not a multiple of {self.document_multiple}")
 
 
-@dataclass(frozen=True)
-class Position:
-    """A place in the stream of rows: the next one to come."""
-
-    epoch: int
-    row: int
-
-
 class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     """Iterates over one rank's batches; `recipes.data.collate.batch_tensors` says what is in one.
 
@@ -108,26 +99,46 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         """Raises DataError: an empty corpus, or samples longer than a row."""
         if not len(corpus):
             raise DataError(f"{corpus.folder}: holds no sample")
-        self.corpus, self.options, self._notify, self._ref_logps = corpus, options, notify, ref_logps
-        self._taught = taught
-        self._first_labels = first_labels(corpus) if options.label_ids else np.zeros(0, np.int64)
-        self._lengths = corpus.lengths.reshape(-1, corpus.options.together)
+        self.corpus = blend_of(corpus)
+        self.options, self._notify, self._ref_logps = options, notify, ref_logps
+        sources, self._taught = self.corpus.sources, taught
+        self._first_labels = [first_labels(one.samples) for one in sources] if options.label_ids else []
+        self.order = Order(
+            list(map(self._plans, sources)), [one.share for one in sources], options.seed, options.epochs
+        )
+        self._position = self.order.start()
+        self._ahead: Iterator[tuple[Position, dict[str, Tensor]]] | None = None
+
+    def _plans(self, source: Source) -> Plans:
+        """The rows of a source. Raises DataError for a sample that is longer than a row."""
+        samples, options = source.samples, self.options
+        lengths = samples.lengths.reshape(-1, samples.options.together)
         if options.mismatched:
             # Either of a sample's rows has to fit where the sample is put.
-            asked = np.asarray([int(corpus[sample].supervised.argmax()) for sample in range(len(corpus))])
-            answers = corpus.lengths - asked
-            self._lengths = np.minimum(np.maximum(corpus.lengths, asked + np.roll(answers, 1)), options.seq_length)[
-                :, None
-            ]
-        if int(self._lengths.max()) > options.seq_length:
+            asked = np.asarray([int(samples[sample].supervised.argmax()) for sample in range(len(samples))])
+            behind = asked + np.roll(samples.lengths - asked, 1)
+            lengths = np.minimum(np.maximum(samples.lengths, behind), options.seq_length)[:, None]
+        if int(lengths.max()) > options.seq_length:
             raise DataError(
-                f"{corpus.folder}: its longest sample has {int(self._lengths.max())} tokens, a row only "
+                f"{samples.folder}: its longest sample has {int(lengths.max())} tokens, a row only "
                 f"{options.seq_length}; tokenise with that seq_length"
             )
-        self._plans: dict[int, Plan] = {}
-        self._lock = threading.Lock()
-        self._position = Position(0, 0)
-        self._ahead: Iterator[tuple[Position, dict[str, Tensor]]] | None = None
+
+        def plan(epoch: int) -> Plan:
+            return plan_epoch(
+                lengths,
+                epoch=epoch,
+                seed=options.seed,
+                shuffle=options.shuffle,
+                packing=options.packing,
+                seq_length=options.seq_length,
+                document_multiple=options.document_multiple,
+                pack_buffer=options.pack_buffer,
+                source=source.number,
+            )
+
+        fixed = None if options.packing else len(lengths)
+        return Plans(plan, samples.lengths, fixed=fixed, epochs=options.epochs)
 
     @property
     def position(self) -> Position:
@@ -135,27 +146,12 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         return self._position
 
     def plan(self, epoch: int) -> Plan:
-        """The rows of an epoch."""
-        with self._lock:
-            if epoch not in self._plans:
-                options = self.options
-                self._plans[epoch] = plan_epoch(
-                    self._lengths,
-                    epoch=epoch,
-                    seed=options.seed,
-                    shuffle=options.shuffle,
-                    packing=options.packing,
-                    seq_length=options.seq_length,
-                    document_multiple=options.document_multiple,
-                    pack_buffer=options.pack_buffer,
-                )
-                for old in sorted(self._plans)[:-_KEPT_PLANS]:
-                    del self._plans[old]
-            return self._plans[epoch]
+        """The rows of an epoch of the first source."""
+        return self.order.plans[0][epoch]
 
     def rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
-        return len(self.plan(epoch))
+        return self.order.rows(epoch)
 
     def __iter__(self) -> Self:
         return self
@@ -174,7 +170,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins, and what that depends on. The same on every rank."""
-        return {"epoch": self._position.epoch, "row": self._position.row, "stream": self._stream()}
+        return {**self._position.to_json(), "stream": self._stream()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, with any number of ranks and any micro batch size.
@@ -183,14 +179,15 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         raised, as `on_change` says; either names what was changed.
         """
         self.close()
-        causes = self._changes(state["stream"])
+        causes, kept = self._changes(state["stream"])
         if not causes:
-            self._position = Position(int(state["epoch"]), int(state["row"]))
+            self._position = self.order.position(state)
+            self._notify(f"the data goes on behind {self.order.said(self._position)}{kept}")
             return
         what = f"{', '.join(self.corpus.options.paths)}: the checkpoint's place is in other rows: {'; '.join(causes)}"
         if self.options.on_change == "refuse":
             raise DataError(f"{what}; undo that, or begin the data anew at its first row with data.on_change=restart")
-        self._position = Position(0, 0)
+        self._position = self.order.start()
         self._notify(f"{what}; the data is begun anew, as data.on_change=restart says")
 
     def close(self) -> None:
@@ -198,26 +195,38 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         ahead, self._ahead = self._ahead, None
         if ahead is not None and hasattr(ahead, "close"):
             ahead.close()
+        self.order.close()
 
     def _stream(self) -> dict[str, Any]:
         """What the rows depend on. `inputs` say why tokens are other ones, where they are."""
         options = self.options
-        order = {"train.seed": options.seed, "data.packing": options.packing, "shuffle": options.shuffle}
+        order: dict[str, Any] = {
+            "train.seed": options.seed,
+            "data.packing": options.packing,
+            "data.shuffle": options.shuffle,
+        }
         if options.packing:
             order |= {"train.seq_length": options.seq_length}
             order |= {name: getattr(options, name) for name in ("pack_buffer", "document_multiple")}
+        if described := described_shares(self.corpus.sources):
+            order["data.sources"] = described
         return {"tokens": self.corpus.fingerprint, "order": order, "inputs": dict(self.corpus.inputs)}
 
-    def _changes(self, other: Mapping[str, Any]) -> list[str]:
-        """What was changed since `other` was the stream, in words; nothing where its rows are the same."""
+    def _changes(self, other: Mapping[str, Any]) -> tuple[list[str], str]:
+        """What was changed since `other` was the stream, in words, where its rows are other ones; and what was changed
+        where they are the same."""
         own = self._stream()
         if "tokens" not in other:
-            return ["it is of a version that did not note which tokens they were"]
-        changed = _differing(other["order"], own["order"])
+            return ["it is of a version that did not note which tokens they were"], ""
+        # As version 0.1 called it.
+        before = {"data.shuffle" if name == "shuffle" else name: value for name, value in other["order"].items()}
+        changed = _differing(before, own["order"])
+        inputs = _differing(other["inputs"], own["inputs"])
         if own["tokens"] == other["tokens"]:
-            return list(changed.values())
-        inputs = _differing(other["inputs"], own["inputs"]) or {"tokens": "other tokens, though of the same inputs"}
-        return list((inputs | changed).values())
+            kept = f", though {'; '.join(inputs.values())}: the tokens are the same" if inputs and not changed else ""
+            return list(changed.values()), kept
+        inputs = inputs or {"tokens": "other tokens, though of the same inputs"}
+        return list((inputs | changed).values()), ""
 
     def _batches(self, start: Position) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         if self.options.workers == 0:
@@ -239,16 +248,8 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
 
     def ahead(self, count: int, position: Position) -> tuple[list[list[int]], Position]:
         """The samples of so many rows from a place on (fewer where the data ends), and the place behind them."""
-        epochs, epoch, row = self.options.epochs, position.epoch, position.row
-        rows: list[list[int]] = []
-        while len(rows) < count and (epochs is None or epoch < epochs):
-            plan = self.plan(epoch)
-            taken = range(row, min(len(plan), row + count - len(rows)))
-            rows += [plan.row(index) for index in taken]
-            row += len(taken)
-            if row >= len(plan):
-                epoch, row = epoch + 1, 0
-        return rows, Position(epoch, row)
+        rows, behind = self.order.ahead(count, position)
+        return [[self.corpus.first(source) + sample for sample in row] for source, row in rows], behind
 
     def go_to(self, position: Position) -> None:
         """Let the next batch begin there."""
@@ -266,6 +267,12 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
             ]
         samples = [[corpus[sample] for sample in row] for row in rows]
         batch = self._tensors(samples)
+        if (count := len(corpus.sources)) > 1:
+            sources = [corpus.place(row[0])[0] if row else 0 for row in rows]
+            width, answers = batch["input_ids"].shape[1], corpus.options.records != SAMPLES
+            batch |= source_tensors(samples, sources, count=count, width=width, answers=answers)
+            if together > 1 and not options.packing:
+                batch["source_counts"][0] //= together
         if options.mismatched:
             behind = [[self._mismatched(sample) for sample in row] for row in rows]
             batch |= {f"{KL}{name}": tensor for name, tensor in self._tensors(behind).items()}
@@ -293,26 +300,35 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         )
 
     def _mismatched(self, sample: int) -> Encoded:
-        return mismatched(self.corpus[sample], self.corpus[(sample - 1) % len(self.corpus)], self.options.seq_length)
+        source, own = self.corpus.place(sample)
+        samples = self.corpus.sources[source].samples
+        return mismatched(samples[own], samples[(own - 1) % len(samples)], self.options.seq_length)
 
     def _numbered(self, samples: list[int]) -> dict[str, Tensor]:
         """`sample_ids` int64 [answers], and their `ref_logps`, float64, where these are known."""
         numbers = np.asarray(samples, np.int64)
         found = {"sample_ids": torch.from_numpy(numbers)}
-        known = self._ref_logps.get(self.corpus.fingerprint)
-        names = ("ref_logps", f"{KL}ref_logps")
-        rows = () if known is None else zip(names, known, strict=False)
-        return found | {name: torch.from_numpy(row[numbers]) for name, row in rows}
+        known = [self._ref_logps.get(source.samples.fingerprint) for source in self.corpus.sources]
+        if all(of is not None for of in known):
+            places = map(self.corpus.place, samples)
+            columns = [known[source][:, own] for source, own in places]  # type: ignore[index]
+            rows = np.stack(columns, 1) if columns else np.zeros((len(known[0]), 0))  # type: ignore[arg-type]
+            names = ("ref_logps", f"{KL}ref_logps")
+            found |= {name: torch.from_numpy(row.copy()) for name, row in zip(names, rows, strict=False)}
+        return found
 
     def _of_labels(self, samples: list[int]) -> dict[str, Tensor]:
-        """`label_ids` int64 [labels], row by row, and what a teacher says of them, where that is known."""
-        spans = [np.arange(*self._first_labels[sample : sample + 2]) for sample in samples]
-        numbers = np.concatenate([np.zeros(0, np.int64), *spans])
-        found = {"label_ids": torch.from_numpy(numbers)}
-        known = self._taught.get(self.corpus.fingerprint)
-        names = ("teacher_ids", "teacher_logps")
-        rows = () if known is None else zip(names, known, strict=True)
-        return found | {name: torch.from_numpy(row[numbers]) for name, row in rows}
+        """`label_ids` int64 [labels], row by row, within their source, and what a teacher says, where that is known."""
+        places = list(map(self.corpus.place, samples))
+        spans = [np.arange(*self._first_labels[source][own : own + 2]) for source, own in places]
+        found = {"label_ids": torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans]))}
+        known = [self._taught.get(source.samples.fingerprint) for source in self.corpus.sources]
+        if all(of is not None for of in known):
+            for row, name in enumerate(("teacher_ids", "teacher_logps")):
+                nothing = known[0][row][:0]  # type: ignore[index]
+                values = [known[source][row][span] for (source, _), span in zip(places, spans, strict=True)]  # type: ignore[index]
+                found[name] = torch.from_numpy(np.concatenate([nothing, *values]))
+        return found
 
 
 def first_labels(corpus: Samples) -> np.ndarray:
@@ -325,6 +341,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]
     """The entries that differ, in words: with both values where people can read them."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return {
-        name: f"{name} changed" if name.startswith("the ") else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        name: f"{name} changed"
+        if name.rpartition(": ")[2].startswith("the ")
+        else f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in names
     }

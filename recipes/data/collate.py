@@ -79,6 +79,21 @@ def batch_tensors(
     return tensors
 
 
+def source_tensors(
+    rows: Sequence[Sequence[Encoded]], sources: Sequence[int], *, count: int, width: int, answers: bool
+) -> dict[str, Tensor]:
+    """Which of `count` sources each row is of: `source_ids` int64 [b, width], of answers also `answer_sources` int64
+    [samples]; `source_counts` int64 [2, count]: rows and tokens of each source."""
+    ids = np.asarray(sources, np.int64)
+    real = np.asarray([bool(row) for row in rows])
+    tokens = np.asarray([sum(map(len, row)) for row in rows])
+    counts = np.stack([np.bincount(ids, weights, count) for weights in (real, tokens)]).astype(np.int64)
+    found = {"source_ids": np.repeat(ids[:, None], width, axis=1), "source_counts": counts}
+    if answers:
+        found["answer_sources"] = np.repeat(ids, [len(row) for row in rows])
+    return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
 def _of_answers(samples: Sequence[Encoded]) -> dict[str, Tensor]:
     lengths, wanted = [int(each.supervised[1:].sum()) for each in samples], [int(each.desirable) for each in samples]
     return {

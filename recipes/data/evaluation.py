@@ -8,10 +8,14 @@ from typing import Any
 
 from bridge.errors import UsageError
 from recipes.config import DataConfig, Recipe
+from recipes.data.blend import Blend, Samples, Source
 from recipes.data.corpus import Corpus
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Samples, first, held_out
+from recipes.data.order import ALL
+from recipes.data.part import Whole, first, held_out, whole
+from recipes.data.source_keys import Said, sources_said
 from recipes.data.sources import hub_split_names, is_hub_name, local_splits
+from recipes.sources import left_out, paths
 
 # What the split that is not trained on is called, the likeliest first.
 _EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
@@ -25,13 +29,8 @@ class Opened:
     """
 
     train: Samples
-    evaluation: Mapping[str, Samples] = field(default_factory=dict)
+    evaluation: Mapping[str, Whole] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def paths(value: Any) -> tuple[str, ...]:
-    """The names in `data.path`, or in one set of `data.eval`."""
-    return tuple(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else (str(value),)
 
 
 def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOptions], Corpus]) -> Opened:
@@ -39,54 +38,88 @@ def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOp
 
     `opened`: opens a corpus. Raises DataError and UsageError.
     """
-    data, rows = recipe.data, recipe.train.eval_rows
+    data = recipe.data
     # Splits first: what is wrong with them is said before anything is tokenised.
-    wanted = {name: (paths(value), _split(data, paths(value))) for name, value in _named(data).items()}
-    train = opened(options)
-    sets: dict[str, Samples] = {
-        name: opened(replace(options, path=path, split=split)) for name, (path, split) in wanted.items()
-    }
-    notes = [
+    wanted, said = _wanted(data, options), sources_said(data, options)
+    notes = [f"source {name} is left out (weight 0)" for name in left_out(data)]
+    train = [first(opened(one.options), one.max_samples) for one in said]
+    for one, samples in zip(said, train, strict=True):
+        if len(samples) < len(whole(samples)):
+            there = len(whole(samples)) // one.options.together
+            notes.append(f"source {one.name} is of its first {one.max_samples} of {there} samples (max_samples)")
+    sets: dict[str, Whole] = {name: opened(one) for name, one in wanted.items()}
+    trained = {whole(samples).fingerprint for samples in train}
+    notes += [
         f"evaluation{_called(name)} is on the data that is trained on ({', '.join(corpus.options.paths)})"
         for name, corpus in sets.items()
-        if corpus.fingerprint == train.fingerprint
+        if corpus.fingerprint in trained
     ]
-    rest: Samples = train
     if data.val_fraction:
-        rest, sets["held_out" if sets else ""] = held_out(train, data.val_fraction)
+        parts = [held_out(samples, data.val_fraction) for samples in train]
+        for one, (rest, held) in zip(said, parts, strict=True):
+            sets[one.name or ("held_out" if sets else "")] = held
+            notes.append(
+                f"{len(held)} of {len(held) + len(rest)} samples{f' of {one.name}' if one.name else ''} are held out "
+                f"and evaluated on, chosen by their content (data.val_fraction={data.val_fraction:g})"
+            )
+        train = [rest for rest, _ in parts]
+    return Opened(_blended(said, train), _limited(sets, recipe.train.eval_rows, notes), tuple(notes))
+
+
+def _limited(sets: Mapping[str, Whole], rows: int, notes: list[str]) -> dict[str, Whole]:
+    """The first so many samples of each set (0: all), which is noted."""
     for name, corpus in sets.items():
         if rows and rows < len(corpus):
-            sets[name] = first(corpus, rows)
             notes.append(f"evaluation{_called(name)} is of the first {rows} of {len(corpus)} samples (train.eval_rows)")
-    return Opened(rest, sets, tuple(notes))
+    return {name: first(corpus, rows) for name, corpus in sets.items()}
+
+
+def _blended(said: Sequence[Said], train: Sequence[Whole]) -> Samples:
+    """What is trained on. Raises UsageError that names a source of which more is asked for than there is."""
+    if len(said) == 1 and said[0].share == ALL:
+        return train[0]
+    for one, samples in zip(said, train, strict=True):
+        there, wanted, repeat = int(samples.lengths.sum()), one.share.tokens, one.share.repeat
+        if wanted is not None and wanted > repeat * there:
+            times = f"{repeat} times its" if repeat > 1 else "its"
+            raise UsageError(
+                f"{one.key}: tokens={wanted} are more than {times} {there} tokens; repeat={-(-wanted // there)} sees "
+                "them again"
+            )
+    return Blend([Source(one.name, samples, one.share, one.number) for one, samples in zip(said, train, strict=True)])
 
 
 def _called(name: str) -> str:
     return f" {name}" if name else ""
 
 
+def _wanted(data: DataConfig, options: CorpusOptions) -> dict[str, CorpusOptions]:
+    """What is opened to be evaluated on, by the names of the sets. Raises UsageError and DataError."""
+    said = sources_said(data, options)
+    sets = {name: replace(options, path=paths(value)) for name, value in _named(data).items()}
+    if not sets and data.eval_split is not None:
+        sets = {one.name: replace(one.options, path=one.options.paths) for one in said}
+    if data.val_fraction and sets and not isinstance(data.eval, Mapping):
+        raise UsageError("data.val_fraction beside data.eval or data.eval_split: name the set, data.eval.NAME=PATH")
+    held = {one.name or "held_out" for one in said} if data.val_fraction else set()
+    if taken := sorted(held & sets.keys()):
+        raise UsageError(f"data.eval.{taken[0]}: is the name of what data.val_fraction holds out")
+    return {name: replace(own, split=_split(data, own)) for name, own in sets.items()}
+
+
 def _named(data: DataConfig) -> dict[str, Any]:
     """What `data.eval` names, by the names of the sets."""
-    if isinstance(data.eval, Mapping):
-        for name, value in data.eval.items():
-            if not value or isinstance(value, Mapping) or not str(name) or "/" in str(name):
-                raise UsageError(
-                    f"data.eval.{name}={value}: is a path (or a list of them) under a name without slashes"
-                )
-        sets = {str(name): value for name, value in data.eval.items()}
-    elif data.eval:
-        sets = {"": data.eval}
-    else:
-        sets = {"": data.path} if data.eval_split is not None else {}
-    if data.val_fraction and "" in sets:
-        raise UsageError("data.val_fraction beside data.eval or data.eval_split: name the set, data.eval.NAME=PATH")
-    if data.val_fraction and "held_out" in sets:
-        raise UsageError("data.eval.held_out: is the name of what data.val_fraction holds out")
-    return sets
+    if not isinstance(data.eval, Mapping):
+        return {"": data.eval} if data.eval else {}
+    for name, value in data.eval.items():
+        if not value or isinstance(value, Mapping) or not str(name) or "/" in str(name):
+            raise UsageError(f"data.eval.{name}={value}: is a path (or a list of them) under a name without slashes")
+    return {str(name): value for name, value in data.eval.items()}
 
 
-def _split(data: DataConfig, names: Sequence[str]) -> str:
+def _split(data: DataConfig, options: CorpusOptions) -> str:
     """The split that a set is read from; of what has no splits it does not count. Raises UsageError and DataError."""
+    names = options.paths
     with_splits = [name for name in names if local_splits(name) or is_hub_name(name)]
     if data.eval_split is not None:
         if not with_splits:
@@ -94,8 +127,8 @@ def _split(data: DataConfig, names: Sequence[str]) -> str:
         return data.eval_split
     chosen = set()
     for name in with_splits:
-        known = local_splits(name) or hub_split_names(name, data.subset)
-        candidates = [split for split in _EVALUATION_SPLITS if split in known and split != data.split]
+        known = local_splits(name) or hub_split_names(name, options.subset)
+        candidates = [split for split in _EVALUATION_SPLITS if split in known and split != options.split]
         if not candidates:
             raise UsageError(
                 f"{name}: has no split of its own for evaluation (there are {', '.join(known)}); set data.eval_split, "
@@ -105,4 +138,4 @@ def _split(data: DataConfig, names: Sequence[str]) -> str:
     if len(chosen) > 1:
         raise UsageError(f"{', '.join(names)}: different splits for evaluation ({', '.join(sorted(chosen))}); set "
                          "data.eval_split")  # fmt: skip
-    return chosen.pop() if chosen else data.split
+    return chosen.pop() if chosen else options.split

@@ -43,14 +43,17 @@ def plan_epoch(
     seq_length: int,
     document_multiple: int = 1,
     pack_buffer: int = 4096,
+    source: int = 0,
 ) -> Plan:
     """Plan an epoch over samples of `lengths` [n], or [n, k] of which the k of a row of it stay in one row.
+
+    `source`: its number among several, each of which has an order of its own.
 
     With packing, the shuffled samples are taken `pack_buffer` at a time and packed into rows of `seq_length`, each
     sample rounded up to `document_multiple`; a buffer's rows are shuffled again, or long samples would always come
     first. Raises DataError for a sample that no row holds.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    generator = np.random.Generator(np.random.PCG64([seed, epoch, source] if source else [seed, epoch]))
     order = generator.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     lengths = lengths.reshape(len(lengths), -1)
     if not packing:

@@ -20,10 +20,10 @@ class Part:
     def __init__(self, corpus: Corpus, samples: np.ndarray) -> None:
         self.corpus, self.samples = corpus, samples
         self.folder, self.options = corpus.folder, corpus.options
-        self.pad_id, self.has_media = corpus.pad_id, corpus.has_media
+        self.pad_id, self.has_media, self.tokenizer = corpus.pad_id, corpus.has_media, corpus.tokenizer
         which = hashlib.sha256(samples.tobytes()).hexdigest()[:16]
         self.fingerprint = f"{corpus.fingerprint}/{which}"
-        self.inputs = {**corpus.inputs, "data.val_fraction": which}
+        self.inputs = {**corpus.inputs, "the part that data.val_fraction and max_samples leave": which}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -46,20 +46,26 @@ class Part:
         return self.corpus.media_tensors(int(self.samples[sample]))
 
 
-Samples = Corpus | Part
+# The samples of one corpus.
+Whole = Corpus | Part
 
 
-def first(corpus: Samples, count: int) -> Samples:
+def whole(samples: Whole) -> Corpus:
+    """The corpus that samples are of."""
+    return samples.corpus if isinstance(samples, Part) else samples
+
+
+def first(corpus: Whole, count: int) -> Whole:
     """The first `count` samples (of pairs so many pairs); all, where `count` is 0 or there are no more."""
     count *= corpus.options.together
-    if not count or count >= len(corpus):
-        return corpus
-    if isinstance(corpus, Part):
-        return Part(corpus.corpus, corpus.samples[:count])
-    return Part(corpus, np.arange(count, dtype=np.int64))
+    return corpus if not count or count >= len(corpus) else _taken(corpus, np.arange(count, dtype=np.int64))
 
 
-def held_out(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
+def _taken(samples: Whole, which: np.ndarray) -> Part:
+    return Part(samples.corpus, samples.samples[which]) if isinstance(samples, Part) else Part(samples, which)
+
+
+def held_out(corpus: Whole, fraction: float) -> tuple[Part, Part]:
     """(the rest, about `fraction` of the samples): by the content of records alone, whatever their order or a seed.
 
     Pieces of one record, and records that say the same, are on the same side. Raises DataError where nothing would be
@@ -85,10 +91,10 @@ def held_out(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
             f"{', '.join(corpus.options.paths)}: data.val_fraction={fraction:g} of {len(corpus)} samples "
             f"({len(groups)} different ones) leaves none to train on"
         )
-    return Part(corpus, np.flatnonzero(~chosen)), Part(corpus, np.flatnonzero(chosen))
+    return _taken(corpus, np.flatnonzero(~chosen)), _taken(corpus, np.flatnonzero(chosen))
 
 
-def _records(corpus: Corpus) -> list[list[int]]:
+def _records(corpus: Whole) -> list[list[int]]:
     """The samples of each record, which stand together."""
     records: list[list[int]] = []
     before = None

@@ -10,10 +10,11 @@ from typing import Any
 from bridge.errors import DataError, UsageError
 from recipes.config import Recipe, load_recipe, resolve
 from recipes.data import report
+from recipes.data.blend import blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.megatron import check_target, prefix_of, write
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Part, Samples
+from recipes.data.part import Whole, whole
 from recipes.data.preference import of_its_kind
 from recipes.data.sources import is_data
 from recipes.data.training import corpora, corpus_options, model_folder, say
@@ -58,7 +59,7 @@ def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: 
     return recipe
 
 
-def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Samples], tuple[str, ...]]:
+def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Whole], tuple[str, ...]]:
     """What a run trains on and is evaluated on, by the names of the sets, all of it prepared, and what there is to say.
 
     `alone`: it is data that no recipe names: its first record shows whether it is preferences. Raises DataError and
@@ -68,7 +69,8 @@ def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Samples], tupl
         return {"train": opened(recipe, of_its_kind(corpus_options(recipe)))}, ()
     every = corpora(recipe)
     sets = {f"eval/{name}" if name else "eval": samples for name, samples in every.evaluation.items()}
-    return {"train": every.train, **sets}, every.notes
+    sources = blend_of(every.train).sources
+    return {**{f"train/{one.name}" if one.name else "train": one.samples for one in sources}, **sets}, every.notes
 
 
 # What is written for Megatron is whole: its readers cut it.
@@ -87,7 +89,7 @@ def targets(recipe: Recipe, out: str, seq_length: int | None) -> Recipe:
     return replace(recipe, train=replace(recipe.train, seq_length=_WHOLE))
 
 
-def to_megatron(sets: Mapping[str, Samples], out: str) -> tuple[dict[str, Any], list[str]]:
+def to_megatron(sets: Mapping[str, Whole], out: str) -> tuple[dict[str, Any], list[str]]:
     """Write every set, `train` to the prefix `out`, others with their names behind it; what was written, and what there
     is to say. Raises DataError and UsageError."""
     written: dict[str, Any] = {}
@@ -116,13 +118,13 @@ def opened(recipe: Recipe, options: CorpusOptions) -> Corpus:
     return open_corpus(options, model_folder(recipe), progress=progress.read, notify=progress.line)
 
 
-def to_json(sets: Mapping[str, Samples]) -> dict[str, Any]:
+def to_json(sets: Mapping[str, Whole]) -> dict[str, Any]:
     """What there is now, by the names of the sets."""
     return {"sets": {name: _facts(samples) for name, samples in sets.items()}}
 
 
-def _facts(samples: Samples) -> dict[str, Any]:
-    corpus = samples.corpus if isinstance(samples, Part) else samples
+def _facts(samples: Whole) -> dict[str, Any]:
+    corpus = whole(samples)
     return {
         **report.facts(corpus.statistics, corpus.options, corpus.files),
         "samples": len(samples),
@@ -131,11 +133,11 @@ def _facts(samples: Samples) -> dict[str, Any]:
     }
 
 
-def lines(sets: Mapping[str, Samples]) -> list[str]:
+def lines(sets: Mapping[str, Whole]) -> list[str]:
     """The same for people."""
     said: list[str] = []
     for name, samples in sets.items():
-        corpus = samples.corpus if isinstance(samples, Part) else samples
+        corpus = whole(samples)
         known = (corpus.statistics, corpus.options)
         said += [f"{name}: {len(samples)} samples, {int(samples.lengths.sum())} tokens: {corpus.folder}"]
         said += report.lines(*known, corpus.files)

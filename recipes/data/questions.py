@@ -10,8 +10,8 @@ import torch
 
 from bridge.errors import DataError
 from bridge.generate.rows import Prompt
+from recipes.data.blend import Samples
 from recipes.data.chat import Encoded
-from recipes.data.part import Part, Samples, first
 from recipes.data.sample import Where
 from recipes.data.supervision import THOUGHT, THOUGHT_END
 from recipes.metrics.named import Metric, parsed
@@ -25,13 +25,12 @@ class Questions:
     """
 
     def __init__(self, samples: Samples, count: int = 0) -> None:
-        self._samples = first(samples, count)
-        whole = samples.corpus if isinstance(samples, Part) else samples
-        self.tokenizer = whole.tokenizer
+        self._samples, self.tokenizer = samples, samples.tokenizer
+        self._count = min(count, len(samples)) if count else len(samples)
         self._thought, self._thought_end = self.tokenizer.convert_tokens_to_ids([THOUGHT, THOUGHT_END])
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._count
 
     def where(self, number: int) -> Where:
         """The file and line of a question."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -42,6 +43,20 @@ def show(corpus: Corpus, count: int, console: Console) -> None:
         console.print(Text(warning), soft_wrap=True)
     for message in corpus.statistics.skipped:
         console.print(Text(f"dropped: {message}"), soft_wrap=True)
+
+
+def show_sources(sources: Mapping[str, Corpus], count: int, console: Console) -> None:
+    """The same of each source, by what it is called; of one without a name, of it alone."""
+    for name, corpus in sources.items():
+        if name:
+            console.rule(Text(f"source {name}"), characters="═", align="left")
+        show(corpus, count, console)
+
+
+def sources_to_json(sources: Mapping[str, Corpus], count: int) -> dict[str, Any]:
+    """For programs: of several sources by their names."""
+    found = {name: to_json(corpus, count) for name, corpus in sources.items()}
+    return found[""] if list(found) == [""] else {"sources": found}
 
 
 def to_json(corpus: Corpus, count: int) -> dict[str, Any]:

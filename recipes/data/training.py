@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -17,18 +18,20 @@ from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.check import check_data
 from recipes.config import Recipe, rank_from_environment
-from recipes.data import report
+from recipes.data import blend_report, report
 from recipes.data.batches import Batches, BatchOptions, Taught
+from recipes.data.blend import Blend, Samples, blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
-from recipes.data.evaluation import Opened, open_sets, paths
+from recipes.data.evaluation import Opened, open_sets
 from recipes.data.formats import Layout
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.data.part import Part, Samples
+from recipes.data.part import whole
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
 from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
+from recipes.sources import all_paths
 from recipes.train.data import Answers, DataFactory, Streams
 
 
@@ -42,12 +45,12 @@ def model_folder(recipe: Recipe) -> str:
 
 
 def corpus_options(recipe: Recipe) -> CorpusOptions:
-    """What a recipe says of its training data. Raises UsageError."""
+    """What a recipe says of all its training data. Raises UsageError."""
     check_data(recipe)
     data, records = recipe.data, records_of(recipe)
     turns = data.supervise_turns if records == SAMPLES else "last"
     return CorpusOptions(
-        paths(data.path),
+        all_paths(data),
         recipe.train.seq_length,
         split=data.split,
         subset=data.subset,
@@ -91,6 +94,7 @@ def batch_options(recipe: Recipe, dp_rank: int = 0, dp_size: int = 1) -> BatchOp
         dp_rank,
         dp_size,
         seed=train.seed,
+        shuffle=data.shuffle,
         packing=data.packing,
         workers=data.workers,
         on_change=data.on_change,
@@ -143,21 +147,49 @@ def streams(
     taught: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     batches = Batches(opened.train, batch, say, ref_logps, taught)
     evaluation = {name: partial(once, corpus, batch, ref_logps, taught) for name, corpus in opened.evaluation.items()}
+    sources = blend_of(opened.train).sources
     asked = records_of(recipe) != SAMPLES or recipe.distill.cache
-    sets = (opened.train, *opened.evaluation.values()) if asked else ()
+    sets = (*(each.samples for each in sources), *opened.evaluation.values()) if asked else ()
     answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
-    whole = opened.train.corpus if isinstance(opened.train, Part) else opened.train
-    known = (whole.statistics, whole.options, whole.files)
+    found = [_said(whole(each.samples)) for each in sources]
+    facts = found[0][0] if len(found) == 1 else {}
+    notes = [line for _, said in found for line in said]
+    if isinstance(opened.train, Blend):
+        used = blend_report.uses(sources, batches.order, rows_of_run(recipe))
+        notes = [*notes, *blend_report.lines(used)]
+        facts = {**facts, "sources": blend_report.to_json(used)}
     facts = {
-        **report.facts(*known),
+        **facts,
         "trained_on": len(opened.train),
         "evaluated_on": {name: len(corpus) for name, corpus in opened.evaluation.items()},
         "packing": batch.packing,
-        "rows": batches.rows(0),
-        "cache": str(whole.folder),
+        "rows": None if batches.order.weighted else batches.rows(0),
     }
-    notes = (*report.lines(*known), *report.warnings(*known[:2]), *opened.notes)
-    return Streams(batches, evaluation, notes, facts, opened.evaluation, answers, ref_logps, opened.train, taught)
+    return Streams(
+        batches,
+        evaluation,
+        (*notes, *opened.notes),
+        facts,
+        opened.evaluation,
+        answers,
+        ref_logps,
+        opened.train,
+        taught,
+        tuple(each.name for each in sources) if len(sources) > 1 else (),
+    )
+
+
+def _said(corpus: Corpus) -> tuple[dict[str, Any], list[str]]:
+    """What became of the records of a corpus, for JSON and in words."""
+    known = (corpus.statistics, corpus.options, corpus.files)
+    said = [*report.lines(*known), *report.warnings(*known[:2])]
+    return {**report.facts(*known), "cache": str(corpus.folder)}, said
+
+
+def rows_of_run(recipe: Recipe) -> int:
+    """How many rows of the data the steps of a recipe take: of answers that are sampled, prompts."""
+    grpo, rows = recipe.grpo, recipe.train.steps * recipe.train.global_batch_size
+    return -(-rows // (grpo.num_generations * grpo.num_iterations)) if grpo.rewards else rows
 
 
 def once(

@@ -13,7 +13,7 @@ from bridge.megatron.context_parallel import take
 from bridge.megatron.distillation import Distillation
 from bridge.token_ids import IGNORE
 from recipes.config import DistillConfig
-from recipes.losses.objective import Batch, Sums
+from recipes.losses.objective import Batch, Sums, by_source, source_ids
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class DistillLoss:
     def count(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
-        tokens = (take(batch["labels"], cp) != IGNORE).sum()
-        loss, entropy = losses.detach().sum((0, 1), dtype=torch.float64)
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
+        tokens, ids = take(batch["labels"], cp) != IGNORE, source_ids(batch, cp)
+        loss, entropy = losses.detach().unbind(-1)
         own = tokens if "sequence_ids" in batch else torch.zeros_like(tokens)
-        return losses[..., 0].sum(), tokens, torch.stack([loss, tokens.double(), entropy, own.double()])
+        figures = [by_source(each, ids, sources) for each in (loss, tokens, entropy, own)]
+        return losses[..., 0].sum(), tokens.sum(), torch.stack(figures, 1)
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         tokens = sums["supervised"]

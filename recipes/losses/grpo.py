@@ -7,8 +7,9 @@ microbatches. Names and arguments are TRL's (1.16).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class Answers:
     mask: Tensor
     ref_logps: Tensor | None = None
     importance: Tensor | None = None
+
+
+def rows_of(answers: Answers, which: Tensor) -> Answers:
+    """Some of the answers, by a mask: bool [n]."""
+    parts = {each.name: getattr(answers, each.name) for each in fields(answers)}
+    chosen: dict[str, Any] = {name: None if part is None else part[which] for name, part in parts.items()}
+    return Answers(**chosen)
 
 
 @dataclass(frozen=True)

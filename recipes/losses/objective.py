@@ -8,6 +8,11 @@ it over answers where the loss is one of answers. A batch says which those are:
     desirable           int64 [answers]: 1 of those that are wanted (KTO)
     ref_logps           float64 [answers]: their log-probabilities under the reference
 
+and where the data has several sources, the number of each label's and each answer's:
+
+    source_ids          int64 [b, s]
+    answer_sources      int64 [answers]
+
 Answers 2i and 2i + 1 of a microbatch are the chosen and the rejected one of a pair. Under context parallelism every
 rank has some tokens of each answer: sums are taken over the group, their gradient is every rank's own.
 """
@@ -31,7 +36,8 @@ from recipes.losses import preference
 from recipes.losses.preference import Options, PairLoss, Pairs
 
 Batch = Mapping[str, Tensor]
-# (the sum that is differentiated, float [], what it is divided by in the end, int [], and the sums of `names`, float64)
+# (the sum that is differentiated, float [], what it is divided by in the end, int [], and the sums of `names` of each
+# source, float64 [sources, names])
 Sums = tuple[Tensor, Tensor, Tensor]
 
 
@@ -52,13 +58,28 @@ class Objective(Protocol):
         """What the loss of a microbatch (whole rows) is divided by, int64 []."""
         ...
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         """Of a microbatch's token losses [b, s / cp], float32, this rank's part of its rows."""
         ...
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The figures of `names` summed over ranks and microbatches: `loss` and what is logged beside it."""
         ...
+
+
+def by_source(values: Tensor, ids: Tensor | None, sources: int) -> Tensor:
+    """Sums of `values` over those of each source, float64 [sources]. `ids`: their sources, where there are several.
+
+    Float64: the sum of a large batch's float32 losses would round more than a layout may change them.
+    """
+    if ids is None:
+        return values.sum(dtype=torch.float64)[None]
+    return values.new_zeros(sources, dtype=torch.float64).index_add(0, ids.flatten(), values.flatten().double())
+
+
+def source_ids(batch: Batch, cp: dist.ProcessGroup) -> Tensor | None:
+    """The source of every label of this rank's part of the rows; None where there is one source."""
+    return take(batch["source_ids"], cp) if "source_ids" in batch else None
 
 
 @dataclass(frozen=True)
@@ -72,11 +93,11 @@ class TokenLoss:
     def count(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         # The losses are of this rank's part of the rows, and what it counts must be of the same.
-        tokens = (take(batch["labels"], cp) != IGNORE).sum()
-        # Float64: the sum of a large batch's float32 losses would round more than a layout may change them.
-        return losses.sum(), tokens, torch.stack([losses.detach().sum(dtype=torch.float64), tokens.double()])
+        tokens, ids = take(batch["labels"], cp) != IGNORE, source_ids(batch, cp)
+        figures = [by_source(each, ids, sources) for each in (losses.detach(), tokens)]
+        return losses.sum(), tokens.sum(), torch.stack(figures, 1)
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["supervised"]}
@@ -88,10 +109,11 @@ class DraftedLoss(TokenLoss):
 
     names: tuple[str, ...] = ("loss", "supervised", "draft_loss")
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         model, drafts = losses
-        total, tokens, figures = super().sums(model, batch, cp)
-        return total + drafts.sum(), tokens, torch.cat([figures, drafts.detach().sum(dtype=torch.float64)[None]])
+        total, tokens, figures = super().sums(model, batch, cp, sources)
+        drafted = by_source(drafts.detach(), source_ids(batch, cp), sources)
+        return total + drafts.sum(), tokens, torch.cat([figures, drafted[:, None]], 1)
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         return super().values(sums) | {"draft_loss": sums["draft_loss"] / sums["supervised"]}
@@ -136,24 +158,26 @@ class PreferenceLoss:
         """How many labels of a microbatch (whole rows) the likelihood of chosen answers is of, int64 []."""
         return _of_chosen(batch["labels"], batch["sequence_ids"]).sum()
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         logps = answer_logps(losses, batch, cp)
         reference = batch["ref_logps"] if self.referenced else torch.zeros_like(logps)
         lengths = batch["completion_lengths"].double()
         pairs = Pairs(*(each[half::2] for each in (logps, reference, lengths) for half in (0, 1)))
-        loss = sum((weight * term(pairs, self.options).sum() for weight, term in self.terms), 0.0 * logps.sum())
-        count = self.count(batch)
-        figures = [loss.detach(), count.double(), *self._rewards(pairs)]
+        of_pairs = sum((weight * term(pairs, self.options) for weight, term in self.terms), 0.0 * pairs.chosen)
+        loss, count, ids = of_pairs.sum(), self.count(batch), batch.get("answer_sources")
+        ids = None if ids is None else ids[::2]
+        every = [of_pairs.detach(), torch.ones_like(of_pairs.detach()), *self._rewards(pairs)]
+        figures = [by_source(each, ids, sources) for each in every]
         if cp.rank():
             # Pairs are whole on every rank of the group: the first one counts them.
             count, figures = torch.zeros_like(count), [torch.zeros_like(figure) for figure in figures]
         if self.nll:
             counts = _of_chosen(take(batch["labels"], cp), take(batch["sequence_ids"], cp))
-            nll = losses.where(counts, 0.0).sum(dtype=torch.float64)
-            figures += [nll.detach(), counts.sum().double()]
+            of_tokens = losses.where(counts, 0.0)
+            figures += [by_source(each, source_ids(batch, cp), sources) for each in (of_tokens.detach(), counts)]
             if self.nll_scale is not None:
-                loss = loss + self.nll * self.nll_scale * nll
-        return loss.float(), count, torch.stack(figures)
+                loss = loss + self.nll * self.nll_scale * of_tokens.sum(dtype=torch.float64)
+        return loss.float(), count, torch.stack(figures, 1)
 
     @torch.no_grad()
     def _rewards(self, pairs: Pairs) -> list[Tensor]:
@@ -163,7 +187,7 @@ class PreferenceLoss:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
             logps = (chosen, rejected)
         rewards = (self.options.beta * chosen, self.options.beta * rejected)
-        return [each.sum() for each in (*rewards, (chosen > rejected).double(), *logps)]
+        return [*rewards, (chosen > rejected).double(), *logps]
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         pairs = sums["pairs"]
@@ -199,21 +223,22 @@ class AnswerLoss:
         lengths = batch["completion_lengths"]
         return lengths.new_full((), len(lengths))
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         logps, desirable = answer_logps(losses, batch, cp), batch["desirable"].bool()
         ratios = logps - batch["ref_logps"]
         kl = ratios.new_zeros(()) if self.kl is None else self.kl
-        loss, count = preference.answer_losses(self.name, ratios, desirable, kl, self.options).sum(), self.count(batch)
-        figures = [loss.detach(), count.double()]
+        of_answers, count = preference.answer_losses(self.name, ratios, desirable, kl, self.options), self.count(batch)
+        every = [of_answers.detach(), torch.ones_like(ratios.detach())]
         with torch.no_grad():
             for of in (desirable, ~desirable):
                 rewards = self.options.beta * ratios
-                figures += [of.sum().double(), rewards.where(of, 0.0).sum(), logps.where(of, 0.0).sum()]
+                every += [of, rewards.where(of, 0.0), logps.where(of, 0.0)]
         if self.name == known.KTO:
-            figures.append(kl * count)
+            every.append(kl.expand_as(ratios))
+        figures = [by_source(each, batch.get("answer_sources"), sources) for each in every]
         if cp.rank():
             count, figures = torch.zeros_like(count), [torch.zeros_like(figure) for figure in figures]
-        return loss.float(), count, torch.stack(figures)
+        return of_answers.sum().float(), count, torch.stack(figures, 1)
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         found = {"loss": sums["loss"] / sums["answers"]}

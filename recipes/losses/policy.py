@@ -26,6 +26,7 @@ from recipes.losses.grpo import (
     Options,
     clipped,
     divergence,
+    rows_of,
     sequence_ratios,
     token_ratios,
 )
@@ -70,19 +71,29 @@ class PolicyLoss:
         """Of every label, float64 [b, s]."""
         return -losses.double()
 
-    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Sums:
+    def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         answers = self._answers(losses, batch, cp)
         loss, count = LOSSES[self.loss](answers, self.options)
-        figures = [loss.detach(), count, count.new_full((), len(answers.mask)), answers.mask.sum()]
-        with torch.no_grad():
-            ratios = (sequence_ratios if self.loss in ("gspo", "rloo") else token_ratios)(answers)
-            mismatch = (answers.logps - batch["sampled_logps"]).abs()
-            kl = divergence(answers) if self.referenced else torch.zeros_like(mismatch)
-            held = clipped(ratios, answers, self.options).expand_as(answers.mask)
-            figures += [each.where(answers.mask, 0).sum() for each in (held, mismatch, kl)]
-            for score in batch["scores"].T:
-                figures += [score.nansum(), (~score.isnan()).sum()]
-        return loss.float(), count, torch.stack([figure.double() for figure in figures])
+        sampled, scores, ids = batch["sampled_logps"], batch["scores"], batch.get("answer_sources")
+        if ids is None:
+            return loss.float(), count, self._figures(answers, sampled, scores)[None]
+        own = [ids == source for source in range(sources)]
+        figures = [self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in own]
+        return loss.float(), count, torch.stack(figures)
+
+    @torch.no_grad()
+    def _figures(self, answers: Answers, sampled: Tensor, scores: Tensor) -> Tensor:
+        """The sums of `names`, float64."""
+        loss, count = LOSSES[self.loss](answers, self.options)
+        figures = [loss, count, count.new_full((), len(answers.mask)), answers.mask.sum()]
+        ratios = (sequence_ratios if self.loss in ("gspo", "rloo") else token_ratios)(answers)
+        mismatch = (answers.logps - sampled).abs()
+        kl = divergence(answers) if self.referenced else torch.zeros_like(mismatch)
+        held = clipped(ratios, answers, self.options).expand_as(answers.mask)
+        figures += [each.where(answers.mask, 0).sum() for each in (held, mismatch, kl)]
+        for score in scores.T:
+            figures += [score.nansum(), (~score.isnan()).sum()]
+        return torch.stack([figure.double() for figure in figures])
 
     def _answers(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Answers:
         logps, mask = self.logps(losses, batch, cp), batch["sequence_ids"] >= 0

@@ -58,7 +58,7 @@ class Progress:
     `best_eval`, `best_step`: the best value of `best_of` (`eval.best`) of an evaluation, and after which step it was;
     `evaluated`: the step of the last one. `unlogged`: sums of the steps since the last line of the log. `schedule`: the
     last step's learning rate, the next one's, and the number of steps that they were made for. `vision_mask`: of the
-    last step.
+    last step. `sources`: rows and tokens of each source of the data.
     """
 
     step: int = 0
@@ -76,6 +76,7 @@ class Progress:
     unlogged: list[float] = field(default_factory=list)
     schedule: dict[str, float] = field(default_factory=dict)
     vision_mask: str | None = None
+    sources: dict[str, list[int]] = field(default_factory=dict)
 
 
 def checkpoints(output: Path) -> dict[int, Path]:

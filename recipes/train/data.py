@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge.geometry import Geometry
 from recipes.config import Recipe
-from recipes.data.part import Samples
+from recipes.data.blend import Samples
 
 
 class BatchStream(Protocol):
@@ -53,6 +53,7 @@ class Streams:
     epoch among it. `answers`: what a reference or a teacher is asked for once; `ref_logps`: where
     it goes, float64 [1, samples] by the fingerprints of the samples, for batches that are made from then on; with KTO
     [2, samples], the second row of answers behind other prompts. `taught`: the same of a teacher (`Batches`).
+    `sources`: the names of those of `train`, where there are several.
     """
 
     train: BatchStream
@@ -64,6 +65,7 @@ class Streams:
     ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
     trained: Samples | None = None
     taught: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 # (recipe, geometry, data-parallel rank, data-parallel size) -> streams

@@ -31,11 +31,11 @@ def take_load(geometry: Geometry, models: Sequence[Gemma4Model], device: torch.d
     return load
 
 
-def load_values(load: Tensor) -> dict[str, float]:
-    """What is logged of it. 1 is an even share; the least and the most of any layer, and each expert's mean."""
+def load_values(load: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged of it. 1 is an even share; the least and the most of any layer, and apart each expert's mean."""
     share = load / load.sum(1, keepdim=True) * load.shape[1]
     values = {"expert_load_min": float(share.min()), "expert_load_max": float(share.max())}
-    return values | {f"expert_load/{expert}": value for expert, value in enumerate(share.mean(0).tolist())}
+    return values, {f"expert_load/{expert}": value for expert, value in enumerate(share.mean(0).tolist())}
 
 
 def forget_auxiliary_loss() -> None:

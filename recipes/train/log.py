@@ -44,17 +44,17 @@ class Log:
         if recipe.log.wandb is not None:
             self._sinks.append(open_wandb(recipe, output, self.say))
 
-    def write(self, step: int, values: Values) -> None:
-        """Note the values of a step, in every place."""
+    def write(self, step: int, values: Values, more: Values | None = None) -> None:
+        """Note the values of a step, in every place; `more` would fill the screen, and goes to all the others."""
         line: dict[str, Any] = {"step": step}
+        every = values | (more or {})
         # JSON has no NaN.
-        line |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        line |= {name: value if math.isfinite(value) else str(value) for name, value in every.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for sink in self._sinks:
-            sink.write(step, values)
-        # An expert each would fill the screen.
-        shown = [f"{name} {value:.6g}" for name, value in values.items() if not name.startswith("expert_load/")]
+            sink.write(step, every)
+        shown = [f"{name} {value:.6g}" for name, value in values.items()]
         if "loss" in values and step > self._first:
             shown.append(f"eta {remaining(time.perf_counter() - self._start, step - self._first, self._steps - step)}")
         text = f"step {step}/{self._steps}  " + "  ".join(shown)

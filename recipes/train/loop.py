@@ -40,8 +40,9 @@ from recipes.train.schedule import advance, group_rates, rate, rate_change, shor
 from recipes.train.setup import Run, build
 from recipes.train.signals import INTERRUPTED, STOPPED, StopSignal, held_back
 from recipes.train.sinks import Values
+from recipes.train.sources import add_counts, counts_in, source_values, total_values
 from recipes.train.start import start_logps
-from recipes.train.step import any_rank, clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.step import SUMS, any_rank, clear_gradients, reduce_sums, run_microbatches, update
 from recipes.train.student import with_teacher
 from recipes.train.teacher import open_teacher
 from recipes.train.workload import forward_flops, training_flops
@@ -260,17 +261,23 @@ class _Loop:
         if batches is None:
             return math.nan, True
         clear_gradients(run)
-        sums = run_microbatches(run, batches, train=True, objective=self._objective)
-        told = [float(bool(self.signalled)), float(self._saver.writing), self._flops(batches), *senses_in(batches)]
+        sources, names = self.streams.sources, self._objective.names
+        sums = run_microbatches(run, batches, train=True, objective=self._objective, sources=max(1, len(sources)))
+        counts = counts_in(batches, len(sources), run.groups)
+        told = [float(bool(self.signalled)), float(self._saver.writing), self._flops(batches)]
+        told += [*senses_in(batches), *counts]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
-        found, names = reduce_sums(torch.cat([sums, asked])), self._objective.names
-        figures, (real, slots, squares, _, stop, writing, flops, *used) = found[: len(names)], found[len(names) :]
+        found = reduce_sums(torch.cat([sums, asked]))
+        figures, (real, slots, squares, _) = found[: len(names)], found[len(names) : len(names) + len(SUMS)]
+        of_sources, told = found[len(names) + len(SUMS) : len(sums)], found[len(sums) :]
+        (stop, writing, flops), used, counts = told[:3], told[3 : 3 + len(MODALITIES)], told[3 + len(MODALITIES) :]
         if not figures[1]:
             raise TrainingError(f"step {progress.step + 1}: no token of the batch has a label")
         loss, norm, changed = self._values(figures)["loss"], math.nan, False
         progress.step += 1
         progress.tokens += int(real)
-        self._unlogged(figures[0], squares, *figures[1:])
+        add_counts(progress.sources, sources if counts else (), counts)
+        self._unlogged(figures[0], squares, *figures[1:], *of_sources)
         self._meter.add(real, slots, flops)
         if math.isfinite(loss):
             unused = [modality for modality, count in zip(MODALITIES, used, strict=True) if not count]
@@ -351,7 +358,8 @@ class _Loop:
     def _log(self, norm: float, changed: bool) -> None:
         """A line: losses since the last one (of an earlier process too), and what this process did since then."""
         run = self.run_
-        total, squares, count, *others = self.progress.unlogged
+        size = len(self._objective.names) + 1
+        (total, squares, count, *others), of_sources = self.progress.unlogged[:size], self.progress.unlogged[size:]
         self.progress.unlogged = []
         geometry, steps = run.bridge.geometry, self.progress.step - self._logged
         self._logged = self.progress.step
@@ -361,8 +369,10 @@ class _Loop:
             balance = take_auxiliary_loss(geometry, steps * run.microbatches, run.groups.dp.size(), run.device)
         if self.log is None:
             return
+        losses, more = source_values(self._objective, self.streams.sources if of_sources else (), of_sources)
         values: Values = {
             **self._values((total, count, *others)),
+            **losses,
             "lr": rate(run.scheduler),
             **group_rates(self.recipe, run.scheduler),
             "grad_norm": norm,
@@ -375,11 +385,13 @@ class _Loop:
             values["z_loss"] = squares / count
         if self.recipe.train.aux_loss:
             values["aux_loss"] = balance
+        more |= total_values(self.progress.sources)
         if load is not None:
-            values |= load_values(load)
+            spread, of_experts = load_values(load)
+            values, more = values | spread, more | of_experts
         if not changed:
             values["skipped"] = 1.0
-        self.log.write(self.progress.step, values)
+        self.log.write(self.progress.step, values, more)
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.progress.step, self.recipe.train.eval_every

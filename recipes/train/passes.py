@@ -29,9 +29,18 @@ from recipes.train.setup import BuiltModel
 Batch = dict[str, Tensor]
 
 # [b, s] each.
-_ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "mm_token_type_ids", "sequence_ids", "sampled_logps"}
+_ROWS = {
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "position_ids",
+    "mm_token_type_ids",
+    "sequence_ids",
+    "sampled_logps",
+    "source_ids",
+}
 # [answers] each.
-ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores"}
+ANSWERS = {"completion_lengths", "desirable", "ref_logps", "advantages", "scores", "answer_sources"}
 # Of each label, row by row: what a teacher says that was asked once, and where that is kept.
 LABELS = {"teacher_ids", "teacher_logps", "label_ids"}
 _KNOWN = _ROWS | ANSWERS | LABELS | {"cu_seqlens"} | MEDIA_NAMES
@@ -39,7 +48,7 @@ _KNOWN = _ROWS | ANSWERS | LABELS | {"cu_seqlens"} | MEDIA_NAMES
 # filling, and make a signal wait longer.
 _PER_STAGE = 4
 # What processors give besides, for themselves.
-_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids"}
+_IGNORED = {"num_soft_tokens_per_image", "num_soft_tokens_per_video", "sample_ids", "source_counts"}
 
 
 # An `output_processor` of Megatron's GPTModel, and its context.
@@ -101,8 +110,8 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
 
 
 class Passed(NamedTuple):
-    """What of a microbatch is there when its token losses are. `squares`, `correct`: see `LossContext`,
-    `AccuracyContext`; float64 []."""
+    """What of a microbatch is there when its token losses are, float64. `squares` [b, s / cp], where there is a z-loss,
+    else []: see `LossContext`; `correct` []: see `AccuracyContext`."""
 
     batch: Batch
     squares: Tensor
@@ -133,7 +142,8 @@ def through(
         if chunk.training != (train and not own):  # it walks all modules
             chunk.train(train and not own)
     total = partial(_with_backward, total=total, counts=counts) if own else total
-    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, drafting=run.drafting)
+    cp = run.groups.cp.size()
+    step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, drafting=run.drafting, cp=cp)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
     with torch.set_grad_enabled(train):
         reports: list[dict[str, Any]] = get_forward_backward_func()(
@@ -215,13 +225,16 @@ def _forward_step(
     z_loss: float,
     accuracy: bool,
     drafting: Drafting | None,
+    cp: int,
 ) -> tuple[Tensor, Any]:
     batch, visibility, kept, placeholders, output = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    squares, correct = torch.zeros(2, dtype=torch.float64, device=batch["labels"].device).unbind()
+    rows, length = batch["labels"].shape
+    zeros = partial(torch.zeros, dtype=torch.float64, device=batch["labels"].device)
+    squares, correct = zeros((rows, length // cp) if z_loss else ()), zeros(())
     counted: dict[str, Any] = {}
     media: dict[str, Any] = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
     media |= {"placeholder_counts": placeholders} if placeholders else {}

@@ -26,9 +26,9 @@ from bridge.geometry import Geometry
 from bridge.together import together
 from recipes.config import GrpoConfig, Recipe
 from recipes.data.batches import Batches
+from recipes.data.blend import Blend, Samples
 from recipes.data.chat import Encoded
-from recipes.data.collate import batch_tensors, join_media
-from recipes.data.part import Samples
+from recipes.data.collate import batch_tensors, join_media, source_tensors
 from recipes.data.questions import Questions
 from recipes.data.training import batch_options, model_folder, say
 from recipes.losses.grpo import group_advantages, group_std, leave_one_out
@@ -99,9 +99,14 @@ def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float
 
 
 def answers_batch(
-    rows: Sequence[OwnAnswer], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
+    rows: Sequence[OwnAnswer],
+    questions: Questions,
+    geometry: Geometry,
+    pad_id: int,
+    with_types: bool,
+    data: Samples | None = None,
 ) -> dict[str, Tensor]:
-    """A microbatch of sampled answers, each in a row of its own, with its media."""
+    """A microbatch of sampled answers, each in a row of its own, with its media. `data`: what their samples are of."""
     samples, media = [], []
     for row in rows:
         ids = np.asarray([*row.prompt, *row.tokens], np.int32)
@@ -112,6 +117,9 @@ def answers_batch(
         samples.append([Encoded(ids, np.arange(len(ids)) >= len(row.prompt), types)])
     width = max(len(row.prompt) + len(row.tokens) for row in rows)
     batch = batch_tensors(samples, width=width, pad_id=pad_id, packed=False, with_types=with_types, answers=True)
+    if isinstance(data, Blend) and (count := len(data.sources)) > 1:
+        sources = [data.place(row.sample)[0] for row in rows]
+        batch |= source_tensors(samples, sources, count=count, width=width, answers=True)
     for number, row in enumerate(rows):
         # A placeholder that was sampled stands for no picture: the sampler too reads padding there.
         answer = batch["input_ids"][number, len(row.prompt) :]
@@ -121,10 +129,15 @@ def answers_batch(
 
 
 def batch_of(
-    rows: Sequence[Row], questions: Questions, geometry: Geometry, pad_id: int, with_types: bool
+    rows: Sequence[Row],
+    questions: Questions,
+    geometry: Geometry,
+    pad_id: int,
+    with_types: bool,
+    data: Samples | None = None,
 ) -> dict[str, Tensor]:
     """`answers_batch`, and what `recipes.losses.policy` says of its answers."""
-    batch = answers_batch(rows, questions, geometry, pad_id, with_types)
+    batch = answers_batch(rows, questions, geometry, pad_id, with_types, data)
     sampled = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
     for number, row in enumerate(rows):
         start = len(row.prompt) - 1
@@ -184,7 +197,7 @@ class Rollouts:
         self._taken += train.micro_batch_size * dp.size()
         rows = self._rows[first : first + train.micro_batch_size]
         samples = self._samples
-        return batch_of(rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media)
+        return batch_of(rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next prompts are, and what is left of a rollout of which only some steps were made."""

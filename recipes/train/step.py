@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bridge.megatron.context_parallel import take
-from recipes.losses.objective import Objective
+from recipes.losses.objective import Objective, by_source, source_ids
 from recipes.losses.policy import evaluated_objective
 from recipes.train.gradients import clip_gradients, gradient_norm
 from recipes.train.media import leave_out
@@ -31,21 +31,23 @@ def run_microbatches(
     train: bool,
     accuracy: bool = False,
     objective: Objective | None = None,
+    sources: int = 1,
 ) -> Tensor:
     """Forward (and backward, where `train`) passes of this rank's microbatches. `accuracy`: count right tokens too;
-    `objective`: in the place of what evaluations of the recipe measure.
+    `objective`: in the place of what evaluations of the recipe measure. `sources`: of how many the data is.
 
-    Returns this rank's part of the objective's `names` and of `SUMS`, float64: zeros but on one tensor-parallel rank
-    of the last stage. Gradients are of the objective's mean over what it counts, of all microbatches, data-parallel and
-    context-parallel ranks.
+    Returns this rank's part of the objective's `names`, of `SUMS`, and where there are several sources of the `names`
+    of each, float64: zeros but on one tensor-parallel rank of the last stage. Gradients are of the objective's mean
+    over what it counts, of all microbatches, data-parallel and context-parallel ranks.
     """
     objective, prepared = settled(run, objective or evaluated_objective(run.recipe), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
         _weigh_auxiliary_loss(run, objective, prepared)
-    total = partial(_total, objective=objective, z_loss=z_loss, cp=run.groups.cp)
+    total = partial(_total, objective=objective, z_loss=z_loss, cp=run.groups.cp, sources=sources)
     reports = through(run, prepared, total, train=train, z_loss=z_loss, accuracy=accuracy)
-    sums = torch.zeros(len(objective.names) + len(SUMS), dtype=torch.float64, device=run.device)
+    size = len(objective.names) * (sources + 1 if sources > 1 else 1) + len(SUMS)
+    sums = torch.zeros(size, dtype=torch.float64, device=run.device)
     if run.groups.tp.rank() == 0:
         for report in reports:
             sums += report["sums"]
@@ -53,19 +55,20 @@ def run_microbatches(
 
 
 def _total(
-    losses: Tensor, passed: Passed, objective: Objective, z_loss: float, cp: dist.ProcessGroup
+    losses: Tensor, passed: Passed, objective: Objective, z_loss: float, cp: dist.ProcessGroup, sources: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     batch = passed.batch
-    loss, count, figures = objective.sums(losses, batch, cp)
+    loss, count, figures = objective.sums(losses, batch, cp, sources)
     if z_loss:
         # Part of the gradient, and not of the loss that is told.
-        figures = figures - torch.nn.functional.pad(z_loss * passed.squares[None], (0, len(figures) - 1))
+        figures[:, 0] -= z_loss * by_source(passed.squares, source_ids(batch, cp), sources)
     mask = batch.get("attention_mask")
     # Filled there: to send a number would be to wait for the device.
     slots = torch.full_like(count, losses.shape[0] * losses.shape[1])
     real = slots if mask is None else take(mask, cp).sum()
-    common = torch.stack([each.double() for each in (real, slots, passed.squares, passed.correct)])
-    return loss, count.to(torch.int), {"sums": torch.cat([figures, common])}
+    common = torch.stack([each.double() for each in (real, slots, passed.squares.sum(), passed.correct)])
+    several = [figures.flatten()] if sources > 1 else []
+    return loss, count.to(torch.int), {"sums": torch.cat([figures.sum(0), common, *several])}
 
 
 def _weigh_auxiliary_loss(run: BuiltModel, objective: Objective, microbatches: Sequence[Prepared]) -> None:

@@ -14,7 +14,7 @@ from bridge.errors import UsageError
 from bridge.generate.opened import stop_token_ids
 from bridge.generate.sampling import SamplingOptions
 from recipes.data.batches import Batches
-from recipes.data.part import Samples
+from recipes.data.blend import Samples
 from recipes.data.questions import Questions
 from recipes.data.training import batch_options, model_folder, say
 from recipes.train.answers import answers
@@ -78,7 +78,7 @@ class StudentAnswers:
         first = size * (number * dp.size() + dp.rank())
         samples, geometry = self._samples, self._run.bridge.geometry
         rows = self._own[first : first + size]
-        return answers_batch(rows, self._questions, geometry, samples.pad_id, samples.has_media)
+        return answers_batch(rows, self._questions, geometry, samples.pad_id, samples.has_media, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Between steps, which is all there is to say."""

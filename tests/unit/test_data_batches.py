@@ -238,7 +238,7 @@ def test_a_place_in_other_rows_is_refused_or_begun_anew(corpus: Corpus) -> None:
         state = batches.state_dict()
     for options, cause in [
         ({"seed": 1}, r"train.seed was 0 and is 1"),
-        ({"shuffle": False}, r"shuffle was True and is False"),
+        ({"shuffle": False}, r"data.shuffle was True and is False"),
         ({"packing": True}, r"data.packing was False and is True; train.seq_length was None and is 96; pack_buffer"),
     ]:
         with pytest.raises(DataError, match=rf"in other rows: {cause}.*data.on_change=restart"):

@@ -148,7 +148,8 @@ def test_splits_of_the_hub(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
     def sets(*keys: str) -> None:
         asked.clear()
         said = {"output": "run", "data": {"path": "org/data"}, "train": {"steps": 3, "eval_every": 1}}
-        open_sets(resolve(said, keys), CorpusOptions("org/data", 64), open_one)
+        recipe = resolve(said, keys)
+        open_sets(recipe, CorpusOptions("org/data", 64, split=recipe.data.split), open_one)
 
     sets("data.eval=org/data")
     assert asked == [("org/data", "train"), (("org/data",), "validation")]

@@ -46,7 +46,7 @@ def figures(case: Case) -> tuple[dict[str, float], Tensor]:
         objective = replace(objective, nll_scale=objective.count(batch) / objective.nll_tokens(batch))
     if case.kl is not None:
         objective = replace(objective, kl=torch.tensor(case.kl, dtype=torch.float64))
-    loss, count, sums = objective.sums(losses, batch, _Alone())
+    loss, count, (sums,) = objective.sums(losses, batch, _Alone())
     (loss / count).backward()
     assert losses.grad is not None
     return objective.values(dict(zip(objective.names, sums.tolist(), strict=True))), losses.grad

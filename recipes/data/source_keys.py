@@ -1,0 +1,52 @@
+"""The sources of a recipe: `data.sources`, or `data.path`, which is one without a share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from recipes.config import DataConfig, SourceConfig
+from recipes.data.formats import Layout
+from recipes.data.options import CorpusOptions
+from recipes.data.order import ALL, Share
+from recipes.sources import name_of, paths
+
+
+@dataclass(frozen=True)
+class Said:
+    """A source before it is opened. `max_samples`: the first so many; 0: all."""
+
+    name: str
+    number: int
+    options: CorpusOptions
+    share: Share = ALL
+    max_samples: int = 0
+
+    @property
+    def key(self) -> str:
+        """What a message calls it."""
+        return f"data.sources[{self.number}] ({self.name})"
+
+
+def sources_said(data: DataConfig, options: CorpusOptions) -> tuple[Said, ...]:
+    """The sources that a recipe trains on. What one does not say itself is as `options`, of all the data, have it."""
+    if not data.sources:
+        return (Said("", 0, options),)
+    # One of weight 0 is left out, and keeps its number.
+    return tuple(
+        Said(name_of(said), number, _options(said, options), Share(said.weight, said.tokens, said.repeat),
+             said.max_samples)
+        for number, said in enumerate(data.sources)
+        if said.weight != 0
+    )  # fmt: skip
+
+
+def _options(said: SourceConfig, options: CorpusOptions) -> CorpusOptions:
+    layout = options.layout
+    if said.format is not None or said.columns or said.function is not None:
+        layout = Layout(
+            said.format if said.format is not None else layout.format,
+            dict(said.columns) or layout.columns,
+            said.function if said.function is not None else layout.function,
+        )
+    own = {name: value for name in ("split", "subset", "media_root") if (value := getattr(said, name)) is not None}
+    return replace(options, path=paths(said.path), layout=layout, **own)
