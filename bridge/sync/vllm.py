@@ -294,12 +294,11 @@ class VllmSink:
 
 
 def model_facts(geometry: Geometry) -> dict[str, int]:
-    """Facts that tell a model from others, by their names in a text config."""
-    facts = {
+    """Facts that tell a model from others, by their names in a text config; 0 of what it does not have."""
+    return {
         "hidden_size": geometry.hidden_size,
         "num_hidden_layers": geometry.num_layers,
         "vocab_size": geometry.vocab_size,
+        "num_experts": 0 if geometry.moe is None else geometry.moe.num_experts,
+        "hidden_size_per_layer_input": 0 if geometry.ple is None else geometry.ple.dim,
     }
-    if geometry.moe is not None:
-        facts |= {"num_experts": geometry.moe.num_experts}
-    return facts

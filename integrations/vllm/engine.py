@@ -54,7 +54,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Raises ValueError where the trainer's model is another one."""
         ours = self.model_config.hf_text_config
         for name, theirs in init_info.config.items():
-            have = getattr(ours, name, None)
+            have = getattr(ours, name, None) or 0
             if have != theirs:
                 raise ValueError(f"another model is served: its {name} is {have}, that of the weights {theirs}")
 

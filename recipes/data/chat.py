@@ -182,7 +182,7 @@ class ChatModel:
             spans = around(len(text), spans, steps)
         elif self.prefix and steps:
             text, spans, unlike = with_prefix(text, spans, steps, self.prefix)
-        thoughts = sum(1 for message in sample.messages if message.thinking or has_thought(message))
+        thoughts = len([message for message in sample.messages if message.thinking or has_thought(message)])
         left_out = max(0, thoughts - sum(len(step.thoughts) for step in steps))
         media = sample.media
         if media:
@@ -285,7 +285,7 @@ class ChatModel:
     def _checked_media(self, sample: Sample, text: str) -> str:
         media = sample.media
         for kind, token in PLACEHOLDERS.items():
-            wanted = sum(item.kind == kind for item in media)
+            wanted = sum(item.kind == kind for item in media) if media else 0
             if text.count(token) != wanted:
                 raise DataError(f"{sample.where}: the chat template renders {text.count(token)} of {wanted} {kind}(s)")
         return text

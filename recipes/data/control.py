@@ -36,7 +36,8 @@ class ControlTokens:
             self._refuse(sample.text, set(), f"{sample.where}: text")
         for index, message in enumerate(sample.messages):
             # Most messages have none of what a control token begins with, nor half of one.
-            if any("<" in text for text in _texts(message)):
+            (text, *more) = _texts(message) or [""]
+            if "<" in text or (more and any("<" in one for one in more)):
                 self._check_message(message, f"{sample.where}: messages[{index}]")
         for value in _strings(list(sample.tools)) if sample.tools else ():
             self._refuse(value, set(), f"{sample.where}: tools")
@@ -104,7 +105,9 @@ def _check_thoughts(text: str, at: str) -> None:
 
 
 def has_thought(message: Message) -> bool:
-    return message.role == "assistant" and any(isinstance(part, str) and THOUGHT in part for part in message.parts)
+    if message.role != "assistant":
+        return False
+    return any(isinstance(part, str) and THOUGHT in part for part in message.parts)
 
 
 def _strings(value: Any) -> list[str]:

@@ -66,6 +66,10 @@ class Columns:
         """Whether all of them are there."""
         return all(self._record.get(self.theirs(name)) is not None for name in names)
 
+    def may_have(self, name: str) -> bool:
+        """Whether it is worth asking `has`."""
+        return name in self._record or name in self._names
+
     def any(self, names: frozenset[str]) -> bool:
         """Whether one of them may be there."""
         return bool(self._names) or not names.isdisjoint(self._record)
@@ -244,7 +248,7 @@ def recognised(record: Any, where: object, layout: Layout) -> Recognised:
     columns = Columns(record, where, layout.columns)
     chosen = _BY_NAME.get(layout.format or "")
     if chosen is None:
-        chosen = next((one for one in FORMATS if columns.has(*one.columns)), None)
+        chosen = next((one for one in FORMATS if columns.may_have(one.columns[0]) and columns.has(*one.columns)), None)
         if chosen is None:
             raise DataError(f"{where}: {_unlike(columns)}")
     elif not columns.has(*chosen.columns):

@@ -25,12 +25,13 @@ class Template:
 
     def render(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Any], *, answer: bool) -> list[str]:
         """Conversations with the same tools; `answer`: with the beginning of the model's turn. Raises anything."""
-        if not tools and self._ordinary and all(_is_plain(message) for one in conversations for message in one):
-            render = self._plain()
-            return [render(messages=self._messages(one), add_generation_prompt=answer) for one in conversations]
+        plain = [_plain(one) for one in conversations] if self._ordinary and not tools else [None]
+        if None not in plain:
+            render = self._compiled()
+            return [render(messages=messages, add_generation_prompt=answer) for messages in plain]
         return list(
             self._tokenizer.apply_chat_template(
-                [self._messages(one) for one in conversations],
+                [[message.for_template(self._thinking_key) for message in one] for one in conversations],
                 tools=list(tools) or None,
                 chat_template=self._text,
                 tokenize=False,
@@ -39,10 +40,7 @@ class Template:
             )
         )
 
-    def _messages(self, conversation: Sequence[Message]) -> list[dict[str, Any]]:
-        return [message.for_template(self._thinking_key) for message in conversation]
-
-    def _plain(self) -> Callable[..., str]:
+    def _compiled(self) -> Callable[..., str]:
         if self._program is None:
             from transformers.utils import chat_template_utils
 
@@ -52,6 +50,12 @@ class Template:
         return self._program
 
 
-def _is_plain(message: Message) -> bool:
-    # Of strings, no class that brings methods of its own: a template must not see those.
-    return message.bare and type(message.parts[0]) is str
+def _plain(conversation: Sequence[Message]) -> list[dict[str, Any]] | None:
+    """The messages as the template takes them; None unless each is a role and a text, and nothing beside."""
+    messages = []
+    for role, parts, thinking, calls, extra, _ in conversation:
+        # Of strings, no class that brings methods of its own: a template must not see those.
+        if thinking is not None or calls or extra or len(parts) != 1 or type(parts[0]) is not str:
+            return None
+        messages.append({"role": role, "content": parts[0]})
+    return messages

@@ -11,6 +11,7 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -128,9 +129,10 @@ class Sample:
     tokens: Tokens | None = None
     unread: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def media(self) -> tuple[Media, ...]:
-        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Media))
+        """Of all messages, in order."""
+        return tuple([part for message in self.messages for part in message.parts if isinstance(part, Media)])
 
 
 def parse_record(record: Any, where: Where, layout: Layout = DEFAULT_LAYOUT) -> Sample:
