@@ -338,10 +338,15 @@ def gather_into(gatherer: Gatherer, key: str, out: Mapping[int, Tensor] | None, 
     rooms = {n: tensor.view(num_rows(tensor.shape), *entry.shape[1:]) for n, tensor in (out or {}).items()}
     rows, step = num_rows(entry.shape), gatherer.chunk_rows(key)
     for start in range(0, rows, step):
-        chunk = gatherer.rows(key, start, min(start + step, rows), ranks, device)
-        for source, row, part in by_source(entry, start, chunk) if chunk is not None else ():
-            if source in rooms:
-                rooms[source][row : row + len(part)].copy_(part)
+        # Nothing here holds on to a chunk while the next one comes.
+        _into(rooms, entry, start, gatherer.rows(key, start, min(start + step, rows), ranks, device))
+
+
+def _into(rooms: Mapping[int, Tensor], entry: Entry, start: int, chunk: Tensor | None) -> None:
+    """Rows of a Megatron tensor, from `start` on, to where they belong in the HF tensors that have room."""
+    for source, row, part in by_source(entry, start, chunk) if chunk is not None else ():
+        if source in rooms:
+            rooms[source][row : row + len(part)].copy_(part)
 
 
 def iter_hf(gatherer: Gatherer, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:

@@ -73,8 +73,9 @@ def saved_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[s
     from bridge.lora.inject import fill
     from bridge.lora.table import AdapterTable
     from recipes.config import resolve
-    from recipes.train.checkpoint import Progress, prepare_output, save
+    from recipes.train.checkpoint import Progress, prepare_output
     from recipes.train.optimizer_state import make_states
+    from recipes.train.saver import Saver
     from recipes.train.setup import assemble, start_ranks
     from tests.functional.lora_kit import moved_values, whole_spec
 
@@ -93,5 +94,5 @@ def saved_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[s
     run.optimizer.reload_model_params()
     make_states(run.optimizer)
     prepare_output(run)
-    save(run, Progress(step=7))
+    Saver(run, lambda said: None).save(Progress(step=7))
     return run

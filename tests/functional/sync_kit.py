@@ -171,7 +171,7 @@ def sync_adapters(folder: Path, run_folder: Path, parallel: dict[str, Any], lora
 
     run = saved_run(folder, run_folder, parallel, lora)
     run.bridge.save_hf(run.models, run_folder.with_name("merged"), max_shard_size=1 << 40)
-    sync = run.bridge.weight_sync(run.models, bucket_bytes=1 << 19)
+    sync = run.bridge.weight_sync(run.models, bucket_bytes=1 << 17)
     merged, _, peak = receive(sync)
     again, _, _ = receive(sync)
     only = {}
