@@ -77,6 +77,10 @@ _ELSEWHERE = {
 }
 
 
+# What a run minimises: a key of one of them means nothing in another.
+_OBJECTIVES = ("preference.", "grpo.", "distill.", "drafter.")
+
+
 def key_of(name: str) -> str:
     """The key of a field, which Python lets have no name of its own syntax: `async_` is `async`."""
     return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
@@ -145,7 +149,8 @@ def _all_keys(schema: Any, prefix: str = "") -> list[str]:
 
 def _meant_key(prefix: str, key: str, siblings: Sequence[str], every: Sequence[str]) -> str:
     """The key of the same group that looks like `key`, else the one of any group, else what the group has."""
-    elsewhere = _ELSEWHERE | {whole.rpartition(".")[2]: whole for whole in every}
+    others = tuple(of for of in _OBJECTIVES if of != prefix) if prefix in _OBJECTIVES else ()
+    elsewhere = _ELSEWHERE | {whole.rpartition(".")[2]: whole for whole in every if not whole.startswith(others)}
     whole = f"{prefix}{key}" if key in siblings else elsewhere.get(key)
     if whole is not None and (own := whole.rpartition(".")[2]) in siblings:
         whole = f"{prefix}{own}"  # groups may have a key of the same name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def indexed() -> Any:
+def indexed() -> Iterator[Any]:
     """Megatron-Core's module."""
+    was_enabled = cpu_runtime.is_enabled()
     cpu_runtime.enable()
     from megatron.core.datasets import indexed_dataset
 
-    return indexed_dataset
+    yield indexed_dataset
+    if not was_enabled:
+        cpu_runtime.disable()  # tests of this process tell a GPU's tensors from others
 
 
 def built(indexed: Any, prefix: Path, documents: Sequence[Sequence[int]], dtype: Any) -> None:

@@ -110,7 +110,7 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the end", "all of it"])
-@pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
+@pytest.mark.parametrize("journal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["journal", "no journal"])
 @pytest.mark.parametrize(
     "kind", ["interrupt", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("disk", "bug"))]
 )
