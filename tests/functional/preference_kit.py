@@ -90,6 +90,7 @@ class Records:
         self.options, self.folder = CorpusOptions("records", 4096, records=kind), folder
         self._samples = encoded(work.records()[: 2 * work.batch])
         self.pad_id, self.has_media, self.fingerprint, self.inputs = 0, False, f"records {work.said['loss']}", {}
+        self.tokenizer = None
 
     def __len__(self) -> int:
         return len(self._samples)
