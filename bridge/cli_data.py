@@ -75,30 +75,25 @@ def data_show(
     from recipes.data.formats import Layout
     from recipes.data.plot import check_plot, write_plot
     from recipes.data.preference import of_its_kind
+    from recipes.data.preparation import asked
     from recipes.data.recognition import lines, recognise
     from recipes.data.report import Progress
     from recipes.data.show import show_sources, sources_to_json
     from recipes.data.source_keys import sources_said
-    from recipes.data.sources import is_data
     from recipes.data.training import corpus_options, model_folder
 
-    if recipe is not None and is_data(recipe, bool(named)):
-        # Data alone, or what a shell makes of --data data/*.parquet.
-        absent = [name for name in overrides or () if not Path(name).exists()]
-        if absent:
-            raise UsageError(f"{absent[0]}: no such file; without a recipe, what stands beside --data is data too")
-        named, recipe = [*(named or ()), recipe, *(overrides or ())], None
-    if recipe is not None:
-        if named or model:
+    given = asked([*([recipe] if recipe is not None else []), *(overrides or [])], named or [])
+    if given.recipe is not None:
+        if model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
-        said = load_recipe(recipe, overrides or [])
+        said = load_recipe(given.recipe, given.overrides)
         model = model_folder(said)
         sources = {one.name: one.options for one in sources_said(said.data, corpus_options(said))}
-    elif not named:
-        raise UsageError("name a recipe, or data: a file, or --data")
+    elif given.overrides:
+        raise UsageError(f"{given.overrides[0]}: is a key of a recipe, and there is none")
     else:
         options = CorpusOptions(
-            tuple(named),
+            given.paths,
             seq_length,
             split=split,
             supervise=Supervise(turns, thinking, tool_calls),

@@ -130,7 +130,6 @@ def evaluate(
 
 def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metrics: Sequence[str]) -> OpenedModel:
     from bridge.generate.opened import open_model
-    from bridge.megatron.layout import check_layout
     from bridge.megatron.silence import silence_warnings
     from recipes.metrics.named import find_metrics
 
@@ -139,7 +138,6 @@ def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metri
     if metrics and parallel.cp > 1:
         raise UsageError(f"--cp {parallel.cp}: context parallelism divides rows that are there: --metrics go with cp=1")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
-    check_layout(opened.task.geometry, parallel)
     for notice in opened.notices:
         err.print(notice)
     return opened

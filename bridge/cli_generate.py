@@ -137,19 +137,13 @@ def _open(
     model: str, adapter: str | None, parallel: Parallel, dtype: str, drafter: str | None, draft_tokens: int | None
 ) -> OpenedModel:
     from bridge.generate.opened import open_model, with_drafter
-    from bridge.megatron.layout import check_layout
     from bridge.megatron.silence import silence_warnings
 
     silence_warnings()
     if drafter is None and draft_tokens is not None:
         raise UsageError("--draft-tokens goes with --drafter")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
-    check_layout(opened.task.geometry, parallel)
-    if drafter is not None:
-        opened = with_drafter(opened, drafter, draft_tokens)
-        assert opened.task.drafter is not None
-        check_layout(opened.task.drafter.geometry, opened.task.drafter.parallel)
-    return opened
+    return opened if drafter is None else with_drafter(opened, drafter, draft_tokens)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bridge.geometry import bound
 from bridge.hf.hub import resolve
 from bridge.hf.json_file import read_object
 from bridge.mapping import table_for
-from bridge.megatron.layout import drafter_layout
+from bridge.megatron.layout import check_layout, drafter_layout
 from bridge.megatron.parallel import Parallel
 
 # Without a generation_config.json: end of text, end of a turn.
@@ -59,7 +59,9 @@ def open_model(
     dtype: str = "bfloat16",
     drafter: bool = False,
 ) -> OpenedModel:
-    """Find out what `name` is; of a LoRA run the base comes from where the run says. Raises a BridgeError.
+    """Find out what `name` is; of a LoRA run the base comes from where the run says.
+
+    Raises a BridgeError: also for a layout that the model does not allow, before ranks are there.
 
     `drafter`: whether it is to be one.
     """
@@ -84,6 +86,8 @@ def open_model(
     if drafter != (opened.task.geometry.drafter is not None):
         what = "is no drafter" if drafter else "is a drafter, which says nothing alone; generate takes it as --drafter"
         raise UsageError(f"{name}: {what}")
+    if not drafter:  # that of a drafter depends on its target
+        check_layout(opened.task.geometry, layout)
     return opened if held is None else _with_adapter(opened, held)
 
 
@@ -98,6 +102,7 @@ def with_drafter(opened: OpenedModel, name: str, draft_tokens: int | None) -> Op
         geometry = bound(found.task.geometry, target.geometry)
     except GeometryError as error:
         raise GeometryError(f"--drafter {name}: {error}") from None
+    check_layout(geometry, found.task.parallel)
     tokens = _draft_tokens(found.assets) if draft_tokens is None else draft_tokens
     if tokens < 1:
         raise UsageError(f"--draft-tokens {tokens}: at least one token is proposed")

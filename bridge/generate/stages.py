@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from bridge.megatron.embedding import head_weight
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.model import Gemma4Model
 
@@ -97,7 +98,7 @@ def _output(
     """
     if config.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=output_layer.tp_group)
-    weight = output_layer.weight if output_weight is None else output_weight
+    weight = head_weight(output_layer, output_weight)
     states = hidden_states[:context, 0]
     logits = scale_logits(states @ weight.t())
     whole = gather_from_tensor_model_parallel_region(logits, group=output_layer.tp_group)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from bridge.megatron.embedding import held_rows
+from bridge.megatron.embedding import head_weight, held_rows
 from bridge.megatron.loss import Head, LossContext, fused_loss, positions_with_labels, whole_tiles
 
 
@@ -23,7 +23,7 @@ class AccuracyContext(NamedTuple):
 def loss_and_accuracy(
     *,
     hidden_states: Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
@@ -46,7 +46,7 @@ def loss_and_accuracy(
 def losses_and_likeliest(
     *,
     hidden_states: Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
@@ -56,11 +56,11 @@ def losses_and_likeliest(
     """`fused_loss`, and which of the labels are the likeliest tokens, bool [labels]: an `output_processor` too."""
     right = are_likeliest(
         hidden_states,
-        output_layer.weight if output_weight is None else output_weight,  # type: ignore[arg-type]
+        head_weight(output_layer, output_weight),
         labels,
         vocab_size=config.geometry.vocab_size,
         softcap=config.geometry.logit_softcap,
-        tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+        tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
         kept=context.kept,
     )

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from bridge.megatron.embedding import held_rows, require_rows
+from bridge.megatron.embedding import head_weight, held_rows, require_rows
 from bridge.megatron.loss import Head, product, whole_tiles
 from bridge.megatron.model import Gemma4Model
 from bridge.megatron.vocabulary_softmax import log_softmax, logsumexp
@@ -291,7 +291,7 @@ class DistillationContext(NamedTuple):
 def distillation_loss(
     *,
     hidden_states: Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
@@ -299,7 +299,7 @@ def distillation_loss(
     **unused: Any,
 ) -> Tensor:
     """`linear_distillation` as Megatron's GPTModel calls an `output_processor`; see `fused_loss`."""
-    weight: Tensor = output_layer.weight if output_weight is None else output_weight  # type: ignore[assignment]
+    weight = head_weight(output_layer, output_weight)
     return linear_distillation(
         hidden_states,
         weight,
@@ -309,7 +309,7 @@ def distillation_loss(
         kept=context.kept,
         vocab_size=config.geometry.vocab_size,
         softcap=config.geometry.logit_softcap,
-        tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+        tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
         main_grad=getattr(weight, "main_grad", None) if output_layer.weight is None else None,
     )

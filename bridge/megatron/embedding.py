@@ -25,6 +25,13 @@ def held_rows(size: int, local_rows: int, rank: int) -> int:
     return min(local_rows, max(0, size - rank * local_rows))
 
 
+def head_weight(output_layer: torch.nn.Module, output_weight: Tensor | None) -> Tensor:
+    """What an `output_processor` of Megatron's GPTModel projects with: a tied head is given the embedding's weight."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def require_rows(ids: Tensor, size: int, table: str, ignore: int | None = None) -> None:
     """Let ids that a table of `size` rows has none for raise: one that is cut over ranks would give zeros.
 

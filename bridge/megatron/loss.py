@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from bridge.megatron.embedding import held_rows, require_rows
+from bridge.megatron.embedding import head_weight, held_rows, require_rows
 from bridge.megatron.kernels import fused
 from bridge.token_ids import IGNORE
 
@@ -314,7 +314,7 @@ class LossContext(NamedTuple):
 def fused_loss(
     *,
     hidden_states: Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
@@ -329,7 +329,7 @@ def fused_loss(
 
     `unused` are the arguments of other output processors: ids, masks, and the parts of the unfused path.
     """
-    weight: Tensor = output_layer.weight if output_weight is None else output_weight  # type: ignore[assignment]
+    weight = head_weight(output_layer, output_weight)
     return linear_cross_entropy(
         hidden_states,
         weight,
@@ -337,7 +337,7 @@ def fused_loss(
         vocab_size=config.geometry.vocab_size,
         softcap=config.geometry.logit_softcap,
         z_loss=context.z_loss,
-        tp_group=output_layer.tp_group,  # type: ignore[arg-type]
+        tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
         kernels=config.kernels,
         kept=context.kept,

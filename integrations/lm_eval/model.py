@@ -24,7 +24,6 @@ from bridge.generate.opened import OpenedModel, open_model, stop_token_ids
 from bridge.generate.rows import Continuation, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.generate.session import Session
-from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 
@@ -73,7 +72,6 @@ class Gemma4BridgeLM(TemplateLM, CloseOnExit):
             raise UsageError(f"dtype={dtype}: float32 or bfloat16")
         parallel = Parallel(tp, pp, vpp, ep, etp, 1, sequence_parallel)
         self.opened = open_model(pretrained, adapter=adapter, parallel=parallel, dtype=dtype)
-        check_layout(self.opened.task.geometry, parallel)
         for notice in self.opened.notices:
             log.warning(notice)
         self.tokenizer = AutoTokenizer.from_pretrained(

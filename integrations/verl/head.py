@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
 
-from bridge.megatron.embedding import held_rows
+from bridge.megatron.embedding import head_weight, held_rows
 from bridge.megatron.loss import LossContext, fused_loss
 from bridge.token_ids import IGNORE
 
@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
 def token_values(
     *,
     hidden_states: Tensor,
-    output_layer: torch.nn.Module,
+    output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
@@ -56,8 +56,8 @@ def token_values(
             context=LossContext(),
         )
         return -losses[None]
-    weight: Tensor = output_layer.weight if output_weight is None else output_weight  # type: ignore[assignment]
-    group: Any = output_layer.tp_group
+    weight = head_weight(output_layer, output_weight)
+    group = output_layer.tp_group
     hidden = hidden_states
     if group.size() > 1:
         if config.sequence_parallel:

@@ -1,4 +1,4 @@
-"""How many steps so many epochs are, and the other way round."""
+"""How many steps so many epochs are."""
 
 from __future__ import annotations
 
@@ -22,8 +22,3 @@ def with_steps(recipe: Recipe, batches: Batches) -> Recipe:
         rows += math.ceil(round((epochs - whole) * batches.rows(whole), 6))
     steps = max(1, math.ceil(rows / recipe.train.global_batch_size))
     return replace(recipe, train=replace(recipe.train, steps=steps, epochs=0.0))
-
-
-def epochs_of(steps: int, global_batch_size: int, batches: Batches) -> float:
-    """How often so many steps see a row, by the rows of the first epoch."""
-    return steps * global_batch_size / batches.rows(0)

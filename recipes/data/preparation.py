@@ -37,11 +37,12 @@ def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
         if len(names) > 1:
             raise UsageError(f"{names[1]}: beside a recipe come its keys, KEY=VALUE")
         if paths:
-            raise UsageError("a recipe names data itself: write data.path=...")
+            raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
         return Asked(names[0], (), overrides)
     absent = [name for name in names if not Path(name).exists() and prefix_of(name) is None]
     if absent:
-        raise UsageError(f"{absent[0]}: no such file")
+        beside = "; without a recipe, what stands beside --data is data too" if paths else ""
+        raise UsageError(f"{absent[0]}: no such file{beside}")
     if not names and not paths:
         raise UsageError("name a recipe, or data: a file, or --data")
     return Asked(None, (*paths, *names), overrides)

@@ -32,12 +32,12 @@ def sources_said(data: DataConfig, options: CorpusOptions) -> tuple[Said, ...]:
     if not data.sources:
         return (Said("", 0, options),)
     # One of weight 0 is left out, and keeps its number.
-    return tuple(
-        Said(name_of(said), number, _options(said, options), Share(said.weight, said.tokens, said.repeat),
-             said.max_samples)
-        for number, said in enumerate(data.sources)
-        if said.weight != 0
-    )  # fmt: skip
+    found = []
+    for number, said in enumerate(data.sources):
+        if said.weight != 0:
+            share = Share(said.weight, said.tokens, said.repeat)
+            found.append(Said(name_of(said), number, _options(said, options), share, said.max_samples))
+    return tuple(found)
 
 
 def _options(said: SourceConfig, options: CorpusOptions) -> CorpusOptions:

@@ -6,7 +6,7 @@ What ranks call lives here, so that they import nothing but this.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ LR, WEIGHT_DECAY, CLIP, BETAS, EPS = 5e-3, 0.01, 1.0, (0.9, 0.95), 1e-6
 LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 SPEC = LoraSpec(4, 8.0, LINEARS)
 UNREFERENCED = ("orpo", "cpo", "simpo")
+# Figures of a log line that no two runs share.
+TIMED = ("tokens_per_s", "tflops_per_device", "memory_gb", "data_efficiency")
 
 
 @dataclass(frozen=True)
@@ -364,3 +366,22 @@ def width_of(path: Path, toy: Path, cache: Path, rows: int, multiple: int = 16, 
         if Batches(corpus, BatchOptions(length, packing=True, **options)).rows(0) == rows:
             return length
     raise AssertionError("no length gives so many rows")
+
+
+def apart(
+    ours: Sequence[Mapping[str, float]], alone: Sequence[Mapping[str, float]], needed: set[str]
+) -> dict[str, float]:
+    """The largest difference of each figure of two logs, relative to the largest value of it, evaluation too.
+
+    `needed`: figures that have to be among them.
+    """
+    names = {
+        name for line in alone for name in line if name not in {"step", *TIMED} and not name.startswith("expert_load")
+    }
+    assert needed <= names
+    found = {}
+    for name in names:
+        pairs = [(a[name], b[name]) for a, b in zip(ours, alone, strict=True) if name in b]
+        largest = max(abs(b) for _, b in pairs)
+        found[name] = max(abs(a - b) for a, b in pairs) / largest if largest else max(abs(a) for a, _ in pairs)
+    return found

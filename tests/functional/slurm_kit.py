@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bridge.toy import write_toy
 
-from .slurm_cluster import Cluster
+from .node_network import Network
+from .slurm_cluster import Cluster, NoSlurm
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, EVERY = 36, 12
+
+
+@contextmanager
+def running(folder: Path, network: Network | None = None) -> Iterator[Cluster]:
+    """A Slurm of this machine, or of the nodes of a network, which leaves nothing behind; skips where there is none."""
+    try:
+        cluster = Cluster(folder, network)
+    except NoSlurm as error:
+        pytest.skip(f"no Slurm here: {error}")
+    with cluster:
+        yield cluster
+    assert not cluster.processes(), "the cluster left processes behind"
 
 
 class Site:

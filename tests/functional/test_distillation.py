@@ -13,13 +13,14 @@ from bridge.ranks import RankPool
 
 from .conftest import Toy
 from .distillation_kit import recipe, write_chats
-from .preference_kit import LINEARS, logged, train_data, width_of
+from .preference_kit import LINEARS, TIMED, apart, logged, train_data, width_of
 from .reinforcement_kit import train_sampling
 
 pytest.importorskip("torchvision", reason="transformers' Gemma 4 processors need torchvision")
 
 BOUND, STEPS, ROWS = 1e-5, 3, 4
-TIMED = ("tokens_per_s", "tflops_per_device", "memory_gb", "data_efficiency")
+# What each log has to have.
+NEEDED = {"loss", "divergence", "cross_entropy", "grad_norm", "eval_loss", "eval_divergence"}
 TP2, PP2, CP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"], ["parallel.pp=2"], ["parallel.cp=2"]
 PACKED = ["data.packing=true"]
 # All words with all that losses can have; the teacher's likeliest.
@@ -90,21 +91,9 @@ def runs(ranks: RankPool, toy: Toy, tmp_path_factory: pytest.TempPathFactory) ->
     return Runs(ranks, toy, tmp_path_factory.mktemp("distillation"))
 
 
-def apart(ours: list[dict[str, float]], alone: list[dict[str, float]]) -> dict[str, float]:
-    """The largest difference of each figure, relative to the largest value of it, evaluation too."""
-    names = {name for line in alone for name in line if name not in {"step", *TIMED} and "expert_load" not in name}
-    assert {"loss", "divergence", "cross_entropy", "grad_norm", "eval_loss", "eval_divergence"} <= names
-    found = {}
-    for name in names:
-        pairs = [(a[name], b[name]) for a, b in zip(ours, alone, strict=True) if name in b]
-        largest = max(abs(b) for _, b in pairs)
-        found[name] = max(abs(a - b) for a, b in pairs) / largest if largest else max(abs(a) for a, _ in pairs)
-    return found
-
-
 def check(runs: Runs, name: str, record_property: Any) -> None:
     models, distill, world, overrides = {**LAYOUTS, **MORE}[name]
-    found = apart(runs.run(models, distill, world, overrides, name), runs.alone(models, distill))
+    found = apart(runs.run(models, distill, world, overrides, name), runs.alone(models, distill), NEEDED)
     record_property("apart", str(found))
     print(name, max(found.items(), key=lambda item: item[1]))
     assert max(found.values()) <= BOUND, found

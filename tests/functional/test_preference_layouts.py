@@ -10,12 +10,13 @@ import pytest
 from bridge.ranks import RankPool
 
 from .conftest import Toy
-from .preference_kit import LINEARS, SEED, logged, train_data, width_of, write_pairs
+from .preference_kit import LINEARS, SEED, TIMED, apart, logged, train_data, width_of, write_pairs
 
 pytest.importorskip("torchvision", reason="transformers' Gemma 4 processors need torchvision")
 
-TIMED = ("tokens_per_s", "tflops_per_device", "memory_gb", "data_efficiency")
 BOUND, STEPS, ROWS, LENGTH = 1e-5, 3, 4, 192
+# What each log has to have.
+NEEDED = {"loss", "rewards/margins", "grad_norm", "eval_loss"}
 TP2, PP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"], ["parallel.pp=2"]
 PACKED = ["data.packing=true"]
 # Of both adapters, a loss with all that losses need: a reference, means over tokens, the likelihood of chosen answers.
@@ -113,23 +114,9 @@ def runs(ranks: RankPool, toy: Toy, tmp_path_factory: pytest.TempPathFactory) ->
     return Runs(ranks, toy, tmp_path_factory.mktemp("layouts"))
 
 
-def apart(ours: list[dict[str, float]], alone: list[dict[str, float]]) -> dict[str, float]:
-    """The largest difference of each figure, relative to the largest value of it, evaluation too."""
-    names = {
-        name for line in alone for name in line if name not in {"step", *TIMED} and not name.startswith("expert_load")
-    }
-    assert {"loss", "rewards/margins", "grad_norm", "eval_loss"} <= names
-    found = {}
-    for name in names:
-        pairs = [(a[name], b[name]) for a, b in zip(ours, alone, strict=True) if name in b]
-        largest = max(abs(b) for _, b in pairs)
-        found[name] = max(abs(a - b) for a, b in pairs) / largest if largest else max(abs(a) for a, _ in pairs)
-    return found
-
-
 def check(runs: Runs, name: str, record_property: Any) -> None:
     variant, preference, world, overrides = {**LAYOUTS, **MORE}[name]
-    found = apart(runs.run(variant, preference, world, overrides, name), runs.alone(variant, preference))
+    found = apart(runs.run(variant, preference, world, overrides, name), runs.alone(variant, preference), NEEDED)
     record_property("apart", str(found))
     print(name, max(found.items(), key=lambda item: item[1]))
     assert max(found.values()) <= BOUND, found

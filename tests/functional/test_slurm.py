@@ -13,20 +13,15 @@ import pytest
 from bridge.ranks import RankPool
 from recipes.train.checkpoint import checkpoints
 
-from .slurm_cluster import Cluster, NoSlurm
-from .slurm_kit import EVERY, REPOSITORY, STEPS, Site, Submitted, undisturbed
+from .slurm_cluster import Cluster
+from .slurm_kit import EVERY, REPOSITORY, STEPS, Site, Submitted, running, undisturbed
 from .training_kit import losses
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    try:
-        cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    except NoSlurm as error:
-        pytest.skip(f"no Slurm here: {error}")
-    with cluster:
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-    assert not cluster.processes(), "the cluster left processes behind"
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from bridge.ranks import RankPool
 from bridge.toy import write_toy
 
 from .node_network import Network, NoNetwork
-from .slurm_cluster import Cluster, NoSlurm
-from .slurm_kit import REPOSITORY, Site, undisturbed
+from .slurm_cluster import Cluster
+from .slurm_kit import REPOSITORY, Site, running, undisturbed
 from .training_kit import losses
 
 ONE_NODE = 1e-6
@@ -37,13 +37,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def cluster(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    try:
-        cluster = Cluster(tmp_path_factory.mktemp("slurm"), network)
-    except NoSlurm as error:
-        pytest.skip(f"no Slurm here: {error}")
-    with cluster:
+    with running(tmp_path_factory.mktemp("slurm"), network) as cluster:
         yield cluster
-    assert not cluster.processes(), "the cluster left processes behind"
 
 
 @pytest.fixture(scope="module")
