@@ -24,16 +24,12 @@ from recipes.data.chat import ChatModel
 from recipes.data.media import decode_image, image_size
 from recipes.data.processes import Processes
 
-from .data_helpers import caches, chat, model_folder, write_jsonl
+from .data_helpers import caches, chat, files_of, model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
