@@ -199,6 +199,44 @@ def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, mo
     assert files_of(opened("others", 6, another).folder) == whole
 
 
+def test_parts_of_other_data_are_not_gone_on_with(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interrupted run left is of its data, options and model alone; with them again it is gone on with."""
+    monkeypatch.setattr(cache, "_PART_RECORDS", 4)
+    other = model_folder(tmp_path / "other")
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "\n")
+    rows = [chat("q", f"a {number}") for number in range(12)]
+    path = write_jsonl(folder / "data.jsonl", rows)
+    told: list[str] = []
+
+    def interrupt(read: int, share: float) -> None:
+        if read == 9:
+            raise KeyboardInterrupt
+
+    def opened(name: str, at: Path = model, **changed: Any) -> Corpus:
+        options = replace(CorpusOptions(str(path), 64, cache=str(folder / name)), **changed)
+        return open_corpus(options, at, progress=interrupt if name == "cut" and not changed else None,
+                           notify=told.append)  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        opened("cut")
+    (parts,) = (folder / "cut").glob(".*.parts")
+    for changed in ({"seq_length": 80}, {"supervise": Supervise(turns="last")}, {"on_error": "skip"}):
+        assert files_of(opened("cut", **changed).folder) == files_of(opened("whole", **changed).folder)
+    with pytest.raises(KeyboardInterrupt):
+        opened("cut", other)
+    write_jsonl(path, [chat("r", f"b {number}") for number in range(12)])
+    with pytest.raises(KeyboardInterrupt):
+        opened("cut")
+    assert not told and len(list((folder / "cut").glob(".*.parts"))) == 3 and parts.exists()
+    write_jsonl(path, rows)
+    options = CorpusOptions(str(path), 64, cache=str(folder / "cut"))
+    again = open_corpus(options, model, notify=told.append)
+    assert told == ["tokenising goes on behind the 9 records of an interrupted run"]
+    assert files_of(again.folder) == files_of(opened("whole").folder)
+
+
 def test_pretraining_loses_nothing_of_long_documents(folder: Path, model: Path) -> None:
     path = write_jsonl(folder / "data.jsonl", [{"text": "a b c " * size} for size in (5, 100, 300)])
     said = [f"data.path={path}", f"model.hf={model}", f"data.cache={folder / 'cache'}"]
