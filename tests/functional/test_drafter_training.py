@@ -35,6 +35,10 @@ def logged(output: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+def _weight(folder: Path, name: str) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")[name]
+
+
 def test_a_run(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
     """It learns, goes on where it was, the same in another layout; its folder is one for transformers' generate."""
     pair = Pair(toy("e2b"), toy("e2b", drafter=True))
@@ -58,6 +62,60 @@ def test_a_run(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
     trained, prompts = replace(pair, drafter=out), [Prompt((5, 6, 7)), Prompt((9,))]
     (theirs,) = ranks.run(counted_with_transformers, trained, prompts, 8, 3, True, world_size=1)
     options = SamplingOptions(max_new_tokens=8)
+    (ours,) = ranks.run(answer_with_drafter, task_of(trained, 3), prompts, options, world_size=1)
+    assert [(list(c.tokens), list(c.rounds)) for c in ours] == theirs
+
+
+LORA = ["lora.rank=4"]
+TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+
+
+@pytest.mark.parametrize(
+    ("said", "layout", "world_size"),
+    [
+        (LORA, [*TP2, "parallel.pp=2"], 4),
+        *(pytest.param([], layout, 2, marks=pytest.mark.slow) for layout in (TP2, ["parallel.pp=2"], [])),
+        pytest.param(LORA, [], 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_trained_with_its_drafter(
+    ranks: RankPool, toy: Toy, tmp_path: Path, said: list[str], layout: list[str], world_size: int
+) -> None:
+    """It goes on where it was; the acceptance is logged at evaluations; both are folders for transformers' generate."""
+    pair, options = Pair(toy("e2b"), toy("e2b", drafter=True)), SamplingOptions(max_new_tokens=8)
+    common = [f"model.hf={pair.target}", f"drafter.path={pair.drafter}", "train.seq_length=64", "data.packing=true"]
+    common += ["drafter.target=trained", "drafter.steps=3", "data.val_fraction=0.2", "train.eval_every=3"]
+    common += [
+        "train.samples=3",
+        "train.sample_tokens=8",
+        "train.steps=6",
+        "optimizer.schedule=constant",
+        "optimizer.warmup=0",
+        *said,
+    ]
+    whole, halves, model, drafter = (tmp_path / name for name in ("whole", "halves", "model", "drafter"))
+    export = [f"export.hf={model}", f"export.drafter={drafter}"]
+    run(ranks, "drafter/smoke", [*common, *layout, f"output={whole}", *export], world_size)
+    run(ranks, "drafter/smoke", [*common, "train.steps=3", f"output={halves}"])
+    run(ranks, "drafter/smoke", [*common, *layout, f"output={halves}"], world_size)
+    for name in ("loss", "draft_loss", "eval_draft_loss"):
+        assert logged(halves, name) == pytest.approx(logged(whole, name), rel=1e-3), name
+    assert logged(whole)[-1] < logged(whole)[0] and logged(whole, "draft_loss")[-1] < logged(whole, "draft_loss")[0]
+
+    trained = Pair(model, drafter)
+    query = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(_weight(pair.target, query), _weight(model, query))
+    lines = [json.loads(line) for line in (whole / "samples" / "step-6.jsonl").read_text().splitlines()]
+    prompts = [Prompt(tuple(line["prompt_tokens"])) for line in lines]
+    (theirs,) = ranks.run(counted_with_transformers, trained, prompts, 8, 3, True, world_size=1)
+    for line, (tokens, rounds) in zip(lines, theirs, strict=True):
+        length = len(line["tokens"])  # ours end at a stop id
+        assert line["tokens"] == tokens[:length]
+        if line["finish_reason"] == "length":
+            assert [tuple(each) for each in line["rounds"]] == rounds
+    rounds = [tuple(each) for line in lines for each in line.get("rounds", ())]
+    assert logged(whole, "eval_mean_accepted_length")[-1] == pytest.approx(sum(n for _, n in rounds) / len(rounds))
+    assert 0 <= logged(whole, "eval_acceptance/1")[-1] <= 1
     (ours,) = ranks.run(answer_with_drafter, task_of(trained, 3), prompts, options, world_size=1)
     assert [(list(c.tokens), list(c.rounds)) for c in ours] == theirs
 
