@@ -1,7 +1,8 @@
 """Runs in .venv-engines: one vLLM engine in this process, asked by a file and answering by one.
 
-`python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}` and
-"centroid_graphs", see `ask_vllm`; options are vllm.LLM's; fields of asks and answers are those of `Ask` and `Answer` in kit.py; `never` are tokens that no answer has.
+`python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}`, options of
+vllm.LLM, and "centroid_graphs", see `ask_vllm`; fields of asks and answers are those of `Ask` and `Answer` in kit.py;
+`never` are tokens that no answer has.
 With a drafter, what vLLM counted is in vllm-counts.json beside the answer.
 """
 
