@@ -81,6 +81,16 @@ def test_a_run(ranks: RankPool, toy: Toy, tmp_path: Path, name: str) -> None:
         assert once[-1] < once[0] and len(once) == (2 if "eval" in figure else 6)
         assert again == (once if other == layout else pytest.approx(once, rel=1e-4)), figure
 
+    if trained and other == layout:
+        # A run that is over, started again, writes what the other wrote at its end.
+        run(
+            ranks,
+            "drafter/smoke",
+            [*said, *other[1], f"output={halves}", f"export.drafter={tmp_path / 'late'}"],
+            other[0],
+        )
+        weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "late", drafter)]
+        assert weights[0] == weights[1]
     before, after = (load_file(path / "model.safetensors") for path in (pair.drafter, drafter))
     ordering = "masked_embedding.token_ordering"
     assert torch.equal(before[ordering], after[ordering])
