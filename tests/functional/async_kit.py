@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,3 +133,28 @@ def full_disk_beside(said: dict[str, Any], overrides: list[str]) -> None:
         train_toy(said, [*overrides, "checkpoint.async=true"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def killed_beside(said: dict[str, Any], overrides: list[str], rank: int = -1, delay: float = 0.0) -> list[float]:
+    """Train; `rank` dies so many seconds after its first checkpoint was begun. How long each took to appear."""
+    import torch
+
+    from recipes.train import checkpoint, saver
+
+    begin, finish, begun, took = saver.begin_save, checkpoint.Save.finish, [], []
+
+    def begins(*arguments: Any) -> Any:
+        save = begin(*arguments)
+        begun.append(time.monotonic())
+        if torch.distributed.get_rank() == rank and len(begun) == 1:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return save
+
+    def finishes(save: Any) -> Any:
+        where = finish(save)
+        took.append(time.monotonic() - begun[-1])
+        return where
+
+    with replaced(saver, "begin_save", begins), replaced(checkpoint.Save, "finish", finishes):
+        train_toy(said, [*overrides, "checkpoint.async=true"])
+    return took

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
+import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from bridge.ranks import RankPool
 from bridge.torch_dist.reader import DistReader
 from recipes.train.checkpoint import checkpoints
 
-from .async_kit import full_disk_beside, train_beside
+from .async_kit import full_disk_beside, killed_beside, train_beside
 from .training_kit import Trouble, losses, recipe, train_toy
 
 STEPS, EVERY = 6, 2
@@ -45,6 +48,13 @@ def places(folder: Path) -> dict[str, Any]:
             key: (each.dtype, each.shape, [replace(chunk, file=Path(chunk.file.name)) for chunk in each.chunks])
             for key, each in reader.tensors.items()
         }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of its files, but `.metadata`, which holds a number drawn for every save; `places` reads it."""
+    assert places(folder)
+    files = [path for path in folder.iterdir() if path.name != ".metadata"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -101,3 +111,40 @@ def test_a_full_disk(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"iter_0000002: cannot be written \(rank 0: .*GB are free"):
         ranks.run(full_disk_beside, recipe(toy("31b"), tmp_path, STEPS), OVERRIDES, world_size=1)
     assert not list(tmp_path.glob("*iter_*"))
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_while_a_gigabyte_is_written(
+    ranks: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At random moments, one of two ranks: the last whole one has every byte of the same step of a run that waits for
+    its checkpoints, and the run goes on from it."""
+    from benchmarks.async_checkpoints import write_model
+
+    write_model(tmp_path / "toy")
+    said, moments = recipe(tmp_path / "toy", tmp_path / "run", 200), random.Random(5)
+    overrides = ["checkpoint.every=2", "checkpoint.keep=1"]
+    timed = recipe(tmp_path / "toy", tmp_path / "timed", 4)
+    took = max(ranks.run(killed_beside, timed, overrides, world_size=2)[0])
+    shutil.rmtree(tmp_path / "timed")
+    seen: dict[int, dict[str, str]] = {}
+    cut_off = 0
+    for _ in range(KILLS):
+        rank, delay = moments.randrange(2), moments.uniform(0, 1.2 * took)
+        with pytest.raises(ParallelError, match=f"rank {rank} "):
+            ranks.run(killed_beside, said, overrides, rank, delay, world_size=2)
+        whole = checkpoints(tmp_path / "run")
+        cut_off += bool(list((tmp_path / "run").glob(".*.partial")))
+        if whole:
+            seen[max(whole)] = digests(whole[max(whole)])
+    assert cut_off >= KILLS // 2 and len(seen) > 1, "kills came too late, or all too soon"
+    said = recipe(tmp_path / "toy", tmp_path / "waits", 200)
+    stop = Trouble(max(seen), 0, signal.SIGTERM)
+    ranks.run(train_toy, said, ["checkpoint.every=2", "checkpoint.keep=0"], stop, world_size=2)
+    for step, found in seen.items():
+        assert found == digests(tmp_path / "waits" / f"iter_{step:07d}")
+    with capsys.disabled():
+        print(f"{KILLS} kills within {1.2 * took:.1f} s of a save, {cut_off} cut one off; steps {sorted(seen)}")
