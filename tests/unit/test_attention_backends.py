@@ -341,7 +341,7 @@ def test_auto_takes_tiles_for_long_rows_and_one_product_for_short_ones() -> None
         (128, 8, None, "dense"),
         (300, 8, None, "banded"),
         (300, 8, halves, "banded"),
-        (300, 128, None, "blockwise"),
+        (300, 200, None, "blockwise"),
         (300, None, None, "sdpa"),
         (300, None, halves, "blockwise"),
     ):

@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bridge.megatron.attention_backends import blockwise
 from bridge.megatron.mask import Mask
 
 # Queries of a tile are a multiple of this.
 TILE = 32
 
 
-class _Band(NamedTuple):
-    """Tiles of `tile` queries, the last one filled up, that see `before` keys before their place and `behind` behind
-    it. `bias` [tiles * b, 1, tile, before + tile + behind] float32: 0 where a key is seen, else -inf."""
+class _Size(NamedTuple):
+    """Of a tile of `tile` queries, that see `before` keys before their place and `behind` behind it."""
 
     tile: int
     before: int
     behind: int
+
+
+class _Band(NamedTuple):
+    """`bias` [tiles * b, 1, tile, before + tile + behind] float32: 0 where a key is seen, else -inf."""
+
+    size: _Size
     bias: Tensor
 
 
@@ -33,9 +39,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """[s, b, heads, d], and [s, b, groups, d] twice -> [s, b, heads, d]."""
     length, batch, heads, _ = query.shape
     band = _band_of(mask)
-    keys, values = (_with_neighbours(_tiles(x, band.tile), band) for x in (key, value))
+    keys, values = (_with_neighbours(_tiles(x, band.size.tile), band.size) for x in (key, value))
     output = scaled_dot_product_attention(
-        _tiles(query, band.tile).flatten(0, 1),
+        _tiles(query, band.size.tile).flatten(0, 1),
         keys,
         values,
         attn_mask=band.bias.to(query.dtype),
@@ -47,25 +53,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 
 def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
-    """Whole rows on a CPU, of at least four tiles, in which a tile sees no further than the next one."""
+    """Whole rows on a CPU, of which tiles one by one (`blockwise`) would compute more."""
     if query.is_cuda:
         return "it is for a CPU"
     if len(mask.rows) > 1 or mask.rows != mask.columns:
         return "queries are a part of the row"
-    if key.shape[0] < 4 * _tile(mask):
-        return "some query sees a quarter of the row"
+    size = _size(mask)
+    if len(mask.row_places) * sum(size) > blockwise.computed(mask, query.shape[2] // key.shape[2]):
+        return "some query sees so far that tiles one by one have less to compute"
     return None
 
 
-def _tile(mask: Mask) -> int:
-    """Queries of a tile: as many as the furthest key is away, or a few more."""
-    if "furthest" not in mask.cache:
-        first, stop = mask.on_host.reach
-        place = mask.on_host.row_places
-        mask.cache["furthest"] = int(torch.maximum(place - first, stop - 1 - place).amax())
-    furthest = mask.cache["furthest"]
-    assert isinstance(furthest, int)
-    return max(1, -(-furthest // TILE)) * TILE
+def _size(mask: Mask) -> _Size:
+    """Of tiles that see no further than the next one."""
+    (first, stop), place = mask.reach, mask.row_places
+    before, behind = int((place - first).amax()), int((stop - 1 - place).amax())
+    return _Size(max(1, -(-max(before, behind) // TILE)) * TILE, before, behind)
 
 
 def _band_of(mask: Mask) -> _Band:
@@ -78,10 +81,8 @@ def _band_of(mask: Mask) -> _Band:
 
 
 def _make_band(mask: Mask) -> _Band:
-    first, stop = mask.reach
-    length, tile = first.shape[1], _tile(mask)
-    before = int((mask.row_places - first).amax())
-    behind = int((stop - 1 - mask.row_places).amax())
+    (first, stop), (tile, before, behind) = mask.reach, _size(mask)
+    length = first.shape[1]
     fill = -length % tile
     # Of queries that are not there each sees one key, for a softmax that is a number.
     place = torch.arange(length + fill, device=first.device).view(1, -1, tile, 1)
@@ -95,7 +96,7 @@ def _make_band(mask: Mask) -> _Band:
     seen = (first.view(-1, place.shape[1], tile, 1) <= column) & (column < stop.view(-1, place.shape[1], tile, 1))
     seen &= document.view(-1, place.shape[1], tile, 1) == of_column
     bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
-    return _Band(tile, before, behind, bias.transpose(0, 1).flatten(0, 1)[:, None])
+    return _Band(_size(mask), bias.transpose(0, 1).flatten(0, 1)[:, None])
 
 
 def _tiles(x: Tensor, tile: int) -> Tensor:
@@ -105,8 +106,8 @@ def _tiles(x: Tensor, tile: int) -> Tensor:
     return x.unflatten(0, (-1, tile)).permute(0, 2, 3, 1, 4)
 
 
-def _with_neighbours(tiles: Tensor, band: _Band) -> Tensor:
+def _with_neighbours(tiles: Tensor, size: _Size) -> Tensor:
     """[tiles, b, groups, tile, d] -> [tiles * b, groups, before + tile + behind, d]; nothing sees what is no key."""
-    before = pad(tiles[:-1, :, :, band.tile - band.before :], (0, 0) * 4 + (1, 0))
-    behind = pad(tiles[1:, :, :, : band.behind], (0, 0) * 4 + (0, 1))
+    before = pad(tiles[:-1, :, :, size.tile - size.before :], (0, 0) * 4 + (1, 0))
+    behind = pad(tiles[1:, :, :, : size.behind], (0, 0) * 4 + (0, 1))
     return torch.cat([before, tiles, behind], 3).flatten(0, 1)
