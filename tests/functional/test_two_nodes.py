@@ -105,6 +105,7 @@ def test_a_node_that_vanishes_and_one_signal(
     noted = ["--export", f"NOTED_IN={local}.txt", "--launcher", launcher]
     job = site.submit(site.folder / f"cut-{launcher}", *noted, *layout, *cached)
     job.trains(EVERY + 1)
+    job.wait(lambda: checkpoints(job.output) or job.over, "a checkpoint")
     network.cut("node2")
     cluster.miss_within(30)
     job.wait(lambda: job.state == "PENDING", "the requeue by Slurm")
