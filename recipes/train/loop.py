@@ -25,6 +25,7 @@ from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
+from recipes.train.engine import WeightPushes
 from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.export import export
@@ -187,6 +188,7 @@ class _Loop:
         self.log = log
         self.signalled = signalled
         self._saver = Saver(run, self._say)
+        self._pushes = None if run.recipe.sync.url is None else WeightPushes(run, run.recipe.sync.url)
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
         self._logged = progress.step
         forget_auxiliary_loss()
@@ -212,6 +214,9 @@ class _Loop:
             stop = self._evaluate()
         while progress.step < steps and not stop and not self._ended():
             loss, stop = self._step()
+            if self._pushes is not None:
+                with self._meter.paused():
+                    self._pushes.after(progress.step, self._say)
             if not stop and self._evaluation_is_due():
                 stop = self._evaluate()
             best = self.recipe.train.patience and progress.best_step == progress.step
