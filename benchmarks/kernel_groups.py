@@ -12,8 +12,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 GROUPS = (
-    "attention", "gemm", "grouped gemm", "norm and elementwise", "loss", "optimizer", "communication", "copies", "other"
-)  # fmt: skip
+    "attention",
+    "gemm",
+    "grouped gemm",
+    "norm and elementwise",
+    "loss",
+    "optimizer",
+    "communication",
+    "copies",
+    "other",
+)
 
 # Of what is around a launch: operators, autograd functions, `record_function` ranges. First match wins.
 _RANGES = (

@@ -59,24 +59,39 @@ class Preset:
 
 def _args(bits: int, kind: str, strategy: str, group: int | None = None, dynamic: bool = False) -> dict[str, Any]:
     return {
-        "num_bits": bits, "type": kind, "symmetric": True, "group_size": group, "strategy": strategy,
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "group_size": group,
+        "strategy": strategy,
         "dynamic": dynamic,
-    }  # fmt: skip
+    }
 
 
 # 32 columns: the width of a block of q4_0, for which Google's QAT checkpoints are trained, and one that divides every
 # published width; 128, llm-compressor's own preset, does not divide those of 26B-A4B.
 PRESETS = {
     "fp8-dynamic": Preset(
-        "FP8_DYNAMIC", "F8_E4M3", None, "float-quantized", "F8_E4M3", "weight",
-        _args(8, "float", "channel"), _args(8, "float", "token", dynamic=True),
+        "FP8_DYNAMIC",
+        "F8_E4M3",
+        None,
+        "float-quantized",
+        "F8_E4M3",
+        "weight",
+        _args(8, "float", "channel"),
+        _args(8, "float", "token", dynamic=True),
     ),
     "w4a16": Preset("W4A16", "int4", 32, "pack-quantized", "I32", "weight_packed", _args(4, "int", "group", 32)),
     "nvfp4": Preset(
-        "NVFP4A16", "e2m1", 16, "nvfp4-pack-quantized", "U8", "weight_packed",
+        "NVFP4A16",
+        "e2m1",
+        16,
+        "nvfp4-pack-quantized",
+        "U8",
+        "weight_packed",
         _args(4, "float", "tensor_group", 16) | {"scale_dtype": "torch.float8_e4m3fn"},
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

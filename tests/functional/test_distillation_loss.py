@@ -149,9 +149,18 @@ def fused(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         whole = Whole(states, head_of(part(inputs.words), case.vocab, SOFTCAP, groups.tp), sp)
         teacher: Any = top_k(whole, kept, case.k, case.asked.temperature) if case.k else whole
         found = linear_distillation(
-            hidden, weight, inputs.labels, teacher, case.asked, kept=kept, softcap=SOFTCAP, tp_group=groups.tp,
-            sequence_parallel=sp, main_grad=main_grad, vocab_size=case.vocab,
-        )  # fmt: skip
+            hidden,
+            weight,
+            inputs.labels,
+            teacher,
+            case.asked,
+            kept=kept,
+            softcap=SOFTCAP,
+            tp_group=groups.tp,
+            sequence_parallel=sp,
+            main_grad=main_grad,
+            vocab_size=case.vocab,
+        )
         (found[..., 0] * inputs.weights).sum().backward()
     assert hidden.grad is not None and (weight.grad is None) == case.main_grad
     gradient = weight.grad if main_grad is None else main_grad

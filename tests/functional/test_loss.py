@@ -139,9 +139,16 @@ def fused(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(2 if case.main_grad else 1):
             hidden.grad = None
             losses = loss.linear_cross_entropy(
-                hidden, weight, inputs.labels, softcap=case.softcap, z_loss=case.z_loss, tp_group=groups.tp,
-                sequence_parallel=case.parallel.sequence_parallel, main_grad=main_grad, vocab_size=case.vocab,
-            )  # fmt: skip
+                hidden,
+                weight,
+                inputs.labels,
+                softcap=case.softcap,
+                z_loss=case.z_loss,
+                tp_group=groups.tp,
+                sequence_parallel=case.parallel.sequence_parallel,
+                main_grad=main_grad,
+                vocab_size=case.vocab,
+            )
             (losses * inputs.weights).sum().backward()
     assert hidden.grad is not None
     assert (weight.grad is None) == case.main_grad

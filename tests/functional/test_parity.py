@@ -230,16 +230,32 @@ def run_with_gradient_for_padding(task: ParityTask) -> list[Check]:
 
 def test_swapped_gate_and_up_are_caught(ranks: RankPool, references: References, toy: Toy) -> None:
     folder = toy("31b")
-    task = ParityTask(folder.name, Geometry.from_folder(folder), folder, False, Parallel(), torch.float32,
-                      references.sample(folder), {"dtype": references.file(folder)})  # fmt: skip
+    task = ParityTask(
+        folder.name,
+        Geometry.from_folder(folder),
+        folder,
+        False,
+        Parallel(),
+        torch.float32,
+        references.sample(folder),
+        {"dtype": references.file(folder)},
+    )
     (checks,) = ranks.run(run_with_wrong_stack, task, world_size=1)
     assert {check.name for check in checks if not check.passed} == {"logits", "gradients"}
 
 
 def test_a_gradient_for_the_padding_row_is_caught(ranks: RankPool, references: References, toy: Toy) -> None:
     folder = toy("e2b")
-    task = ParityTask(folder.name, Geometry.from_folder(folder), folder, False, Parallel(), torch.float32,
-                      references.sample(folder), {"dtype": references.file(folder)})  # fmt: skip
+    task = ParityTask(
+        folder.name,
+        Geometry.from_folder(folder),
+        folder,
+        False,
+        Parallel(),
+        torch.float32,
+        references.sample(folder),
+        {"dtype": references.file(folder)},
+    )
     (checks,) = ranks.run(run_with_gradient_for_padding, task, world_size=1)
     failed = [check for check in checks if not check.passed]
     assert [check.name for check in failed] == ["gradients"], "padding positions are masked out of the logits"

@@ -274,8 +274,12 @@ def test_killed_while_saving(ranks: RankPool, toys: Toys, tmp_path: Path) -> Non
     ranks.run(train_toy, toys.recipe("e2b", tmp_path / "whole", 4), overrides, world_size=1)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "killed").iterdir() if path.name != "log.jsonl") == [
-        "hf", "iter_0000004", "latest_checkpointed_iteration.txt", "recipe.yaml", "run.json",
-    ]  # fmt: skip
+        "hf",
+        "iter_0000004",
+        "latest_checkpointed_iteration.txt",
+        "recipe.yaml",
+        "run.json",
+    ]
 
 
 def signalled_while_saving(said: dict[str, Any], overrides: list[str]) -> tuple[bool, int]:
@@ -335,8 +339,12 @@ def test_exports_what_it_trained(ranks: RankPool, toys: Toys, tmp_path: Path) ->
     overrides = [*TP2, "train.eval_every=1", f"export.hf={tmp_path / 'live'}", "model.freeze=[embeddings]"]
     ranks.run(train_toy, said, overrides, world_size=2)
     export_hf(run, tmp_path / "exported")
-    ranks.run(train_toy, said | {"model": {"megatron": str(run), "dtype": "float32"}, "output": str(tmp_path / "more")},
-              [], world_size=1)  # fmt: skip
+    ranks.run(
+        train_toy,
+        said | {"model": {"megatron": str(run), "dtype": "float32"}, "output": str(tmp_path / "more")},
+        [],
+        world_size=1,
+    )
     names = {path.name for path in toy.iterdir() if path.suffix != ".safetensors"}
     assert names <= {path.name for path in (tmp_path / "exported").iterdir()}
     with HfFolder(toy) as before, HfFolder(tmp_path / "live") as live, HfFolder(tmp_path / "exported") as after:

@@ -284,8 +284,10 @@ def test_only_other_tokens_are_other_data(tmp_path: Path, monkeypatch: pytest.Mo
     assert goes_on(stream(chat_template=str(template)))
     refused(r"train.seq_length was 64 and is 96", stream(seq_length=96))
     refused(r"the data changed", stream([*rows, rows[0]]))
-    refused(r"the data changed; data.supervise_turns was 'all' and is 'last'",
-            stream([chat("a", "b", "c", "d")], supervise=Supervise(turns="last")))  # fmt: skip
+    refused(
+        r"the data changed; data.supervise_turns was 'all' and is 'last'",
+        stream([chat("a", "b", "c", "d")], supervise=Supervise(turns="last")),
+    )
     template.write_text((model / "chat_template.jinja").read_text() + "x")
     refused(r"the chat template changed", stream(chat_template=str(template)))
     import transformers

@@ -52,15 +52,16 @@ def template(model: Path) -> Any:
 def expected(template: Any, messages: Sequence[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
     """transformers' own ids, and a mask from what it renders: the model's turns, with their end, by characters."""
     media = [part for row in messages if isinstance(row.get("content"), list) for part in row["content"]]
-    filled = [
-        {**row, "content": [{**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
-                            for part in row["content"]]} if isinstance(row.get("content"), list) else row
-        for row in messages
-    ]  # fmt: skip
+
+    def with_pictures(parts: Any) -> Any:
+        if not isinstance(parts, list):
+            return parts
+        return [part | {"image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part for part in parts]
+
+    filled = [row | {"content": with_pictures(row["content"])} if "content" in row else row for row in messages]
     text = template.apply_chat_template(messages, tools=tools, tokenize=False)
-    ids = template.apply_chat_template(
-        filled if media else messages, tools=tools, tokenize=True, return_dict=True
-    )["input_ids"][0]  # fmt: skip
+    shown = filled if media else messages
+    ids = template.apply_chat_template(shown, tools=tools, tokenize=True, return_dict=True)["input_ids"][0]
     ids = [int(token) for token in ids]
     # Soft tokens are no characters: the mask of the text, where an image is one token.
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -101,9 +102,15 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids", "megatron", "text", "preference", "unpaired-preference", "prompt-response", "inputs-targets",
+        "input_ids",
+        "megatron",
+        "text",
+        "preference",
+        "unpaired-preference",
+        "prompt-response",
+        "inputs-targets",
         "input-output",
-    }  # fmt: skip
+    }
 
 
 def test_text_and_tokens(tmp_path: Path, model: Path, template: Any) -> None:
