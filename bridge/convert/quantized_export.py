@@ -131,7 +131,7 @@ class QuantizedReader:
             raise UsageError(f"--quantize {preset}: expected one of {', '.join(PRESETS)}")
         self.preset = PRESETS[preset]
         self._base, self._table, self._origin = base, table, origin
-        self._kept: dict[str, Matrix] = {}
+        self._reused: dict[str, Matrix] = {}
         self.tensors: dict[str, TensorLike] = {}
         self._parts: dict[str, tuple[_Module, str]] = {}
         self._fused: dict[str, list[_Module]] = {}
@@ -150,7 +150,7 @@ class QuantizedReader:
             for module in modules:
                 self._fused.setdefault(module.fused, []).append(module)
         if origin is not None:
-            self._kept = self._unchanged(origin, workers)
+            self._reused = self._unchanged(origin, workers)
         for name, tensor, modules in found:
             if not modules:
                 self.tensors[name] = tensor
@@ -181,7 +181,7 @@ class QuantizedReader:
 
     def _add(self, module: _Module, dtype: str) -> None:
         preset, rows, columns = self.preset, module.rows, module.columns
-        kept = self._kept.get(module.name)
+        kept = self._reused.get(module.name)
         if kept is not None:
             for suffix, info in _stored(kept).items():
                 self._put(module, suffix, info.dtype, tuple(info.shape))
@@ -211,7 +211,7 @@ class QuantizedReader:
         module, suffix = part
         data = np.frombuffer(as_bytes(out), dtype=np.uint8)
         check_rows(name, self.tensors[name], start, stop, len(data))
-        kept = self._kept.get(module.name)
+        kept = self._reused.get(module.name)
         if kept is not None and self._origin is not None:
             self._origin.read_stored(_stored(kept)[suffix].name, start, stop, data)
         elif suffix == "weight_shape":
@@ -341,7 +341,7 @@ class QuantizedReader:
         said = [f"{modules} linears of decoder layers are quantized ({self.preset.name}), everything else is as it was"]
         if self._origin is not None:
             said.append(
-                f"{len(self._kept)} of them keep the codes and scales of {self._origin.path}, since their weights are "
+                f"{len(self._reused)} of them keep the codes and scales of {self._origin.path}, since their weights are "
                 "those that it stands for"
             )
         if self.left:

@@ -64,7 +64,7 @@ def table_for(geometry: Geometry) -> Table:
     carried: dict[str, HfTensor] = {}
     copies: dict[str, Entry] = {}
     for row in all_rows():
-        for number, layer in enumerate(row.part.layers(geometry) if row.per_layer else (None,)):
+        for number, layer in enumerate(row.stack.layers(geometry) if row.per_layer else (None,)):
             if not row.when.holds(geometry, layer):
                 continue
             sources = tuple(_sources(row, geometry, layer, number))

@@ -138,7 +138,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
         visibility: Visibility | CachedStep | None = None,
-        kept: Tensor | None = None,
+        label_positions: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
         image_position_ids: Tensor | None = None,
@@ -182,7 +182,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             mm_token_type_ids,
             z_loss,
             visibility,
-            kept,
+            label_positions,
             **kwargs,
         )
 

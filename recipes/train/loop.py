@@ -29,7 +29,7 @@ from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.export import export
 from recipes.train.log import Log
-from recipes.train.media import mask_change, modality_of, senses_in
+from recipes.train.media import mask_change, modalities_in, modality_of
 from recipes.train.meter import Meter, peak_flops, peak_memory
 from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
@@ -265,7 +265,7 @@ class _Loop:
         sums = run_microbatches(run, batches, train=True, objective=self._objective, sources=max(1, len(sources)))
         counts = counts_in(batches, len(sources), run.groups)
         told = [float(bool(self.signalled)), float(self._saver.writing), self._flops(batches)]
-        told += [*senses_in(batches), *counts]
+        told += [*modalities_in(batches), *counts]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
         found = reduce_sums(torch.cat([sums, asked]))
         figures, (real, slots, squares, _) = found[: len(names)], found[len(names) : len(names) + len(SUMS)]

@@ -25,7 +25,7 @@ MEDIA_NAMES = frozenset(field.name for field in fields(Media))
 _GIVEN_BY = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input_features",)}
 
 
-def senses_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
+def modalities_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
     """For every one of `MODALITIES`, 1 where any of this rank's microbatches has media for it, else 0."""
     return [float(any(name in batch for batch in batches for name in _GIVEN_BY[modality])) for modality in MODALITIES]
 

@@ -241,14 +241,14 @@ def known_labels_and_one_weight() -> None:
     from bridge.megatron.loss import linear_cross_entropy, positions_with_labels
 
     inputs = Inputs.make(Case())
-    kept = positions_with_labels(inputs.labels)
-    assert 0 < len(kept) < inputs.labels.numel()
+    positions = positions_with_labels(inputs.labels)
+    assert 0 < len(positions) < inputs.labels.numel()
     found = []
     for known in (True, False):
         hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
         with HostReads() as reads:
             if known:
-                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0, kept=kept)
+                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0, label_positions=positions)
                 (losses.sum() * 3).backward()
             else:
                 # A gradient of its own for every token, though all are alike.
