@@ -181,9 +181,9 @@ class QuantizedReader:
 
     def _add(self, module: _Module, dtype: str) -> None:
         preset, rows, columns = self.preset, module.rows, module.columns
-        kept = self._reused.get(module.name)
-        if kept is not None:
-            for suffix, info in _stored(kept).items():
+        reused = self._reused.get(module.name)
+        if reused is not None:
+            for suffix, info in _stored(reused).items():
                 self._put(module, suffix, info.dtype, tuple(info.shape))
             return
         if dtype not in ("BF16", "F16", "F32"):
@@ -211,9 +211,9 @@ class QuantizedReader:
         module, suffix = part
         data = np.frombuffer(as_bytes(out), dtype=np.uint8)
         check_rows(name, self.tensors[name], start, stop, len(data))
-        kept = self._reused.get(module.name)
-        if kept is not None and self._origin is not None:
-            self._origin.read_stored(_stored(kept)[suffix].name, start, stop, data)
+        reused = self._reused.get(module.name)
+        if reused is not None and self._origin is not None:
+            self._origin.read_stored(_stored(reused)[suffix].name, start, stop, data)
         elif suffix == "weight_shape":
             data[:] = np.array([module.rows, module.columns], dtype=np.int64)[start:stop].view(np.uint8)
         elif suffix == "weight_global_scale":
@@ -341,8 +341,8 @@ class QuantizedReader:
         said = [f"{modules} linears of decoder layers are quantized ({self.preset.name}), everything else is as it was"]
         if self._origin is not None:
             said.append(
-                f"{len(self._reused)} of them keep the codes and scales of {self._origin.path}, since their weights are "
-                "those that it stands for"
+                f"{len(self._reused)} of them keep the codes and scales of {self._origin.path}, since their weights "
+                "are those that it stands for"
             )
         if self.left:
             said.append(
