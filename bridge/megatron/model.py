@@ -140,19 +140,9 @@ class Gemma4Model(GPTModel):
             "visibility": visibility,
         }
         if labels is not None and kwargs.get("output_processor") is None:
-            kwargs |= {
-                "output_processor": fused_loss,
-                "output_processor_context": LossContext(z_loss, label_positions, squares),
-            }
-        return super().forward(
-            input_ids,
-            position_ids,
-            None,
-            decoder_input=decoder_input,
-            labels=labels,
-            extra_block_kwargs=block,
-            **kwargs,
-        )
+            context = LossContext(z_loss, label_positions, squares)
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": context}
+        return super().forward(input_ids, position_ids, None, decoder_input, labels, extra_block_kwargs=block, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

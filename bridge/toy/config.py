@@ -189,6 +189,9 @@ def toy_config(
 
     Raises UsageError for an unknown variant, a head dim that cannot be, or options that exclude each other.
     """
+    for name, size in (("vocab_size", vocab_size), ("ple_vocab_size", ple_vocab_size)):
+        if size is not None and size < 1:
+            raise UsageError(f"{name} {size}: a table has a row or more")
     if drafter and text_only:
         raise UsageError("a drafter has text alone: leave text_only out")
     if drafter and full_size and variant not in _DRAFTER_PUBLISHED:
