@@ -54,13 +54,14 @@ def test_more_of_the_backward_pass_of_attention_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_models_of_kernels_in_the_interpreter() -> None:
-    run_cases("-m", "slow", TRITON_INTERPRET="1")
+    run_cases(cases="kernel_model_cases.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 def test_kernels_and_models_of_them_on_a_gpu() -> None:
     run_cases(TRITON_INTERPRET="0")
+    run_cases(cases="kernel_model_cases.py", TRITON_INTERPRET="0")
 
 
 HEADS = {"GROUPS": 2, "QUERIES": 8, "FIRST": 0, "OWN": 8, "D": 512, "BLOCK": 4, "HALF": 256}
