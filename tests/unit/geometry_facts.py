@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding, Gemma4VisionRotaryEmbedding
 
-from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry
+from bridge.geometry import AudioGeometry, Geometry, UnifiedAudioGeometry, UnifiedVisionGeometry, VisionGeometry
 
 Config = dict[str, Any]
 Facts = dict[str, Any]
@@ -131,50 +131,55 @@ def ours(geometry: Geometry) -> Facts:
     if geometry.placeholders is not None:
         p, vision, audio = geometry.placeholders, geometry.vision, geometry.audio
         facts["placeholders"] = (p.image, p.video, p.audio)
-        facts["vision"] = facts["audio"] = None
-        if isinstance(vision, VisionGeometry):
-            facts["vision"] = (
-                vision.hidden_size,
-                vision.ffn_hidden_size,
-                vision.num_layers,
-                vision.num_heads,
-                vision.num_heads,
-                vision.head_dim,
-                vision.patch_size,
-                vision.kernel,
-                vision.position_embedding_size,
-                vision.rms_norm_eps,
-                vision.clipped,
-                vision.standardize,
-                "gelu_pytorch_tanh",
-                _frequencies(vision.rope_theta, 1.0, vision.head_dim // 2),
-            )
-        elif isinstance(vision, UnifiedVisionGeometry):
-            width = vision.output_size
-            positions = vision.position_embedding_size
-            facts["vision"] = (vision.patch_size, positions, width, width, vision.rms_norm_eps)
-        if isinstance(audio, AudioGeometry):
-            facts["audio"] = (
-                audio.hidden_size,
-                audio.num_layers,
-                audio.num_heads,
-                audio.channels,
-                audio.conv_kernel,
-                audio.window,
-                audio.window,
-                0,
-                audio.logit_cap,
-                -1e9,
-                audio.residual_weight,
-                audio.activation_limit,
-                audio.clipped,
-                audio.rms_norm_eps,
-                audio.output_size,
-                "silu",
-            )
-        elif audio is not None:
-            facts["audio"] = (audio.output_size, audio.rms_norm_eps)
+        facts["vision"], facts["audio"] = _our_vision(vision), _our_audio(audio)
     return facts
+
+
+def _our_vision(vision: VisionGeometry | UnifiedVisionGeometry | None) -> Any:
+    if isinstance(vision, VisionGeometry):
+        return (
+            vision.hidden_size,
+            vision.ffn_hidden_size,
+            vision.num_layers,
+            vision.num_heads,
+            vision.num_heads,
+            vision.head_dim,
+            vision.patch_size,
+            vision.kernel,
+            vision.position_embedding_size,
+            vision.rms_norm_eps,
+            vision.clipped,
+            vision.standardize,
+            "gelu_pytorch_tanh",
+            _frequencies(vision.rope_theta, 1.0, vision.head_dim // 2),
+        )
+    if vision is None:
+        return None
+    width = vision.output_size
+    return (vision.patch_size, vision.position_embedding_size, width, width, vision.rms_norm_eps)
+
+
+def _our_audio(audio: AudioGeometry | UnifiedAudioGeometry | None) -> Any:
+    if isinstance(audio, AudioGeometry):
+        return (
+            audio.hidden_size,
+            audio.num_layers,
+            audio.num_heads,
+            audio.channels,
+            audio.conv_kernel,
+            audio.window,
+            audio.window,
+            0,
+            audio.logit_cap,
+            -1e9,
+            audio.residual_weight,
+            audio.activation_limit,
+            audio.clipped,
+            audio.rms_norm_eps,
+            audio.output_size,
+            "silu",
+        )
+    return None if audio is None else (audio.output_size, audio.rms_norm_eps)
 
 
 def _frequencies(theta: float, fraction: float, dim: int) -> list[float]:
