@@ -66,3 +66,15 @@ AUDIO: tuple[Row, ...] = (
     _row("audio_tower.output_proj.bias", "audio_soft"),
     tower_row("embed_audio.embedding_projection.weight", ("hidden", "audio_soft"), AUDIO_STACK, HAS_AUDIO),
 )
+
+
+def audio_dimensions(geometry: Geometry) -> dict[str, int]:
+    """The sizes that these rows speak of."""
+    audio, sizes = geometry.audio, dict[str, int]()
+    if audio is not None:
+        sizes["audio_soft"] = audio.output_size
+    if isinstance(audio, AudioGeometry):
+        sizes |= {"audio": audio.hidden_size, "2*audio": 2 * audio.hidden_size, "audio_ffn": audio.ffn_hidden_size}
+        sizes |= {"audio_head": audio.head_dim, "audio_kernel": audio.conv_kernel, "audio_conv": audio.conv_values}
+        sizes |= {"channels0": audio.channels[0], "channels1": audio.channels[1]}
+    return sizes

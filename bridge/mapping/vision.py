@@ -96,3 +96,16 @@ VISION: tuple[Row, ...] = (
     *_linear("mlp.down_proj", "vision", "vision_ffn", _ROW),
     tower_row("embed_vision.embedding_projection.weight", ("hidden", "vision_soft"), VISION_STACK, HAS_VISION),
 )
+
+
+def vision_dimensions(geometry: Geometry) -> dict[str, int]:
+    """The sizes that these rows speak of."""
+    vision, sizes = geometry.vision, dict[str, int]()
+    if vision is not None:
+        sizes["patch"] = vision.patch_values
+        sizes["vision_positions"] = vision.position_embedding_size
+        sizes["vision_soft"] = vision.output_size
+    if isinstance(vision, VisionGeometry):
+        sizes |= {"vision": vision.hidden_size, "vision_ffn": vision.ffn_hidden_size}
+        sizes |= {"vision_q": vision.q_size, "vision_head": vision.head_dim}
+    return sizes

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
+from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.fake_quant import round_frozen
-from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
 from recipes.data.training import prepared
 from recipes.data.training import say as say_once
