@@ -19,7 +19,8 @@ FREEZABLE = {
     **{
         group: pattern
         for name, modality in MODALITIES.items()
-        for group, pattern in ((name, name), (f"{name}_tower", rf"({'|'.join(modality.modules[:-1])})\."))
+        for group, pattern in ((name, name), (f"{name}_tower", rf"({'|'.join(modality.fronts)})\."))
+        if pattern == name or modality.fronts
     },
     "projectors": rf"({'|'.join(modality.modules[-1] for modality in MODALITIES.values())})\.",
 }

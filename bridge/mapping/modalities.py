@@ -34,6 +34,11 @@ class Modality:
     requests: tuple[str, ...]
 
     @property
+    def fronts(self) -> tuple[str, ...]:
+        """The modules before the projector: of an encoder-free modality there may be none."""
+        return self.modules[:-1]
+
+    @property
     def given_by(self) -> tuple[str, ...]:
         """The tensors that hold media."""
         return tuple(names[0] for names in self.features.values())
