@@ -29,11 +29,11 @@ from bridge.lora.targets import resolve
 from bridge.mapping import table_for
 from bridge.ranks import RankPool
 from bridge.torch_dist.reader import DistReader
-from recipes.config import LoraConfig
 from recipes.config import resolve as resolve_recipe
 from recipes.memory.estimate import estimate
 from recipes.memory.recipe import plan_of
 from recipes.train.lora import spec_of, table_of
+from recipes.training_config import LoraConfig
 
 from .conftest import Toy
 from .lora_kit import EPS
