@@ -36,6 +36,7 @@ def check_recipe(recipe: Recipe, world_size: int) -> int:
     _check_lora(recipe)
     _check_drafter(recipe)
     _check_export(recipe)
+    _check_sync(recipe)
     check_names(recipe.model.layer_spec, recipe.model.fp8)
     return _check_batch(recipe, world_size)
 
@@ -320,6 +321,16 @@ def _check_export(recipe: Recipe) -> None:
             if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
                 raise UsageError(f"{own}={where}: is {key}={name}, or one lies inside the other")
         others[own] = where
+
+
+def _check_sync(recipe: Recipe) -> None:
+    said = recipe.sync
+    if said.every < 1:
+        raise UsageError(f"sync.every={said.every}: must be at least 1")
+    if said.url is None and said.every != 1:
+        raise UsageError(f"sync.every={said.every}: needs sync.url, a vLLM server")
+    if said.url is not None and recipe.drafter.path is not None and recipe.drafter.target == "frozen":
+        raise UsageError(f"sync.url={said.url}: the weights of the model do not change with drafter.target=frozen")
 
 
 def check_startable(recipe: Recipe, world_size: int) -> None:

@@ -179,7 +179,7 @@ class GrpoConfig:
     of the batch, or none; auto: none for dr_grpo, else group.
     `importance_cap`: of the correction for what the sampler and the trainer say of a token differently; 0: none.
     `max_rows`: answers at once on a replica. `samples_every`: steps between `rollouts/step-N.jsonl`, 0: never.
-    `engine`: who samples: own. `router_replay` is not there yet.
+    `engine`: who samples: own, or vllm: a server at `engine_url`. `router_replay` is not there yet.
     """
 
     rewards: list[str] = field(default_factory=list)
@@ -201,6 +201,7 @@ class GrpoConfig:
     max_rows: int = MAX_ROWS
     samples_every: int = 10
     engine: str = "own"
+    engine_url: str | None = None
     router_replay: bool = False
 
     @property
@@ -275,6 +276,14 @@ class LogConfig:
 
 
 @dataclass
+class SyncConfig:
+    """A vLLM server at `url` is given the weights after each `every` steps, and after the last."""
+
+    url: str | None = None
+    every: int = 1
+
+
+@dataclass
 class ExportConfig:
     """`hf`: write the final model as an HF folder there, a LoRA run's merged into its base; of a
     frozen model its drafter.
@@ -302,6 +311,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

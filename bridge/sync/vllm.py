@@ -52,7 +52,13 @@ class VllmServer:
 
     def get(self, path: str, *, absent: str = "") -> Any:
         """What it answers, JSON."""
-        text = self._ask("GET", path, None, absent)
+        return self._json(path, self._ask("GET", path, None, absent))
+
+    def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST JSON; what it answers, JSON."""
+        return self._json(path, self._ask("POST", path, json.dumps(body).encode(), ""))
+
+    def _json(self, path: str, text: bytes) -> Any:
         try:
             return json.loads(text)
         except ValueError:

@@ -47,8 +47,10 @@ def _check_choices(said: GrpoConfig) -> None:
         raise UsageError(f"grpo.scale_rewards={said.scale_rewards}: is one of {', '.join(scales)}")
     if said.scale_rewards != "auto" and said.loss == "rloo":
         raise UsageError(f"grpo.scale_rewards={said.scale_rewards}: rloo's advantages are not scaled; leave it out")
-    if said.engine != "own":
-        raise UsageError(f"grpo.engine={said.engine}: own is the only one yet, vLLM's rollouts are not there")
+    if said.engine not in ("own", "vllm"):
+        raise UsageError(f"grpo.engine={said.engine}: is one of own, vllm")
+    if (said.engine == "vllm") != (said.engine_url is not None):
+        raise UsageError("grpo.engine=vllm and grpo.engine_url, such as http://127.0.0.1:8000, go together")
     if said.router_replay:
         raise UsageError("grpo.router_replay: is not there yet; grpo.importance_cap corrects for other experts")
 

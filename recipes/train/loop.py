@@ -25,6 +25,7 @@ from recipes.train.answers import AnswerMetrics
 from recipes.train.best import BestEvaluation, logged_name
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
+from recipes.train.engine import WeightPushes
 from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.export import export
@@ -182,6 +183,7 @@ class _Loop:
         self.log = log
         self.signalled = signalled
         self._saver = Saver(run, self._say)
+        self._pushes = None if run.recipe.sync.url is None else WeightPushes(run, run.recipe.sync.url)
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
         self._logged = progress.step
         self.best = BestEvaluation(run.recipe, progress, self._say)
@@ -208,6 +210,9 @@ class _Loop:
             stop = self._evaluate()
         while progress.step < steps and not stop and not self.best.too_long_ago():
             loss, stop = self._step()
+            if self._pushes is not None:
+                with self._meter.paused():
+                    self._pushes.after(progress.step, self._say)
             if not stop and self._evaluation_is_due():
                 stop = self._evaluate()
             if self.best.is_this_step() or (every and progress.step % every == 0):

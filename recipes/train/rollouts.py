@@ -1,7 +1,7 @@
 """Answers that the model under training samples itself, with their rewards, as a stream of microbatches.
 
 What is sampled depends on the seed, the number of the prompt and of its answer alone: neither on the layout nor on
-where a run was interrupted.
+where a run was interrupted. (A server is told the same; its answers also depend on what else it computes at a time.)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bridge.errors import DataError, TrainingError
+from bridge.errors import DataError, TrainingError, UsageError
 from bridge.generate.opened import stop_token_ids
 from bridge.generate.rows import Completion
 from bridge.generate.sampling import SamplingOptions
@@ -36,6 +37,7 @@ from recipes.rewards.check import reward_options
 from recipes.rewards.judge import Judged, Judges
 from recipes.train.answers import answers
 from recipes.train.data import Streams
+from recipes.train.engine import ServedModel
 from recipes.train.log import Log
 from recipes.train.setup import Run
 from recipes.train.signals import StopSignal
@@ -179,10 +181,21 @@ class Rollouts:
             num_return_sequences=self._config.num_generations,
             stop_token_ids=stop_token_ids(Path(model_folder(run.recipe))),
         )
+        self._answers = self._sampler()
         self._rows: list[Row] = []
         self._taken = 0  # rows of the rollout that were taken, every time they were
         self._asked = self._steps = 0  # prompts, and steps that their answers are for, so far
         check_lengths(self._questions, self._recipe, self._config.max_new_tokens, "grpo.max_new_tokens")
+
+    def _sampler(self) -> Callable[..., list[Completion] | None]:
+        """Who answers `count` prompts, `prompt(number)`, numbered from `first_index` on; see `answers`."""
+        config = self._config
+        fixed: dict[str, Any] = {"options": self._options, "decode": self._questions.text, "max_rows": config.max_rows}
+        if config.engine_url is None:
+            return partial(answers, self._run, signalled=self._signalled, **fixed)
+        if self._samples.has_media:
+            raise UsageError("grpo.engine=vllm: is asked with tokens, and the data has media; grpo.engine=own samples")
+        return partial(ServedModel(self._run, config.engine_url).answers, signalled=self._signalled, **fixed)
 
     def streams(self, streams: Streams) -> Streams:
         """With the answers in the place of what the data has."""
@@ -234,15 +247,8 @@ class Rollouts:
         count = config.steps_per_generation * self._recipe.train.global_batch_size // config.num_generations
         chosen, behind = self._prompts.ahead(count, self._prompts.position)
         samples, questions = [row[0] for row in chosen], self._questions
-        found = answers(
-            self._run,
-            lambda number: questions.prompt(samples[number]),
-            count,
-            self._options,
-            questions.text,
-            self._signalled,
-            max_rows=config.max_rows,
-            first_index=self._asked,
+        found = self._answers(
+            prompt=lambda number: questions.prompt(samples[number]), count=count, first_index=self._asked
         )
         if found is None:
             raise RolloutStopped

@@ -22,7 +22,7 @@ SERVER_ENVIRONMENT = ENVIRONMENT | {
 
 
 def vllm_server(
-    model: Path, said: Path, *flags: str, media: Mapping[str, int] | None = None
+    model: Path, said: Path, *flags: str, media: Mapping[str, Any] | None = None
 ) -> AbstractContextManager[Server]:
     """A server of a folder, by the name "base". `media`: how many of each kind a prompt may have; what it says: `said`.
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bridge.geometry import Geometry
 from bridge.geometry.towers import UnifiedAudioGeometry
@@ -25,7 +26,7 @@ from bridge.lora.merge import merge_adapter
 from bridge.lora.peft_folder import write_peft
 from bridge.lora.source import open_both, open_megatron, open_with_table
 from bridge.ranks import RankPool
-from bridge.verify.media import SAMPLING_RATE, drawing, load_processor, tone
+from bridge.verify.media import SAMPLING_RATE, clip, drawing, load_processor, tone
 from bridge.verify.reference import load_hf
 from tests.engines.kit import (
     ANSWER,
@@ -49,6 +50,8 @@ pytestmark = pytest.mark.engine
 
 BOUND, APART = 1e-4, 0.1
 ADAPTERS = ("run", "peft")
+# Room is made for the longest clip that may come.
+MEDIA = {"image": 1, "audio": 1, "video": {"count": 1, "num_frames": 3}}
 TOOL = {
     "type": "function",
     "function": {
@@ -123,7 +126,7 @@ def served(
             merge_adapter(model, adapter, workdir / f"{name}-merged")
     lora = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "gemma4", "--max-model-len", "512")
-    with vllm_server(folder, workdir / "said.log", *lora, *tools, media={"image": 1, "audio": 1}) as server:
+    with vllm_server(folder, workdir / "said.log", *lora, *tools, media=MEDIA) as server:
         yield Served(server, folder, workdir)
 
 
@@ -138,16 +141,20 @@ def test_completions(served: Served) -> None:
     agree(served.ask("base"), expected(served.folder, prompts(served.folder)))
 
 
-def chat_agrees(served: Served, ours: list[Any], theirs: list[Any], max_tokens: int = 8) -> None:
+def chat_agrees(served: Served, ours: list[Any], theirs: list[Any], max_tokens: int = 8, **videos: Any) -> None:
     """A conversation as the server takes it and as transformers does: the same tokens, and the same answer.
 
     There are no blocks of image tokens in vLLM's attention on a CPU; E2B and E4B have none.
     """
     ids, answer, _ = chat(served.server, "base", ours, **asking(served.never, max_tokens))
     processor = load_processor(served.folder)
-    inputs = processor.apply_chat_template(
-        theirs, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    if videos:
+        text = processor.apply_chat_template(theirs, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **videos)
+    else:
+        inputs = processor.apply_chat_template(
+            theirs, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
     assert ids == inputs["input_ids"][0].tolist()
     geometry = Geometry.from_folder(served.folder)
     if geometry.bidirectional_vision:
@@ -163,6 +170,25 @@ def test_a_picture(served: Served) -> None:
     text = {"type": "text", "text": "What is it?"}
     ours = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}]
     chat_agrees(served, ours, [{"role": "user", "content": [{"type": "image", "image": picture}, text]}])
+
+
+def test_a_video(served: Served) -> None:
+    """Frames as JPEGs, one a second: of a file the server would choose them, by its own reader."""
+    files = []
+    for frame in clip(3, random.Random(0)):
+        Image.fromarray(frame).save(file := io.BytesIO(), "JPEG")
+        files.append(file)
+    url = "data:video/jpeg;base64," + ",".join(base64.b64encode(file.getvalue()).decode() for file in files)
+    text = {"type": "text", "text": "What happens?"}
+    ours = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}, text]}]
+    chat_agrees(
+        served,
+        ours,
+        [{"role": "user", "content": [{"type": "video"}, text]}],
+        videos=[np.stack([np.asarray(Image.open(file)) for file in files])],
+        video_metadata=[{"total_num_frames": 3, "fps": 1.0, "frames_indices": [0, 1, 2], "duration": 3.0}],
+        do_sample_frames=False,
+    )
 
 
 def test_a_chat_with_tools(served: Served) -> None:
