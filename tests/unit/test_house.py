@@ -16,14 +16,10 @@ LONG_FUNCTIONS = {
     ("bridge/megatron/kernels/attention_backward.py", "attention_weights_kernel"): _KERNEL,
     ("bridge/megatron/kernels/attention_backward.py", "attention_d_key_value_kernel"): _KERNEL,
     ("bridge/megatron/kernels/qkv_norm_rope.py", "qkv_norm_rope_backward_kernel"): _KERNEL,
-    ("bridge/cli_data.py", "data_show"): _TODO,
-    ("bridge/cli_launch.py", "launch"): _TODO,
-    ("tests/functional/preference_kit.py", "trl_training"): _TODO,
     ("tests/unit/test_data_corpus.py", "test_parquet_and_datasets"): _TODO,
 }
 LONG_FILES = dict.fromkeys(
     (
-        "recipes/config.py",
         "tests/unit/test_data_batches.py",
         "tests/unit/test_data_blends.py",
         "tests/unit/test_data_corpus.py",
