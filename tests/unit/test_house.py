@@ -20,10 +20,8 @@ LONG_FUNCTIONS = {
 }
 LONG_FILES = dict.fromkeys(
     (
-        "tests/unit/test_data_batches.py",
         "tests/unit/test_data_blends.py",
         "tests/unit/test_data_corpus.py",
-        "tests/unit/test_data_supervision.py",
     ),
     _TODO,
 )
