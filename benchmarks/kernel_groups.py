@@ -41,7 +41,7 @@ _NAMES = (
     (
         "norm and elementwise",
         r"elementwise|reduce|triton|norm|Norm|gelu|silu|softmax|index|gather|scatter|cumsum|sort|topk|embedding|"
-        r"rope|Rope|RoPE|rotary|geglu|weigh_experts|sum_experts|quantize|aten::|at::native|vectorized",
+        r"rope|Rope|RoPE|rotary|geglu|scale_rows|sum_experts|quantize|aten::|at::native|vectorized",
     ),
 )
 

@@ -43,7 +43,7 @@ class Patch(NamedTuple):
 def enable(device: torch.device = _CPU) -> bool:
     """Let this process run Megatron-Core on the CPU. Idempotent; False, and no change, where a GPU is visible.
 
-    `device` takes the GPU's place: another than the CPU is for tensors without values ("meta"), on which to count.
+    `device` takes the GPU's place: another than the CPU is a fake device ("meta"), on which to count.
     """
     global _device
     if torch.cuda.is_available():
