@@ -3,7 +3,8 @@
 `python benchmarks/preparation.py [--tokens 90 900] [--records 20000] [--workers 1 2] [--runs 3]`. Chats of four turns
 on a toy's tokenizer. Here: JSON lines to a finished cache with masks and checks, all the user and system time of the
 process and its children but for loading the tokenizer; there: `map` alone, on a data set in memory, which it writes as
-Arrow. The best of the runs; two processes are started before the clock runs.
+Arrow. The best of the runs; two processes are started before the clock runs, and what that takes has a line of its own.
+Take so many records that both have more than a few groups, of a second each: the last is worked on by one of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,61 +30,11 @@ from recipes.data.sources import find_sources
 from recipes.data.tokenising import Share, groups_of, tokenise, with_processes
 
 _WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "it",
-    "was",
-    "for",
-    "on",
-    "are",
-    "with",
-    "as",
-    "his",
-    "they",
-    "be",
-    "at",
-    "one",
-    "have",
-    "this",
-    "from",
-    "or",
-    "had",
-    "by",
-    "hot",
-    "word",
-    "but",
-    "what",
-    "some",
-    "we",
-    "can",
-    "out",
-    "other",
-    "were",
-    "all",
-    "there",
-    "when",
-    "up",
-    "use",
-    "your",
-    "how",
-    "said",
-    "an",
-    "each",
-    "she",
-    "which",
-    "do",
-    "their",
-    "time",
-    "if",
-    "will",
-    "way",
-    "about",
-]
+    "the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they", "be",
+    "at", "one", "have", "this", "from", "or", "had", "by", "hot", "word", "but", "what", "some", "we", "can", "out",
+    "other", "were", "all", "there", "when", "up", "use", "your", "how", "said", "an", "each", "she", "which", "do",
+    "their", "time", "if", "will", "way", "about",
+]  # fmt: skip
 _TURNS = 4
 
 
@@ -92,11 +43,13 @@ class Spent:
     """Seconds: of the clock, and of CPUs (user and system, children that have ended included).
 
     `parent`: of the CPU's, those of this process, where others work for it: what no number of them takes off it.
+    `start`: of the clock and of the CPUs, before, until others were ready.
     """
 
     wall: float
     cpu: float
     parent: float = 0.0
+    start: tuple[float, float] = (0.0, 0.0)
 
 
 def timed(work: Callable[[], None]) -> Spent:
@@ -127,8 +80,8 @@ def chats(count: int, tokens: int, chat: ChatModel) -> list[dict[str, Any]]:
     return [conversation(round(words)) for _ in range(count)]
 
 
-def ours(path: Path, model: Path, workers: int) -> Spent:
-    """The parts of a cache, and the cache of them."""
+def ours(path: Path, model: Path, workers: int, speed: float) -> Spent:
+    """The parts of a cache, and the cache of them. `speed`: of one process, records a second."""
     options = CorpusOptions(str(path), 8192, workers=workers)
     chat, sources = ChatModel(model, options), find_sources(options.paths)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -141,20 +94,20 @@ def ours(path: Path, model: Path, workers: int) -> Spent:
                 parts.join(joined)
 
             return timed(alone)
-        settings = (model, options, [path.parent], parts.folder)
+        settings, began = (model, options, [path.parent], parts.folder), time.perf_counter()
         processes = Processes(workers, "recipes.data.worker", settings)
         while not processes.ready:
-            time.sleep(0.1)
-        before = _children(processes)
+            time.sleep(0.05)
+        start, before = time.perf_counter() - began, _children(processes)
 
         def together() -> None:
             blocks = ((0, block) for block in sources[0].blocks())
-            groups, share = groups_of(blocks, 1e4), Share(sources)
+            groups, share = groups_of(blocks, speed), Share(sources)
             with_processes(parts, processes, workers, groups, lambda read, share: None, lambda line: None, share)
             parts.join(joined)
 
         spent = timed(together)
-        spent = Spent(spent.wall, spent.cpu + _children(processes) - before, spent.cpu)
+        spent = Spent(spent.wall, spent.cpu + _children(processes) - before, spent.cpu, (start, before))
         processes.close()
         return spent
 
@@ -202,29 +155,40 @@ def main() -> None:
         for tokens in arguments.tokens:
             rows = chats(arguments.records * min(arguments.tokens) // tokens, tokens, chat)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            ways: dict[str, Callable[[], Spent]] = {"datasets.map": lambda rows=rows: theirs(rows, chat)}  # type: ignore[misc]
-            for workers in arguments.workers:
-                ways[f"{workers} process(es)"] = lambda workers=workers: ours(path, model, workers)  # type: ignore[misc]
-            best = {name: [way() for _ in range(arguments.runs)] for name, way in ways.items()}
-            load = os.getloadavg()[0]
-            alone = best.get("1 process(es)")
-            for name, spent in best.items():
-                cpu, wall = (len(rows) / min(getattr(one, which) for one in spent) for which in ("cpu", "wall"))
-                print(
-                    f"{tokens} tokens | {name} | {cpu:.0f} a CPU second | {wall:.0f} a second | load {load:.1f}",
-                    flush=True,
-                )
-                least = min(spent, key=lambda one: one.cpu)
-                if least.parent and alone:
-                    # Both work at once, where there are cores for both: whichever has more to do decides.
-                    workers = int(name.split()[0])
-                    longest = max(least.parent, (least.cpu - least.parent) / workers)
-                    of_each = [1e6 * seconds / len(rows) for seconds in (least.cpu - least.parent, least.parent)]
-                    print(
-                        f"  a sample: {of_each[0]:.0f} µs of a worker, {of_each[1]:.0f} µs of the parent; by these "
-                        f"{min(one.cpu for one in alone) / longest:.2f} times one process",
-                        flush=True,
-                    )
+            report(tokens, rows, measured(rows, path, model, chat, arguments.workers, arguments.runs))
+
+
+def measured(
+    rows: list[dict[str, Any]], path: Path, model: Path, chat: ChatModel, workers: Sequence[int], runs: int
+) -> dict[str, list[Spent]]:
+    """The runs of each way, by its name."""
+    found = {"datasets.map": [theirs(rows, chat) for _ in range(runs)]}
+    speed = 1e4
+    for count in sorted(workers):
+        spent = found[f"{count} process(es)"] = [ours(path, model, count, speed) for _ in range(runs)]
+        speed = len(rows) / spent[0].wall if count == 1 else speed
+    return found
+
+
+def report(tokens: int, rows: Sequence[Any], found: dict[str, list[Spent]]) -> None:
+    """Print a line for each way, and what others take of this process."""
+    load, alone = os.getloadavg()[0], found.get("1 process(es)")
+    per_cpu = {name: len(rows) / min(one.cpu for one in spent) for name, spent in found.items()}
+    for name, spent in found.items():
+        wall = min(one.wall for one in spent)
+        said = f"{per_cpu[name]:.0f} a CPU second ({per_cpu[name] / per_cpu['datasets.map']:.2f})"
+        times = f" ({min(one.wall for one in alone) / wall:.2f} times one process)" if alone else ""
+        print(
+            f"{tokens} tokens | {name} | {said} | {len(rows) / wall:.0f} a second{times} | load {load:.1f}", flush=True
+        )
+        least = min(spent, key=lambda one: one.cpu)
+        if least.parent:
+            of_each = [1e6 * seconds / len(rows) for seconds in (least.cpu - least.parent, least.parent)]
+            print(
+                f"  a sample: {of_each[0]:.0f} µs of a worker, {of_each[1]:.0f} µs of the parent; to start them "
+                f"{least.start[0]:.1f} s by the clock, {least.start[1]:.1f} of CPU",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

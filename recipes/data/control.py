@@ -36,8 +36,7 @@ class ControlTokens:
             self._refuse(sample.text, set(), f"{sample.where}: text")
         for index, message in enumerate(sample.messages):
             # Most messages have none of what a control token begins with, nor half of one.
-            (text, *more) = _texts(message) or [""]
-            if "<" in text or (more and any("<" in one for one in more)):
+            if "<" in "".join(_texts(message)):
                 self._check_message(message, f"{sample.where}: messages[{index}]")
         for value in _strings(list(sample.tools)) if sample.tools else ():
             self._refuse(value, set(), f"{sample.where}: tools")
@@ -68,7 +67,7 @@ class ControlTokens:
 
 def _texts(message: Message) -> list[str]:
     texts = [part for part in message.parts if isinstance(part, str)]
-    if message.bare:
+    if message.thinking is None and not message.tool_calls and not message.extra:
         return texts
     return [*texts, message.thinking or "", *_strings([*message.tool_calls, message.extra])]
 

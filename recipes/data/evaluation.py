@@ -58,8 +58,9 @@ def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOp
         parts = [held_out(samples, data.val_fraction) for samples in train]
         for one, (rest, held) in zip(said, parts, strict=True):
             sets[one.name or ("held_out" if sets else "")] = held
+            taken, there = (size // one.options.together for size in (len(held), len(held) + len(rest)))
             notes.append(
-                f"{len(held)} of {len(held) + len(rest)} samples{f' of {one.name}' if one.name else ''} are held out "
+                f"{taken} of {there} samples{f' of {one.name}' if one.name else ''} are held out "
                 f"and evaluated on, chosen by their content (data.val_fraction={data.val_fraction:g})"
             )
         train = [rest for rest, _ in parts]
@@ -69,8 +70,9 @@ def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOp
 def _limited(sets: Mapping[str, Whole], rows: int, notes: list[str]) -> dict[str, Whole]:
     """The first so many samples of each set (0: all), which is noted."""
     for name, corpus in sets.items():
-        if rows and rows < len(corpus):
-            notes.append(f"evaluation{_called(name)} is of the first {rows} of {len(corpus)} samples (train.eval_rows)")
+        there = len(corpus) // corpus.options.together
+        if rows and rows < there:
+            notes.append(f"evaluation{_called(name)} is of the first {rows} of {there} samples (train.eval_rows)")
     return {name: first(corpus, rows) for name, corpus in sets.items()}
 
 

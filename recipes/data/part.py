@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -71,37 +70,21 @@ def held_out(corpus: Whole, fraction: float) -> tuple[Part, Part]:
     Pieces of one record, and records that say the same, are on the same side. Raises DataError where nothing would be
     left of either side.
     """
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for samples in _records(corpus):
-        digest = hashlib.blake2b(digest_size=16)
-        for sample in samples:
-            encoded = corpus[sample]
-            digest.update(encoded.ids.tobytes() + repr(encoded.media).encode())
-        groups[digest.digest()] += samples
-    wanted = max(1, round(fraction * len(corpus)))
-    taken: list[int] = []
-    for key in sorted(groups):
-        if len(taken) >= wanted:
-            break
-        taken += groups[key]
-    chosen = np.zeros(len(corpus), bool)
-    chosen[taken] = True
-    if chosen.all():
+    starts, digests = whole(corpus).records(
+        corpus.samples if isinstance(corpus, Part) else np.arange(len(corpus), dtype=np.int64)
+    )
+    order = np.lexsort(digests.T[::-1])
+    sizes = np.diff(starts, append=len(corpus))[order]
+    # Those that say the same, the least digest first, until there are enough.
+    alike = np.cumsum(np.r_[False, (np.diff(digests[order], axis=0) != 0).any(1)])
+    together = np.bincount(alike, sizes).astype(np.int64)
+    taken = np.cumsum(together) - together < max(1, round(fraction * len(corpus)))
+    if taken.all():
         raise DataError(
             f"{', '.join(corpus.options.paths)}: data.val_fraction={fraction:g} of {len(corpus)} samples "
-            f"({len(groups)} different ones) leaves none to train on"
+            f"({len(taken)} different ones) leaves none to train on"
         )
+    records = np.empty(len(order), bool)
+    records[order] = taken[alike]
+    chosen = records.repeat(np.diff(starts, append=len(corpus)))
     return _taken(corpus, np.flatnonzero(~chosen)), _taken(corpus, np.flatnonzero(chosen))
-
-
-def _records(corpus: Whole) -> list[list[int]]:
-    """The samples of each record, which stand together."""
-    records: list[list[int]] = []
-    before = None
-    for sample in range(len(corpus)):
-        where = corpus.where(sample)
-        if where != before:
-            records.append([])
-        records[-1].append(sample)
-        before = where
-    return records

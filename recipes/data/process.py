@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from bridge.errors import BridgeError
+from recipes.data.garbage import seldom_collected
 from recipes.helper_signals import unheard
 
 
@@ -24,18 +25,17 @@ def main() -> None:
             path, module, settings = connection.recv()
             sys.path[:] = path
             answer: Callable[[Any], Any] = importlib.import_module(module).opened(*settings)
-            # What is there now stays, and records make no circles: garbage need not be looked for often.
-            gc.freeze()
-            gc.set_threshold(50_000)
+            gc.freeze()  # what is there now stays
             connection.send("ready")
-            while True:
-                question = connection.recv()
-                try:
-                    connection.send((answer(question), None))
-                except (BridgeError, OSError) as error:
-                    connection.send((None, error))
-        except (EOFError, BrokenPipeError):
-            pass
+            with seldom_collected():
+                while True:
+                    question = connection.recv()
+                    try:
+                        connection.send((answer(question), None))
+                    except (BridgeError, OSError) as error:
+                        connection.send((None, error))
+        except (EOFError, ConnectionError):
+            pass  # the run has ended, or was killed
 
 
 if __name__ == "__main__":

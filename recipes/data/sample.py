@@ -181,10 +181,12 @@ def _messages(record: Mapping[str, Any], where: Where, field: str, unread: list[
             columns[kind] = _media_column(column, kind, f"{where}: {kind}s")
     # Nearly all messages are plain: no more is to be looked at.
     messages = tuple(
-        Message(row["role"], (row["content"],))
-        if is_plain(row) and row["role"] != "tool" and is_unicode(row["content"])
-        else _message(row, columns, f"{where}: {field}[{index}]", f"{field}[].", unread)
-        for index, row in enumerate(rows)
+        [
+            Message(row["role"], (row["content"],))
+            if is_plain(row) and row["role"] != "tool" and is_unicode(row["content"])
+            else _message(row, columns, f"{where}: {field}[{index}]", f"{field}[].", unread)
+            for index, row in enumerate(rows)
+        ]
     )
     for kind, left in columns.items():
         if left:

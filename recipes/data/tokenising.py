@@ -16,6 +16,7 @@ from recipes.data.blocks import Block
 from recipes.data.cache import Parts, write_part
 from recipes.data.chat import ChatModel
 from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.garbage import seldom_collected
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.processes import Processes
@@ -27,8 +28,9 @@ from recipes.data.threads import ordered_map
 
 # Other processes take seconds to start: they are begun when this one has worked so long, and it works on meanwhile.
 _ALONE_S = 5.0
-# What a process does at a time takes about so long, or is so many blocks: it is what an end of the run may cost.
-_GROUP_S, _GROUP_BLOCKS = 3.0, 32
+# What a process does at a time takes about so long, or is so many blocks: it is what an end of the run may cost, and
+# how long the last process may work alone.
+_GROUP_S, _GROUP_BLOCKS = 1.0, 32
 
 # The number of a source, and consecutive records of it.
 Numbered = tuple[int, Block]
@@ -106,7 +108,7 @@ def tokenise(
     roots = [Path(options.media_root) if options.media_root is not None else source.root for source in sources]
     share = Share(sources)
     blocks = _behind(sources, parts.records)
-    with ExitStack() as stack:
+    with seldom_collected(), ExitStack() as stack:
         processes: Processes | None = None
         try:
             clock = _Clock(parts.records)

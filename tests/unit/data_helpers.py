@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bridge.toy.assets import write_assets
 from bridge.toy.config import toy_config
 from recipes.data import Corpus, CorpusOptions, open_corpus
@@ -99,3 +101,32 @@ def chat(*turns: str, **extra: Any) -> Mapping[str, Any]:
         ],
         **extra,
     }
+
+
+def messages(*rows: Any) -> dict[str, Any]:
+    """A conversation of these messages."""
+    return {"messages": list(rows)}
+
+
+GOOD = chat("hi", "hello")
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def part(**keys: Any) -> dict[str, Any]:
+    """A conversation whose user says one part of content."""
+    return messages({"role": "user", "content": [keys]}, ANSWER)
+
+
+def picture_folder(outside: Path) -> Path:
+    """A folder of pictures, good.png and other.png, in a folder that has one too, secret.png."""
+    data = outside / "data"
+    data.mkdir()
+    Image.new("RGB", (24, 24)).save(data / "good.png")
+    Image.new("RGB", (36, 24)).save(data / "other.png")
+    Image.new("RGB", (24, 24)).save(outside / "secret.png")
+    return data
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, by names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -111,6 +111,42 @@ def test_a_source_added_at_the_end_leaves_the_others_alone(shares: list[Share], 
 
 
 @pytest.mark.parametrize("packing", [False, True])
+def test_a_sources_order_is_of_its_number_alone(packing: bool) -> None:
+    """Sources as large as each other have orders of their own; nothing but seed, epoch and number makes one."""
+    size = 40
+    lengths = np.full((size, 1), WIDTH if packing else 9)  # a sample a row, packed or not
+
+    def order(source: int, epoch: int = 0, seed: int = 1, count: int = size) -> list[int]:
+        plan = plan_epoch(
+            lengths[:count],
+            epoch=epoch,
+            seed=seed,
+            shuffle=True,
+            packing=packing,
+            seq_length=WIDTH,
+            source=source,
+        )
+        return plan.order.tolist()
+
+    # The first one's is that of a run on it alone, as versions without sources had it.
+    every = {
+        (source, epoch, seed): order(source, epoch, seed) for source in range(4) for epoch in (0, 1) for seed in (1, 2)
+    }
+    assert len({tuple(each) for each in every.values()}) == len(every)
+    for (source, epoch, seed), found in every.items():
+        for count in (size, 7):
+            generator = np.random.Generator(np.random.PCG64([seed, epoch, *([source] if source else [])]))
+            expected = generator.permutation(count)
+            if packing:
+                expected = expected[generator.permutation(count)]
+            assert (found if count == size else order(source, epoch, seed, count)) == expected.tolist()
+    rows, _ = order_of([ALL, ALL], [size, size], packing=packing).ahead(60, Position(0, 0, ((0, 0), (0, 0))))
+    first, second = ([row for source, row in rows if source == number] for number in (0, 1))
+    common = min(len(first), len(second))
+    assert common > 5 and first[:common] != second[:common]
+
+
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
     "shares",
     [

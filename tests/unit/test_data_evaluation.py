@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from bridge.cli import app
 from bridge.errors import DataError, UsageError
-from recipes.config import resolve
+from bridge.geometry import Geometry
+from recipes.config import load_recipe, resolve
 from recipes.data.evaluation import Opened, open_sets
 from recipes.data.options import CorpusOptions
 from recipes.data.part import first, held_out
-from recipes.data.training import corpora
+from recipes.data.training import corpora, streams
 
 from .data_helpers import chat, corpus_of, model_folder, write_jsonl
 
@@ -52,6 +56,46 @@ def test_what_is_held_out_is_held_out(tmp_path: Path, model: Path) -> None:
     thrice = corpus_of(tmp_path / "thrice", model, ROWS * 3)
     rest, held = held_out(thrice, 0.2)
     assert len(held) == 18 and not texts(rest) & texts(held)
+
+
+def test_which_ones_does_not_change(tmp_path: Path, model: Path) -> None:
+    """The least digests of ids and media, of all samples of a record: a run that goes on holds out what it held out."""
+    rows = [*ROWS, *ROWS[:9], chat(*[f"{number} {'and so on ' * 6}" for number in range(8)])]
+    corpus = corpus_of(tmp_path, model, rows, seq_length=160, overlong="split")
+    assert len(corpus) > len(rows) and corpus.where(39) == corpus.where(len(corpus) - 1)
+    for samples in (corpus, first(corpus, 33)):
+        digests: dict[bytes, list[int]] = {}
+        for line in dict.fromkeys(samples.where(sample).line for sample in range(len(samples))):
+            of_line = [sample for sample in range(len(samples)) if samples.where(sample).line == line]
+            said = b"".join(samples[sample].ids.tobytes() + b"()" for sample in of_line)
+            digests.setdefault(hashlib.blake2b(said, digest_size=16).digest(), []).extend(of_line)
+        for fraction in (0.01, 0.2, 0.6):
+            taken: list[int] = []
+            for key in sorted(digests):
+                taken += digests[key] if len(taken) < max(1, round(fraction * len(samples))) else []
+            rest, held = held_out(samples, fraction)
+            assert held.samples.tolist() == sorted(taken)
+            assert rest.samples.tolist() == sorted({*range(len(samples))} - {*taken})
+
+
+def test_how_many_are_held_out_is_said_once(tmp_path: Path, model: Path) -> None:
+    """By `data prepare` and by a run; of pairs, pairs."""
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    pairs = [{"prompt": f"say {n}", "chosen": str(n), "rejected": f"no {n}"} for n in range(10)]
+    others = write_jsonl(tmp_path / "b.jsonl", pairs)
+    known = [f"model.hf={model}", f"data.cache={tmp_path / 'cache'}", "data.val_fraction=0.2", "train.eval_every=1"]
+    keys = ["sft/smoke", f"data.path={path}", *known]
+    said = "6 of 30 samples are held out and evaluated on, chosen by their content (data.val_fraction=0.2)"
+    result = CliRunner().invoke(app, ["data", "prepare", *keys], catch_exceptions=False)
+    assert result.output.count(said) == result.output.count("held out") == 1
+    recipe = load_recipe(keys[0], keys[1:])
+    found = streams(recipe, Geometry.from_folder(model), 0, 1)
+    assert [line for line in found.notes if "held out" in line] == [said]
+    answers = corpora(load_recipe("dpo/smoke", [f"data.path={others}", *known, "train.eval_rows=1"]))
+    assert len(answers.train) == 16 and answers.notes == (
+        said.replace("6 of 30", "2 of 10"),
+        "evaluation is of the first 1 of 2 samples (train.eval_rows)",
+    )
 
 
 def test_pieces_of_a_record_stay_together(tmp_path: Path, model: Path) -> None:

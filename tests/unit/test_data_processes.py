@@ -24,16 +24,12 @@ from recipes.data.chat import ChatModel
 from recipes.data.media import decode_image, image_size
 from recipes.data.processes import Processes
 
-from .data_helpers import caches, chat, model_folder, write_jsonl
+from .data_helpers import caches, chat, files_of, model_folder, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -103,7 +99,7 @@ def test_processes_to_the_end_and_killed(
     assert said[0].startswith("tokenising goes on behind") and files_of(resumed.folder) == files_of(alone.folder)
 
 
-def ends(options: CorpusOptions, model: Path, cache: Path, kills: list[tuple[int, int, str]]) -> list[int]:
+def ends(options: CorpusOptions, model: Path, cache: Path, kills: list[tuple[int, int, int | str]]) -> list[int]:
     """How preparations ended that were killed when, as `preparing` has it."""
     arguments = [str(options.path), str(model), str(cache), json.dumps(kills)]
     command = [sys.executable, "-m", "tests.unit.preparing", *arguments]
@@ -121,7 +117,7 @@ def order(corpus: Corpus) -> list[list[int]]:
 def test_killed_in_the_middle(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
     """By SIGKILL, when so many records are done: what is there is gone on with, to the same bytes."""
     alone = replace(options, workers=1)
-    assert ends(alone, model, tmp_path / "killed", [(1, 300, "record")]) == [-signal.SIGKILL]
+    assert ends(alone, model, tmp_path / "killed", [(1, 300, 0)]) == [-signal.SIGKILL]
     said: list[str] = []
     resumed = open_corpus(replace(alone, cache=str(tmp_path / "killed")), model, notify=said.append)
     assert "tokenising goes on behind the 288 records of an interrupted run" in said
@@ -132,10 +128,12 @@ def test_killed_in_the_middle(options: CorpusOptions, tmp_path: Path, model: Pat
 
 @pytest.mark.slow
 def test_killed_twenty_times(options: CorpusOptions, tmp_path: Path, model: Path) -> None:
-    """At twenty points, by one process and by two, while the parts are joined and behind that."""
-    kills = [(1 + (n % 5 == 4), 100 + 45 * n, "record") for n in range(18)] + [(1, 0, "join"), (1, 0, "made")]
+    """At twenty points, by one process and by two, at every step of writing a part, while the parts are joined and
+    behind that."""
+    kills: list[tuple[int, int, int | str]] = [(1 + (n % 6 == 5), 30 + 50 * n, n) for n in range(17)]
+    kills += [(1, 990, "mkdtemp"), (1, 1000, 70), (1, 0, "rmtree")]
     assert ends(options, model, tmp_path / "killed", kills) == [-signal.SIGKILL] * 20
-    resumed = open_corpus(replace(options, cache=str(tmp_path / "killed")), model)
+    resumed = open_corpus(replace(options, workers=1, cache=str(tmp_path / "killed")), model)
     whole = open_corpus(replace(options, workers=1), model)
     assert files_of(resumed.folder) == files_of(whole.folder) and order(resumed) == order(whole)
     assert caches(tmp_path / "killed") == [resumed.folder]
