@@ -11,6 +11,7 @@ import math
 import re
 import wave
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from typer.testing import CliRunner
 
 from bridge.cli import app
 from bridge.errors import DataError, UsageError
+from bridge.generate import output
+from bridge.generate.rows import Completion
 from recipes.data import Corpus, CorpusOptions, Supervise, open_corpus
 from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel
@@ -52,16 +55,15 @@ def template(model: Path) -> Any:
 def expected(template: Any, messages: Sequence[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
     """transformers' own ids, and a mask from what it renders: the model's turns, with their end, by characters."""
     media = [part for row in messages if isinstance(row.get("content"), list) for part in row["content"]]
-
-    def with_pictures(parts: Any) -> Any:
-        if not isinstance(parts, list):
-            return parts
-        return [part | {"image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part for part in parts]
-
-    filled = [row | {"content": with_pictures(row["content"])} if "content" in row else row for row in messages]
+    filled = [
+        {**row, "content": [{**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
+                            for part in row["content"]]} if isinstance(row.get("content"), list) else row
+        for row in messages
+    ]  # fmt: skip
     text = template.apply_chat_template(messages, tools=tools, tokenize=False)
-    shown = filled if media else messages
-    ids = template.apply_chat_template(shown, tools=tools, tokenize=True, return_dict=True)["input_ids"][0]
+    ids = template.apply_chat_template(
+        filled if media else messages, tools=tools, tokenize=True, return_dict=True
+    )["input_ids"][0]  # fmt: skip
     ids = [int(token) for token in ids]
     # Soft tokens are no characters: the mask of the text, where an image is one token.
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -102,15 +104,9 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids",
-        "megatron",
-        "text",
-        "preference",
-        "unpaired-preference",
-        "prompt-response",
-        "inputs-targets",
-        "input-output",
-    }
+        "input_ids", "answer", "megatron", "text", "preference", "unpaired-preference", "prompt-response",
+        "inputs-targets", "input-output",
+    }  # fmt: skip
 
 
 def test_text_and_tokens(tmp_path: Path, model: Path, template: Any) -> None:
@@ -132,6 +128,23 @@ def test_text_and_tokens(tmp_path: Path, model: Path, template: Any) -> None:
     assert [of(split, index)[0] for index in range(len(split))] == [[2, 5, 6, 7], [2, 8, 9]]
     with pytest.raises(DataError, match=r"data\.jsonl:1: input_ids: <\|image\|> stands for media"):
         corpus_of(tmp_path, model, [{"input_ids": [2, tokenizer.convert_tokens_to_ids("<|image|>"), 5]}])
+
+
+def test_answers_of_generate(tmp_path: Path, model: Path) -> None:
+    """The lines of `generate --output`, with a drafter or without: the answer is learnt."""
+    asked, answered = (2, 105, 9, 10), (11, 12, 106)
+    drafted = Completion(0, 0, asked, answered, (-0.5,) * 3, "stop", "b", ((2, 1),))
+    lines = [output.record(drafted), output.record(replace(drafted, rounds=None, sample=1))]
+    assert (lines[0]["drafted"], lines[0]["accepted"]) == (2, 1) and "drafted" not in lines[1]
+    corpus = corpus_of(tmp_path, model, lines)
+    assert corpus.statistics.formats == {"answer": 2} and not corpus.statistics.unread
+    for index in range(2):
+        assert of(corpus, index) == ([*asked, *answered], [False] * 4 + [True] * 3)
+    with pytest.raises(DataError, match=r"data\.jsonl:1: tokens: expected a list of integers, found a string"):
+        corpus_of(tmp_path, model, [{"prompt_tokens": [2], "tokens": "b", "text": "b"}])
+    with pytest.raises(DataError, match=r"<\|image\|> stands for media"):
+        image = corpus.tokenizer.convert_tokens_to_ids("<|image|>")
+        corpus_of(tmp_path, model, [lines[0] | {"prompt_tokens": [2, image]}])
 
 
 PAIRS = [{"question": f"Is {number} even?", "answer": f"{number % 2 == 0}"} for number in range(600)]
@@ -252,7 +265,7 @@ def test_what_a_record_does_not_show_is_said(tmp_path: Path, model: Path, templa
     with pytest.raises(DataError, match=r"has no instruction, which data\.format=alpaca needs; it has q"):
         learnt([{"q": 1}], format="alpaca")
     for layout, message in [
-        ({"format": "alpacca"}, r"data\.format=alpacca: is one of input_ids, megatron, messages"),
+        ({"format": "alpacca"}, r"data\.format=alpacca: is one of input_ids, megatron, answer, messages"),
         ({"columns": {"promt": "q"}}, r"data\.columns\.promt=q: names a column of the data for one of role"),
         ({"function": "made"}, r"data\.function=made: is written module:function"),
         ({"function": "nowhere:made"}, r"nowhere:made: cannot be imported"),
