@@ -76,7 +76,7 @@ def _options(
 
 @app.command(epilog=epilog("toy 26b-a4b /tmp/toy-26b --dtype float32"))
 def toy(
-    variant: Annotated[str, typer.Argument(help="e2b, e4b, 12b, 26b-a4b or 31b")],
+    variant: Annotated[str, typer.Argument(help="e2b, e4b, 12b, 26b-a4b or 31b; e2b-assistant: its drafter")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
@@ -88,7 +88,7 @@ def toy(
     ple_vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the per-layer table, if others.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Of sliding layers; global twice that, window 16.")] = None,
     drafter: Annotated[
-        bool, typer.Option("--drafter", help="Its drafter, a small model that drafts its tokens.")
+        bool, typer.Option("--drafter", help="Its drafter, a small model that drafts its tokens, as -assistant.")
     ] = False,
     ordered: Annotated[
         bool | None, typer.Option("--ordered/--plain", help="The drafter's head; as the published one's if absent.")
@@ -99,9 +99,10 @@ def toy(
     from bridge.progress import shown_progress
     from bridge.toy import write_toy
 
+    model = variant.removesuffix("-assistant")
     with shown_progress(err, f"toy {variant}") as progress:
         write_toy(
-            variant,
+            model,
             folder,
             seed=seed,
             dtype=dtype,
@@ -112,7 +113,7 @@ def toy(
             vocab_size=vocab_size,
             ple_vocab_size=ple_vocab_size,
             head_dim=head_dim,
-            drafter=drafter,
+            drafter=drafter or model != variant,
             ordered=ordered,
             overwrite=overwrite,
             progress=lambda done, total: progress(done, total, variant),

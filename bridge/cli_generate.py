@@ -115,8 +115,8 @@ def generate(
     """Let a model answer: a prompt, a file of them, or a conversation. Greedy unless --temperature is above 0.
 
     Answers stream to the terminal, or go to --output as JSONL: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason; with --drafter also rounds, [proposed, accepted] of each pass. The log-probabilities are the model's
-    own, before temperature and cuts.
+    finish_reason; with --drafter also drafted and accepted, how many tokens, and rounds, those of each pass. The
+    log-probabilities are the model's own, before temperature and cuts.
     """
     from bridge.generate.opened import stop_token_ids
     from bridge.generate.sampling import SamplingOptions

@@ -21,7 +21,7 @@ class Acceptance:
     @classmethod
     def of(cls, completions: Iterable[Completion]) -> Acceptance:
         """Of answers, each with its `rounds`."""
-        rounds = [each for completion in completions for each in completion.rounds]
+        rounds = [each for completion in completions for each in completion.rounds or ()]
         places = range(max((drafted for drafted, _ in rounds), default=0))
         counts = [
             tuple(sum(count > place for count in column) for place in places) for column in zip(*rounds, strict=True)

@@ -310,7 +310,8 @@ class Generator:
             return None
         if not text and self.decode is not None and not options.stop_strings:
             text = self.decode(row.tokens)
-        said, rounds = (tuple(row.tokens), tuple(row.logprobs)), tuple(row.rounds)
+        said = tuple(row.tokens), tuple(row.logprobs)
+        rounds = None if self.speculator is None else tuple(row.rounds)
         return Completion(row.index, row.sample, row.prompt.ids, *said, reason, text, rounds)
 
 

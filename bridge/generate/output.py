@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def record(completion: Completion) -> dict[str, object]:
-    """A line of the output. `sample` is there where a prompt has several answers, `rounds` where there is a drafter."""
+    """A line of the output. `sample` is there where a prompt has several answers; where there is a drafter, how many
+    tokens were `drafted` and `accepted` in all, and in each of the `rounds`."""
     line = {
         "index": completion.index,
         "prompt_tokens": list(completion.prompt_tokens),
@@ -27,8 +28,9 @@ def record(completion: Completion) -> dict[str, object]:
         "logprobs": list(completion.logprobs),
         "finish_reason": completion.finish_reason,
     }
-    if completion.rounds:
-        line["rounds"] = [list(of_pass) for of_pass in completion.rounds]
+    if completion.rounds is not None:
+        drafted, accepted = (sum(of_pass[place] for of_pass in completion.rounds) for place in (0, 1))
+        line |= {"drafted": drafted, "accepted": accepted, "rounds": [list(of_pass) for of_pass in completion.rounds]}
     return line | {"sample": completion.sample} if completion.sample else line
 
 

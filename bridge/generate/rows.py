@@ -26,7 +26,7 @@ class Completion:
 
     `logprobs` are the model's own of `tokens`; `finish_reason` is "stop" (a stop id or string) or "length". `text` is
     the answer up to a stop string, "" where the generator has no tokenizer. `rounds`: of each pass of the model over
-    tokens that a drafter proposed, how many those were and how many of them were accepted.
+    tokens that a drafter proposed, how many those were and how many of them were accepted; None without a drafter.
     """
 
     index: int
@@ -36,7 +36,7 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str
     text: str = ""
-    rounds: tuple[tuple[int, int], ...] = ()
+    rounds: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,8 @@ def _completion(event: dict[str, Any]) -> Completion:
     from bridge.generate.rows import Completion
 
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in event.items()}
-    fields["rounds"] = tuple(map(tuple, event["rounds"]))
+    if event["rounds"] is not None:
+        fields["rounds"] = tuple(map(tuple, event["rounds"]))
     return Completion(**fields)
 
 

@@ -38,7 +38,7 @@ from recipes.data.tokenising import tokenise
 from recipes.data.uses import Use, default_folder, lock_of, parts_of
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
-_FORMAT = 3
+_FORMAT = 4
 
 # Samples whose tokens are looked at together.
 _BLOCK = 1 << 16

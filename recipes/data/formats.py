@@ -201,6 +201,20 @@ def _tokens(columns: Columns) -> Mapping[str, Any]:
     return {name: columns.get(name) for name in names}
 
 
+# Of a line that `generate --output` writes, beside the tokens.
+_OF_ANSWERS = ("index", "sample", "text", "logprobs", "finish_reason", "drafted", "accepted", "rounds")
+
+
+def _answer(columns: Columns) -> Mapping[str, Any]:
+    """What a model was asked and what it said, both as tokens; only the answer is learnt."""
+    asked, said = (columns.get(name) for name in ("prompt_tokens", "tokens"))
+    for name, value in (("prompt_tokens", asked), ("tokens", said)):
+        if not is_list(value):
+            raise DataError(f"{columns.at(name)}: expected a list of integers, found {kind_of(value)}")
+    columns.read.update(map(columns.theirs, _OF_ANSWERS))
+    return {"input_ids": [*asked, *said], "completion_mask": [0] * len(asked) + [1] * len(said)}
+
+
 def _refused(why: str) -> Callable[[Columns], Mapping[str, Any]]:
     def refuse(columns: Columns) -> Mapping[str, Any]:
         raise DataError(f"{columns.where}: {why}")
@@ -216,6 +230,7 @@ _PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"
 FORMATS: tuple[Format, ...] = (
     Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask"), "input_ids"),
     Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}, field=MEGATRON),
+    Format("answer", ("prompt_tokens", "tokens"), _answer, field="tokens"),
     Format("messages", ("messages",), _conversation("messages"), (*_SYSTEM, *_BESIDE)),
     Format("llava", ("conversations", "image"), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
     Format("llava-images", ("conversations", "images"), _conversation("conversations"), (*_SYSTEM, *_BESIDE),

@@ -71,14 +71,21 @@ class EngineFailed(Exception):
     """The process ended otherwise than with an answer; what it said last."""
 
 
-def ask_vllm(model: Path, asks: Sequence[Ask], workdir: Path, **options: Any) -> list[list[Answer]]:
-    """What vLLM answers: for every ask, for every prompt. Raises EngineFailed with the end of what vLLM said."""
+def ask_vllm(
+    model: Path, asks: Sequence[Ask], workdir: Path, *, centroid_graphs: bool = True, **options: Any
+) -> list[list[Answer]]:
+    """What vLLM answers: for every ask, for every prompt. Raises EngineFailed with the end of what vLLM said.
+
+    `centroid_graphs=False`: it records no CUDA graphs of a drafter's centroids, which a CPU cannot; what it computes is
+    the same.
+    """
     job, answer, said = (workdir / f"vllm-{name}" for name in ("job.json", "answer.json", "said.log"))
     job.write_text(
         json.dumps(
             {
                 "model": str(model),
                 "options": OPTIONS | options,
+                "centroid_graphs": centroid_graphs,
                 "asks": [asdict(ask) | {"never": [] if ask.free else placeholders(model)} for ask in asks],
             }
         )

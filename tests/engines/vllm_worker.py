@@ -1,7 +1,8 @@
 """Runs in .venv-engines: one vLLM engine in this process, asked by a file and answering by one.
 
 `python vllm_worker.py JOB.json ANSWER.json`. A job is `{"model": folder, "options": {…}, "asks": [ask, …]}`, options of
-vllm.LLM; fields of asks and answers are those of `Ask` and `Answer` in kit.py; `never` are tokens that no answer has.
+vllm.LLM, and "centroid_graphs", see `ask_vllm`; fields of asks and answers are those of `Ask` and `Answer` in kit.py;
+`never` are tokens that no answer has.
 With a drafter, what vLLM counted is in vllm-counts.json beside the answer.
 """
 
@@ -20,6 +21,10 @@ def main(job_file: str, answer_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     from vllm import LLM
 
+    if not job["centroid_graphs"]:
+        from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
+
+        Gemma4Proposer._setup_centroids_cuda_graphs = lambda self: None
     llm = LLM(model=job["model"], **job["options"])
     numbers: dict[str, int] = {}
     answers = []

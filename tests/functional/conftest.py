@@ -14,6 +14,7 @@ from bridge.ranks import PRELOAD, RankPool
 from bridge.toy import write_toy
 from bridge.verify.on_ranks import run_reference
 from bridge.verify.sample import Sample, random_sample
+from tests.functional.command_server import CommandServer
 
 Toy = Callable[..., Path]
 
@@ -33,6 +34,12 @@ def ranks() -> Iterator[RankPool]:
     """Importing torch and Megatron takes longer than most tests: it is done once."""
     with RankPool(4, preload=(*PRELOAD, *PRELOADED)) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    with CommandServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

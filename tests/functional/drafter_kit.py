@@ -20,9 +20,11 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 
 from bridge import Gemma4Bridge
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf
+from bridge.generate import speculative
 from bridge.generate.loop import Generator
+from bridge.generate.row import Row
 from bridge.generate.rows import Completion, Prompt
-from bridge.generate.sampling import SamplingOptions
+from bridge.generate.sampling import SamplingOptions, draw
 from bridge.generate.task import ModelTask, build_model, build_speculator
 from bridge.geometry import Geometry, bound, producers
 from bridge.hf.folder import HfFolder
@@ -145,6 +147,18 @@ def answer_with_drafter(
     return Generator(model, groups, speculator=build_speculator(task, model, groups), **settings).generate(
         prompts, options
     )
+
+
+def answer_accepting_all(
+    task: ModelTask, prompts: Sequence[Prompt], options: SamplingOptions, **settings: Any
+) -> list[Completion]:
+    """`answer_with_drafter` that is wrong: every token that is drafted counts as accepted."""
+
+    def sampled(wanted: Tensor, proposed: list[int], own: Any, row: Row, options: SamplingOptions) -> list[int]:
+        return [*proposed, int(draw(wanted[-1:], [row.drawn(options, len(proposed))]))]
+
+    with unittest.mock.patch.object(speculative, "sampled", sampled):
+        return answer_with_drafter(task, prompts, options, **settings)
 
 
 def fit(pair: Pair, rows: Sequence[Sequence[int]], out: Path, steps: int = 120, drafts: int = 4) -> float:

@@ -1,8 +1,9 @@
 """Every command that README.md and the examples show, run as it stands there, in toy mode.
 
-Toy mode: an empty folder in which `google/gemma-4-…` is a folder with a toy, so that hub ids need no network, and
-`.venv` is the environment that runs the tests. The blocks of a file run in order, in one shell that stops at the first
-error. A block with `<!-- not run: why -->` on the line above it is left out, and its reason printed.
+Toy mode: an empty folder in which `google/gemma-4-…` is a folder with a toy, so that hub ids need no network.
+`gemma4-bridge`, that of `.venv` too, is forked with its imports made (`command_server`). The blocks of a file run in
+order, in one shell that stops at the first error. A block with `<!-- not run: why -->` on the line above it is left
+out, and its reason printed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 from bridge.errors import ParallelError
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
+from tests.functional.command_server import CommandServer
 from tests.functional.conftest import Toy
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +90,7 @@ def test_the_python_of_the_readme(ranks: RankPool, toy: Toy, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
-def test_its_commands_run(path: Path, tmp_path: Path) -> None:
+def test_its_commands_run(path: Path, tmp_path: Path, commands: CommandServer) -> None:
     todo = [block for block in blocks(path) if block.why_not is None]
     for block in blocks(path):
         if block.why_not is not None:
@@ -101,12 +103,13 @@ def test_its_commands_run(path: Path, tmp_path: Path) -> None:
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             write_toy(found[1].lower(), folder)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(commands.bin)
     # Copies, so that nothing is written into the repository; the code is the repository's.
     for name in ("examples", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{commands.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

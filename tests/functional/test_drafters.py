@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bridge.generate.acceptance import Acceptance
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
+from bridge.generate.task import ModelTask
 from bridge.geometry import Geometry
 from bridge.megatron.draft_loss import DraftLoss
 from bridge.megatron.parallel import Parallel
@@ -23,6 +26,7 @@ from .conftest import Toy
 from .drafter_kit import (
     Pair,
     Rows,
+    answer_accepting_all,
     answer_with_drafter,
     counted_with_transformers,
     drafted,
@@ -170,6 +174,42 @@ def test_sampled_answers_do_not_depend_on_company(ranks: RankPool, guessing: Cal
         answers.append([(c.tokens, c.rounds) for c in found])
     assert answers[0] == answers[1] == answers[2]
     assert sum(n for _, rounds in answers[0] for _, n in rounds) > 0
+
+
+@pytest.mark.slow
+def test_sampled_answers_have_the_distribution_without(ranks: RankPool, guessing: Callable[[str], Guessing]) -> None:
+    """20,000 answers of four tokens with a drafter, and as many without: chi-square. It tells drafts that are all
+    accepted from those that are weighed."""
+    pair, prompts, plain = guessing("e2b")
+    prompt = Prompt((*prompts[0].ids, *plain[0].tokens[:3]))
+    options = SamplingOptions(max_new_tokens=4, temperature=1.0, top_k=4, seed=1, num_return_sequences=20_000)
+    task = task_of(pair, 2)
+
+    def answers(function: Callable[..., list[Completion]], task: ModelTask, seed: int) -> list[Completion]:
+        said = replace(options, seed=seed)
+        (found,) = ranks.run(function, task, [prompt], said, max_rows=500, world_size=1)
+        return found
+
+    without = answers(answer_with_drafter, replace(task, drafter=None), 2)
+    drafted = answers(answer_with_drafter, task, 1)
+    rate = Acceptance.of(drafted).rates[0]
+    p, wrong = (same_distribution(found, without) for found in (drafted, answers(answer_accepting_all, task, 1)))
+    print(f"p {p:.3g}, with every draft accepted {wrong:.3g}; {Acceptance.of(drafted)}")
+    assert 0.05 < rate < 0.95, "nothing is shown by a drafter that is all or nothing"
+    assert p > 0.01
+    assert wrong < 1e-6
+
+
+def same_distribution(some: Sequence[Completion], others: Sequence[Completion]) -> float:
+    """How likely counts of as many answers are to differ so much by chance: chi-square; rare answers count as one."""
+    one, other = (Counter(completion.tokens for completion in each) for each in (some, others))
+    assert one.total() == other.total()
+    common = [tokens for tokens in one | other if one[tokens] + other[tokens] >= 20]
+    pairs = [(one[tokens], other[tokens]) for tokens in common]
+    rest = tuple(count.total() - sum(count[tokens] for tokens in common) for count in (one, other))
+    pairs += [rest] if any(rest) else []
+    statistic, degrees = sum((a - b) ** 2 / (a + b) for a, b in pairs), len(pairs) - 1
+    return float(torch.special.gammaincc(*torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(

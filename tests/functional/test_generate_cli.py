@@ -71,7 +71,8 @@ def test_a_drafter(toy: Toy, prompts: Path, tmp_path: Path) -> None:
         found.append([json.loads(line) for line in (tmp_path / name).read_text().splitlines()])
     assert "tokens accepted in" in result.output and str(drafter) in result.output
     for alone, drafted in zip(*found, strict=True):
-        rounds = drafted.pop("rounds")
+        totals, rounds = [drafted.pop("drafted"), drafted.pop("accepted")], drafted.pop("rounds")
+        assert totals == [sum(column) for column in zip(*rounds, strict=True)]
         assert alone["tokens"] == drafted["tokens"] and alone.keys() == drafted.keys()
         assert rounds[0][0] == 3 and sum(accepted + 1 for _, accepted in rounds) == len(alone["tokens"]) - 1
     for arguments, message in (

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from bridge.toy import write_toy
 from recipes.train.signals import STOPPED
+from tests.functional.command_server import CommandServer
 
 RECORDS = 6_000
 
@@ -32,10 +32,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Started:
     """A training run as a process of its own; its lines as they come."""
 
-    def __init__(self, folder: Path, toy: Path, data: Path, *overrides: str) -> None:
+    def __init__(self, commands: CommandServer, folder: Path, toy: Path, data: Path, *overrides: str) -> None:
         command = ["train", "sft/smoke", f"model.hf={toy}", f"data.path={data}", f"output={folder / 'run'}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bridge.cli", *command, f"data.cache={folder / 'cache'}", *overrides],
+            [commands.bin / "gemma4-bridge", *command, f"data.cache={folder / 'cache'}", *overrides],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -60,11 +60,11 @@ class Started:
 
 
 @pytest.fixture
-def started(tmp_path: Path, toy: Path) -> Iterator[Any]:
+def started(tmp_path: Path, toy: Path, commands: CommandServer) -> Iterator[Any]:
     runs: list[Started] = []
 
     def start(data: Path, *overrides: str) -> Started:
-        runs.append(Started(tmp_path, toy, data, *overrides))
+        runs.append(Started(commands, tmp_path, toy, data, *overrides))
         return runs[-1]
 
     yield start

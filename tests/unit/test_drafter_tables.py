@@ -202,8 +202,11 @@ def test_a_drafter_alone_has_no_logits(drafter: Make) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bridge.cli"]
-    subprocess.run([*command, "toy", "31b", tmp_path / "toy", "--drafter", "--ordered"], check=True)
-    shown = subprocess.run([*command, "inspect", tmp_path / "toy"], check=True, capture_output=True, text=True).stdout
+    for name, more in (("31b", ["--drafter"]), ("31b-assistant", [])):
+        subprocess.run([*command, "toy", name, tmp_path / name, *more, "--ordered"], check=True)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("31b", "31b-assistant")]
+    assert weights[0] == weights[1]
+    shown = subprocess.run([*command, "inspect", tmp_path / "31b"], check=True, capture_output=True, text=True).stdout
     assert "drafter of a model of hidden size 64" in shown and "6 of 32 clusters" in shown
-    sizes = [math.prod(tensor.shape) for tensor in load_file(tmp_path / "toy" / "model.safetensors").values()]
+    sizes = [math.prod(tensor.shape) for tensor in load_file(tmp_path / "31b" / "model.safetensors").values()]
     assert sum(sizes) < 3_000_000

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from bridge.errors import UsageError
+from bridge.generate.rows import Completion
 from recipes.config import Recipe, resolve
 from recipes.train.log import LOG_FILE, Log, remaining
 from recipes.train.meter import Meter
-from recipes.train.sinks import check_sinks, wandb_mode
+from recipes.train.samples import acceptance_values
+from recipes.train.sinks import Sink, check_sinks, wandb_mode
 
 
 def test_the_rest_of_a_run_takes_as_long_a_step_as_what_was() -> None:
@@ -34,6 +36,21 @@ def test_who_watches_sees_when_a_resumed_run_will_end(tmp_path: Path, capsys: py
     assert trained.startswith("step 22/30  loss 1.5  eta 8:00:0") and evaluated == "step 22/30  eval_loss 1.25"
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert lines == [{"step": 22, "loss": 1.5}, {"step": 22, "eval_loss": 1.25}]
+
+
+def test_the_acceptance_of_a_drafter_is_in_every_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file, the terminal, and what W&B and TensorBoard are told: mean length, and the rate at each place."""
+    log, told = Log(logged(tmp_path), resumed_at=0), list[tuple[int, dict[str, float]]]()
+    log._sinks.append(Sink(lambda step, values: told.append((step, values)), lambda step, texts: None, lambda: None))
+    rounds = ((3, 3), (3, 1), (1, 0))
+    log.write(6, acceptance_values([Completion(0, 0, (5,), (6, 7), (-1.0, -1.0), "length", rounds=rounds)]))
+    log.close()
+    values = {"eval_mean_accepted_length": 4 / 3, "eval_acceptance/1": 2 / 3, "eval_acceptance/2": 0.5}
+    values["eval_acceptance/3"] = 0.5
+    assert told == [(6, values)]
+    assert json.loads((tmp_path / LOG_FILE).read_text()) == {"step": 6} | values
+    shown = "step 6/30  eval_mean_accepted_length 1.33333  eval_acceptance/1 0.666667  eval_acceptance/2 0.5"
+    assert shown in capsys.readouterr().err
 
 
 def test_time_that_is_no_training_does_not_count() -> None:
