@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bridge.megatron.parallel import Parallel
 
 # Who may compute attention, as `attention_backends` names them, for those who do not import torch.
-ATTENTION = ("auto", "reference", "dense", "blockwise", "sdpa", "flex", "flex_triton", "ffpa")
+ATTENTION = ("auto", "reference", "dense", "banded", "blockwise", "sdpa", "flex", "flex_triton", "ffpa")
 LOCAL, TE = "local", "te"
 NAMES = (LOCAL, TE)
 # Weights are rounded for each product. Megatron would keep the rounded copies, two bytes a weight, and make them anew

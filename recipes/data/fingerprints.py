@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,9 +55,7 @@ def _of_files(files: Sequence[DataFile], caches: Path, workers: int, notify: Cal
             if size >= _WORTH_SAYING:
                 notify(f"reading {size / 1e9:.1f} GB once, to know them again by their sizes and times")
             before, now = {file.name: _stat(file) for file in files}, time.time_ns()
-            with ThreadPoolExecutor(workers) as pool:
-                digests = pool.map(DataFile.fingerprint, missing)
-                found |= {file.name: digest for file, digest in zip(missing, digests, strict=True)}
+            found |= _read(missing, workers)
             rows = {
                 paths[file.name]: [*facts, found[file.name]]
                 for file in files
@@ -66,6 +65,18 @@ def _of_files(files: Sequence[DataFile], caches: Path, workers: int, notify: Cal
     except OSError as error:
         raise DataError(f"{caches}: the cache cannot be written ({error.strerror})") from None
     return found
+
+
+def _read(files: Sequence[DataFile], workers: int) -> dict[str, str]:
+    """Their digests. A signal that comes meanwhile ends the reading: the pool waits for its threads."""
+    given_up = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            digests = pool.map(lambda file: file.fingerprint(given_up.is_set), files)
+            return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+        except BaseException:
+            given_up.set()
+            raise
 
 
 def _known(record: Path, files: Sequence[DataFile], paths: dict[str, str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Every shipped recipe on the clusters of docs/recipes-simulated.md, whose table this writes:
 
-    python -m recipes.simulate.table docs/recipes-simulated.md            # all of it, an hour on two cores
-    python -m recipes.simulate.table - --only sft/31b --clusters 64x80    # a part of it, to the terminal
+    python -m recipes.simulate.table docs/recipes-simulated.md                                   # all of it: hours
+    python -m recipes.simulate.table docs/recipes-simulated.md --only sft/31b --clusters 64x80   # that line, anew
 
 Each line has the recipe as it is and the best layout found: the quickest of `--try` that are simulated, which are those
 that predictions put first (`predict.py`). No figure is measured.
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.megatron.silence import silence_warnings
@@ -30,18 +29,24 @@ from recipes.simulate.run import Forecast, Simulator, forecast
 CLUSTERS = {"8x80": (8, "h100"), "8x141": (8, "h200"), "16x80": (16, "h100"), "64x80": (64, "h100")}
 SHIPPED = tuple(f"{mode}/{size}" for mode in ("sft", "lora") for size in ("e2b", "e4b", "12b", "26b-a4b", "31b"))
 SHIPPED += ("pretrain/e2b",)
-# Long context: tokens of a row, GPUs. Rows of a step are one for each replica.
-LONG = {"sft/31b": (131_072, 64), "sft/26b-a4b": (262_144, 64)}
+# Long context: a recipe, tokens of a row, and rows of a step; in the layout that is shipped such rows hardly ever fit.
+LONG = {
+    "sft/31b, 131,072 tokens": ("sft/31b", 131_072, 16),
+    "sft/26b-a4b, 262,144 tokens": ("sft/26b-a4b", 262_144, 16),
+    "lora/31b, 131,072 tokens": ("lora/31b", 131_072, 16),
+    "lora/26b-a4b, 262,144 tokens": ("lora/26b-a4b", 262_144, 16),
+}
 # The slowest that a recipe may be, against the best layout found.
 WITHIN = 1.1
+HEAD = ("| recipe | GPUs × GB | as shipped | best layout found | slower by | overrides |", "|---|---|---|---|---|---|")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A recipe on a cluster. `own`: as it is shipped, None where it cannot be laid out there. `best`: a proposal and
-    its forecast, None where nothing fits."""
+    """A recipe (`case`: its name, or one of `LONG`) on a cluster. `own`: as it is shipped, None where it cannot be laid
+    out there. `best`: a proposal and its forecast, None where nothing fits."""
 
-    recipe: str
+    case: str
     cluster: str
     own: Forecast | None
     best: tuple[Proposal, Forecast] | None
@@ -57,28 +62,37 @@ class Line:
     def row(self) -> str:
         own = "cannot be laid out so" if self.own is None else _figures(self.own)
         if self.best is None:
-            best, change = f"nothing fits: {self.why_not}", ""
-        elif self.good and self.own is not None and self.own.seconds <= self.best[1].seconds:
-            best, change = "this one", ""
-        else:
-            best = _figures(self.best[1])
-            change = "" if self.good else f"`{shlex.join(self.best[0].overrides(_parallel(self.recipe)))}`"
-        return f"| {self.recipe} | {self.cluster} | {own} | {best} | {change} |"
+            return f"| {self.case} | {self.cluster} | {own} | nothing fits: {self.why_not} | | |"
+        best, behind, change = _figures(self.best[1]), "", ""
+        if self.own is not None and self.own.fits:
+            behind = f"{max(0.0, self.own.seconds / self.best[1].seconds - 1):.0%}"
+            best = "this one" if self.own.seconds <= self.best[1].seconds else best
+        if not self.good:
+            change = f"`{shlex.join(self.best[0].overrides(_recipe(self.case).parallel))}`"
+        return f"| {self.case} | {self.cluster} | {own} | {best} | {behind} | {change} |"
 
 
 def _figures(one: Forecast) -> str:
+    load = one.simulation.recipe.parallel
+    again = "" if load.recompute == "none" else f", {load.recompute} recompute"
+    again += f" of {', '.join(load.recompute_modules)}" if load.recompute == "selective" else ""
     fits = f"{one.simulation.need / 1e9:.0f} GB" + ("" if one.fits else ", too much")
-    return f"{one.simulation.parallel}: {fits}, {one.seconds:.2f} s, MFU {one.mfu:.0%}"
+    return f"{one.simulation.parallel}{again}: {fits}, {one.seconds:.2f} s, MFU {one.mfu:.0%}"
 
 
-def _parallel(name: str) -> Any:
-    return load_recipe(name, ["output=unused"]).parallel
+def _recipe(case: str) -> Recipe:
+    """Of a name among `SHIPPED` or `LONG`."""
+    name, *long = LONG.get(case, (case,))
+    keys = ("train.seq_length", "train.global_batch_size")
+    return load_recipe(
+        str(name), ["output=unused", *(f"{key}={value}" for key, value in zip(keys, long, strict=False))]
+    )
 
 
-def line(simulator: Simulator, name: str, cluster: str, tries: int, overrides: Sequence[str] = ()) -> Line:
+def line(simulator: Simulator, case: str, cluster: str, tries: int) -> Line:
     """A recipe on a cluster: as it is, and the best of so many layouts."""
     gpus, hardware = CLUSTERS[cluster]
-    recipe = load_recipe(name, ["output=unused", *overrides])
+    recipe = _recipe(case)
     question = ask(recipe, gpus, load_hardware(hardware), None)
     try:
         found, why_not = proposals(question)[:tries], ""
@@ -92,7 +106,7 @@ def line(simulator: Simulator, name: str, cluster: str, tries: int, overrides: S
     own = told.pop(0) if laid_out else None
     fitting = [pair for pair in zip(found, told, strict=True) if pair[1].fits]
     best = min(fitting, key=lambda pair: pair[1].seconds, default=None)
-    return Line(name, cluster, own, best, why_not)
+    return Line(case, cluster, own, best, why_not)
 
 
 def _can_be_laid_out(question: Question, recipe: Recipe) -> bool:
@@ -103,35 +117,42 @@ def _can_be_laid_out(question: Question, recipe: Recipe) -> bool:
     return True
 
 
-def lines(names: Sequence[str], clusters: Sequence[str], tries: int) -> Iterator[Line]:
+def lines(cases: Sequence[str], clusters: Sequence[str], tries: int) -> Iterator[Line]:
     """All of them, one after the other."""
     with Simulator() as simulator:
-        for name in names:
+        for case in cases:
             for cluster in clusters:
-                yield line(simulator, name, cluster, tries)
+                yield line(simulator, case, cluster, tries)
+
+
+def merged(text: str, rows: Sequence[str]) -> str:
+    """A document with `rows` in its table, in the place of those of the same recipe and cluster."""
+    before, begin, rest = text.partition("<!-- table: begin -->\n")
+    table, end, after = rest.partition("<!-- table: end -->")
+    kept = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith("| recipe ")]
+    places = [(case, cluster) for case in (*SHIPPED, *LONG) for cluster in CLUSTERS]
+    found = dict(sorted(((_place(row), row) for row in (*kept, *rows)), key=lambda each: places.index(each[0])))
+    return f"{before}{begin}\n" + "\n".join([*HEAD, *found.values()]) + f"\n\n{end}{after}"
+
+
+def _place(row: str) -> tuple[str, str]:
+    case, cluster = (cell.strip() for cell in row.split("|")[1:3])
+    return case, cluster
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", help="the file whose table is written anew; -: print it")
-    parser.add_argument("--only", nargs="*", default=SHIPPED, metavar="RECIPE")
+    parser.add_argument("target", help="the file in whose table the lines are written anew; -: print them")
+    parser.add_argument("--only", nargs="*", default=[*SHIPPED, *LONG], choices=[*SHIPPED, *LONG], metavar="RECIPE")
     parser.add_argument("--clusters", nargs="*", default=list(CLUSTERS), choices=list(CLUSTERS), metavar="CLUSTER")
     parser.add_argument("--try", dest="tries", type=int, default=3, metavar="N", help="layouts that are simulated")
     said = parser.parse_args()
     silence_warnings()
-    rows = []
     for one in lines(said.only, said.clusters, said.tries):
-        rows.append(one.row())
-        print(rows[-1], file=sys.stderr, flush=True)
-    head = ["| recipe | GPUs × GB | as shipped | best layout found | overrides |", "|---|---|---|---|---|"]
-    text = "\n".join([*head, *rows])
-    if said.target == "-":
-        print(text)
-        return 0
-    path = Path(said.target)
-    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- table: begin -->\n")
-    _, end, after = rest.partition("<!-- table: end -->")
-    path.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+        print(row := one.row(), flush=True)
+        if said.target != "-":
+            path = Path(said.target)
+            path.write_text(merged(path.read_text(encoding="utf-8"), [row]), encoding="utf-8")
     return 0
 
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from bridge.convert.live import METADATA
+from recipes.train.host_memory import empty
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # The float32 copy of a parameter; a float32 parameter is its own.
@@ -154,7 +155,7 @@ def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | Non
         for value in _state(part, held) if start < stop else ():
             dist.send(value.detach().float(), group=group, group_dst=held.owner)
         return None
-    whole = [torch.empty(held.parameter.numel()) for _ in held.keys]
+    whole = [empty(held.parameter.numel(), torch.float32) for _ in held.keys]
     for source, (low, high) in enumerate(held.ranges):
         if low == high:
             continue

@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from recipes.train.host_memory import copy_of
 
 # How much may wait in memory for the disk: what is given up ends when so much is there. Bytes.
 _UNWRITTEN = 256 << 20
@@ -39,13 +43,15 @@ class Writing:
         # What the writer reports goes from thread to thread. Megatron would start a process to carry it, which a
         # signal to the job ends, and which outlives a rank that is killed.
         filesystem_async._results_queue = queue.Queue()
+        if beside is not None:
+            _detach(state, beside)
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         assert request is not None
         self._request, self._thread, self._given_up = request, None, threading.Event()
         if beside is None:
             request.execute_sync()
         elif request.async_fn is not None:
-            self._thread = threading.Thread(target=self._write, args=(self._copied(beside),), name="checkpoint")
+            self._thread = threading.Thread(target=self._write, args=(self._files(),), name="checkpoint")
             self._thread.start()
         self._finished = beside is None
 
@@ -70,20 +76,12 @@ class Writing:
         if self._thread is not None:
             self._thread.join()
 
-    def _copied(self, models: Sequence[torch.nn.Module]) -> list[Any]:
-        """The files to write, as Megatron has them, with tensors that no update changes: from a GPU in pinned memory.
-
-        The optimizer's state is a copy already (`recipes.train.optimizer_state`), and so is what Megatron found to be a
-        part of a larger tensor.
-        """
-        live = {tensor.untyped_storage().data_ptr() for model in models for tensor in _tensors(model)}
-        files = []
-        for path, name, (objects, tensors) in self._request.preload_fn():
-            kept = [
-                (item, tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor)
-                for item, tensor in tensors
-            ]
-            files.append((path, name, (objects, self._going(path, kept))))
+    def _files(self) -> list[Any]:
+        """The files to write, as Megatron has them, whose tensors are let go of as they are written."""
+        files = [
+            (path, name, (objects, self._going(path, list(tensors))))
+            for path, name, (objects, tensors) in self._request.preload_fn()
+        ]
         for _, _, (_, tensors) in self._request.async_fn_args[1]:
             tensors.clear()  # which would hold on to all of it
         return files
@@ -107,6 +105,22 @@ class Writing:
                 _sync(path)
             unwritten += tensors[-1][1].nbytes
             yield tensors.pop()
+
+
+def _detach(state: dict[str, Any], models: Sequence[torch.nn.Module]) -> None:
+    """Give a state tensors that no update changes, in host memory, where this rank writes them; in place.
+
+    The optimizer's state is a copy already (`recipes.train.optimizer_state`). Megatron would copy parts of larger
+    tensors, as weights are of DDP's buffers, by itself, and leave the others as they are.
+    """
+    apply_factories(state)
+    live = {tensor.untyped_storage().data_ptr() for model in models for tensor in _tensors(model)}
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor) and is_main_replica(item.replica_id):
+            tensor = item.data.detach()
+            if tensor.is_cuda or tensor.untyped_storage().data_ptr() in live:
+                item.data = copy_of(tensor)
+    torch.cuda.synchronize()
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

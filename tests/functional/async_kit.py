@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from bridge.torch_dist.reader import DistReader
 
 from .training_kit import Trouble, train_toy
 
@@ -132,3 +138,83 @@ def full_disk_beside(said: dict[str, Any], overrides: list[str]) -> None:
         train_toy(said, [*overrides, "checkpoint.async=true"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Dying:
+    """A file that is written to; its process dies when so many bytes of it are."""
+
+    def __init__(self, file: Any, at: int) -> None:
+        self.file, self.at = file, at
+
+    def write(self, data: Any) -> int:
+        view, room = memoryview(data).cast("B"), self.at - self.file.tell()
+        if len(view) < room:
+            return self.file.write(view)
+        self.file.write(view[:room])
+        self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("alive")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Dying:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.close()
+
+
+def killed_writing(said: dict[str, Any], overrides: list[str], rank: int, at: int) -> None:
+    """Train; `rank` dies when it has written so many bytes of its part of the second checkpoint, at the latest before
+    the last one."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    opened: list[Any] = []
+
+    def opens(path: str, mode: str) -> Any:
+        opened.append(path)
+        dies = torch.distributed.get_rank() == rank and len(opened) == 2
+        return Dying(Path(path).open(mode), at) if dies else Path(path).open(mode)
+
+    with patch.object(filesystem_async, "open", opens, create=True):
+        train_toy(said, [*overrides, "checkpoint.async=true"])
+
+
+def digested(said: dict[str, Any], overrides: list[str], trouble: Trouble) -> dict[int, dict[str, str]]:
+    """Train, and wait for every checkpoint; the digests of each, on rank 0."""
+    import torch
+
+    from recipes.train import checkpoint
+
+    finish, found = checkpoint.Save.finish, dict[int, dict[str, str]]()
+
+    def finishes(save: Any) -> Any:
+        where = finish(save)
+        if torch.distributed.get_rank() == 0:
+            found[save.step] = digests(where)
+        return where
+
+    with replaced(checkpoint.Save, "finish", finishes):
+        train_toy(said, overrides, trouble)
+    return found
+
+
+def places(folder: Path) -> dict[str, Any]:
+    """What `.metadata` says is where; the file itself holds a number drawn for every save."""
+    with DistReader(folder, lambda key: True) as reader:
+        return {
+            key: (each.dtype, each.shape, [replace(chunk, file=Path(chunk.file.name)) for chunk in each.chunks])
+            for key, each in reader.tensors.items()
+        }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the files of a checkpoint, and of what `.metadata` says."""
+    found = {".metadata": hashlib.sha256(repr(sorted(places(folder).items())).encode()).hexdigest()}
+    for path in folder.iterdir():
+        if path.name != ".metadata":
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -62,6 +62,14 @@ class Network:
         """What a command starts with that is run there."""
         return ["nsenter", "--target", str(self._holders[node].pid), *_NAMESPACES, "--"]
 
+    def seen_at(self, node: str, path: Path) -> Path:
+        """A path of that node, as it is seen from here."""
+        return Path(f"/proc/{self._holders[node].pid}/root") / path.relative_to("/")
+
+    def cut(self, node: str) -> None:
+        """Pull the cable: who is connected hears nothing."""
+        self._ip(node, "link", "set", _INTERFACE, "down")
+
     def mend(self, node: str) -> None:
         self._ip(node, "link", "set", _INTERFACE, "up")
 

@@ -118,6 +118,12 @@ class Cluster:
         said = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False).split()
         return dict(zip(said[::2], said[1::2], strict=True)) or {"none": "unknown"}
 
+    def miss_within(self, seconds: int | None) -> None:
+        """How soon a node that does not answer counts as down; None: later than any load makes it. The setting counts
+        for the controller only."""
+        self._configure(seconds or _TIMEOUT)
+        self.run("scontrol", "reconfigure")
+
     def at(self, host: str) -> list[str]:
         """What a command starts with that is run on a node."""
         return [] if self._network is None else self._network.at(host)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import filecmp
+import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bridge.errors import CheckpointError, ParallelError
 from bridge.ranks import RankPool
-from bridge.torch_dist.reader import DistReader
 from recipes.train.checkpoint import checkpoints
 
-from .async_kit import full_disk_beside, train_beside
+from .async_kit import digested, digests, full_disk_beside, killed_writing, places, train_beside
 from .training_kit import Trouble, losses, recipe, train_toy
 
 STEPS, EVERY = 6, 2
@@ -37,14 +35,6 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert sorted(path.name for path in ours.iterdir()) == names and names.pop(names.index(".metadata"))
     assert filecmp.cmpfiles(ours, theirs, names, shallow=False)[0] == names
     assert places(ours) == places(theirs)
-
-
-def places(folder: Path) -> dict[str, Any]:
-    with DistReader(folder, lambda key: True) as reader:
-        return {
-            key: (each.dtype, each.shape, [replace(chunk, file=Path(chunk.file.name)) for chunk in each.chunks])
-            for key, each in reader.tensors.items()
-        }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -103,3 +93,30 @@ def test_a_full_disk(ranks: RankPool, toy: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"iter_0000002: cannot be written \(rank 0: .*GB are free"):
         ranks.run(full_disk_beside, recipe(toy("31b"), tmp_path, STEPS), OVERRIDES, world_size=1)
     assert not list(tmp_path.glob("*iter_*"))
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_while_a_gigabyte_is_written(ranks: RankPool, tmp_path: Path) -> None:
+    """Wherever one of two ranks dies in its part: the checkpoint before has every byte of a run that waits for its
+    checkpoints and that nothing disturbs, though it was itself written behind as many kills, and the run goes on."""
+    from benchmarks.async_checkpoints import write_model
+
+    write_model(tmp_path / "toy")
+    run, moments, overrides = tmp_path / "run", random.Random(5), ["checkpoint.every=2", "checkpoint.keep=1"]
+    seen: dict[int, dict[str, str]] = {}
+    for number in range(KILLS):
+        rank, at = moments.randrange(2), 1
+        if seen:
+            at = 1 + int(moments.random() * (run / f"iter_{max(seen):07d}" / f"__{rank}_0.distcp").stat().st_size)
+        with pytest.raises(ParallelError, match=f"rank {rank} "):
+            ranks.run(killed_writing, recipe(tmp_path / "toy", run, 200), overrides, rank, at, world_size=2)
+        step, last = 2 * number + 2, checkpoints(run)
+        assert list(last) == [step] and (run / f".iter_{step + 2:07d}.partial").is_dir()
+        seen[step] = digests(last[step])
+    assert sum(path.stat().st_size for path in last[step].iterdir()) > 1e9
+    stop = Trouble(2 * KILLS, 0, signal.SIGTERM)
+    whole = recipe(tmp_path / "toy", tmp_path / "waits", 200)
+    assert ranks.run(digested, whole, overrides, stop, world_size=2)[0] == seen

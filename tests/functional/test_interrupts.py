@@ -77,8 +77,8 @@ def test_while_data_is_hashed(tmp_path: Path, started: Any, record_property: Any
     with (tmp_path / "data.jsonl").open("wb") as file:
         file.truncate(1 << 40)  # of zeros that take no room
     run = started(tmp_path / "data.jsonl")
-    run.until("reading data")
-    code, seconds = run.ended(signal.SIGTERM, after=2)
+    run.until("reading 1099.5 GB")
+    code, seconds = run.ended(signal.SIGTERM, after=1)
     record_property("seconds", seconds)
     assert code == STOPPED and "stopped by a signal; the same command goes on" in run.text
     assert not (tmp_path / "run").exists()

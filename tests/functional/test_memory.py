@@ -84,7 +84,7 @@ def test_parameters_of_every_rank(
         assert sum(optimizer for *_, optimizer in figures) == pytest.approx(sum(per_rank), abs=0.5)
 
 
-# (variant, ranks, overrides). Sequences long enough for the attention that long sequences get.
+# (variant, ranks, overrides).
 TRAINED: list[tuple[str, int, list[str]]] = [
     ("e2b", 1, []),
     ("e2b", 1, ["model.dtype=bfloat16", "train.micro_batch_size=2"]),
@@ -100,9 +100,11 @@ TRAINED: list[tuple[str, int, list[str]]] = [
 
 
 def said(folder: str, overrides: list[str]) -> Any:
-    """The recipe: two microbatches per replica."""
+    """The recipe: two microbatches per replica, and attention in tiles, of which the estimate is."""
     fixed = {"steps": 1, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 256}
-    return resolve({"output": "x", "model": {"hf": folder, "dtype": "float32"}, "train": fixed}, overrides)
+    tiles = {"sliding": "blockwise", "global": "blockwise"}
+    model = {"hf": folder, "dtype": "float32", "attention_backends": tiles}
+    return resolve({"output": "x", "model": model, "train": fixed}, overrides)
 
 
 def peak_of_a_step(folder: str, overrides: list[str]) -> int:

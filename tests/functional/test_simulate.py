@@ -205,7 +205,8 @@ def both_ways(folder: str, overrides: list[str]) -> list[tuple[float, dict[str, 
 @pytest.mark.parametrize("overrides", [[], ["parallel.vpp=2"]], ids=["PP2", "VPP2"])
 @pytest.mark.slow
 def test_the_fewest_microbatches_tell_of_all(ranks: RankPool, toy: Callable[..., Path], overrides: list[str]) -> None:
-    more = ["parallel.pp=2", "train.global_batch_size=20", "model.dtype=bfloat16", *overrides]
+    auto = [f"model.attention_backends.{kind}=auto" for kind in ("sliding", "global")]
+    more = [*auto, "parallel.pp=2", "train.global_batch_size=20", "model.dtype=bfloat16", *overrides]
     ((whole, told),) = ranks.run(both_ways, str(toy("31b")), more, world_size=1)
     assert told[0] == pytest.approx(whole[0], rel=1e-3)
     assert told[1] == pytest.approx(whole[1], rel=1e-2, abs=1e-6)

@@ -6,22 +6,29 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
+from recipes.train.checkpoint import checkpoints
 
 from .node_network import Network, NoNetwork
 from .slurm_cluster import Cluster
-from .slurm_kit import REPOSITORY, Site, running, undisturbed
+from .slurm_kit import EVERY, REPOSITORY, Site, running, undisturbed
 from .training_kit import losses
 
 ONE_NODE = 1e-6
 LAUNCHERS = ("srun", "torchrun")
-# TP within a node, PP across: ranks of tensor-parallel groups follow each other.
+# TP within a node, the others across: ranks of tensor-parallel groups follow each other.
 LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "TP2+SP PP2": ("e2b", ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2"]),
+    "EP2 DP2": ("26b-a4b", ["parallel.ep=2", "train.micro_batch_size=1"]),
+    "TP2+SP ETP2 EP2": (
+        "26b-a4b",
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=2", "parallel.ep=2"],
+    ),
 }
 
 
@@ -79,3 +86,47 @@ def test_layouts_over_two_nodes_train_as_on_one(site: Site, ranks: RankPool, nam
     ours, theirs = losses(job.output), losses(one)
     assert len(ours) == len(theirs) == 6
     assert max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)) <= ONE_NODE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_node_that_vanishes_and_one_signal(
+    site: Site, cluster: Cluster, network: Network, ranks: RankPool, launcher: str
+) -> None:
+    """Its network is cut: the job goes back into the queue, and on from the last checkpoint when the node is there
+    again; then it is told to stop as before a time limit, and goes on once more. To the bytes of a run of one node that
+    nothing disturbed. Every node has prepared the data once, on its own disk."""
+    layout = [*LAYOUTS["TP2+SP PP2"][1], "train.steps=60", "checkpoint.keep=0"]
+    whole, local = site.folder / "whole", network.local / launcher
+    if not whole.exists():
+        ranks.run(undisturbed, [*site.recipe(whole), *layout], world_size=4)
+    cached = [
+        f"data.cache={local}/cache",
+        "data.function=tests.functional.two_nodes_kit:noted",
+        "checkpoint.async=true",
+    ]
+    noted = ["--export", f"NOTED_IN={local}.txt", "--launcher", launcher]
+    job = site.submit(site.folder / f"cut-{launcher}", *noted, *layout, *cached)
+    job.trains(EVERY + 1)
+    job.wait(lambda: checkpoints(job.output) or job.over, "a checkpoint")
+    network.cut("node2")
+    cluster.miss_within(30)
+    job.wait(lambda: job.state == "PENDING", "the requeue by Slurm")
+    assert EVERY <= max(checkpoints(job.output)) < 60
+    network.mend("node2")
+    job.wait(lambda: cluster.nodes()["node2"].rstrip("*") == cluster.nodes()["node2"] != "down", "the node's return")
+    cluster.miss_within(None)
+    job.wait(lambda: ": start 2 on " in job.text(), "the second start")
+    stopped_at = job.step
+    job.wait(lambda: job.step > stopped_at or job.over, "a step after the restart")
+    cluster.run("scancel", "--signal=USR1", str(job.number))
+    job.wait(lambda: "goes back into the queue" in job.text(), "the requeue after a signal")
+    facts = job.ends("COMPLETED")
+    assert facts["Restarts"] == "2" and ": start 3 on node[1-2]" in job.text()
+    assert losses(job.output) == losses(whole) and len(losses(whole)) == 60
+    for file in ("model.safetensors", "config.json"):
+        assert (Path(f"{job.output}-hf") / file).read_bytes() == (Path(f"{whole}-hf") / file).read_bytes()
+    for node in cluster.addresses:
+        lines = network.seen_at(node, Path(f"{local}.txt")).read_text().splitlines()
+        assert len(lines) == len(set(lines)) == 64 and {line.split()[0] for line in lines} == {node}
+        assert len([path for path in network.seen_at(node, local / "cache").iterdir() if path.name[0] != "."]) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.megatron import layer_options
-from bridge.megatron.attention_backends import AUTO, BACKENDS, blockwise, flex, flex_triton, select
+from bridge.megatron.attention_backends import AUTO, BACKENDS, banded, blockwise, flex, flex_triton, select
 from bridge.megatron.attention_backends.flex import block_mask
 from bridge.megatron.mask import Mask, mask_of
 from bridge.megatron.visibility import MaskRule, Visibility
@@ -105,12 +105,12 @@ rules = st.builds(MaskRule, st.sampled_from([None, 1, 2, 8, 16, 64]), st.sampled
 @contextmanager
 def tiles(tile: tuple[int, int]) -> Iterator[None]:
     """Cut short rows into as many tiles as long ones have."""
-    before = blockwise.TILE["cpu"]
-    blockwise.TILE["cpu"] = tile
+    before = blockwise.TILE["cpu"], banded.TILE
+    blockwise.TILE["cpu"], banded.TILE = tile, tile[1] // 4
     try:
         yield
     finally:
-        blockwise.TILE["cpu"] = before
+        blockwise.TILE["cpu"], banded.TILE = before
 
 
 def run(name: str, case: Case, dtype: torch.dtype, *, gradients: bool = True) -> list[Tensor]:
@@ -171,6 +171,9 @@ def test_backends_agree_with_the_reference(case: Case) -> None:
         truth = run("reference", case, dtype)
         with tiles(case.tile):
             assert worst(run("blockwise", case, dtype), truth, scales) <= bound
+            # It refuses rows for which it would not pay, not because it could not.
+            whole = replace(case, visibility=replace(case.visibility, cache={}))
+            assert worst(run("banded", whole, dtype), truth, scales) <= bound
         if BACKENDS["dense"].refuse(*case.tensors(dtype)[:2], mask) is None:
             assert worst(run("dense", case, dtype), truth, scales) <= bound
         assert worst(run("flex", case, dtype, gradients=False), truth[:1]) <= bound
@@ -275,7 +278,7 @@ def test_the_families_differ_on_a_block_longer_than_the_window(kind: str) -> Non
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("name", ["blockwise", "dense", "flex"])
+@pytest.mark.parametrize("name", ["blockwise", "banded", "dense", "flex"])
 @pytest.mark.parametrize("leak", ["documents", "blocks"])
 def test_a_planted_leak_is_caught(name: str, leak: str) -> None:
     """The comparison with the reference fails where a backend is told the wrong documents, or the wrong blocks."""
@@ -332,10 +335,19 @@ def test_a_backend_that_cannot_honour_a_mask_is_refused_by_name() -> None:
 
 
 def test_auto_takes_tiles_for_long_rows_and_one_product_for_short_ones() -> None:
-    for length, expected in ((32, "dense"), (128, "dense"), (300, "blockwise")):
+    halves = torch.tensor([0, 150, 300])
+    for length, window, bounds, expected in (
+        (32, None, None, "dense"),
+        (128, 8, None, "dense"),
+        (300, 8, None, "banded"),
+        (300, 8, halves, "banded"),
+        (300, 200, None, "blockwise"),
+        (300, None, None, "sdpa"),
+        (300, None, halves, "blockwise"),
+    ):
         q = torch.zeros(length, 1, 2, 8)
-        mask = mask_of(Visibility.of(torch.zeros(1, length, dtype=torch.int64)), MaskRule(None, "causal"))
-        assert select(AUTO, q, q, mask).name == expected
+        visibility = Visibility.of(torch.zeros(1, length, dtype=torch.int64), cu_seqlens=bounds)
+        assert select(AUTO, q, q, mask_of(visibility, MaskRule(window, "causal"))).name == expected
 
 
 def test_masks_are_made_once_a_step_and_rule() -> None:

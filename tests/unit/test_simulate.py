@@ -25,6 +25,7 @@ from recipes.simulate.events import (
 from recipes.simulate.hardware import PROFILES, Efficiency, Hardware, load_hardware
 from recipes.simulate.plot import plot
 from recipes.simulate.run import Forecast, Simulation, check_simulable, representatives, why
+from recipes.simulate.table import HEAD, merged
 from recipes.simulate.timeline import step_time
 
 # One FLOP takes a second, as does a byte on any link; nothing else takes any.
@@ -217,3 +218,14 @@ def test_the_picture_has_every_pass_and_every_kind_of_memory(tmp_path: Path) -> 
         assert sum(title.startswith(f"{name}:") for title in titles) == 4 * 8
     assert sum(title.startswith("attention:") for title in titles) == 4
     assert "simulated, not run" in "".join(root.itertext())
+
+
+def test_a_line_of_the_table_takes_the_place_of_its_own() -> None:
+    row = "| {} | {} | TP2: 1 GB, {} s, MFU 9% | this one | 0% | |".format
+    lines = [row("sft/31b", "8x80", 2), row("sft/e2b", "8x80", 1)]
+    text = merged("head\n<!-- table: begin -->\n\n<!-- table: end -->\ntail\n", lines)
+    assert text == merged(text, [])
+    text = merged(text, [row("sft/31b", "8x80", 3), row("lora/31b, 131,072 tokens", "64x80", 4)])
+    rows = [one for one in text.splitlines() if one.startswith("| ")]
+    assert rows == [HEAD[0], lines[1], row("sft/31b", "8x80", 3), row("lora/31b, 131,072 tokens", "64x80", 4)]
+    assert text.startswith("head\n<!-- table: begin -->\n") and text.endswith("\n<!-- table: end -->\ntail\n")

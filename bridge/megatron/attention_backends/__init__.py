@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bridge.errors import UsageError
-from bridge.megatron.attention_backends import blockwise, dense, ffpa, flex, flex_triton, reference, sdpa
+from bridge.megatron.attention_backends import banded, blockwise, dense, ffpa, flex, flex_triton, reference, sdpa
 from bridge.megatron.mask import Mask
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ BACKENDS: dict[str, Backend] = {
     for name, module in (
         ("reference", reference),
         ("dense", dense),
+        ("banded", banded),
         ("blockwise", blockwise),
         ("sdpa", sdpa),
         ("flex", flex),
@@ -45,9 +46,8 @@ BACKENDS: dict[str, Backend] = {
         ("ffpa", ffpa),
     )
 }
-# What "auto" tries, by device, the fastest first; `blockwise` takes everything. On a CPU nothing else is
-# faster at the head dims of the published models.
-_CPU_ORDER = ("dense", "blockwise")
+# What "auto" tries, by device, the fastest first (docs/benchmarks-attention.md); `blockwise` takes everything.
+_CPU_ORDER = ("dense", "banded", "sdpa", "blockwise")
 _GPU_ORDER = ("ffpa", "flex", "blockwise")
 
 

@@ -33,6 +33,12 @@ def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     return None
 
 
+def computed(mask: Mask, repeat: int) -> int:
+    """Pairs of queries and keys of a row and head that it computes on a CPU, with so many heads to a group."""
+    tiles = mask.tiles(max(1, TILE["cpu"][0] // repeat))
+    return sum((tile.stop - tile.start) * (tile.key_stop - tile.key_start) for tile in tiles)
+
+
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
