@@ -37,7 +37,6 @@ from bridge.cli_kit import (
     out,
     wrote_json,
 )
-from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from bridge.generate.opened import OpenedModel
@@ -135,8 +134,6 @@ def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metri
 
     silence_warnings()
     find_metrics(metrics, "--metrics")
-    if metrics and parallel.cp > 1:
-        raise UsageError(f"--cp {parallel.cp}: context parallelism divides rows that are there: --metrics go with cp=1")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
     for notice in opened.notices:
         err.print(notice)

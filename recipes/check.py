@@ -239,8 +239,6 @@ def _check_samples(recipe: Recipe) -> None:
             continue
         if not train.eval_every:
             raise UsageError(f"{key}={value}: is answered at evaluations; set train.eval_every")
-        if recipe.parallel.cp > 1:
-            raise UsageError(f"{key}: parallel.cp={recipe.parallel.cp} divides rows that are there; leave one out")
         if key == "eval.metrics" or isinstance(value, int):
             _check_questions(recipe, key)
     if isinstance(train.samples, str) and not Path(train.samples).is_file():

@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from bridge.errors import ParallelError
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import held_rows, padded_size, require_rows, scale_embeddings
@@ -121,13 +120,12 @@ class Gemma4Model(GPTModel):
 
         Under context parallelism every rank is given the whole rows and computes its part of them, which
         `bridge.megatron.context_parallel.take` cuts out of anything else; only `decoder_input` is that part already.
+        A `CachedStep` is not divided: its ranks have rows of their own, as data-parallel ones have.
         """
         visibility, position_ids = described(
             input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, visibility
         )
-        if self.pg_collection.cp.size() > 1:
-            if isinstance(visibility, CachedStep):
-                raise ParallelError("context parallelism divides rows that are there: generate with cp=1")
+        if self.pg_collection.cp.size() > 1 and isinstance(visibility, Visibility):
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             visibility = visibility.on(zigzag)
             input_ids, position_ids = zigzag.take(input_ids), zigzag.take(position_ids)

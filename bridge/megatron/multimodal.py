@@ -227,14 +227,17 @@ class Gemma4MultimodalModel(Gemma4Model):
             held |= input_ids == token
         return input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
 
-    def embed_with_media(self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None) -> Tensor:
+    def embed_with_media(
+        self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None, *, divided: bool = True
+    ) -> Tensor:
         """Scaled input embeddings [s / cp (/tp), b, h] of `input_ids` [b, s], soft tokens where placeholders stand.
 
-        On the first stage alone. `counts` as `placeholder_counts` of `forward`. Raises UsageError as `forward` does.
+        On the first stage alone. `counts` as `placeholder_counts` of `forward`. Without `divided` [s (/tp), b, h], also
+        under context parallelism. Raises UsageError as `forward` does.
         """
         soft = self.soft_tokens(media)
         text_ids, index = self.text_ids(input_ids), self._index(input_ids, soft, counts)
-        if self.pg_collection.cp.size() > 1:
+        if divided and self.pg_collection.cp.size() > 1:
             # Every rank runs the towers on all of the media and puts in what falls into its part of the rows.
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             text_ids, index = zigzag.take(text_ids), zigzag.take(index)

@@ -88,10 +88,11 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
     if "cu_seqlens" in batch:
         # Bounds count through the rows, which Megatron takes as one.
         have *= batch["input_ids"].shape[0]
-        length *= batch["input_ids"].shape[0]
         batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
     # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
-    want = length if parallel.pp > 1 else have + -have % row_multiple(run.recipe)
+    # Those that are packed have it already.
+    fixed = parallel.pp > 1 and "cu_seqlens" not in batch
+    want = length if fixed else have + -have % row_multiple(run.recipe)
     if want != have:
         if "cu_seqlens" in batch:
             raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")

@@ -352,7 +352,6 @@ def test_every_key_is_documented() -> None:
             ["train.samples=4", "data.eval=x", "train.eval_every=1", "data.supervise_thinking=false"],
             "leave data.supervise",
         ),
-        (["train.samples=4", "data.eval=x", "train.eval_every=1", "parallel.cp=2"], "parallel.cp=2 divides rows"),
         (["eval.metric_tokens=0"], "eval.metric_tokens=0: must be at least 1"),
         (["eval.best=json_tree"], "eval.best=json_tree: is loss, or one of eval.metrics (none)"),
         (["eval.best=json_tree", "eval.metrics=[json_tree]"], "is what train.patience goes by"),
