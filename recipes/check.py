@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
-from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
+from recipes.config import PreferenceConfig, Recipe
 from recipes.distillation import check_distill
 from recipes.groups import RATED, compiled
 from recipes.keys import meant
@@ -17,6 +17,7 @@ from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 from recipes.rewards.check import check_grpo
 from recipes.sources import check_sources
+from recipes.training_config import DrafterConfig, LoraConfig
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:

@@ -138,7 +138,7 @@ class Generator:
                 break
             if row.seen == 0 and self.chunks[0].pre_process:
                 row.embeddings = self._embed_prompt(row)
-            stop = self._cut(row, room)
+            stop = self._part_end(row, room)
             if chosen and stop == row.seen:
                 break
             chosen.append(row)
@@ -146,7 +146,7 @@ class Generator:
             room -= stop - row.seen
         self._step(caches, chosen, parts, options, unread)
 
-    def _cut(self, row: Row, room: int) -> int:
+    def _part_end(self, row: Row, room: int) -> int:
         """Where the next part of a prompt ends: after `room` tokens, or at the edge of an image near there."""
         length = len(row.prompt.ids)
         stop = min(length, row.seen + max(room, 1))

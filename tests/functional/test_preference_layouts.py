@@ -151,8 +151,10 @@ def test_goes_on_exactly(ranks: RankPool, runs: Runs, tmp_path: Path, lora: bool
     for path in kept:
         path.unlink()
     ranks.run(train_data, recipe("cut"), ["train.steps=6"], world_size=1, timeout_s=300)
-    whole, cut = ([{k: v for k, v in line.items() if k not in TIMED} for line in logged(tmp_path / name)] for name in
-                  ("whole", "cut"))  # fmt: skip
+    whole, cut = (
+        [{k: v for k, v in line.items() if k not in TIMED} for line in logged(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
     assert len(whole) == 6 and whole == cut
     assert whole[0]["rewards/margins"] == 0 or not lora
     assert whole[-1]["rewards/margins"] > 0

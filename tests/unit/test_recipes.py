@@ -10,10 +10,11 @@ import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
 from recipes.check import check_recipe, check_startable
-from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
+from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 from recipes.keys import key_of
+from recipes.training_config import LoraConfig
 
 ROOT = Path(__file__).parents[2]
 
