@@ -2,6 +2,7 @@
 
     python -m recipes.simulate.table docs/recipes-simulated.md                                   # all of it: hours
     python -m recipes.simulate.table docs/recipes-simulated.md --only sft/31b --clusters 64x80   # that line, anew
+    python -m recipes.simulate.table - --only sft/31b --clusters 64x80 --set parallel.cp=2       # as if it said that
 
 Each line has the recipe as it is and the best layout found: the quickest of `--try` that are simulated, which are those
 that predictions put first (`predict.py`). No figure is measured.
@@ -80,19 +81,18 @@ def _figures(one: Forecast) -> str:
     return f"{one.simulation.parallel}{again}: {fits}, {one.seconds:.2f} s, MFU {one.mfu:.0%}"
 
 
-def _recipe(case: str) -> Recipe:
+def _recipe(case: str, overrides: Sequence[str] = ()) -> Recipe:
     """Of a name among `SHIPPED` or `LONG`."""
     name, *long = LONG.get(case, (case,))
     keys = ("train.seq_length", "train.global_batch_size")
-    return load_recipe(
-        str(name), ["output=unused", *(f"{key}={value}" for key, value in zip(keys, long, strict=False))]
-    )
+    said = [f"{key}={value}" for key, value in zip(keys, long, strict=False)]
+    return load_recipe(str(name), ["output=unused", *said, *overrides])
 
 
-def line(simulator: Simulator, case: str, cluster: str, tries: int) -> Line:
+def line(simulator: Simulator, case: str, cluster: str, tries: int, overrides: Sequence[str] = ()) -> Line:
     """A recipe on a cluster: as it is, and the best of so many layouts."""
     gpus, hardware = CLUSTERS[cluster]
-    recipe = _recipe(case)
+    recipe = _recipe(case, overrides)
     question = ask(recipe, gpus, load_hardware(hardware), None)
     try:
         found, why_not = proposals(question)[:tries], ""
@@ -117,12 +117,12 @@ def _can_be_laid_out(question: Question, recipe: Recipe) -> bool:
     return True
 
 
-def lines(cases: Sequence[str], clusters: Sequence[str], tries: int) -> Iterator[Line]:
+def lines(cases: Sequence[str], clusters: Sequence[str], tries: int, overrides: Sequence[str]) -> Iterator[Line]:
     """All of them, one after the other."""
     with Simulator() as simulator:
         for case in cases:
             for cluster in clusters:
-                yield line(simulator, case, cluster, tries)
+                yield line(simulator, case, cluster, tries, overrides)
 
 
 def merged(text: str, rows: Sequence[str]) -> str:
@@ -146,9 +146,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[*SHIPPED, *LONG], choices=[*SHIPPED, *LONG], metavar="RECIPE")
     parser.add_argument("--clusters", nargs="*", default=list(CLUSTERS), choices=list(CLUSTERS), metavar="CLUSTER")
     parser.add_argument("--try", dest="tries", type=int, default=3, metavar="N", help="layouts that are simulated")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe; with -")
     said = parser.parse_args()
+    if said.set and said.target != "-":
+        parser.error("--set: the table is of recipes as they are shipped; print with -")
     silence_warnings()
-    for one in lines(said.only, said.clusters, said.tries):
+    for one in lines(said.only, said.clusters, said.tries, said.set):
         print(row := one.row(), flush=True)
         if said.target != "-":
             path = Path(said.target)
