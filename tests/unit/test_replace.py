@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,9 @@ from bridge.convert.atomic import staged
 from bridge.convert.replace import check_replaceable, recover, replace_folder
 from bridge.errors import CheckpointError, UsageError
 
+# Of a process that is as large as the one that runs all tests a fork takes long.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
 OURS = {atomic.__file__, lock.__file__, replace.__file__}
 ERRORS = {
     "interrupt": lambda: KeyboardInterrupt(),
@@ -147,6 +151,13 @@ def test_an_exception_at_every_line(place: Path, exchange: bool, kind: str, jour
     assert outcomes == {True, False} and number > 30 and told
 
 
+def killed(target: Path, number: int, whole: bool, exchange: bool) -> None:
+    if not exchange:
+        replace._exchange = lambda *_: False
+    with At(number, lambda: os.kill(os.getpid(), signal.SIGKILL), whole) as at:
+        write(target, "new", [], True, at)
+
+
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["the end", "all of it"])
 def test_a_kill_at_every_line(place: Path, exchange: bool, whole: bool) -> None:
     """Between two renames the target is away, whole, until the next run puts it back."""
@@ -155,15 +166,12 @@ def test_a_kill_at_every_line(place: Path, exchange: bool, whole: bool) -> None:
         number += 1
         shutil.rmtree(target, ignore_errors=True)
         write(target, "old", [], True)
-        child = os.fork()
-        if not child:
-            try:
-                with At(number, lambda: os.kill(os.getpid(), signal.SIGKILL), whole) as at:
-                    write(target, "new", [], True, at)
-            finally:
-                os._exit(0)
-        if not os.waitpid(child, 0)[1]:
+        child = FORKS.Process(target=killed, args=(target, number, whole, exchange))
+        child.start()
+        child.join()
+        if not child.exitcode:
             break
+        assert child.exitcode == -signal.SIGKILL, number
         if target.exists():
             assert contents(target) in (OLD, NEW), number
         else:
