@@ -65,6 +65,7 @@ def our_batch(rows: list[Row], geometry: Geometry) -> dict[str, Tensor]:
         batch["labels"][number, of_answer] = ids[-answer:]
         batch["sequence_ids"][number, of_answer] = number
         batch["sampled_logps"][number, of_answer] = row["old_logps"]
+    batch["completion_lengths"] = torch.tensor([row["answer"] for row in rows])
     batch["advantages"] = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
     batch["scores"] = torch.zeros(len(rows), 3, dtype=torch.float64)
     if geometry.placeholders is not None:
