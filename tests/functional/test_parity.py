@@ -131,9 +131,9 @@ def test_rows_of_the_length_that_other_attention_is_chosen_for(
     """On a CPU: bands for windows, and for global layers torch's causal kernel, or tiles where rows are padded."""
     folder, file = toy(variant), tmp_path / "reference.safetensors"
     geometry = Geometry.from_folder(folder)
-    # With seed 0 the experts that a token of 26B is routed to last and not any more are 1.4e-6 apart in their logits:
-    # transformers and every backend here, the reference too, then choose differently.
-    sample = random_sample(geometry, seed=1, batch=rows, multiple_of=304)
+    # With other seeds the experts that a token of 26B is routed to last and not any more are as little as 1e-7 apart in
+    # their logits: transformers and every backend here, the reference too, then choose differently. With 5, 7e-5.
+    sample = random_sample(geometry, seed=5, batch=rows, multiple_of=304)
     ranks.run(run_reference, folder, sample, torch.float32, True, file, world_size=1)
     task = ParityTask(variant, geometry, folder, False, Parallel(), torch.float32, sample, {"dtype": file})
     (checks,) = ranks.run(run, replace(task, micro_batch_size=min(rows, 2)), world_size=1)
