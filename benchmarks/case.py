@@ -73,7 +73,7 @@ class Case:
 
     def flops(self) -> float:
         """That a step has to do, whoever does it."""
-        from bridge.megatron.multimodal import MODALITIES
+        from bridge.mapping.modalities import MODALITIES
         from recipes.train.workload import training_flops
 
         batches = list(islice(self.batches(), self.microbatches))

@@ -152,11 +152,15 @@ def count_loss(case: Case) -> int:
             for n in (case.length, geometry.vocab_size)
         )
         labels = torch.zeros(1, case.length, dtype=torch.int64, device=DEVICE)
-        kept = torch.arange(case.length, device=DEVICE)
+        positions = torch.arange(case.length, device=DEVICE)
         device.restart()
         given = device.held
         losses = linear_cross_entropy(
-            hidden[:, None].requires_grad_(), weight.requires_grad_(trained), labels, softcap=30.0, kept=kept
+            hidden[:, None].requires_grad_(),
+            weight.requires_grad_(trained),
+            labels,
+            softcap=30.0,
+            label_positions=positions,
         )
         losses.sum().backward()
         gradients = hidden.nbytes + weight.nbytes * trained

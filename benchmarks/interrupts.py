@@ -38,7 +38,7 @@ PHASES = {
     "training step": ("recipes/train/loop.py", "_Loop._step", 2),
     "evaluation": ("recipes/train/evaluate.py", "evaluate", 1),
     "saving": ("recipes/train/saver.py", "Saver.save", 1),
-    "export": ("recipes/train/loop.py", "_export", 1),
+    "export": ("recipes/train/export.py", "export", 1),
     "resuming": ("recipes/train/checkpoint.py", "load", 1),
 }
 STEPS, RECORDS, EVALUATED = 4, 12_000, 400

@@ -12,8 +12,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 GROUPS = (
-    "attention", "gemm", "grouped gemm", "norm and elementwise", "loss", "optimizer", "communication", "copies", "other"
-)  # fmt: skip
+    "attention",
+    "gemm",
+    "grouped gemm",
+    "norm and elementwise",
+    "loss",
+    "optimizer",
+    "communication",
+    "copies",
+    "other",
+)
 
 # Of what is around a launch: operators, autograd functions, `record_function` ranges. First match wins.
 _RANGES = (
@@ -33,7 +41,7 @@ _NAMES = (
     (
         "norm and elementwise",
         r"elementwise|reduce|triton|norm|Norm|gelu|silu|softmax|index|gather|scatter|cumsum|sort|topk|embedding|"
-        r"rope|Rope|RoPE|rotary|geglu|weigh_experts|sum_experts|quantize|aten::|at::native|vectorized",
+        r"rope|Rope|RoPE|rotary|geglu|scale_rows|sum_experts|quantize|aten::|at::native|vectorized",
     ),
 )
 

@@ -35,6 +35,16 @@ def memory_bytes(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def start_of_peak(on_gpu: bool) -> int:
+    """The bytes held now; the peak is counted from here on."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    before = memory_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return before
+
+
 def arguments(
     tokens: int, hidden_size: int, vocab: int, device: Any, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,12 +92,7 @@ def measure(
     seconds, extra, loss = [], 0.0, torch.zeros(())
     for repeat in range(repeats):
         hidden.grad = weight.grad = None
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            before = memory_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = start_of_peak(on_gpu)
         start = time.perf_counter()
         loss = run()
         loss.backward()

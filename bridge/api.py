@@ -131,9 +131,14 @@ class Gemma4Bridge:
         return iter_adapters(model, self.table, adapter_format, device)
 
     def save_adapter(
-        self, model: Sequence[torch.nn.Module], target: str | Path, spec: LoraSpec, *, adapter_format: str = "peft",
+        self,
+        model: Sequence[torch.nn.Module],
+        target: str | Path,
+        spec: LoraSpec,
+        *,
+        adapter_format: str = "peft",
         overwrite: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A live model's adapters, which are of `spec`, as a folder in a format. Collective; rank 0 writes."""
         from bridge.lora.live import read_adapter
         from bridge.lora.peft_folder import write_peft
@@ -145,9 +150,14 @@ class Gemma4Bridge:
                 write_peft(target, adapter, adapter_format=adapter_format, overwrite=overwrite)
 
     def save_hf(
-        self, model: Sequence[torch.nn.Module], target: str | Path, *, max_shard_size: int = DEFAULT_SHARD_BYTES,
-        overwrite: bool = False, adapters: Adapters = "merge",
-    ) -> None:  # fmt: skip
+        self,
+        model: Sequence[torch.nn.Module],
+        target: str | Path,
+        *,
+        max_shard_size: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+        adapters: Adapters = "merge",
+    ) -> None:
         """A live model as a complete HF folder: tensors of the model, carried tensors and assets of this bridge.
 
         A model of one dtype makes a folder of that dtype. `model` and `adapters` as of `iter_hf_weights`. Collective;

@@ -299,20 +299,19 @@ def verify(
         checks = verify_streamed(
             resolve(hf_dir), megatron_dir=megatron, layers=layers, seed=seed, workdir=workdir, notify=err.print
         )
-        _report(checks, json_file)
-        return
-    with shown_progress(err, "round trip") as progress:
-        checks = run(
-            resolve(hf_dir),
-            megatron_dir=megatron,
-            checks=[name.strip() for name in check.split(",") if name.strip()],
-            parallel=parallel,
-            dtype=dtype,
-            seed=seed,
-            workdir=workdir,
-            progress=progress,
-            notify=err.print,
-        )
+    else:
+        with shown_progress(err, "round trip") as progress:
+            checks = run(
+                resolve(hf_dir),
+                megatron_dir=megatron,
+                checks=[name.strip() for name in check.split(",") if name.strip()],
+                parallel=parallel,
+                dtype=dtype,
+                seed=seed,
+                workdir=workdir,
+                progress=progress,
+                notify=err.print,
+            )
     _report(checks, json_file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,16 @@ import typer
 from rich.table import Table
 
 from bridge.cli_kit import (
+    AllowUrlsOption,
+    ChatTemplateOption,
     ColumnOption,
     FormatOption,
     FunctionOption,
     JsonOption,
+    MediaRootOption,
+    OnErrorOption,
+    SplitOption,
+    TokensOption,
     columns_of,
     epilog,
     err,
@@ -24,6 +31,7 @@ from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from recipes.data.caches import Cache
+    from recipes.data.options import CorpusOptions
 
 data = typer.Typer(
     help="Look at training data, prepare it; list and clean what is prepared.",
@@ -32,37 +40,50 @@ data = typer.Typer(
 )
 
 
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose data and model are shown.")
+]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe.")]
+NamedOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="Without a recipe: JSONL or Parquet, a folder, a glob, a dataset; repeat."),
+]
+ModelOption = Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")]
+CountOption = Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")]
+SeqLengthOption = Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")]
+TurnsOption = Annotated[
+    str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
+]
+ThinkingOption = Annotated[bool, typer.Option(help="Learn thoughts.")]
+ToolCallsOption = Annotated[bool, typer.Option(help="Learn tool calls.")]
+OverlongOption = Annotated[str, typer.Option(help="drop or split")]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also draw the statistics, as .svg; needs a model.")
+]
+
+
 @data.command("show", epilog=epilog("data show sft/e2b data.path=chats.jsonl -n 5"))
 def data_show(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe, whose data and model are shown.")
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe.")] = None,
-    named: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="Without a recipe: JSONL or Parquet, a folder, a glob, a dataset; repeat."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Without a recipe: an HF folder or hub id.")] = None,
-    count: Annotated[int, typer.Option("-n", "--samples", min=0, help="How many samples to print.")] = 3,
-    seq_length: Annotated[int, typer.Option(min=2, help="Longer samples are dropped, or split.")] = 4096,
-    split: Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")] = "train",
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    named: NamedOption = None,
+    model: ModelOption = None,
+    count: CountOption = 3,
+    seq_length: SeqLengthOption = 4096,
+    split: SplitOption = "train",
     format_: FormatOption = None,
     column: ColumnOption = None,
     function: FunctionOption = None,
-    turns: Annotated[
-        str, typer.Option(help="all or last: the model's turns that are learnt; everything: what is asked too.")
-    ] = "all",
-    thinking: Annotated[bool, typer.Option(help="Learn thoughts.")] = True,
-    tool_calls: Annotated[bool, typer.Option(help="Learn tool calls.")] = True,
-    overlong: Annotated[str, typer.Option(help="drop or split")] = "drop",
-    on_error: Annotated[str, typer.Option(help="fail or skip")] = "skip",
-    chat_template: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")] = None,
-    media_root: Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")] = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from the network.")] = False,
-    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw the statistics, as .svg; needs a model.")
-    ] = None,
+    turns: TurnsOption = "all",
+    thinking: ThinkingOption = True,
+    tool_calls: ToolCallsOption = True,
+    overlong: OverlongOption = "drop",
+    on_error: OnErrorOption = "skip",
+    chat_template: ChatTemplateOption = None,
+    media_root: MediaRootOption = None,
+    allow_urls: AllowUrlsOption = False,
+    cache: TokensOption = None,
+    plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Print samples as the model sees them, what is learnt in green, and statistics: lengths, fractions, drops.
@@ -70,25 +91,16 @@ def data_show(
     A recipe says all of it by its own keys; data is named in its place, by itself or with --data, and the other options
     count. Without --model it is said what the records are, in words and not in tokens.
     """
-    from recipes.config import load_recipe
-    from recipes.data import CorpusOptions, Supervise, open_corpus
+    from recipes.data import CorpusOptions, Supervise
     from recipes.data.formats import Layout
-    from recipes.data.plot import check_plot, write_plot
     from recipes.data.preference import of_its_kind
     from recipes.data.preparation import asked
-    from recipes.data.recognition import lines, recognise
-    from recipes.data.report import Progress
-    from recipes.data.show import show_sources, sources_to_json
-    from recipes.data.source_keys import sources_said
-    from recipes.data.training import corpus_options, model_folder
 
     given = asked([*([recipe] if recipe is not None else []), *(overrides or [])], named or [])
     if given.recipe is not None:
         if model:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
-        said = load_recipe(given.recipe, given.overrides)
-        model = model_folder(said)
-        sources = {one.name: one.options for one in sources_said(said.data, corpus_options(said))}
+        sources, model = _sources_of_recipe(given.recipe, given.overrides)
     elif given.overrides:
         raise UsageError(f"{given.overrides[0]}: is a key of a recipe, and there is none")
     else:
@@ -105,15 +117,37 @@ def data_show(
             cache=cache,
             layout=Layout(format_, columns_of(column), function),
         )
-        options = of_its_kind(options)
-        sources = {"": options}
+        sources = {"": of_its_kind(options)}
+    _show(sources, model, count, plot, json_file)
+
+
+def _sources_of_recipe(name: str, overrides: Sequence[str]) -> tuple[dict[str, CorpusOptions], str]:
+    """The sources of its data by their names, and its model."""
+    from recipes.config import load_recipe
+    from recipes.data.source_keys import sources_said
+    from recipes.data.training import corpus_options, model_folder
+
+    recipe = load_recipe(name, overrides)
+    model = model_folder(recipe)
+    return {one.name: one.options for one in sources_said(recipe.data, corpus_options(recipe))}, model
+
+
+def _show(
+    sources: Mapping[str, CorpusOptions], model: str | None, count: int, plot: Path | None, json_file: str | None
+) -> None:
+    from recipes.data import open_corpus
+    from recipes.data.plot import check_plot, write_plot
+    from recipes.data.recognition import lines, recognise
+    from recipes.data.report import Progress
+    from recipes.data.show import show_sources, sources_to_json
+
     if plot is not None:
         check_plot(plot)
         if model is None:
             raise UsageError("--plot: draws tokens, which are those of a model: --model")
     progress = Progress(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
-        found = recognise(options, count, progress.read)
+        found = recognise(sources[""], count, progress.read)
         if not wrote_json(json_file, found.to_json()):
             for line in lines(found):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import typer
 from bridge.cli_kit import (
     AdapterOption,
     AllowUrlsOption,
+    ChatTemplateOption,
     ColumnOption,
     DtypeOption,
     EpOption,
@@ -21,9 +22,13 @@ from bridge.cli_kit import (
     JsonOption,
     MaxNewTokensOption,
     MaxRowsOption,
+    MediaRootOption,
     ModelArgument,
+    OnErrorOption,
     PpOption,
     SequenceParallelOption,
+    SplitOption,
+    TokensOption,
     TpOption,
     VppOption,
     columns_of,
@@ -32,7 +37,6 @@ from bridge.cli_kit import (
     out,
     wrote_json,
 )
-from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from bridge.generate.opened import OpenedModel
@@ -56,13 +60,8 @@ MetricsOption = Annotated[
 ]
 RowsOption = Annotated[int, typer.Option(min=0, help="Of the first so many samples; 0: of all.")]
 SeqLengthOption = Annotated[int, typer.Option(min=2, help="Longer samples are left out.")]
-SplitOption = Annotated[str, typer.Option(help="Of a dataset that is named.")]
 SubsetOption = Annotated[str | None, typer.Option(help="Of a dataset that is named.")]
 TurnsOption = Annotated[str, typer.Option(help="all or last: the model's turns that the loss is of.")]
-OnErrorOption = Annotated[str, typer.Option(help="fail or skip, at a record that cannot be used.")]
-ChatTemplateOption = Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")]
-MediaRootOption = Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")]
-CacheOption = Annotated[str | None, typer.Option(metavar="DIR", help="Where tokens are kept.")]
 CpOption = Annotated[int, typer.Option(help="context-parallel ranks; without --metrics")]
 MicroBatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples that go through at once, for the loss.")]
 
@@ -85,7 +84,7 @@ def evaluate(
     chat_template: ChatTemplateOption = None,
     media_root: MediaRootOption = None,
     allow_urls: AllowUrlsOption = False,
-    cache: CacheOption = None,
+    cache: TokensOption = None,
     dtype: DtypeOption = "bfloat16",
     tp: TpOption = 1,
     pp: PpOption = 1,
@@ -135,8 +134,6 @@ def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metri
 
     silence_warnings()
     find_metrics(metrics, "--metrics")
-    if metrics and parallel.cp > 1:
-        raise UsageError(f"--cp {parallel.cp}: context parallelism divides rows that are there: --metrics go with cp=1")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
     for notice in opened.notices:
         err.print(notice)

@@ -63,6 +63,11 @@ ColumnOption = Annotated[
 FunctionOption = Annotated[
     str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes a record of a known format of each.")
 ]
+SplitOption = Annotated[str, typer.Option(help="Of a dataset that is named, or a folder of splits.")]
+OnErrorOption = Annotated[str, typer.Option(help="fail or skip, at a record that cannot be used.")]
+ChatTemplateOption = Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the model's own.")]
+MediaRootOption = Annotated[str | None, typer.Option(metavar="DIR", help="What media paths are relative to.")]
+TokensOption = Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Where tokens are kept.")]
 WorkersOption = Annotated[int, typer.Option(min=1, max=64, help="Threads that copy.")]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from recipes.slurm.launch import Wanted
 
 
 def register(app: typer.Typer) -> None:
@@ -18,77 +21,106 @@ def register(app: typer.Typer) -> None:
     )
 
 
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name under recipes/configs, or a YAML file.")]
+NodesOption = Annotated[int, typer.Option(min=1, help="How many nodes.")]
+GpusOption = Annotated[int, typer.Option(min=0, help="GPUs of each, one rank per GPU; 0: ranks on CPUs.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
+]
+SubmitOption = Annotated[bool, typer.Option("--submit", help="Submit it; else it is printed.")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Without GPUs: ranks of each node.")]
+CpusOption = Annotated[int, typer.Option(min=1, help="Cores for the threads that read data.")]
+SbatchOption = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
+TimeOption = Annotated[str | None, typer.Option(help="Limit, as sbatch takes it: HH:MM:SS.")]
+MemoryOption = Annotated[str | None, typer.Option("--mem", help="Of a node, as sbatch takes it: 64G.")]
+JobNameOption = Annotated[str, typer.Option(help="Instead of the recipe's name.")]
+LogsOption = Annotated[str, typer.Option(metavar="DIR", help="Instead of OUTPUT/slurm.")]
+SignalLeadOption = Annotated[int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")]
+LauncherOption = Annotated[str, typer.Option(help="Who starts the ranks of a node: srun or torchrun.")]
+VenvOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="The environment on the nodes; by default this one.")
+]
+SetupOption = Annotated[str, typer.Option(metavar="FILE", help="Shell lines that come first: modules to load.")]
+ContainerOption = Annotated[str, typer.Option(metavar="IMAGE", help="Run in it, instead of an environment.")]
+RuntimeOption = Annotated[str, typer.Option(help="pyxis (enroot) or apptainer")]
+MountOption = Annotated[list[str] | None, typer.Option(metavar="SRC:DST", help="Into the container; repeatable.")]
+ExportOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the job; repeatable.")
+]
+SweepOption = Annotated[Path | None, typer.Option(metavar="FILE", help="A job array: one task per line of key=value.")]
+GpuMemoryOption = Annotated[float | None, typer.Option(min=1, metavar="GB", help="Of a GPU: refuse what does not fit.")]
+
+
 def launch(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name under recipes/configs, or a YAML file.")],
-    nodes: Annotated[int, typer.Option(min=1, help="How many nodes.")],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each, one rank per GPU; 0: ranks on CPUs.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
-    ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit it; else it is printed.")] = False,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Without GPUs: ranks of each node.")] = None,
-    cpus_per_rank: Annotated[int, typer.Option(min=1, help="Cores for the threads that read data.")] = 4,
-    partition: Annotated[str | None, typer.Option(help="As sbatch takes it.")] = None,
-    account: Annotated[str | None, typer.Option(help="As sbatch takes it.")] = None,
-    qos: Annotated[str | None, typer.Option(help="As sbatch takes it.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it: HH:MM:SS.")] = None,
-    memory: Annotated[str | None, typer.Option("--mem", help="Of a node, as sbatch takes it: 64G.")] = None,
-    job_name: Annotated[str, typer.Option(help="Instead of the recipe's name.")] = "",
-    logs: Annotated[str, typer.Option(metavar="DIR", help="Instead of OUTPUT/slurm.")] = "",
-    signal_lead: Annotated[int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")] = 300,
-    launcher: Annotated[str, typer.Option(help="Who starts the ranks of a node: srun or torchrun.")] = "srun",
-    venv: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The environment on the nodes; by default this one.")
-    ] = None,
-    setup: Annotated[str, typer.Option(metavar="FILE", help="Shell lines that come first: modules to load.")] = "",
-    container: Annotated[str, typer.Option(metavar="IMAGE", help="Run in it, instead of an environment.")] = "",
-    container_runtime: Annotated[str, typer.Option(help="pyxis (enroot) or apptainer")] = "pyxis",
-    mount: Annotated[list[str] | None, typer.Option(metavar="SRC:DST", help="Into the container; repeatable.")] = None,
-    export: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the job; repeatable.")
-    ] = None,
-    sweep: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A job array: one task per line of key=value.")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=1, metavar="GB", help="Of a GPU: refuse what does not fit.")
-    ] = None,
+    recipe: RecipeArgument,
+    nodes: NodesOption,
+    gpus_per_node: GpusOption,
+    overrides: OverridesArgument = None,
+    submit: SubmitOption = False,
+    ranks_per_node: RanksOption = None,
+    cpus_per_rank: CpusOption = 4,
+    partition: SbatchOption = None,
+    account: SbatchOption = None,
+    qos: SbatchOption = None,
+    time: TimeOption = None,
+    memory: MemoryOption = None,
+    job_name: JobNameOption = "",
+    logs: LogsOption = "",
+    signal_lead: SignalLeadOption = 300,
+    launcher: LauncherOption = "srun",
+    venv: VenvOption = None,
+    setup: SetupOption = "",
+    container: ContainerOption = "",
+    container_runtime: RuntimeOption = "pyxis",
+    mount: MountOption = None,
+    export: ExportOption = None,
+    sweep: SweepOption = None,
+    gpu_memory: GpuMemoryOption = None,
 ) -> None:
     """Print the Slurm job of a recipe, or submit it.
 
     The recipe is checked against the number of ranks first. The job saves before its time limit or when it is
     preempted, goes back into the queue, and goes on where it was.
     """
-    from recipes.slurm.launch import Wanted, make_job
+    from recipes.slurm.launch import Wanted
+
+    options = {"partition": partition, "account": account, "qos": qos, "time": time, "mem": memory}
+    wanted = Wanted(
+        recipe,
+        tuple(overrides or ()),
+        nodes=nodes,
+        gpus=gpus_per_node,
+        ranks=_ranks_of_a_node(gpus_per_node, ranks_per_node),
+        cpus=cpus_per_rank,
+        options=tuple((name, value) for name, value in options.items() if value is not None),
+        name=job_name,
+        logs=logs,
+        lead=signal_lead,
+        launcher=launcher,
+        venv=venv,
+        setup=setup,
+        container=container,
+        runtime=container_runtime,
+        mounts=tuple(mount or ()),
+        exports=tuple(export or ()),
+        sweep=sweep,
+        gpu_memory=gpu_memory,
+        command_line=("gemma4-bridge", *sys.argv[1:]),
+    )
+    _print_or_submit(wanted, submit)
+
+
+def _ranks_of_a_node(gpus: int, ranks: int | None) -> int:
+    if gpus and ranks not in (None, gpus):
+        raise UsageError("--ranks-per-node is for CPUs: with GPUs there is one rank for each")
+    return gpus or ranks or 1
+
+
+def _print_or_submit(wanted: Wanted, submit: bool) -> None:
+    from recipes.slurm.launch import make_job
     from recipes.slurm.submit import submit as hand_over
 
-    if gpus_per_node and ranks_per_node not in (None, gpus_per_node):
-        raise UsageError("--ranks-per-node is for CPUs: with GPUs there is one rank for each")
-    options = {"partition": partition, "account": account, "qos": qos, "time": time, "mem": memory}
-    job = make_job(
-        Wanted(
-            recipe,
-            tuple(overrides or ()),
-            nodes=nodes,
-            gpus=gpus_per_node,
-            ranks=gpus_per_node or ranks_per_node or 1,
-            cpus=cpus_per_rank,
-            options=tuple((name, value) for name, value in options.items() if value is not None),
-            name=job_name,
-            logs=logs,
-            lead=signal_lead,
-            launcher=launcher,
-            venv=venv,
-            setup=setup,
-            container=container,
-            runtime=container_runtime,
-            mounts=tuple(mount or ()),
-            exports=tuple(export or ()),
-            sweep=sweep,
-            gpu_memory=gpu_memory,
-            command_line=("gemma4-bridge", *sys.argv[1:]),
-        )
-    )
+    job = make_job(wanted)
     if not submit:
         sys.stdout.write(job.render())
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bridge.errors import UsageError
 from bridge.megatron.layer_options import ATTENTION, FP8_MULTIPLE, check_names
-from recipes.config import DrafterConfig, LoraConfig, PreferenceConfig, Recipe
+from recipes.config import PreferenceConfig, Recipe
 from recipes.distillation import check_distill
 from recipes.groups import RATED, compiled
 from recipes.keys import meant
@@ -17,6 +17,7 @@ from recipes.losses.names import loss_names
 from recipes.metrics.named import find_metrics
 from recipes.rewards.check import check_grpo
 from recipes.sources import check_sources
+from recipes.training_config import DrafterConfig, LoraConfig
 
 
 def check_recipe(recipe: Recipe, world_size: int) -> int:
@@ -238,8 +239,6 @@ def _check_samples(recipe: Recipe) -> None:
             continue
         if not train.eval_every:
             raise UsageError(f"{key}={value}: is answered at evaluations; set train.eval_every")
-        if recipe.parallel.cp > 1:
-            raise UsageError(f"{key}: parallel.cp={recipe.parallel.cp} divides rows that are there; leave one out")
         if key == "eval.metrics" or isinstance(value, int):
             _check_questions(recipe, key)
     if isinstance(train.samples, str) and not Path(train.samples).is_file():

@@ -60,7 +60,6 @@ def _check_others(recipe: Recipe) -> None:
         ("drafter.path", recipe.drafter.path, "has a teacher already (drafter.kl); leave it out with distill.teacher"),
         ("train.z_loss", recipe.train.z_loss, "is not added to divergences; leave it out with distill.teacher"),
         ("data.packing", own and recipe.data.packing, "own answers have rows of their own yet; set distill.lmbda=0"),
-        ("parallel.cp", own and recipe.parallel.cp > 1, "divides rows that are there; sample answers with cp=1"),
         ("data.overlong", own and recipe.data.overlong != "drop", "a question cannot be cut; set distill.lmbda=0"),
     ):
         if value:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from bridge.generate.memory import MAX_ROWS
 from bridge.generate.task import ModelTask
-from recipes.config import DataConfig, ParallelConfig, Recipe, TrainConfig
+from recipes.config import DataConfig, ParallelConfig, Recipe
 from recipes.data.batches import BatchOptions
 from recipes.data.corpus import open_corpus
 from recipes.data.options import CorpusOptions
 from recipes.data.part import Whole, first
 from recipes.metrics.named import find_metrics
+from recipes.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from bridge.generate.sampling import SamplingOptions

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from bridge.errors import UsageError
+from bridge.mapping.modalities import MODALITIES
 from recipes.keys import meant
 
 # What `model.freeze` can name.
@@ -15,11 +16,13 @@ FREEZABLE = {
     "router": r"\.router\.",
     "experts": r"\.experts\.",
     "language": r"^(embedding|decoder|output_layer)\.",
-    "vision": r"vision",
-    "vision_tower": r"vision_(tower|embedder)\.",
-    "audio": r"audio",
-    "audio_tower": r"audio_tower\.",
-    "projectors": r"embed_(vision|audio)\.",
+    **{
+        group: pattern
+        for name, modality in MODALITIES.items()
+        for group, pattern in ((name, name), (f"{name}_tower", rf"({'|'.join(modality.fronts)})\."))
+        if pattern == name or modality.fronts
+    },
+    "projectors": rf"({'|'.join(modality.modules[-1] for modality in MODALITIES.values())})\.",
 }
 # What `optimizer.lr_groups` can name: these, and of adapters the factor that begins at 0 (LoRA+, arXiv 2402.12354).
 RATED = {**FREEZABLE, "lora_b": r"\.lora_B$"}

@@ -10,7 +10,8 @@ from pathlib import Path
 from bridge.errors import BridgeError
 from bridge.megatron.silence import silence_warnings
 from recipes.check import check_startable
-from recipes.config import load_recipe, rank_from_environment, world_size_from_environment
+from recipes.config import load_recipe
+from recipes.environment import rank_from_environment, world_size_from_environment
 from recipes.train.signals import STOPPED, StopSignal
 from recipes.train.sinks import check_sinks
 from recipes.train.sole import sole_run

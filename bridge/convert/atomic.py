@@ -140,7 +140,7 @@ def staged(
         journal: Journal | None = None
         ours: os.stat_result | None = None
         try:
-            try:
+            with _write_errors(path):
                 recover(path, partial / _OLD)
                 check_target(path, overwrite, sources)
                 journal = _open_journal(partial, fingerprint, say)
@@ -151,14 +151,9 @@ def staged(
                 yield stage
                 if source_fingerprint(plan, sources) != fingerprint:
                     journal.finished.clear()
-                    raise CheckpointError(
-                        f"{printable(path)}: not written, because the source changed while it was being read"
-                    )
+                    raise CheckpointError(f"{printable(path)}: not written: the source changed while it was being read")
                 _commit(stage, partial, overwrite, sources, lock)
                 _discard(partial, say)
-            except OSError as error:
-                # Whatever else was written here (assets, config): one line as well.
-                raise write_error(Path(error.filename or path), error) from None
         except BaseException:
             # What stands there is another's where the lock was taken over.
             if lock.is_ours():
@@ -167,6 +162,15 @@ def staged(
         finally:
             if journal is not None:
                 journal.close()
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Whatever cannot be written for `path` (assets and config too) is one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(Path(error.filename or path), error) from None
 
 
 def _make_folder(path: Path) -> None:

@@ -14,12 +14,13 @@ from bridge.convert.pieces import CopyTensor, PlannedReader, same_tensors
 from bridge.convert.plan import JoinedReader
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.geometry.towers import TOWERS
 from bridge.hf.json_file import read_object
 from bridge.hf.tensors import RowReader
 from bridge.mapping import Table, table_for
 
 # What a multimodal model has besides its language model, and what the classes are called.
-_OF_THE_CLASS = {"architecture", "multimodal", "placeholders", "vision", "audio", "drafter", "base", "notices"}
+_OF_THE_CLASS = {"architecture", "multimodal", "placeholders", *TOWERS, "drafter", "base", "notices"}
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 

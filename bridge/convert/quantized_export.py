@@ -59,24 +59,39 @@ class Preset:
 
 def _args(bits: int, kind: str, strategy: str, group: int | None = None, dynamic: bool = False) -> dict[str, Any]:
     return {
-        "num_bits": bits, "type": kind, "symmetric": True, "group_size": group, "strategy": strategy,
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "group_size": group,
+        "strategy": strategy,
         "dynamic": dynamic,
-    }  # fmt: skip
+    }
 
 
 # 32 columns: the width of a block of q4_0, for which Google's QAT checkpoints are trained, and one that divides every
 # published width; 128, llm-compressor's own preset, does not divide those of 26B-A4B.
 PRESETS = {
     "fp8-dynamic": Preset(
-        "FP8_DYNAMIC", "F8_E4M3", None, "float-quantized", "F8_E4M3", "weight",
-        _args(8, "float", "channel"), _args(8, "float", "token", dynamic=True),
+        "FP8_DYNAMIC",
+        "F8_E4M3",
+        None,
+        "float-quantized",
+        "F8_E4M3",
+        "weight",
+        _args(8, "float", "channel"),
+        _args(8, "float", "token", dynamic=True),
     ),
     "w4a16": Preset("W4A16", "int4", 32, "pack-quantized", "I32", "weight_packed", _args(4, "int", "group", 32)),
     "nvfp4": Preset(
-        "NVFP4A16", "e2m1", 16, "nvfp4-pack-quantized", "U8", "weight_packed",
+        "NVFP4A16",
+        "e2m1",
+        16,
+        "nvfp4-pack-quantized",
+        "U8",
+        "weight_packed",
         _args(4, "float", "tensor_group", 16) | {"scale_dtype": "torch.float8_e4m3fn"},
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ class QuantizedReader:
             raise UsageError(f"--quantize {preset}: expected one of {', '.join(PRESETS)}")
         self.preset = PRESETS[preset]
         self._base, self._table, self._origin = base, table, origin
-        self._kept: dict[str, Matrix] = {}
+        self._reused: dict[str, Matrix] = {}
         self.tensors: dict[str, TensorLike] = {}
         self._parts: dict[str, tuple[_Module, str]] = {}
         self._fused: dict[str, list[_Module]] = {}
@@ -135,7 +150,7 @@ class QuantizedReader:
             for module in modules:
                 self._fused.setdefault(module.fused, []).append(module)
         if origin is not None:
-            self._kept = self._unchanged(origin, workers)
+            self._reused = self._unchanged(origin, workers)
         for name, tensor, modules in found:
             if not modules:
                 self.tensors[name] = tensor
@@ -166,9 +181,9 @@ class QuantizedReader:
 
     def _add(self, module: _Module, dtype: str) -> None:
         preset, rows, columns = self.preset, module.rows, module.columns
-        kept = self._kept.get(module.name)
-        if kept is not None:
-            for suffix, info in _stored(kept).items():
+        reused = self._reused.get(module.name)
+        if reused is not None:
+            for suffix, info in _stored(reused).items():
                 self._put(module, suffix, info.dtype, tuple(info.shape))
             return
         if dtype not in ("BF16", "F16", "F32"):
@@ -196,9 +211,9 @@ class QuantizedReader:
         module, suffix = part
         data = np.frombuffer(as_bytes(out), dtype=np.uint8)
         check_rows(name, self.tensors[name], start, stop, len(data))
-        kept = self._kept.get(module.name)
-        if kept is not None and self._origin is not None:
-            self._origin.read_stored(_stored(kept)[suffix].name, start, stop, data)
+        reused = self._reused.get(module.name)
+        if reused is not None and self._origin is not None:
+            self._origin.read_stored(_stored(reused)[suffix].name, start, stop, data)
         elif suffix == "weight_shape":
             data[:] = np.array([module.rows, module.columns], dtype=np.int64)[start:stop].view(np.uint8)
         elif suffix == "weight_global_scale":
@@ -326,8 +341,8 @@ class QuantizedReader:
         said = [f"{modules} linears of decoder layers are quantized ({self.preset.name}), everything else is as it was"]
         if self._origin is not None:
             said.append(
-                f"{len(self._kept)} of them keep the codes and scales of {self._origin.path}, since their weights are "
-                "those that it stands for"
+                f"{len(self._reused)} of them keep the codes and scales of {self._origin.path}, since their weights "
+                "are those that it stands for"
             )
         if self.left:
             said.append(

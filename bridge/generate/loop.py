@@ -1,7 +1,8 @@
 """The loop over rows: prompts come in as places get free, each step gives every row a token, finished rows leave.
 
-Every rank of a replica runs the same loop over the same rows and learns every token; data-parallel replicas take rows
-in turn. What a row gets depends on its tokens, the options and its number alone, never on its company.
+Every rank of a replica runs the same loop over the same rows and learns every token; replicas, data-parallel ones and
+those of context parallelism, take rows in turn. What a row gets depends on its tokens, the options and its number
+alone, never on its company.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Generator:
-    """Generates with a model as it stands: `chunks` are this rank's, live or loaded, in any layout but CP.
+    """Generates with a model as it stands: `chunks` are this rank's, live or loaded, in any layout.
 
     `max_rows` rows at once on a replica; prompts are read `prefill_tokens` tokens at a time, or one image. `decode`
     turns tokens into text; stop strings need it. With a `speculator` a step gives a row several tokens, those that it
@@ -56,13 +57,9 @@ class Generator:
         on_finish: Callable[[Completion], None] | None = None,
         speculator: Speculator | None = None,
     ) -> None:
-        if groups.cp.size() > 1:
-            raise UsageError(
-                f"cp={groups.cp.size()}: context parallelism divides rows that are there; generate with cp=1"
-            )
         if max_rows < 1 or prefill_tokens < 1:
             raise UsageError(f"max_rows={max_rows}, prefill_tokens={prefill_tokens}: both are at least 1")
-        self.chunks, self.groups = list(chunks), groups
+        self.chunks, self.groups, self.replicas = list(chunks), groups, groups.dp_cp
         self.config = chunks[0].config
         self.geometry = self.config.geometry
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
@@ -70,7 +67,7 @@ class Generator:
         self.speculator = speculator
         self.device = next(p.device for chunk in chunks for p in chunk.parameters())
         # Experts of one layer lie on several replicas: they take every step together, also those without a row.
-        self.together = self.geometry.moe is not None and groups.dp.size() > 1
+        self.together = self.geometry.moe is not None and self.replicas.size() > 1
 
     def generate(self, prompts: Sequence[Prompt], options: SamplingOptions, first_index: int = 0) -> list[Completion]:
         """The answers, in the order of `prompts`, on every rank. Collective over all ranks that hold the model.
@@ -84,12 +81,12 @@ class Generator:
             for i, prompt in enumerate(prompts)
             for sample in range(options.num_return_sequences)
         ]
-        mine = rows[self.groups.dp.rank() :: self.groups.dp.size()]
+        mine = rows[self.replicas.rank() :: self.replicas.size()]
         with evaluating(self.chunks):
             found = list(self._run(mine, options))
-        if self.groups.dp.size() > 1:
-            parts: list[list[Completion]] = [[] for _ in range(self.groups.dp.size())]
-            dist.all_gather_object(parts, found, group=self.groups.dp)
+        if self.replicas.size() > 1:
+            parts: list[list[Completion]] = [[] for _ in range(self.replicas.size())]
+            dist.all_gather_object(parts, found, group=self.replicas)
             found = [completion for part in parts for completion in part]
         return sorted(found, key=lambda completion: (completion.index, completion.sample))
 
@@ -124,26 +121,32 @@ class Generator:
         if not self.together:
             return busy
         flag = torch.tensor([busy], dtype=torch.int32, device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.groups.dp)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.replicas)
         return bool(flag)
 
     def _read(self, caches: KeyValueCaches, rows: list[Row], options: SamplingOptions) -> None:
-        """The next part of the prompts that are read, up to `prefill_tokens` of them together."""
+        """The next part of the prompts that are read, up to `prefill_tokens` of them together.
+
+        A prompt is read once for all answers to it that are in `rows`.
+        """
         room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[Row]()
-        for row in rows:
+        unread = [row for row in rows if row.seen < len(row.prompt.ids)]
+        # Of each prompt the row that is ahead; the others have seen nothing.
+        readers = {id(row.prompt): row for row in sorted(unread, key=lambda row: (row.seen, -row.slot))}
+        for row in sorted(readers.values(), key=lambda row: row.slot):
             if chosen and room <= 0:
                 break
             if row.seen == 0 and self.chunks[0].pre_process:
                 row.embeddings = self._embed_prompt(row)
-            stop = self._cut(row, room)
+            stop = self._part_end(row, room)
             if chosen and stop == row.seen:
                 break
             chosen.append(row)
             parts.append(NewTokens(row.slot, row.seen, stop, row.visibility))
             room -= stop - row.seen
-        self._step(caches, chosen, parts, options)
+        self._step(caches, chosen, parts, options, unread)
 
-    def _cut(self, row: Row, room: int) -> int:
+    def _part_end(self, row: Row, room: int) -> int:
         """Where the next part of a prompt ends: after `room` tokens, or at the edge of an image near there."""
         length = len(row.prompt.ids)
         stop = min(length, row.seen + max(room, 1))
@@ -166,7 +169,7 @@ class Generator:
         ids = torch.tensor([[*row.prompt.ids, *[self.geometry.pad_token_id or 0] * filler]], device=self.device)
         if isinstance(model, Gemma4MultimodalModel):
             media = {f.name: row.prompt.media[f.name] for f in fields(Media) if f.name in row.prompt.media}
-            whole = model.embed_with_media(ids, Media(**media))
+            whole = model.embed_with_media(ids, Media(**media), divided=False)
         else:
             whole = model.embed(ids)
         if self.config.sequence_parallel:
@@ -174,19 +177,32 @@ class Generator:
         return whole[:length]
 
     def _step(
-        self, caches: KeyValueCaches, rows: Sequence[Row], parts: Sequence[NewTokens], options: SamplingOptions
+        self,
+        caches: KeyValueCaches,
+        rows: Sequence[Row],
+        parts: Sequence[NewTokens],
+        options: SamplingOptions,
+        unread: Sequence[Row] = (),
     ) -> None:
-        """Run new tokens through the model; rows whose prompt is read to its end get their next token."""
+        """Run new tokens through the model; rows whose prompt is read to its end get their next token, and so do those
+        of `unread` that have the same prompt."""
         step = self._cached_step(caches, parts)
         output = self._run_step(step, rows, [_tokens(row, part) for row, part in zip(rows, parts, strict=True)])
-        ready = [i for i, (row, part) in enumerate(zip(rows, parts, strict=True)) if part.stop == len(row)]
-        for row, part in zip(rows, parts, strict=True):
+        ready, chosen = list[int](), list[Row]()
+        for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
             row.seen = part.stop
             if part.stop >= len(row.prompt.ids):
                 row.embeddings = None
+            if part.stop == len(row):
+                same = [other for other in unread if other.prompt is row.prompt and other is not row]
+                if same:
+                    caches.copy(row.slot, [other.slot for other in same], slots=1 + max(other.slot for other in unread))
+                for other in same:
+                    other.seen = row.seen
+                chosen += [row, *same]
+                ready += [i] * (1 + len(same))
         if not ready:
             return
-        chosen = [rows[i] for i in ready]
         tokens, logprobs = self._choose(None if output is None else output.logits[ready], chosen, options)
         for i, row, token, logprob in zip(ready, chosen, tokens, logprobs, strict=True):
             if output is not None and self.speculator is not None:

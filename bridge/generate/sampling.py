@@ -84,7 +84,7 @@ def choose(
 def distribution(logits: Tensor, options: SamplingOptions, previous: Sequence[Sequence[int]]) -> Tensor:
     """The probabilities that tokens are drawn with, float64 [rows, vocab]; `options` are not greedy."""
     scores = _penalised(logits.float(), options.repetition_penalty, previous)
-    return _cut(scores / options.temperature, options).double().softmax(-1)
+    return _filtered(scores / options.temperature, options).double().softmax(-1)
 
 
 def _penalised(logits: Tensor, penalty: float, previous: Sequence[Sequence[int]]) -> Tensor:
@@ -97,7 +97,7 @@ def _penalised(logits: Tensor, penalty: float, previous: Sequence[Sequence[int]]
     return scores
 
 
-def _cut(scores: Tensor, options: SamplingOptions) -> Tensor:
+def _filtered(scores: Tensor, options: SamplingOptions) -> Tensor:
     """-inf where a token is not among the top k, in the top p, or likelier than min p of the likeliest."""
     if options.top_k is not None and options.top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(options.top_k).values[:, -1:], -torch.inf)

@@ -116,7 +116,7 @@ def _scored(
     multiple = groups.tp.size() if config.sequence_parallel else 1
     packed = _pack([rows[index] for index in indices], multiple, config.geometry.pad_token_id or 0)
     input_ids, labels = packed.input_ids.to(device), packed.labels.to(device)
-    kept = positions_with_labels(labels)
+    label_positions = positions_with_labels(labels)
     embeddings = None
     if model.pre_process:
         embeddings = model.embed(model.text_ids(input_ids) if isinstance(model, Gemma4MultimodalModel) else input_ids)
@@ -129,13 +129,13 @@ def _scored(
         visibility=Visibility.of(packed.input_ids, cu_seqlens=packed.bounds).to(device),
         labels=labels,
         output_processor=losses_and_likeliest,
-        output_processor_context=LossContext(kept=kept),
+        output_processor_context=LossContext(label_positions=label_positions),
     )
     told = torch.zeros(len(indices), 2, dtype=torch.float64, device=device)
     if output is not None:
         losses, right = output
-        row_of = torch.bucketize(kept, packed.bounds[1:].to(device), right=True)
-        told[:, 0].index_add_(0, row_of, -losses[0, kept].double())
+        row_of = torch.bucketize(label_positions, packed.bounds[1:].to(device), right=True)
+        told[:, 0].index_add_(0, row_of, -losses[0, label_positions].double())
         told[:, 1].index_add_(0, row_of, (~right).double())
     if groups.pp.size() > 1:
         dist.broadcast(told, group=groups.pp, group_src=groups.pp.size() - 1)

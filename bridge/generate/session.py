@@ -156,7 +156,7 @@ def answer_requests(task: ModelTask, folder: Path, tokenizer: Path | None, setti
         with contextlib.ExitStack() as stack:
             on_token, on_finish = None, None
             if writes:
-                events = stack.enter_context((folder / f"events{number}-{groups.dp.rank()}").open("w", buffering=1))
+                events = stack.enter_context((folder / f"events{number}-{groups.dp_cp.rank()}").open("w", buffering=1))
                 on_token, on_finish = partial(_write_token, events), partial(_write, events)
             if kind == "score":
                 score(model, groups, *request, on_score=on_finish, **settings)

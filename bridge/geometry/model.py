@@ -20,13 +20,11 @@ from bridge.geometry.decoder import (
 from bridge.geometry.drafter import DRAFTER_DEFAULTS, DrafterGeometry, check_text, read_drafter
 from bridge.geometry.fields import Fields, short
 from bridge.geometry.towers import (
-    PLACEHOLDER_DEFAULTS,
-    Audio,
+    TOP_DEFAULTS,
     Placeholders,
-    Vision,
-    read_audio,
+    Towers,
     read_placeholders,
-    read_vision,
+    read_towers,
 )
 from bridge.hf.json_file import read_object
 from bridge.hf.quantization import is_marker, read_quantization
@@ -45,11 +43,9 @@ _DRAFTERS = {
 }
 _TOP_DEFAULTS: dict[str, Any] = {
     "text_config": None,
-    "vision_config": None,
-    "audio_config": None,
     "tie_word_embeddings": True,
     "quantization_config": None,
-} | PLACEHOLDER_DEFAULTS
+} | TOP_DEFAULTS
 # Brackets of images and audio, which only the processor and the template write; what a processor does.
 _TOP_IGNORED = (
     "boi_token_id",
@@ -68,7 +64,7 @@ class HasToDict(Protocol):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Towers):
     """A Gemma 4 model, or a drafter of one.
 
     `base` starts the on-disk name of every tensor but `lm_head.weight`, `prefix` that of the language model's. `base`
@@ -92,8 +88,6 @@ class Geometry:
     pad_token_id: int | None
     bidirectional_vision: bool
     placeholders: Placeholders | None
-    vision: Vision | None
-    audio: Audio | None
     drafter: DrafterGeometry | None = None
     base: str = _BASE
     notices: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -166,9 +160,8 @@ class Geometry:
         top = Fields("", config, _TOP_DEFAULTS, notices, ignored=_TOP_IGNORED)
         _check_quantization(top["quantization_config"], notices)
         text, tied = _text_section(top, text_type, unified, notices)
-        vision = read_vision(top["vision_config"], unified, notices)
-        audio = read_audio(top["audio_config"], unified, notices)
-        return cls._read(text, model_type, architecture, tied, notices, read_placeholders(top), vision, audio)
+        towers = read_towers(top, unified, notices)
+        return cls._read(text, model_type, architecture, tied, notices, read_placeholders(top), towers)
 
     @classmethod
     def _read_drafter(cls, config: Mapping[str, Any], model_type: str, notices: list[str]) -> Geometry:
@@ -193,8 +186,7 @@ class Geometry:
         tied: bool,
         notices: list[str],
         placeholders: Placeholders | None = None,
-        vision: Vision | None = None,
-        audio: Audio | None = None,
+        towers: Towers | None = None,
         drafter: DrafterGeometry | None = None,
     ) -> Geometry:
         ple, vocab_size = read_ple(text), text.positive("vocab_size")
@@ -219,10 +211,9 @@ class Geometry:
             pad_token_id=pad,
             bidirectional_vision=text["use_bidirectional_attention"] == "vision",
             placeholders=placeholders,
-            vision=vision,
-            audio=audio,
             drafter=drafter,
             notices=tuple(notices),
+            **vars(towers or Towers()),
         )
 
 

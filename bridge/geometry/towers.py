@@ -6,14 +6,23 @@ leave out what equals them.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import GeometryError
 from bridge.geometry.fields import Fields, positive, rotary, short
 
-# Of the top level of a multimodal config.
-PLACEHOLDER_DEFAULTS = {"image_token_id": 258_880, "video_token_id": 258_884, "audio_token_id": 258_881}
+# Of soft tokens, in the order of their numbers in `mm_token_type_ids`, where 0 is text.
+SOFT_TOKEN_KINDS = ("image", "video", "audio")
+# Of the top level of a multimodal config: sections of towers, and placeholders.
+TOP_DEFAULTS = {
+    "vision_config": None,
+    "audio_config": None,
+    "image_token_id": 258_880,
+    "video_token_id": 258_884,
+    "audio_token_id": 258_881,
+}
 _COLOURS = 3
 
 _VISION_DEFAULTS: dict[str, Any] = {
@@ -83,8 +92,7 @@ class Placeholders:
     @property
     def by_kind(self) -> dict[str, int]:
         """Those that there are."""
-        kinds = {"image": self.image, "video": self.video, "audio": self.audio}
-        return {kind: token for kind, token in kinds.items() if token is not None}
+        return {kind: token for kind in SOFT_TOKEN_KINDS if (token := getattr(self, kind)) is not None}
 
     @property
     def ids(self) -> frozenset[int]:
@@ -197,10 +205,34 @@ Vision = VisionGeometry | UnifiedVisionGeometry
 Audio = AudioGeometry | UnifiedAudioGeometry
 
 
+@dataclass(frozen=True, kw_only=True)
+class Towers:
+    """What a model has of each modality; None where it takes none."""
+
+    vision: Vision | None = None
+    audio: Audio | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of those that the model takes."""
+        return tuple(name for name in TOWERS if getattr(self, name) is not None)
+
+
+TOWERS = tuple(field.name for field in dataclasses.fields(Towers))
+
+
+def read_towers(top: Fields, unified: bool, notices: list[str]) -> Towers:
+    """The sections of a multimodal config. Raises GeometryError that names the field."""
+    return Towers(
+        vision=_read_vision(top["vision_config"], unified, notices),
+        audio=_read_audio(top["audio_config"], unified, notices),
+    )
+
+
 def read_placeholders(fields: Fields) -> Placeholders:
     """The placeholder ids of a multimodal config. Raises GeometryError for what is no token id, or is used twice."""
     found: dict[str, int | None] = {}
-    for kind in ("image", "video", "audio"):
+    for kind in SOFT_TOKEN_KINDS:
         value = fields.token(f"{kind}_token_id")
         if value is not None and value in found.values():
             raise GeometryError(f"{kind}_token_id is {value}, which is another placeholder's id as well")
@@ -208,7 +240,7 @@ def read_placeholders(fields: Fields) -> Placeholders:
     return Placeholders(**found)
 
 
-def read_vision(section: Any, unified: bool, notices: list[str]) -> Vision | None:
+def _read_vision(section: Any, unified: bool, notices: list[str]) -> Vision | None:
     """The vision section of a config, None where it has none. Raises GeometryError that names the field."""
     if section is None:
         return None
@@ -252,7 +284,7 @@ def read_vision(section: Any, unified: bool, notices: list[str]) -> Vision | Non
     )
 
 
-def read_audio(section: Any, unified: bool, notices: list[str]) -> Audio | None:
+def _read_audio(section: Any, unified: bool, notices: list[str]) -> Audio | None:
     """The audio section of a config, None where it has none. Raises GeometryError that names the field."""
     if section is None:
         return None

@@ -85,8 +85,10 @@ class RowLedger:
 class UnitFiles(CloseOnExit):
     """Files of a known size that are written in any order, begun at their first write. Thread-safe."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, tensors: Iterable[TensorSpec]) -> None:
         self.folder = Path(folder)
+        self.specs = check_specs(tensors, printable(self.folder))
+        self._ledger = RowLedger(self.specs, self.folder)
         self._sizes: dict[str, int] = {}
         self._begun: set[str] = set()
         self._finished: set[str] = set()
@@ -94,6 +96,32 @@ class UnitFiles(CloseOnExit):
 
     def _begin(self, fd: int, file: str) -> None:
         """What a file gets when it is begun."""
+
+    def _holds(self, fd: int, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
+        """Whether an open file of the right size is complete. Raises CheckpointError, ValueError, OverflowError."""
+        raise NotImplementedError
+
+    def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
+        """Whether the file on disk is complete: its size, what frames its chunks, and the CRC32 of every chunk.
+
+        If so its rows count as written. `scratch` must hold the largest chunk.
+        """
+        path = self.folder / unit.file
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            if os.fstat(fd).st_size != unit.nbytes or not self._holds(fd, unit, crcs, scratch):
+                return False
+        except (CheckpointError, ValueError, OverflowError):
+            return False
+        finally:
+            os.close(fd)
+        for chunk in unit.chunks:
+            self._ledger.add(chunk.name, chunk.start, chunk.stop)
+        self._finished.add(unit.file)
+        return True
 
     def _open(self, path: Path) -> int:
         """Begin a file, or open one again that was begun."""
@@ -191,12 +219,10 @@ class HfWriter(UnitFiles):
         *,
         single: str = SINGLE_FILE,
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, tensors)
         self._single = single
-        self.specs = check_specs(tensors, printable(self.folder))
         if not self.specs:
             raise CheckpointError(f"{printable(self.folder)}: no tensors to write")
-        self._ledger = RowLedger(self.specs, self.folder)
         self._headers: dict[str, bytes] = {}
         self._places: dict[str, tuple[str, int]] = {}
         self._shards: dict[str, list[TensorSpec]] = {}
@@ -260,33 +286,16 @@ class HfWriter(UnitFiles):
     def _begin(self, fd: int, file: str) -> None:
         pwrite_all(fd, [self._headers[file]], 0, self.folder / file)
 
-    def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
-        """Whether the file on disk is complete: its size, its header, and the CRC32 of every chunk.
-
-        If so its rows count as written. `scratch` must hold the largest chunk.
-        """
-        path = self.folder / unit.file
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
+    def _holds(self, fd: int, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
+        path, header = self.folder / unit.file, self._headers[unit.file]
+        if pread_bytes(fd, len(header), 0, path) != header:
             return False
-        try:
-            header = self._headers[unit.file]
-            if os.fstat(fd).st_size != unit.nbytes or pread_bytes(fd, len(header), 0, path) != header:
+        for chunk, crc in zip(unit.chunks, crcs, strict=True):
+            view = scratch[: chunk.nbytes]
+            offset = self._places[chunk.name][1] + chunk.start * row_bytes(self.specs[chunk.name])
+            pread_into(fd, view, offset, path)
+            if zlib.crc32(view) != crc:
                 return False
-            for chunk, crc in zip(unit.chunks, crcs, strict=True):
-                view = scratch[: chunk.nbytes]
-                offset = self._places[chunk.name][1] + chunk.start * row_bytes(self.specs[chunk.name])
-                pread_into(fd, view, offset, path)
-                if zlib.crc32(view) != crc:
-                    return False
-        except (CheckpointError, ValueError):
-            return False
-        finally:
-            os.close(fd)
-        for chunk in unit.chunks:
-            self._ledger.add(chunk.name, chunk.start, chunk.stop)
-        self._finished.add(unit.file)
         return True
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bridge.errors import CheckpointError, UsageError
 from bridge.geometry import Geometry
+from bridge.geometry.towers import Towers
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import printable
 from bridge.lora.foreign_experts import find_experts
@@ -23,13 +24,14 @@ from bridge.lora.peft_config import CONFIG_FILE, PeftConfig
 from bridge.lora.spec import Factor, LoraSpec, Target, endings, spelled_out
 from bridge.lora.targets import HEAD, module_name, module_names, resolve
 from bridge.mapping import Table, table_for
+from bridge.mapping.modalities import MODULES
 from bridge.mapping.unified import in_memory
 
 # `lora_A.default.weight`: with the name that the adapter had in memory.
 _NAMED = re.compile(r"(\.lora_[AB]|\.lora_embedding_[AB]|\.lora_magnitude_vector)\.(?!weight$)([^.]+)(\.weight)?$")
 # The decoder of the multimodal class, of that without a head, of the text class, and of that without a head.
 _DECODER = re.compile(r"(model\.language_model\.|language_model\.|model\.|)(?:layers\.\d+\.|embed_tokens|norm\.)")
-_TOWERS = re.compile(r"(model\.)?(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
+_TOWERS = re.compile(rf"(model\.)?({'|'.join(MODULES)})\.")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _with_head(keys: dict[str, str], ours: str, file: Path) -> tuple[dict[str, s
 def _other_class(geometry: Geometry) -> Geometry:
     """The decoder alone, as the text class names it or the multimodal one: no adapter of a tower is of both."""
     other = not geometry.multimodal
-    return replace(geometry, base="model.", multimodal=other, vision=None, audio=None, placeholders=None)
+    return replace(geometry, base="model.", multimodal=other, placeholders=None, **vars(Towers()))
 
 
 def _moved(name: str, theirs: str, ours: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.geometry import AudioGeometry, Geometry, LayerGeometry
-from bridge.mapping.table import Condition, Part, Row
+from bridge.mapping.table import Condition, LayerStack, Row
 from bridge.mapping.vision import clipped_rows, tower_row
 
 HAS_TOWER = Condition("audio tower", lambda g, layer: isinstance(g.audio, AudioGeometry))
@@ -17,18 +17,18 @@ def _layers(geometry: Geometry) -> tuple[LayerGeometry | None, ...]:
     return (None,) * geometry.audio.num_layers if isinstance(geometry.audio, AudioGeometry) else ()
 
 
-AUDIO_PART = Part("audio", _layers)
+AUDIO_STACK = LayerStack("audio", _layers)
 _FRONT = "audio_tower.subsample_conv_projection."
 _LAYER = "audio_tower.layers.{layer}."
 _COLUMN, _ROW, _WHOLE = ("tp", None), (None, "tp"), (None, None)
 
 
 def _row(name: str, *shape: str) -> Row:
-    return tower_row(name, shape, AUDIO_PART, HAS_TOWER)
+    return tower_row(name, shape, AUDIO_STACK, HAS_TOWER)
 
 
 def _linear(name: str, out: str, into: str, shard: tuple[str | None, str | None]) -> tuple[Row, ...]:
-    return clipped_rows(_LAYER + name, (out, into), AUDIO_PART, HAS_TOWER, CLIPPED, shard)
+    return clipped_rows(_LAYER + name, (out, into), AUDIO_STACK, HAS_TOWER, CLIPPED, shard)
 
 
 def _feed_forward(name: str) -> tuple[Row, ...]:
@@ -51,7 +51,7 @@ AUDIO: tuple[Row, ...] = (
     *_linear("self_attn.q_proj", "audio", "audio", _COLUMN),
     *_linear("self_attn.k_proj", "audio", "audio", _COLUMN),
     *_linear("self_attn.v_proj", "audio", "audio", _COLUMN),
-    tower_row(_LAYER + "self_attn.relative_k_proj.weight", ("audio", "audio"), AUDIO_PART, HAS_TOWER, _COLUMN),
+    tower_row(_LAYER + "self_attn.relative_k_proj.weight", ("audio", "audio"), AUDIO_STACK, HAS_TOWER, _COLUMN),
     _row(_LAYER + "self_attn.per_dim_scale", "audio_head"),
     *_linear("self_attn.post", "audio", "audio", _ROW),
     _row(_LAYER + "norm_post_attn.weight", "audio"),
@@ -64,5 +64,17 @@ AUDIO: tuple[Row, ...] = (
     _row(_LAYER + "norm_out.weight", "audio"),
     _row("audio_tower.output_proj.weight", "audio_soft", "audio"),
     _row("audio_tower.output_proj.bias", "audio_soft"),
-    tower_row("embed_audio.embedding_projection.weight", ("hidden", "audio_soft"), AUDIO_PART, HAS_AUDIO),
+    tower_row("embed_audio.embedding_projection.weight", ("hidden", "audio_soft"), AUDIO_STACK, HAS_AUDIO),
 )
+
+
+def audio_dimensions(geometry: Geometry) -> dict[str, int]:
+    """The sizes that these rows speak of."""
+    audio, sizes = geometry.audio, dict[str, int]()
+    if audio is not None:
+        sizes["audio_soft"] = audio.output_size
+    if isinstance(audio, AudioGeometry):
+        sizes |= {"audio": audio.hidden_size, "2*audio": 2 * audio.hidden_size, "audio_ffn": audio.ffn_hidden_size}
+        sizes |= {"audio_head": audio.head_dim, "audio_kernel": audio.conv_kernel, "audio_conv": audio.conv_values}
+        sizes |= {"channels0": audio.channels[0], "channels1": audio.channels[1]}
+    return sizes

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bridge.geometry import AudioGeometry, Geometry, LayerGeometry, VisionGeometry
-from bridge.mapping.audio import AUDIO
+from bridge.geometry import Geometry, LayerGeometry
 from bridge.mapping.drafter import DRAFTER
+from bridge.mapping.modalities import MODALITIES
 from bridge.mapping.moe import MOE
 from bridge.mapping.ple import PLE
 from bridge.mapping.table import Entry, HfTensor, Row, Table
 from bridge.mapping.text import TEXT
 from bridge.mapping.unified import UNIFIED
-from bridge.mapping.vision import VISION
 
 
 def dimensions(geometry: Geometry, layer: LayerGeometry | None) -> dict[str, int]:
@@ -31,31 +30,15 @@ def dimensions(geometry: Geometry, layer: LayerGeometry | None) -> dict[str, int
         sizes["2*backbone"] = 2 * geometry.drafter.backbone_hidden_size
     if layer is not None:
         sizes |= {"head_dim": layer.head_dim, "q": layer.q_size, "kv": layer.kv_size, "ffn": layer.ffn_hidden_size}
-    return sizes | _tower_dimensions(geometry)
-
-
-def _tower_dimensions(geometry: Geometry) -> dict[str, int]:
-    sizes = {"2": 2, "3": 3}
-    vision, audio = geometry.vision, geometry.audio
-    if vision is not None:
-        sizes["patch"] = vision.patch_values
-        sizes["vision_positions"] = vision.position_embedding_size
-        sizes["vision_soft"] = vision.output_size
-    if isinstance(vision, VisionGeometry):
-        sizes |= {"vision": vision.hidden_size, "vision_ffn": vision.ffn_hidden_size}
-        sizes |= {"vision_q": vision.q_size, "vision_head": vision.head_dim}
-    if audio is not None:
-        sizes["audio_soft"] = audio.output_size
-    if isinstance(audio, AudioGeometry):
-        sizes |= {"audio": audio.hidden_size, "2*audio": 2 * audio.hidden_size, "audio_ffn": audio.ffn_hidden_size}
-        sizes |= {"audio_head": audio.head_dim, "audio_kernel": audio.conv_kernel, "audio_conv": audio.conv_values}
-        sizes |= {"channels0": audio.channels[0], "channels1": audio.channels[1]}
+    sizes |= {"2": 2, "3": 3}
+    for modality in MODALITIES.values():
+        sizes |= modality.dimensions(geometry)
     return sizes
 
 
 def all_rows() -> tuple[Row, ...]:
     """Every row of every table, in the order of the documentation."""
-    return (*TEXT, *PLE, *MOE, *VISION, *AUDIO, *UNIFIED, *DRAFTER)
+    return (*TEXT, *PLE, *MOE, *(row for each in MODALITIES.values() for row in each.rows), *UNIFIED, *DRAFTER)
 
 
 def table_for(geometry: Geometry) -> Table:
@@ -64,7 +47,7 @@ def table_for(geometry: Geometry) -> Table:
     carried: dict[str, HfTensor] = {}
     copies: dict[str, Entry] = {}
     for row in all_rows():
-        for number, layer in enumerate(row.part.layers(geometry) if row.per_layer else (None,)):
+        for number, layer in enumerate(row.stack.layers(geometry) if row.per_layer else (None,)):
             if not row.when.holds(geometry, layer):
                 continue
             sources = tuple(_sources(row, geometry, layer, number))

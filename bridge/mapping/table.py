@@ -30,21 +30,21 @@ ALWAYS = Condition("", lambda geometry, layer: True)
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerStack:
     """A part of the model with layers of its own: what `{layer}` counts. Only the decoder's have a LayerGeometry."""
 
     name: str
     layers: Callable[[Geometry], tuple[LayerGeometry | None, ...]]
 
 
-DECODER = Part("decoder", lambda geometry: geometry.layers)
+DECODER = LayerStack("decoder", lambda geometry: geometry.layers)
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table.
 
-    `megatron` and `hf` are name patterns; `{layer}` stands for the number of a layer of `part`. HF names are relative
+    `megatron` and `hf` are name patterns; `{layer}` stands for the number of a layer of `stack`. HF names are relative
     to the language model's prefix, unless they start with a slash (`model.` after it stands for `Geometry.base`).
     `shapes` gives each HF tensor's dimensions by the names of `dimensions()`. `shard` says which parallel group splits
     which axis of the Megatron tensor. A row without a Megatron name is *carried*: kept beside the checkpoint and
@@ -62,7 +62,7 @@ class Row:
     when: Condition = ALWAYS
     optional: bool = False
     trainable: bool = True
-    part: Part = DECODER
+    stack: LayerStack = DECODER
     embedding: bool = False
     integer: bool = False
 
@@ -93,7 +93,7 @@ class Entry:
     @property
     def is_layer_linear(self) -> bool:
         """Whether it is a linear of attention, of the dense FFN or of the experts of a decoder layer."""
-        return self.row.part is DECODER and self.layer is not None and ".linear_" in self.key
+        return self.row.stack is DECODER and self.layer is not None and ".linear_" in self.key
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from bridge.geometry import Geometry, UnifiedVisionGeometry
 from bridge.mapping.table import Condition, Row
-from bridge.mapping.vision import VISION_PART, tower_row
+from bridge.mapping.vision import VISION_STACK, tower_row
 
 ENCODER_FREE = Condition("encoder-free vision", lambda g, layer: isinstance(g.vision, UnifiedVisionGeometry))
 
 
 def _row(name: str, *shape: str) -> Row:
-    return tower_row(f"vision_embedder.{name}", shape, VISION_PART, ENCODER_FREE)
+    return tower_row(f"vision_embedder.{name}", shape, VISION_STACK, ENCODER_FREE)
 
 
 # Beginnings of names: on disk, and in transformers' memory.

@@ -62,7 +62,7 @@ def losses_and_likeliest(
         softcap=config.geometry.logit_softcap,
         tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
-        kept=context.kept,
+        label_positions=context.label_positions,
     )
     losses = fused_loss(
         hidden_states=hidden_states,
@@ -85,7 +85,7 @@ def are_likeliest(
     softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    kept: Tensor | None = None,
+    label_positions: Tensor | None = None,
 ) -> Tensor:
     """Which of `labels` [b, s] are the likeliest token at their place, alike on every rank of `tp_group`.
 
@@ -98,7 +98,7 @@ def are_likeliest(
         hidden = gather_from_sequence_parallel_region(hidden, group=group)
     rank, local_rows = 0 if group is None else group.rank(), weight.shape[0]
     words = held_rows(vocab_size, local_rows, rank)
-    positions = positions_with_labels(labels) if kept is None else kept
+    positions = positions_with_labels(labels) if label_positions is None else label_positions
     rows, targets = hidden.flatten(0, 1), labels.t().flatten()
     found = [torch.zeros(0, dtype=torch.bool, device=hidden.device)]
     # Not by the kernels, which leave the softcap to what is behind the logits.

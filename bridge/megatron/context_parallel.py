@@ -9,6 +9,8 @@ of its loss mask:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,3 +35,19 @@ def gather(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
     zigzag = Zigzag.of(x.shape[dim] * size, group)
     order = places([span for rank in range(size) for span in zigzag.spans(rank)], x.device)
     return torch.cat(parts, dim).index_select(dim, order.argsort())
+
+
+def gather_alike(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
+    """`gather`, of which every rank then computes the same: the gradient is that of this rank's part of it."""
+    return x if group.size() == 1 else _GatherAlike.apply(x, group, dim)
+
+
+class _GatherAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return take(gradients[0], ctx.group, ctx.dim), None, None

@@ -43,7 +43,7 @@ class Patch(NamedTuple):
 def enable(device: torch.device = _CPU) -> bool:
     """Let this process run Megatron-Core on the CPU. Idempotent; False, and no change, where a GPU is visible.
 
-    `device` takes the GPU's place: another than the CPU is for tensors without values ("meta"), on which to count.
+    `device` takes the GPU's place: another than the CPU is a fake device ("meta"), on which to count.
     """
     global _device
     if torch.cuda.is_available():
@@ -151,6 +151,10 @@ def _patches() -> Iterator[Patch]:
     yield Patch(random, "_get_cuda_rng_state", _replace(_get_rng_state), "Megatron's own copies of the two above")
     yield Patch(random, "_set_cuda_rng_state", _replace(_set_rng_state), "reaches into CUDA's generator")
 
+    yield from _distributed_patches()
+
+
+def _distributed_patches() -> Iterator[Patch]:
     # What gloo lacks
     yield Patch("torch.distributed", "barrier", _barrier, "gloo refuses device_ids=[torch.cuda.current_device()]")
     yield Patch("torch.distributed", "all_gather", _uneven_all_gather, "ETP > 1 with EP > 1: unequal token counts")

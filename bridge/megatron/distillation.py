@@ -111,11 +111,11 @@ def whole_teacher(states: Tensor, chunk: Gemma4Model) -> Whole:
 
 
 @torch.no_grad()
-def top_k(teacher: Whole, kept: Tensor, count: int, temperature: float) -> TopK:
-    """The `count` likeliest tokens at positions `kept` [n] of the flattened [s, b], alike on tensor-parallel ranks."""
+def top_k(teacher: Whole, positions: Tensor, count: int, temperature: float) -> TopK:
+    """The `count` likeliest tokens at `positions` [n] of the flattened [s, b], alike on tensor-parallel ranks."""
     teacher = teacher.gathered()
     head, ids, logps = teacher.head, [], []
-    for chunk in head.chunks(kept):
+    for chunk in head.chunks(positions):
         log_p = teacher.log_p(chunk, temperature)
         values, columns = log_p.topk(min(count, log_p.shape[1]))
         words = columns + head.first_word
@@ -131,7 +131,7 @@ def top_k(teacher: Whole, kept: Tensor, count: int, temperature: float) -> TopK:
         ids.append(words)
         logps.append(torch.cat([values, logsumexp(log_p, head.group)[:, None]], dim=1))
     if not ids:
-        return TopK(kept.new_empty(0, count), teacher.states.new_empty(0, count + 1, dtype=torch.float32))
+        return TopK(positions.new_empty(0, count), teacher.states.new_empty(0, count + 1, dtype=torch.float32))
     return TopK(torch.cat(ids), torch.cat(logps))
 
 
@@ -205,7 +205,7 @@ class _Loss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        kept: Tensor,
+        positions: Tensor,
         main_grad: Tensor | None,
         teacher: Teacher,
         options: tuple[Head, Distillation],
@@ -213,19 +213,19 @@ class _Loss(torch.autograd.Function):
         head, asked = options
         losses, entropies = torch.zeros(2, len(labels), dtype=torch.float32, device=hidden.device).unbind()
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for chunk, places in zip(head.chunks(kept), head.chunks(_places(teacher, kept)), strict=True):
+        for chunk, places in zip(head.chunks(positions), head.chunks(_places(teacher, positions)), strict=True):
             loss, entropy, gradient = _measured(head, hidden[chunk], labels[chunk], teacher, places, asked)
             losses[chunk], entropies[chunk] = loss, entropy
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(gradient, head.weight).to(hidden.dtype)
-        ctx.save_for_backward(hidden, weight, labels, kept)
+        ctx.save_for_backward(hidden, weight, labels, positions)
         ctx.rest = (main_grad, teacher, options, grad_hidden)
         ctx.mark_non_differentiable(entropies)
         return losses, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, kept = ctx.saved_tensors
+        hidden, weight, labels, positions = ctx.saved_tensors
         if ctx.rest is None:
             raise RuntimeError("a distillation loss cannot be differentiated twice: its gradients are used in place")
         (main_grad, teacher, (head, asked), grad_hidden), ctx.rest = ctx.rest, None
@@ -236,7 +236,7 @@ class _Loss(torch.autograd.Function):
             return grad_hidden, None, *nothing
         total = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
         words = len(head.weight)
-        for chunk, places in zip(head.chunks(kept), head.chunks(_places(teacher, kept)), strict=True):
+        for chunk, places in zip(head.chunks(positions), head.chunks(_places(teacher, positions)), strict=True):
             rows = hidden[chunk]
             gradient = _measured(head, rows, labels[chunk], teacher, places, asked)[2]
             gradient *= grad_losses[chunk][:, None]
@@ -244,9 +244,9 @@ class _Loss(torch.autograd.Function):
         return grad_hidden, total.to(weight.dtype) if main_grad is None else None, *nothing
 
 
-def _places(teacher: Teacher, kept: Tensor) -> Tensor:
-    """Where a teacher has the positions `kept` [n]: one of top tokens has these alone."""
-    return torch.arange(len(kept), device=kept.device) if isinstance(teacher, TopK) else kept
+def _places(teacher: Teacher, positions: Tensor) -> Tensor:
+    """Where a teacher has the `positions` [n]: one of top tokens has these alone."""
+    return torch.arange(len(positions), device=positions.device) if isinstance(teacher, TopK) else positions
 
 
 def linear_distillation(
@@ -256,7 +256,7 @@ def linear_distillation(
     teacher: Teacher,
     asked: Distillation,
     *,
-    kept: Tensor,
+    label_positions: Tensor,
     vocab_size: int,
     softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -265,7 +265,7 @@ def linear_distillation(
 ) -> Tensor:
     """Of every token its loss and its cross entropy, float32 [b, s, 2]; 0 where there is no label.
 
-    Arguments as of `linear_cross_entropy`. `teacher`: a `TopK` is of the positions `kept`; a `Whole` has the same
+    Arguments as of `linear_cross_entropy`. `teacher`: a `TopK` is of the `label_positions`; a `Whole` has the same
     vocabulary. Only losses have a gradient. A label that is no word raises UsageError.
     """
     head = head_of(weight.detach(), vocab_size, softcap, tp_group)
@@ -276,7 +276,9 @@ def linear_distillation(
     require_rows(labels, vocab_size, "the head", ignore=IGNORE)
     if isinstance(teacher, Whole):
         teacher = teacher.gathered()
-    found = _Loss.apply(hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, teacher, (head, asked))
+    found = _Loss.apply(
+        hidden.flatten(0, 1), weight, labels.t().flatten(), label_positions, main_grad, teacher, (head, asked)
+    )
     return torch.stack(found, dim=-1).view(*hidden.shape[:2], 2).transpose(0, 1)
 
 
@@ -285,7 +287,7 @@ class DistillationContext(NamedTuple):
 
     teacher: Teacher
     asked: Distillation
-    kept: Tensor
+    label_positions: Tensor
 
 
 def distillation_loss(
@@ -306,7 +308,7 @@ def distillation_loss(
         labels,
         context.teacher,
         context.asked,
-        kept=context.kept,
+        label_positions=context.label_positions,
         vocab_size=config.geometry.vocab_size,
         softcap=config.geometry.logit_softcap,
         tp_group=output_layer.tp_group,

@@ -71,9 +71,9 @@ class _Loss(torch.autograd.Function):
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         words = len(heads.drafter)
-        kept = (labels != IGNORE).nonzero()[:, 0]
-        for part in heads.chunks(len(kept)):
-            rows = kept[part]
+        positions = (labels != IGNORE).nonzero()[:, 0]
+        for part in heads.chunks(len(positions)):
+            rows = positions[part]
             inputs = hidden[rows]
             log_q = log_softmax((inputs @ heads.drafter.t()).float(), heads.group)
             gradient = log_q.exp() * (heads.cross_entropy + heads.kl)

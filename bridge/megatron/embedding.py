@@ -26,7 +26,12 @@ def held_rows(size: int, local_rows: int, rank: int) -> int:
 
 
 def head_weight(output_layer: torch.nn.Module, output_weight: Tensor | None) -> Tensor:
-    """What an `output_processor` of Megatron's GPTModel projects with: a tied head is given the embedding's weight."""
+    """What an `output_processor` of Megatron's GPTModel projects with: a tied head is given the embedding's weight.
+
+    The head is not called, and what comes before a call is done here: with overlap Megatron's DDP fetches its weight.
+    """
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, Tensor)
     return weight

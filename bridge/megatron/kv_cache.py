@@ -99,6 +99,12 @@ class KeyValueCaches:
         for cache in self.layers.values():
             cache.key[target], cache.value[target] = cache.key[source], cache.value[source]
 
+    def copy(self, source: int, targets: Sequence[int], slots: int) -> None:
+        """Give the rows in slots `targets` what the one in `source` has. `slots`: how many there will be."""
+        for cache in self.layers.values():
+            cache.reserve(slots, cache.key.shape[2])
+            cache.key[targets], cache.value[targets] = cache.key[source].clone(), cache.value[source].clone()
+
     @property
     def nbytes(self) -> int:
         """What the caches of this stage hold."""

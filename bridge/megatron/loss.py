@@ -179,21 +179,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        kept: Tensor | None,
+        positions: Tensor | None,
         main_grad: Tensor | None,
         squares: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
         words, *rest = options
         head = Head(weight.detach()[:words], *rest)
-        if kept is None:
-            kept = (labels != IGNORE).nonzero()[:, 0]
+        if positions is None:
+            positions = (labels != IGNORE).nonzero()[:, 0]
         losses = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
-        lses = torch.empty(len(kept), dtype=torch.float32, device=hidden.device)
+        lses = torch.empty(len(positions), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if to_hidden else None
         grad_weight = torch.zeros_like(weight) if to_weight and weight.dtype is torch.float32 else None
-        for chunk, lse in zip(head.chunks(kept), head.chunks(lses), strict=True):
+        for chunk, lse in zip(head.chunks(positions), head.chunks(lses), strict=True):
             rows, targets = hidden.detach()[chunk], labels[chunk]
             tiles = head.logits(whole_tiles(rows))
             tanh_logits = tiles[: len(rows)]
@@ -209,15 +209,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del tanh_logits, tiles  # before the next chunk's are made
         if squares is not None:
             count = len(squares)  # rows; positions are those of hidden states, [s, b]
-            squares[kept % count, kept // count] += lses.double().square_()
-        ctx.save_for_backward(hidden, weight, labels, kept, lses)
+            squares[positions % count, positions // count] += lses.double().square_()
+        ctx.save_for_backward(hidden, weight, labels, positions, lses)
         ctx.options, ctx.main_grad = options, main_grad
         ctx.gradients = (grad_hidden, grad_weight)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        hidden, weight, labels, kept, lses = ctx.saved_tensors
+        hidden, weight, labels, positions, lses = ctx.saved_tensors
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice: its gradients are used in place")
         grad_hidden, grad_weight = ctx.gradients
@@ -226,26 +226,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden *= grad_losses[:, None]
         if not ctx.needs_input_grad[1]:
             return grad_hidden, None, None, None, None, None, None
-        if grad_weight is not None and (factor := _one_factor(grad_losses, kept)) is not None:
+        if grad_weight is not None and (factor := _one_factor(grad_losses, positions)) is not None:
             grad_weight *= factor
             if main_grad is not None:
                 main_grad += grad_weight
         else:
             grad_weight = None  # before another is made
             total = torch.zeros_like(weight) if main_grad is None else main_grad
-            if len(kept):
+            if len(positions):
                 words, *rest = ctx.options
                 head = Head(weight.detach()[:words], *rest)
-                _add_gradient(total[:words], head, hidden.detach()[kept], labels[kept], lses, grad_losses[kept])
+                _add_gradient(
+                    total[:words], head, hidden.detach()[positions], labels[positions], lses, grad_losses[positions]
+                )
             grad_weight = total
         return grad_hidden, grad_weight if main_grad is None else None, None, None, None, None, None
 
 
-def _one_factor(grad_losses: Tensor, kept: Tensor) -> Tensor | None:
-    """What the gradients [n] of all `kept` losses are, if they are one number."""
-    if grad_losses.stride() == (0,) or not len(kept):
+def _one_factor(grad_losses: Tensor, positions: Tensor) -> Tensor | None:
+    """What the gradients [n] of all losses at `positions` are, if they are one number."""
+    if grad_losses.stride() == (0,) or not len(positions):
         return grad_losses[0]  # as behind a sum: nothing has to be read to know that
-    low, high = grad_losses[kept].aminmax()
+    low, high = grad_losses[positions].aminmax()
     return high if float(high - low) <= _SAME * float(high.abs().maximum(low.abs())) else None
 
 
@@ -260,7 +262,7 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     kernels: str = "auto",
-    kept: Tensor | None = None,
+    label_positions: Tensor | None = None,
     main_grad: Tensor | None = None,
     squares: Tensor | None = None,
 ) -> Tensor:
@@ -270,10 +272,10 @@ def linear_cross_entropy(
     in the order of the ranks of `tp_group`; of those of all ranks, what is behind `vocab_size` is padding: no word, and
     without a gradient. `labels` [b, s] int64, shifted already, `IGNORE` where a position has no loss. `softcap` c means
     c · tanh(logits / c), in the dtype of `hidden`; everything after it is float32. `z_loss` times the squared
-    log-sum-exp is added to every loss. `kept`: what `positions_with_labels` says, where it is known. `kernels` as in
-    `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the gradient of the weight to it, and
-    autograd gets none; of a weight that takes none it is not read. `squares`, float64 [b, s]: the forward pass adds to
-    every position that has a loss its squared log-sum-exp, what `z_loss` is the factor of.
+    log-sum-exp is added to every loss. `label_positions`: what `positions_with_labels` says, where it is known.
+    `kernels` as in `Gemma4TransformerConfig`. `main_grad` [V / tp, h]: the backward pass adds the weight's gradient
+    to it, and autograd gets none; of a weight that takes none it is not read. `squares`, float64 [b, s]: the forward
+    pass adds to every position that has a loss its squared log-sum-exp, what `z_loss` is the factor of.
 
     Gradients of hidden states and weight are float32 sums, rounded once to the dtype of their tensors. They may be
     asked for once (no double use of a graph). In float32 cheapest where every token weighs the same, as in a sum.
@@ -293,7 +295,7 @@ def linear_cross_entropy(
     words = held_rows(vocab_size, local_rows, rank)
     options = (words, local_rows, rank * local_rows, softcap, z_loss, group, kernels)
     losses = _LinearCrossEntropy.apply(
-        hidden.flatten(0, 1), weight, labels.t().flatten(), kept, main_grad, squares, options
+        hidden.flatten(0, 1), weight, labels.t().flatten(), label_positions, main_grad, squares, options
     )
     return losses.view(hidden.shape[:2]).t()
 
@@ -307,7 +309,7 @@ class LossContext(NamedTuple):
     """What `fused_loss` is told beside what Megatron hands it: arguments of `linear_cross_entropy`."""
 
     z_loss: float = 0.0
-    kept: Tensor | None = None
+    label_positions: Tensor | None = None
     squares: Tensor | None = None
 
 
@@ -340,7 +342,7 @@ def fused_loss(
         tp_group=output_layer.tp_group,
         sequence_parallel=config.sequence_parallel,
         kernels=config.kernels,
-        kept=context.kept,
+        label_positions=context.label_positions,
         squares=context.squares,
         main_grad=getattr(weight, "main_grad", None) if output_layer.weight is None else None,
     )

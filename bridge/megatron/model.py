@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from bridge.errors import ParallelError
 from bridge.megatron.block import Gemma4Block
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.embedding import held_rows, padded_size, require_rows, scale_embeddings
@@ -101,7 +100,7 @@ class Gemma4Model(GPTModel):
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
         visibility: Visibility | CachedStep | None = None,
-        kept: Tensor | None = None,
+        label_positions: Tensor | None = None,
         *,
         squares: Tensor | None = None,
         **kwargs: Any,
@@ -117,17 +116,16 @@ class Gemma4Model(GPTModel):
         `input_ids` [b, s] is needed on every stage. `attention_mask` is [b, s], 1 = real token; nothing else is a mask
         here. `packed_seq_params`: documents packed in one row, whose `cu_seqlens_q` (or `_padded`) bound them.
         `position_ids` [b, s] count from 0 in every document when absent. `visibility`: what the masks say, and
-        `kept`: `positions_with_labels` of this rank's part, where the caller has made them already, on the host.
+        `label_positions`: `positions_with_labels` of this rank's part, where the caller has made them on the host.
 
         Under context parallelism every rank is given the whole rows and computes its part of them, which
         `bridge.megatron.context_parallel.take` cuts out of anything else; only `decoder_input` is that part already.
+        A `CachedStep` is not divided: its ranks have rows of their own, as data-parallel ones have.
         """
         visibility, position_ids = described(
             input_ids, position_ids, attention_mask, packed_seq_params, mm_token_type_ids, visibility
         )
-        if self.pg_collection.cp.size() > 1:
-            if isinstance(visibility, CachedStep):
-                raise ParallelError("context parallelism divides rows that are there: generate with cp=1")
+        if self.pg_collection.cp.size() > 1 and isinstance(visibility, Visibility):
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             visibility = visibility.on(zigzag)
             input_ids, position_ids = zigzag.take(input_ids), zigzag.take(position_ids)
@@ -140,16 +138,9 @@ class Gemma4Model(GPTModel):
             "visibility": visibility,
         }
         if labels is not None and kwargs.get("output_processor") is None:
-            kwargs |= {"output_processor": fused_loss, "output_processor_context": LossContext(z_loss, kept, squares)}
-        return super().forward(
-            input_ids,
-            position_ids,
-            None,
-            decoder_input=decoder_input,
-            labels=labels,
-            extra_block_kwargs=block,
-            **kwargs,
-        )
+            context = LossContext(z_loss, label_positions, squares)
+            kwargs |= {"output_processor": fused_loss, "output_processor_context": context}
+        return super().forward(input_ids, position_ids, None, decoder_input, labels, extra_block_kwargs=block, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

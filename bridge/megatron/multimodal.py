@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from bridge.errors import UsageError
 from bridge.geometry import AudioGeometry, Geometry, UnifiedVisionGeometry, VisionGeometry
+from bridge.geometry.towers import SOFT_TOKEN_KINDS
+from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.model import Gemma4Model
@@ -32,10 +34,6 @@ from bridge.megatron.towers.vision import VisionTower
 from bridge.megatron.visibility import Visibility, send
 from bridge.megatron.zigzag import Zigzag
 
-# What can be frozen by name: the fronts (12B has one for vision only) and the projectors.
-FREEZABLE = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
-# By what the towers perceive: the kinds of soft tokens that each of them makes. Its name is in those of its parts.
-MODALITIES = {"vision": frozenset({"image", "video"}), "audio": frozenset({"audio"})}
 # Media that are read where towers are planned: on the host, unless they come on a device.
 ON_HOST = frozenset({"image_position_ids", "video_position_ids", "num_frames_per_video", "input_features_mask"})
 
@@ -67,12 +65,8 @@ class Media:
     input_features_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for given, needed in (
-            ("pixel_values", "image_position_ids"),
-            ("pixel_values_videos", "video_position_ids"),
-            ("pixel_values_videos", "num_frames_per_video"),
-            ("input_features", "input_features_mask"),
-        ):
+        features = (names for modality in MODALITIES.values() for names in modality.features.values())
+        for given, needed in ((given, needed) for given, *others in features for needed in others):
             if (getattr(self, given) is None) != (getattr(self, needed) is None):
                 missing = needed if getattr(self, needed) is None else given
                 raise UsageError(f"{given} and {needed} come together, but there is no {missing}")
@@ -121,7 +115,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             self.embed_audio = Projector(whole, audio.output_size, audio.rms_norm_eps)
 
     def freeze(self, parts: Sequence[str]) -> None:
-        """Stop training these parts (of `FREEZABLE`), as far as this stage holds them."""
+        """Stop training these modules (of `MODULES`), as far as this stage holds them."""
         for name in parts:
             module = getattr(self, name, None)
             if module is not None:
@@ -138,7 +132,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         mm_token_type_ids: Tensor | None = None,
         z_loss: float = 0.0,
         visibility: Visibility | CachedStep | None = None,
-        kept: Tensor | None = None,
+        label_positions: Tensor | None = None,
         *,
         pixel_values: Tensor | None = None,
         image_position_ids: Tensor | None = None,
@@ -182,7 +176,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             mm_token_type_ids,
             z_loss,
             visibility,
-            kept,
+            label_positions,
             **kwargs,
         )
 
@@ -233,14 +227,17 @@ class Gemma4MultimodalModel(Gemma4Model):
             held |= input_ids == token
         return input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
 
-    def embed_with_media(self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None) -> Tensor:
+    def embed_with_media(
+        self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None, *, divided: bool = True
+    ) -> Tensor:
         """Scaled input embeddings [s / cp (/tp), b, h] of `input_ids` [b, s], soft tokens where placeholders stand.
 
-        On the first stage alone. `counts` as `placeholder_counts` of `forward`. Raises UsageError as `forward` does.
+        On the first stage alone. `counts` as `placeholder_counts` of `forward`. Without `divided` [s (/tp), b, h], also
+        under context parallelism. Raises UsageError as `forward` does.
         """
         soft = self.soft_tokens(media)
         text_ids, index = self.text_ids(input_ids), self._index(input_ids, soft, counts)
-        if self.pg_collection.cp.size() > 1:
+        if divided and self.pg_collection.cp.size() > 1:
             # Every rank runs the towers on all of the media and puts in what falls into its part of the rows.
             zigzag = Zigzag.of(input_ids.shape[1], self.pg_collection.cp)
             text_ids, index = zigzag.take(text_ids), zigzag.take(index)
@@ -267,7 +264,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         assert geometry.placeholders is not None
         counts = count_placeholders(geometry, input_ids) if counts is None else counts
         index, start = torch.full_like(input_ids, -1), 0
-        for kind in ("image", "video", "audio"):
+        for kind in SOFT_TOKEN_KINDS:
             given, wanted = len(soft[kind]) if kind in soft else None, counts.get(kind, 0)
             if given is None and wanted:
                 raise UsageError(f"input_ids hold {wanted} {kind} placeholders, but no {kind} features were given")
@@ -282,16 +279,16 @@ class Gemma4MultimodalModel(Gemma4Model):
 
     def media_parameters(self, modality: str) -> Iterator[Tensor]:
         """Trained parameters of the towers and projectors of a modality (`MODALITIES`), as far as on this stage."""
-        for name in FREEZABLE:
+        for name in MODALITIES[modality].modules:
             module = getattr(self, name, None)
-            if module is not None and modality in name:
+            if module is not None:
                 yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
 
     def _unused(self, soft: dict[str, Tensor]) -> Iterator[Tensor]:
         """Trained parameters of the towers and projectors that this batch did not use."""
-        for modality, kinds in MODALITIES.items():
-            if not kinds.intersection(soft):
-                yield from self._media_parameters[modality]
+        for name, modality in MODALITIES.items():
+            if not modality.features.keys() & soft.keys():
+                yield from self._media_parameters[name]
 
     @cached_property
     def _media_parameters(self) -> dict[str, list[Tensor]]:

@@ -13,13 +13,14 @@ from megatron.core.utils import get_pg_rank
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.mapping.modalities import MODULES
 from bridge.megatron import layer_options
 from bridge.megatron.config import Gemma4TransformerConfig, gelu_tanh
 from bridge.megatron.drafter import Gemma4Drafter
 from bridge.megatron.fake_quant_schemes import check_fake_quant
 from bridge.megatron.layout import check_layout, layout_string, stage_layers
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import FREEZABLE, Gemma4MultimodalModel
+from bridge.megatron.multimodal import Gemma4MultimodalModel
 from bridge.megatron.parallel import Parallel, check_groups
 from bridge.megatron.pipeline import Boundary
 
@@ -33,7 +34,7 @@ class Gemma4Provider:
 
     `attention_backends` names the backend of sliding and of global layers (see `attention_backends`); "auto" picks.
     `overrides` go to the TransformerConfig as they are (recompute, dispatcher, communication overlap ...). `frozen`
-    names towers and projectors that are not trained (`multimodal.FREEZABLE`). `layer_spec` and `fp8`: what the
+    names towers and projectors that are not trained (`MODULES`). `layer_spec` and `fp8`: what the
     decoder's linears are, and what they multiply in; `fp8_experts`: whether experts multiply in FP8 (see `parts.py`);
     `fake_quant`: what their weights are rounded to in the forward pass (see `fake_quant.py`).
     Raises ParallelError where the layout does not fit the geometry, before anything is built.
@@ -61,8 +62,8 @@ class Gemma4Provider:
             if kind not in ("sliding", "global") or backend not in layer_options.ATTENTION:
                 known = ", ".join(layer_options.ATTENTION)
                 raise UsageError(f"attention backend {kind}={backend}: known are {known}, for sliding and global")
-        for part in set(self.frozen) - set(FREEZABLE):
-            raise UsageError(f"{part} cannot be frozen; known are {', '.join(FREEZABLE)}")
+        for part in set(self.frozen) - set(MODULES):
+            raise UsageError(f"{part} cannot be frozen; known are {', '.join(MODULES)}")
         unknown = set(self.overrides.get("recompute_modules") or ()) - set(RECOMPUTE_MODULES)
         if unknown:
             raise UsageError(f"recompute_modules {sorted(unknown)}: known are {', '.join(RECOMPUTE_MODULES)}")

@@ -7,7 +7,6 @@ So rows may come in any order and from any thread, and a file that an interrupte
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from bridge.hf.tensors import (
     Unit,
     as_bytes,
     check_rows,
-    check_specs,
     fsync_folder,
     pread_bytes,
     pread_into,
@@ -29,7 +27,7 @@ from bridge.hf.tensors import (
     row_bytes,
     split_rows,
 )
-from bridge.hf.writer import RowLedger, UnitFiles, write_text
+from bridge.hf.writer import UnitFiles, write_text
 from bridge.torch_dist.format import DTYPES, item_sizes, object_item, tensor_item
 from bridge.torch_dist.pickles import Call, Global, New, Pairs, dumps
 
@@ -69,9 +67,7 @@ class DistWriter(UnitFiles):
         chunk_bytes: int = CHUNK_BYTES,
         file_bytes: int = FILE_BYTES,
     ) -> None:
-        super().__init__(folder)
-        self.specs = check_specs(tensors, printable(self.folder))
-        self._ledger = RowLedger(self.specs, self.folder)
+        super().__init__(folder, tensors)
         self._items: dict[tuple[str, int], _Item] = {}
         self._by_file: dict[str, list[_Item]] = {}
         self._plan(tensors, chunk_bytes, file_bytes)
@@ -142,37 +138,19 @@ class DistWriter(UnitFiles):
             if not view or not size:
                 return
 
-    def check_unit(self, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
-        """Whether the file on disk is complete: its size, every item's frame, and the CRC32 of every chunk.
-
-        If so its rows count as written. `scratch` must hold the largest chunk.
-        """
+    def _holds(self, fd: int, unit: Unit, crcs: Sequence[int], scratch: memoryview) -> bool:
         path = self.folder / unit.file
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            return False
-        try:
-            if os.fstat(fd).st_size != unit.nbytes:
+        for item, crc in zip(self._by_file[unit.file], crcs, strict=True):
+            spec, view = self.specs[item.chunk.name], scratch[: item.chunk.nbytes]
+            head, tail = tensor_item(spec.dtype, self._chunk_shape(spec, item.chunk), crc)
+            pread_into(fd, view, item.offset + len(head), path)
+            behind = item.offset + len(head) + len(view)
+            if (
+                zlib.crc32(view) != crc
+                or pread_bytes(fd, len(head), item.offset, path) != head
+                or pread_bytes(fd, len(tail), behind, path) != tail
+            ):
                 return False
-            for item, crc in zip(self._by_file[unit.file], crcs, strict=True):
-                spec, view = self.specs[item.chunk.name], scratch[: item.chunk.nbytes]
-                head, tail = tensor_item(spec.dtype, self._chunk_shape(spec, item.chunk), crc)
-                pread_into(fd, view, item.offset + len(head), path)
-                behind = item.offset + len(head) + len(view)
-                if (
-                    zlib.crc32(view) != crc
-                    or pread_bytes(fd, len(head), item.offset, path) != head
-                    or pread_bytes(fd, len(tail), behind, path) != tail
-                ):
-                    return False
-        except (CheckpointError, ValueError, OverflowError):
-            return False
-        finally:
-            os.close(fd)
-        for chunk in unit.chunks:
-            self._ledger.add(chunk.name, chunk.start, chunk.stop)
-        self._finished.add(unit.file)
         return True
 
     def finish(

@@ -143,7 +143,7 @@ def shrink(config: Config, variant: str, head_dim: int | None = None) -> Config:
             continue
         given = {field: value for field, value in table.items() if values.get(field)}
         small[section] = values | {field: value(values) if callable(value) else value for field, value in given.items()}
-    small = _cut(small, _LAYERS[variant])
+    small = _first_layers(small, _LAYERS[variant])
     text = small["text_config"]
     if head_dim is not None:
         text |= {"head_dim": head_dim, "sliding_window": WINDOW_OF_OTHER_HEADS}
@@ -158,10 +158,10 @@ def shallow(variant: str) -> Config:
     layers = dict(_LAYERS[variant])
     if "num_kv_shared_layers" not in layers:
         layers["num_hidden_layers"] //= 2
-    return _cut(published(variant), layers)
+    return _first_layers(published(variant), layers)
 
 
-def _cut(config: Config, layers: Config) -> Config:
+def _first_layers(config: Config, layers: Config) -> Config:
     """The first layers of the decoder of a multimodal config."""
     text = config["text_config"] | layers
     count = text["num_hidden_layers"]
@@ -189,6 +189,9 @@ def toy_config(
 
     Raises UsageError for an unknown variant, a head dim that cannot be, or options that exclude each other.
     """
+    for name, size in (("vocab_size", vocab_size), ("ple_vocab_size", ple_vocab_size)):
+        if size is not None and size < 1:
+            raise UsageError(f"{name} {size}: a table has a row or more")
     if drafter and text_only:
         raise UsageError("a drafter has text alone: leave text_only out")
     if drafter and full_size and variant not in _DRAFTER_PUBLISHED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from bridge.convert.atomic import staged
 from bridge.errors import UsageError
@@ -21,25 +21,42 @@ __all__ = ["VARIANTS", "write_toy"]
 _ON_DISK: dict[str, str] = {"bfloat16": "BF16", "float32": "F32"}
 
 
+class ToyOptions(TypedDict, total=False):
+    """What a toy is of: see `toy_config`.
+
+    text_only: the causal-LM class instead of the multimodal one.
+    full_size: the published geometry, streamed: memory stays bounded.
+    untied: with an `lm_head.weight` of its own.
+    vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
+    ple_vocab_size: rows of the per-layer table, where they are to be others.
+    head_dim: of sliding layers, with global heads of twice as much and a window of 16.
+    drafter: the toy's drafter in its place: a small model that drafts its tokens (docs/drafters.md).
+    ordered: whether the drafter's head computes the logits of a part of the vocabulary, as the published ones of e2b
+        and e4b do; None: as those do.
+    """
+
+    text_only: bool
+    full_size: bool
+    untied: bool
+    vocab_size: int | None
+    ple_vocab_size: int | None
+    head_dim: int | None
+    drafter: bool
+    ordered: bool | None
+
+
 def write_toy(
     variant: str,
     folder: str | Path,
     *,
     seed: int = 0,
     dtype: str = "bfloat16",
-    text_only: bool = False,
-    full_size: bool = False,
-    untied: bool = False,
     mixed_dtypes: bool = False,
     dead_kv: bool = True,
-    vocab_size: int | None = None,
-    ple_vocab_size: int | None = None,
-    head_dim: int | None = None,
-    drafter: bool = False,
-    ordered: bool | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[ToyOptions],
 ) -> None:
     """Write a checkpoint with random weights: safetensors, config, tokenizer, chat template, processor.
 
@@ -48,52 +65,27 @@ def write_toy(
         folder: the target; complete when this returns, untouched when it raises.
         seed: weights depend on variant, seed, tensor name and dtype only.
         dtype: of all tensors, and in config.json.
-        text_only: the causal-LM class instead of the multimodal one.
-        full_size: the published geometry, streamed: memory stays bounded.
-        untied: with an `lm_head.weight` of its own.
         mixed_dtypes: norms, router scales and some projections in float32, the rest in bfloat16.
         dead_kv: with the k_proj, v_proj and k_norm that published E2B and E4B files carry in KV-shared layers, and
             that no model reads.
-        vocab_size: rows of the embedding tables and the head; the tokenizer stays as it is.
-        ple_vocab_size: rows of the per-layer table, where they are to be others.
-        head_dim: of sliding layers, with global heads of twice as much and a window of 16.
-        drafter: the toy's drafter in its place: a small model that drafts its tokens (docs/drafters.md).
-        ordered: whether the drafter's head computes the logits of a part of the vocabulary, as the published ones of
-            e2b and e4b do; None: as those do.
         overwrite: replace an existing folder.
         max_shard_size: of a weight file, in bytes.
         progress: called with (bytes written, bytes in all).
+        options: see `ToyOptions`.
 
     Raises:
         UsageError: an unknown variant or dtype, options that exclude each other, an existing target.
         CheckpointError: the folder cannot be written.
     """
-    if dtype not in _ON_DISK:
-        raise UsageError(f"unknown dtype {dtype!r}, expected one of {', '.join(_ON_DISK)}")
-    if mixed_dtypes and dtype != "bfloat16":
-        raise UsageError(f"mixed_dtypes adds float32 tensors to bfloat16 ones, which dtype {dtype!r} excludes")
-    for name, size in (("vocab_size", vocab_size), ("ple_vocab_size", ple_vocab_size)):
-        if size is not None and size < 1:
-            raise UsageError(f"{name} {size}: a table has a row or more")
-    toy = toy_config(
-        variant,
-        text_only=text_only,
-        full_size=full_size,
-        untied=untied,
-        vocab_size=vocab_size,
-        ple_vocab_size=ple_vocab_size,
-        head_dim=head_dim,
-        drafter=drafter,
-        ordered=ordered,
-    )
+    _check_dtype(dtype, mixed_dtypes)
+    toy = toy_config(variant, **options)
     config, shapes = build(toy, dtype, dead_kv=dead_kv)
     specs = [TensorSpec(name, _stored(name, dtype, mixed_dtypes), shape) for name, shape in shapes.items()]
     total = sum(spec.nbytes for spec in specs)
     with staged(folder, plan=f"toy {uuid.uuid4()}", sources=[], needed_bytes=total, overwrite=overwrite) as stage:
-        unfinished = stage.folder
-        config.save_pretrained(unfinished)
-        write_assets(unfinished, toy, full_size=full_size)
-        with HfWriter(unfinished, specs, max_shard_size) as writer:
+        config.save_pretrained(stage.folder)
+        write_assets(stage.folder, toy, full_size=options.get("full_size", False))
+        with HfWriter(stage.folder, specs, max_shard_size) as writer:
             done = 0
             for spec in specs:
                 for start, rows in chunks(spec.name, spec.shape, spec.dtype, variant, seed):
@@ -102,6 +94,13 @@ def write_toy(
                     if progress is not None:
                         progress(done, total)
             writer.finish()
+
+
+def _check_dtype(dtype: str, mixed_dtypes: bool) -> None:
+    if dtype not in _ON_DISK:
+        raise UsageError(f"unknown dtype {dtype!r}, expected one of {', '.join(_ON_DISK)}")
+    if mixed_dtypes and dtype != "bfloat16":
+        raise UsageError(f"mixed_dtypes adds float32 tensors to bfloat16 ones, which dtype {dtype!r} excludes")
 
 
 def _stored(name: str, dtype: str, mixed_dtypes: bool) -> str:

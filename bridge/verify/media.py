@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bridge.errors import VerificationError
 from bridge.geometry import Geometry
+from bridge.mapping.modalities import MODALITIES
 from bridge.verify.sample import IGNORE, Sample
 
 SAMPLING_RATE = 16_000
@@ -20,10 +21,9 @@ SAMPLING_RATE = 16_000
 
 def kinds_of(geometry: Geometry, multiple_of: int = 2) -> tuple[str, ...]:
     """The rows of a batch with everything that the model takes: a multiple of `multiple_of`, text at the end."""
-    seen = ("image", "two images", "two videos") if geometry.vision is not None else ()
-    heard = ("audio",) if geometry.audio is not None else ()
-    both = ("image, audio, text",) if seen and heard else ()
-    kinds = (*seen, *both, *heard, "text")
+    first, *others = [MODALITIES[name].requests for name in geometry.modalities] or [()]
+    both = ("image, audio, text",) if {"vision", "audio"} <= set(geometry.modalities) else ()
+    kinds = (*first, *both, *(kind for requests in others for kind in requests), "text")
     return kinds + ("text",) * (-len(kinds) % multiple_of)
 
 

@@ -44,8 +44,13 @@ def run_parity(task: ParityTask) -> list[Check]:
     Weights stay as they are. With several steps the data-parallel ranks exchange their rows from step to step.
     """
     groups = initialize(task.parallel)
-    provider = Gemma4Provider(task.geometry, task.parallel, task.dtype, task.attention_backends, overrides={
-        "perform_initialization": False, **task.overrides})  # fmt: skip
+    provider = Gemma4Provider(
+        task.geometry,
+        task.parallel,
+        task.dtype,
+        task.attention_backends,
+        overrides={"perform_initialization": False, **task.overrides},
+    )
     model = provider.build(groups)
     table = table_for(task.geometry)
     _load(task, model, table)

@@ -183,7 +183,7 @@ def _say_nothing(line: str) -> None:
 
 def cannot_compare_media(geometry: Geometry) -> str | None:
     """Why pictures, clips and tones are not compared; "" where the model takes none, None where they can be."""
-    if geometry.vision is None and geometry.audio is None:
+    if not geometry.modalities:
         return ""
     absent = [name for name in ("PIL", "torchvision") if importlib.util.find_spec(name) is None]
     return f"images, video and audio are not compared: no {' and no '.join(absent)}" if absent else None

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bridge.convert.quantized_folder import open_hf_folder
+from bridge.geometry.towers import SOFT_TOKEN_KINDS
 from bridge.mapping import table_for
 from bridge.megatron.attention import KeyValue
 from bridge.megatron.parallel import Parallel, initialize
@@ -29,7 +30,7 @@ RELATIVE = 1e-5
 EMBEDDINGS = "embeddings"
 EMBEDDING = "embedding.word_embeddings.weight"
 # Of `mm_token_type_ids`.
-_TOKENS = {0: "text", 1: "image", 2: "video", 3: "audio"}
+_TOKENS = dict(enumerate(("text", *SOFT_TOKEN_KINDS)))
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ class Gemma4BridgeLM(TemplateLM, CloseOnExit):
     ) -> list[tuple[float, bool]]:
         rows = []
         for _, context, continuation in requests:
-            kept = self._cut([*context, *continuation], self.max_length + 1)
+            kept = self._shortened([*context, *continuation], self.max_length + 1)
             behind = len(continuation)
             rows.append(Continuation(tuple(kept[:-behind] if behind else kept), tuple(continuation)))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
@@ -203,7 +203,7 @@ class Gemma4BridgeLM(TemplateLM, CloseOnExit):
         room = self.max_length - options.max_new_tokens
         if room < 1:
             raise UsageError(f"max_gen_toks={options.max_new_tokens}: the model takes {self.max_length} tokens in all")
-        prompts = [Prompt(tuple(self._cut(self.tok_encode(request.args[0]), room))) for request in requests]
+        prompts = [Prompt(tuple(self._shortened(self.tok_encode(request.args[0]), room))) for request in requests]
         first, self._asked = self._asked, self._asked + len(prompts)
         for completion in self._session.generate(prompts, options, first_index=first):
             tokens = list(completion.tokens)
@@ -230,7 +230,7 @@ class Gemma4BridgeLM(TemplateLM, CloseOnExit):
         fixed: dict[str, Any] = {"stop_token_ids": tuple(dict.fromkeys(ends)), "stop_strings": strings}
         return SamplingOptions(tokens, seed=self.seed, **fixed, **options), until
 
-    def _cut(self, tokens: list[int], length: int) -> list[int]:
+    def _shortened(self, tokens: list[int], length: int) -> list[int]:
         """The last `length` tokens; what is lost is said."""
         if len(tokens) > length:
             log.warning("%d tokens, of which the model takes %d: the first are left out", len(tokens), length)

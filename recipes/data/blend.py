@@ -102,7 +102,9 @@ def described_shares(sources: Sequence[Source]) -> str | None:
 
 def described(share: Share) -> list[str]:
     """A share as `data.sources` says it."""
-    said = (f"weight={share.weight:g}" if share.weight is not None else "",
-            f"tokens={share.tokens}" if share.tokens is not None else "",
-            f"repeat={share.repeat}" if share.repeat > 1 else "")  # fmt: skip
+    said = (
+        f"weight={share.weight:g}" if share.weight is not None else "",
+        f"tokens={share.tokens}" if share.tokens is not None else "",
+        f"repeat={share.repeat}" if share.repeat > 1 else "",
+    )
     return [each for each in said if each]

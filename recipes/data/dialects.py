@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.errors import DataError
+from bridge.geometry.towers import SOFT_TOKEN_KINDS
 from recipes.data.checks import is_list, kind_of, parsed_json, short, text_of
 
-MEDIA_KINDS = ("image", "video", "audio")
+MEDIA_KINDS = SOFT_TOKEN_KINDS
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # The role, whatever its case -> what it is called here. `_CALL` says a tool call and nothing else.
 _CALL = "call"

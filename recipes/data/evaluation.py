@@ -138,6 +138,7 @@ def _split(data: DataConfig, options: CorpusOptions) -> str:
             )
         chosen.add(candidates[0])
     if len(chosen) > 1:
-        raise UsageError(f"{', '.join(names)}: different splits for evaluation ({', '.join(sorted(chosen))}); set "
-                         "data.eval_split")  # fmt: skip
+        raise UsageError(
+            f"{', '.join(names)}: different splits for evaluation ({', '.join(sorted(chosen))}); set data.eval_split"
+        )
     return chosen.pop() if chosen else options.split

@@ -75,8 +75,11 @@ def _conversation(record: Mapping[str, Any], prompt: Any, answer: Any, at: str, 
     said = [{role: "assistant", content: answer}] if isinstance(answer, str) else answer
     if not isinstance(said, list | tuple) or len(said) != 1:
         raise DataError(f"{at}: expected a string or one message of the assistant")
-    beside = {name: each for name, each in record.items() if name not in ("prompt", "chosen", "rejected", "completion",
-                                                                          "label", "messages")}  # fmt: skip
+    beside = {
+        name: each
+        for name, each in record.items()
+        if name not in ("prompt", "chosen", "rejected", "completion", "label", "messages")
+    }
     sample = parse_record({"messages": [*asked, *said], **beside}, where, layout)
     if [message.role for message in sample.messages[-2:]] != ["user", "assistant"]:
         raise DataError(f"{at}: expected an answer of the assistant behind a message of the user")

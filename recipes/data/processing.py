@@ -15,12 +15,13 @@ import torch
 
 from bridge.errors import BridgeError, DataError, UsageError
 from bridge.geometry import Geometry
+from bridge.mapping.modalities import MODALITIES
 from recipes.data import media as media_files
 from recipes.data.dialects import MEDIA_KINDS
 from recipes.data.sample import Blob, Media
 from recipes.data.supervision import Span
 
-PLACEHOLDERS = dict(zip(MEDIA_KINDS, ("<|image|>", "<|video|>", "<|audio|>"), strict=True))
+PLACEHOLDERS = {kind: f"<|{kind}|>" for kind in MEDIA_KINDS}
 _ANY = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 _KIND_OF = {token: kind for kind, token in PLACEHOLDERS.items()}
 
@@ -38,9 +39,8 @@ class MediaProcessor:
         self.folder = folder
         # Forks have the processor of the first one.
         self._root, self._lock = self, threading.RLock()
-        vision = {"image", "video"} if geometry.vision is not None else set()
-        audio = {"audio"} if geometry.audio is not None else set()
-        self.kinds: frozenset[str] = frozenset(vision | audio) if has_processor else frozenset()
+        kinds = (kind for name in geometry.modalities for kind in MODALITIES[name].features)
+        self.kinds: frozenset[str] = frozenset(kinds) if has_processor else frozenset()
 
     @cached_property
     def processor(self) -> Any:

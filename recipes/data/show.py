@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bridge.geometry.towers import SOFT_TOKEN_KINDS
 from recipes.data.chat import Encoded
 from recipes.data.collate import IGNORE
 from recipes.data.corpus import Corpus
@@ -19,7 +20,7 @@ from recipes.data.report import formats, unread, warnings
 from recipes.data.statistics import Statistics
 
 _LEARNT, _CONTEXT, _SOFT = "bold green", "dim", "magenta"
-_SOFT_NAMES = {1: "image", 2: "video", 3: "audio"}
+_SOFT_NAMES = dict(enumerate(SOFT_TOKEN_KINDS, 1))
 
 
 def show(corpus: Corpus, count: int, console: Console) -> None:

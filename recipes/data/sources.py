@@ -126,8 +126,10 @@ def _folder(path: Path, split: str) -> list[Source]:
         return [HubDataset(str(path), split, None, saved=True)]
     files = _files(path)
     if not files:
-        raise DataError(f"{path}: no .jsonl, .parquet or .csv file in this folder (of the folders in it, only data, "
-                        "and those called as a split, are searched)")  # fmt: skip
+        raise DataError(
+            f"{path}: no .jsonl, .parquet or .csv file in this folder (of the folders in it, only data, "
+            "and those called as a split, are searched)"
+        )
     splits = {file: _split_of(file) for file in files}
     chosen = [file for file in files if splits[file] == split]
     if not chosen and split == "train":

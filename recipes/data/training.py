@@ -17,7 +17,7 @@ from bridge.errors import UsageError
 from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from recipes.check import check_data
-from recipes.config import Recipe, rank_from_environment
+from recipes.config import Recipe
 from recipes.data import blend_report, report
 from recipes.data.batches import Batches, BatchOptions, Taught
 from recipes.data.blend import Blend, Samples, blend_of
@@ -29,6 +29,7 @@ from recipes.data.options import CorpusOptions, Supervise
 from recipes.data.part import whole
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
+from recipes.environment import rank_from_environment
 from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
 from recipes.sources import all_paths

@@ -1,6 +1,7 @@
 """The objective of sampled and rewarded answers: `recipes.losses.grpo` on a microbatch, and the figures of the log.
 
-A row of a microbatch is an answer behind its prompt. Beside what `recipes.losses.objective` says a batch has
+An answer stands behind its prompt, in a row of its own or packed. Beside what `recipes.losses.objective` says a batch
+has
 
     sampled_logps  float32 [b, s]: what the sampler said of a label; 0 where there is none
     advantages     float64 [answers]
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bridge.megatron.context_parallel import gather_alike
 from recipes.config import GrpoConfig, Recipe
 from recipes.losses.distill import distill_loss
 from recipes.losses.grpo import (
@@ -64,22 +66,26 @@ class PolicyLoss:
         return ("reward", "reward_std", "cut_off", *(f"reward/{name.replace(':', '.')}" for name in self.rewards))
 
     def count(self, batch: Batch) -> Tensor:
-        mask = batch["sequence_ids"] >= 0
-        return mask.sum() if self.loss == "dapo" else mask.any(-1).sum()
+        lengths = batch["completion_lengths"]
+        return lengths.sum() if self.loss == "dapo" else lengths.new_full((), len(lengths))
 
     def logps(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Tensor:
-        """Of every label, float64 [b, s]."""
-        return -losses.double()
+        """Of every label, float64 [b, s]: of the whole rows, on every rank of `cp`."""
+        return -gather_alike(losses, cp).double()
 
     def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
-        answers = self._answers(losses, batch, cp)
+        answers, sampled = self._answers(losses, batch, cp)
         loss, count = LOSSES[self.loss](answers, self.options)
-        sampled, scores, ids = batch["sampled_logps"], batch["scores"], batch.get("answer_sources")
+        scores, ids = batch["scores"], batch.get("answer_sources")
         if ids is None:
-            return loss.float(), count, self._figures(answers, sampled, scores)[None]
-        own = [ids == source for source in range(sources)]
-        figures = [self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in own]
-        return loss.float(), count, torch.stack(figures)
+            figures = self._figures(answers, sampled, scores)[None]
+        else:
+            own = [ids == source for source in range(sources)]
+            figures = torch.stack([self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in own])
+        if cp.rank():
+            # Answers are whole on every rank of the group: the first one counts them.
+            count, figures = torch.zeros_like(count), torch.zeros_like(figures)
+        return loss.float(), count, figures
 
     @torch.no_grad()
     def _figures(self, answers: Answers, sampled: Tensor, scores: Tensor) -> Tensor:
@@ -95,20 +101,20 @@ class PolicyLoss:
             figures += [score.nansum(), (~score.isnan()).sum()]
         return torch.stack([figure.double() for figure in figures])
 
-    def _answers(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> Answers:
-        logps, mask = self.logps(losses, batch, cp), batch["sequence_ids"] >= 0
-        sampled = batch["sampled_logps"].double()
+    def _answers(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> tuple[Answers, Tensor]:
+        """The answers of a microbatch, and what the sampler said of them: [answers, `options.max_length`] each."""
+        places, mask = answer_places(batch["sequence_ids"], batch["completion_lengths"], self.options.max_length)
+
+        def of_answers(each: Tensor) -> Tensor:
+            return each.flatten()[places].where(mask, 0.0)
+
+        logps, sampled = of_answers(self.logps(losses, batch, cp)), of_answers(batch["sampled_logps"].double())
         importance = None
         if self.on_policy and self.importance_cap:
             importance = (logps.detach() - sampled).exp().clamp(max=self.importance_cap)
-        return Answers(
-            logps,
-            logps.detach() if self.on_policy else sampled,
-            batch["advantages"],
-            mask,
-            batch.get("ref_logps"),
-            importance,
-        )
+        reference = of_answers(batch["ref_logps"]) if self.referenced else None
+        old = logps.detach() if self.on_policy else sampled
+        return Answers(logps, old, batch["advantages"], mask, reference, importance), sampled
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         found = {"loss": sums["loss"] / sums["count"]}
@@ -120,6 +126,17 @@ class PolicyLoss:
         for name in ("clip_ratio", "mismatch", *(("kl",) if self.referenced else ())):
             found[name] = sums[name] / sums["tokens"]
         return found
+
+
+def answer_places(numbers: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Where in the rows of a microbatch, laid end to end, the labels of each answer stand, int64 [answers, longest],
+    and which of those there are, bool. `numbers`: `sequence_ids` [b, s], `lengths`: `completion_lengths` [answers]."""
+    flat = numbers.flatten()
+    places = torch.arange(len(flat), device=flat.device)
+    # What is of no answer comes first, and is left out.
+    first = places.new_full((len(lengths) + 1,), len(flat)).scatter_reduce(0, flat + 1, places, "amin")[1:]
+    offsets = torch.arange(longest, device=flat.device)
+    return (first[:, None] + offsets).clamp(max=len(flat) - 1), offsets < lengths[:, None]
 
 
 def policy_loss(config: GrpoConfig) -> PolicyLoss:

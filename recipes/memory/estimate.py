@@ -195,7 +195,7 @@ def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
 
 def _linear(entry: Entry) -> bool:
     """A weight that parallel ranks split: a projection, not a norm, not the router, and not the experts."""
-    return entry.row.part is DECODER and len(entry.shape) == 2 and any(entry.row.shard)
+    return entry.row.stack is DECODER and len(entry.shape) == 2 and any(entry.row.shard)
 
 
 def advice(table: Table, plan: Plan, budget: int) -> list[str]:

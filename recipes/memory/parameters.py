@@ -77,7 +77,7 @@ def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = eve
 
 def _copies(entry: Entry, table: Table, number: int, layers: range, last: int) -> bool:
     """Whether stage `number` of 0 to `last` holds the tensor, or a part of it."""
-    if entry.row.part is not DECODER:
+    if entry.row.stack is not DECODER:
         return number == 0
     if entry.layer is not None:
         return entry.layer.index in layers

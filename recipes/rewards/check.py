@@ -112,13 +112,10 @@ def _check_others(recipe: Recipe) -> None:
         ("drafter.path", recipe.drafter.path, "trains a drafter on data"),
         ("train.epochs", recipe.train.epochs, "count rows of data, and these are sampled; set train.steps"),
         ("train.z_loss", recipe.train.z_loss, "is added to token losses"),
-        ("data.packing", recipe.data.packing, "answers have rows of their own yet"),
         ("data.overlong", recipe.data.overlong != "drop" and recipe.data.overlong, "a question cannot be cut"),
     ):
         if value:
             raise UsageError(f"{key}={value}: {why}; leave it out with grpo.rewards")
-    if recipe.parallel.cp > 1:
-        raise UsageError(f"parallel.cp={recipe.parallel.cp}: divides rows that are there; sample answers with cp=1")
     if not all((recipe.data.supervise_thinking, recipe.data.supervise_tool_calls)):
         raise UsageError(
             "data.supervise_*: what is learnt of an answer is the reference; leave it out with grpo.rewards"

@@ -42,8 +42,14 @@ _aten = torch.ops.aten
 # What brings values from one side to the other.
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 # What a kernel is not launched for.
-_FREE = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
-         _aten.detach.default, _aten.lift_fresh.default}  # fmt: skip
+_FREE = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.detach.default,
+    _aten.lift_fresh.default,
+}
 # What the host has to wait for, because a shape depends on it.
 _SHAPES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 

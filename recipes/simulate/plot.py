@@ -20,9 +20,13 @@ def plot(forecast: Forecast) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif" '
         'font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        _text(10, 20, f"simulated, not run: {simulation.parallel} on {simulation.world_size} × "
-              f"{forecast.hardware.name}, a step of {forecast.seconds:.2f} s, bubble {forecast.step.bubble:.0%}"),
-    ]  # fmt: skip
+        _text(
+            10,
+            20,
+            f"simulated, not run: {simulation.parallel} on {simulation.world_size} × "
+            f"{forecast.hardware.name}, a step of {forecast.seconds:.2f} s, bubble {forecast.step.bubble:.0%}",
+        ),
+    ]
     top = 40.0
     lines += _legend(list(_COLOURS), list(_COLOURS.values()), top)
     lines += _timeline(forecast, top + 26)

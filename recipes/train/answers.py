@@ -41,7 +41,7 @@ def answers(
     run.gather_weights()
     speculator = None if run.drafting is None else run.drafting.speculator(run.models, run.groups)
     generator = Generator(run.models, run.groups, decode=decode, max_rows=max_rows, speculator=speculator)
-    at_once = max(1, generator.max_rows * run.groups.dp.size() // options.num_return_sequences)
+    at_once = max(1, generator.max_rows * generator.replicas.size() // options.num_return_sequences)
     found: list[Completion] = []
     for first in range(0, count, at_once):
         told = torch.tensor([float(bool(signalled))], dtype=torch.float64, device=run.device)

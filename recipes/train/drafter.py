@@ -27,7 +27,8 @@ from bridge.megatron.model import Gemma4Model
 from bridge.megatron.provider import Gemma4Provider
 from bridge.megatron.visibility import Visibility
 from bridge.together import together
-from recipes.config import DrafterConfig, Recipe
+from recipes.config import Recipe
+from recipes.training_config import DrafterConfig
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 from bridge.errors import TrainingError, UsageError
+from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.fake_quant import round_frozen
-from bridge.megatron.multimodal import MODALITIES
 from recipes.config import Recipe
-from recipes.data.collate import KL
 from recipes.data.training import prepared
 from recipes.data.training import say as say_once
 from recipes.losses.objective import objective_of
 from recipes.losses.policy import training_objective
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
+from recipes.train.best import BestEvaluation, logged_name
 from recipes.train.checkpoint import Progress
 from recipes.train.data import DataFactory, Streams
 from recipes.train.engine import WeightPushes
@@ -30,9 +30,8 @@ from recipes.train.evaluate import evaluate
 from recipes.train.expert_load import forget_auxiliary_loss, load_values, take_auxiliary_loss, take_load
 from recipes.train.export import export
 from recipes.train.log import Log
-from recipes.train.media import mask_change, modality_of, senses_in
+from recipes.train.media import mask_change, modalities_in, modality_of
 from recipes.train.meter import Meter, peak_flops, peak_memory
-from recipes.train.passes import Batch, mismatched_rows
 from recipes.train.reference import reference_of
 from recipes.train.rollouts import Rollouts, RolloutStopped
 from recipes.train.samples import Samples, acceptance_values, metrics_of
@@ -44,9 +43,9 @@ from recipes.train.sinks import Values
 from recipes.train.sources import add_counts, counts_in, source_values, total_values
 from recipes.train.start import start_logps
 from recipes.train.step import SUMS, any_rank, clear_gradients, reduce_sums, run_microbatches, update
+from recipes.train.step_flops import step_flops
 from recipes.train.student import with_teacher
 from recipes.train.teacher import open_teacher
-from recipes.train.workload import forward_flops, training_flops
 
 # Of the mean gradient norm that spikes are held against, and after how many updates it means something.
 _NORM_MEMORY, _NORM_WARM = 0.95, 20
@@ -80,13 +79,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
     with contextlib.nullcontext(signalled) if signalled is not None else StopSignal() as signalled:
         if data is None:
             recipe, data = prepared(recipe)
-        if not recipe.train.steps:
-            raise UsageError("train.epochs are of the recipe's own data; set train.steps")
-        resumable = checkpoint.checkpoints(Path(recipe.output))
-        if resumable and not recipe.checkpoint.resume:
-            raise UsageError(
-                f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
-            )
+        resumable = _resumable(recipe)
         samples = Samples.of(recipe)
         log: Log | None = None
         teacher = open_teacher(recipe) if recipe.distill.teacher is not None else None
@@ -125,7 +118,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             with signalled.noted():
                 outcome = loop.run()
             if not outcome.stopped:
-                export(run, loop.best(), say)
+                export(run, loop.best.checkpoint(), say)
         finally:
             if rollouts is not None:
                 rollouts.close()
@@ -134,6 +127,18 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
         # A launcher ends the others when the first rank has stopped: none goes before rank 0's log is closed.
         dist.barrier()
     return outcome
+
+
+def _resumable(recipe: Recipe) -> dict[int, Path]:
+    """The checkpoints, by step, of which the last is gone on from. Raises UsageError where none may be."""
+    if not recipe.train.steps:
+        raise UsageError("train.epochs are of the recipe's own data; set train.steps")
+    found = checkpoint.checkpoints(Path(recipe.output))
+    if found and not recipe.checkpoint.resume:
+        raise UsageError(
+            f"{recipe.output}: holds a run's checkpoints; choose another output, or checkpoint.resume=true to go on"
+        )
+    return found
 
 
 def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[str], None]) -> None:
@@ -150,16 +155,6 @@ def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[st
         seen = progress.sense_updates.get("vision", 0)
         if change := mask_change(run.bridge.geometry, run.recipe.model.vision_mask, progress.vision_mask, seen):
             say(change)
-
-
-def _better(value: float, best: float, measure: str) -> bool:
-    """Of a loss the less, of a metric the more."""
-    return value < best if measure == "loss" else value > best
-
-
-def _logged(name: str) -> str:
-    """What a measure of an evaluation is called in the log."""
-    return f"eval_{name.replace(':', '.')}"
 
 
 def _to_nobody(text: str) -> None:
@@ -191,6 +186,7 @@ class _Loop:
         self._pushes = None if run.recipe.sync.url is None else WeightPushes(run, run.recipe.sync.url)
         self._meter = Meter(peak_flops(run.recipe.log.peak_tflops), dist.get_world_size())
         self._logged = progress.step
+        self.best = BestEvaluation(run.recipe, progress, self._say)
         forget_auxiliary_loss()
         # Only the first stage knows, which is also the one that counts.
         self._modalities = modality_of(run.models)
@@ -210,50 +206,24 @@ class _Loop:
         progress, steps, every = self.progress, self.recipe.train.steps, self.recipe.checkpoint.every
         loss, stop = math.nan, False
         saved = asdict(progress)
-        if self._evaluation_is_due() and not self._ended():
+        if self._evaluation_is_due() and not self.best.too_long_ago():
             stop = self._evaluate()
-        while progress.step < steps and not stop and not self._ended():
+        while progress.step < steps and not stop and not self.best.too_long_ago():
             loss, stop = self._step()
             if self._pushes is not None:
                 with self._meter.paused():
                     self._pushes.after(progress.step, self._say)
             if not stop and self._evaluation_is_due():
                 stop = self._evaluate()
-            best = self.recipe.train.patience and progress.best_step == progress.step
-            if best or (every and progress.step % every == 0):
+            if self.best.is_this_step() or (every and progress.step % every == 0):
                 stop = not self._save() or stop
                 saved = asdict(progress)
                 stop = stop or self._told()
         written = (saved == asdict(progress) or self._save()) and self._saver.finish()
         stop = stop or not written or self._told()
-        if self._ended():
-            self._say_why()
+        if self.best.too_long_ago():
+            self.best.say_why()
         return Outcome(progress.step, loss, stop, self.signalled.interrupted)
-
-    def best(self) -> Path | None:
-        """The checkpoint of the best evaluation, where an early stop is asked for and it is not the last one."""
-        progress = self.progress
-        if not self.recipe.train.patience or progress.best_step in (0, progress.step):
-            return None
-        found = checkpoint.checkpoints(Path(self.recipe.output)).get(progress.best_step)
-        if found is None:
-            self._say(f"the best checkpoint, of step {progress.best_step}, is not there any more: the last one counts")
-        return found
-
-    def _ended(self) -> bool:
-        """Whether evaluations have not become better for as long as `train.patience` says."""
-        patience = self.recipe.train.patience
-        return bool(patience) and self.progress.evals_since_best >= patience
-
-    def _say_why(self) -> None:
-        progress, patience = self.progress, self.recipe.train.patience
-        was = "no number"
-        if progress.best_eval is not None:
-            was = f"not better than {progress.best_eval:.6g} of step {progress.best_step}"
-        self._say(
-            f"ended early after step {progress.step} of {self.recipe.train.steps}: {self._best_name} was {was} in "
-            f"{progress.evals_since_best} evaluations (train.patience={patience}; with more it goes on)"
-        )
 
     def _say(self, text: str) -> None:
         if self.log is not None:
@@ -269,8 +239,9 @@ class _Loop:
         sources, names = self.streams.sources, self._objective.names
         sums = run_microbatches(run, batches, train=True, objective=self._objective, sources=max(1, len(sources)))
         counts = counts_in(batches, len(sources), run.groups)
-        told = [float(bool(self.signalled)), float(self._saver.writing), self._flops(batches)]
-        told += [*senses_in(batches), *counts]
+        flops = step_flops(run, batches, self._objective, self._frozen)
+        told = [float(bool(self.signalled)), float(self._saver.writing), flops]
+        told += [*modalities_in(batches), *counts]
         asked = torch.tensor(told, dtype=sums.dtype, device=sums.device)
         found = reduce_sums(torch.cat([sums, asked]))
         figures, (real, slots, squares, _) = found[: len(names)], found[len(names) : len(names) + len(SUMS)]
@@ -310,28 +281,6 @@ class _Loop:
         before = self.progress.unlogged
         before = before if len(before) == len(figures) else [0.0] * len(figures)
         self.progress.unlogged = [a + b for a, b in zip(before, figures, strict=True)]
-
-    def _flops(self, batches: Sequence[Batch]) -> float:
-        """Of the whole step's forward and backward passes, this rank's part: one rank counts for all of its replica.
-
-        Where a drafter alone is trained, of its model's forward pass.
-        """
-        groups = self.run_.groups
-        if groups.tp.rank() or groups.cp.rank() or groups.pp.rank():
-            return 0.0
-        geometry, vision_mask = self.run_.bridge.geometry, self.run_.config.vision_mask
-        if self.run_.drafts_alone:
-            return forward_flops(geometry, batches, vision_mask)
-        flops = training_flops(geometry, batches, self._frozen, self.run_.lora is not None, vision_mask)
-        if self.run_.teacher is not None:
-            flops += forward_flops(self.run_.teacher.config.geometry, batches, vision_mask)
-        return flops + sum(forward_flops(geometry, more, vision_mask) for more in self._without_gradients(batches))
-
-    def _without_gradients(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:
-        """What of a step goes through once more, for its reference and for KTO's divergence."""
-        based = self._objective.referenced and reference_of(self.recipe) == "base"
-        behind = [mismatched_rows(batch) for batch in batches if any(name.startswith(KL) for name in batch)]
-        return [batches, behind, behind] if based else [behind]
 
     def _next(self, count: int) -> list[dict[str, torch.Tensor]] | None:
         """The microbatches of a step; None where a signal came while answers were sampled."""
@@ -412,7 +361,7 @@ class _Loop:
             values = evaluate(run, self.streams.evaluation, self.signalled)
             if values is not None and self._metrics is not None:
                 found = self._metrics.measure(run, self.signalled, self._say)
-                values = None if found is None else values | {_logged(name): value for name, value in found.items()}
+                values = None if found is None else values | {logged_name(name): value for name, value in found.items()}
         if values is None:
             return True
         progress.evaluated = progress.step
@@ -427,27 +376,8 @@ class _Loop:
                 if run.drafting is not None:
                     self.log.write(progress.step, acceptance_values(said))
                 self.log.texts(progress.step, {str(answer.index): answer.text for answer in said})
-        self._compare(values[self._best_name])
+        self.best.compare(values[self.best.name])
         return False
-
-    @property
-    def _best_name(self) -> str:
-        return _logged(self.recipe.eval.best)
-
-    def _compare(self, value: float) -> None:
-        """Note whether an evaluation is the best so far; another `eval.best` than before begins anew."""
-        progress, measure = self.progress, self.recipe.eval.best
-        if progress.best_of != measure:
-            if progress.best_eval is not None:
-                self._say(f"eval.best was {progress.best_of} and is {measure}: the best evaluation is looked for anew")
-            progress.best_of, progress.best_eval = measure, None
-        best = progress.best_eval
-        # What is no number is never the best; an older version may have noted one.
-        first = best is None or not math.isfinite(best)
-        if math.isfinite(value) and (first or _better(value, best or 0.0, measure)):
-            progress.best_eval, progress.best_step, progress.evals_since_best = value, progress.step, 0
-        else:
-            progress.evals_since_best += 1
 
     def _told(self) -> bool:
         """Whether any rank was told to stop. Collective."""

@@ -24,7 +24,8 @@ from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import HEAD, resolve
 from bridge.megatron.fake_quant import round_frozen
 from bridge.megatron.model import Gemma4Model
-from recipes.config import LoraConfig, Recipe
+from recipes.config import Recipe
+from recipes.training_config import LoraConfig
 
 
 def spec_of(config: LoraConfig) -> LoraSpec | None:

@@ -16,18 +16,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from bridge.geometry import Geometry
+from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import MODALITIES, Gemma4MultimodalModel, Media
+from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
 from bridge.megatron.visibility import FORWARD, vision_masks
 
 # What of a batch only the first pipeline stage takes.
 MEDIA_NAMES = frozenset(field.name for field in fields(Media))
-_GIVEN_BY = {"vision": ("pixel_values", "pixel_values_videos"), "audio": ("input_features",)}
 
 
-def senses_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
+def modalities_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:
     """For every one of `MODALITIES`, 1 where any of this rank's microbatches has media for it, else 0."""
-    return [float(any(name in batch for batch in batches for name in _GIVEN_BY[modality])) for modality in MODALITIES]
+    return [float(any(name in batch for batch in batches for name in each.given_by)) for each in MODALITIES.values()]
 
 
 def mask_change(geometry: Geometry, now: str, before: str | None, updates: int) -> str | None:

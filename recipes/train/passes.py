@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
 
     batch: Batch
     visibility: Visibility
-    kept: Tensor
+    label_positions: Tensor
     placeholders: dict[str, int]
     output: Output | None = None
 
@@ -88,10 +88,11 @@ def prepare(batch: Batch, run: BuiltModel, length: int) -> Prepared:
     if "cu_seqlens" in batch:
         # Bounds count through the rows, which Megatron takes as one.
         have *= batch["input_ids"].shape[0]
-        length *= batch["input_ids"].shape[0]
         batch = {name: t.reshape(1, -1) if name in _ROWS else t for name, t in batch.items()}
     # Every microbatch has the shape that pipeline stages expect of each other; context and sequence parallelism cut it.
-    want = length if parallel.pp > 1 else have + -have % row_multiple(run.recipe)
+    # Those that are packed have it already.
+    fixed = parallel.pp > 1 and "cu_seqlens" not in batch
+    want = length if fixed else have + -have % row_multiple(run.recipe)
     if want != have:
         if "cu_seqlens" in batch:
             raise UsageError(f"packed sequences of {have} tokens: this layout needs {want}, pack to that")
@@ -227,7 +228,7 @@ def _forward_step(
     drafting: Drafting | None,
     cp: int,
 ) -> tuple[Tensor, Any]:
-    batch, visibility, kept, placeholders, output = next(iterator)
+    batch, visibility, label_positions, placeholders, output = next(iterator)
     packed = None
     if "cu_seqlens" in batch:
         bounds = batch["cu_seqlens"].to(torch.int32)
@@ -239,10 +240,10 @@ def _forward_step(
     media: dict[str, Any] = {name: batch[name] for name in MEDIA_NAMES & set(batch)}
     media |= {"placeholder_counts": placeholders} if placeholders else {}
     if drafting is not None:
-        losses = drafting.losses(chunk, batch, packed, visibility, LossContext(z_loss, kept), **media)
+        losses = drafting.losses(chunk, batch, packed, visibility, LossContext(z_loss, label_positions), **media)
         return losses, lambda losses: total(losses, Passed(batch, squares, correct))
     if accuracy:
-        context = AccuracyContext(LossContext(z_loss, kept), correct)
+        context = AccuracyContext(LossContext(z_loss, label_positions), correct)
         output = loss_and_accuracy, context
     if output is not None:
         counted = {"output_processor": output[0], "output_processor_context": output[1]}
@@ -255,7 +256,7 @@ def _forward_step(
         mm_token_type_ids=batch.get("mm_token_type_ids"),
         z_loss=z_loss,
         visibility=visibility,
-        kept=kept,
+        label_positions=label_positions,
         squares=squares if z_loss else None,
         **counted,
         **media,

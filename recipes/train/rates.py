@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recipes.config import Recipe
 from recipes.groups import RATED, compiled, none_named
+from recipes.train.names import named_parameters
 
 KEY = "optimizer.lr_groups"
 # Megatron's own field of a parameter group, which its schedule does not read.
@@ -45,18 +46,19 @@ def group_overrides(
         return overrides
     patterns = compiled(KEY, list(named), RATED)
 
+    names: dict[Tensor, str] = {parameter: name for chunk in chunks for name, parameter in named_parameters(chunk)}
+
     def groups_of(parameter: Tensor, name: str) -> list[int]:
         """The places of the groups that a parameter is in."""
         # Of tied embeddings the last stage has a copy, which must go the same way.
         shared = getattr(parameter, "shared_embedding", False)
-        name = "embedding.word_embeddings.weight" if shared else name.removeprefix("module.")
+        name = "embedding.word_embeddings.weight" if shared else names.get(parameter, name)
         return [place for place, pattern in enumerate(patterns) if pattern.search(name)]
 
     held = torch.zeros(len(patterns), dtype=torch.int64)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if parameter.requires_grad:
-                held[groups_of(parameter, name)] += 1
+    for parameter, name in names.items():
+        if parameter.requires_grad:
+            held[groups_of(parameter, name)] += 1
     held = held.to(torch.cuda.current_device())
     dist.all_reduce(held)
     for name, count in zip(named, held.tolist(), strict=True):

@@ -25,6 +25,7 @@ from bridge.generate.rows import Completion
 from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
 from bridge.together import together
+from recipes.check import row_multiple
 from recipes.config import GrpoConfig, Recipe
 from recipes.data.batches import Batches
 from recipes.data.blend import Blend, Samples
@@ -69,6 +70,11 @@ class Row(OwnAnswer):
     scores: tuple[float, ...]
 
 
+def len_of(answer: OwnAnswer) -> int:
+    """Tokens of a prompt and its answer."""
+    return len(answer.prompt) + len(answer.tokens)
+
+
 def _plain(row: Row) -> dict[str, Any]:
     """For JSON, which has no NaN."""
     return asdict(row) | {"scores": [None if math.isnan(score) else score for score in row.scores]}
@@ -107,8 +113,10 @@ def answers_batch(
     pad_id: int,
     with_types: bool,
     data: Samples | None = None,
+    packed: int = 0,
 ) -> dict[str, Tensor]:
-    """A microbatch of sampled answers, each in a row of its own, with its media. `data`: what their samples are of."""
+    """A microbatch of sampled answers with their media, each in a row of its own, or end to end in as many rows of
+    together `packed` tokens. `data`: what their samples are of."""
     samples, media = [], []
     for row in rows:
         ids = np.asarray([*row.prompt, *row.tokens], np.int32)
@@ -117,16 +125,21 @@ def answers_batch(
             types[: len(row.prompt)], found = questions.media(row.sample)
             media.append(found)
         samples.append([Encoded(ids, np.arange(len(ids)) >= len(row.prompt), types)])
-    width = max(len(row.prompt) + len(row.tokens) for row in rows)
-    batch = batch_tensors(samples, width=width, pad_id=pad_id, packed=False, with_types=with_types, answers=True)
+    laid = [[sample for row in samples for sample in row]] if packed else samples
+    width = packed or max(map(len_of, rows))
+    batch = batch_tensors(laid, width=width, pad_id=pad_id, packed=packed > 0, with_types=with_types, answers=True)
     if isinstance(data, Blend) and (count := len(data.sources)) > 1:
         sources = [data.place(row.sample)[0] for row in rows]
-        batch |= source_tensors(samples, sources, count=count, width=width, answers=True)
-    for number, row in enumerate(rows):
-        # A placeholder that was sampled stands for no picture: the sampler too reads padding there.
-        answer = batch["input_ids"][number, len(row.prompt) :]
-        for token in geometry.placeholder_ids:
-            answer.masked_fill_(answer == token, geometry.pad_token_id or 0)
+        batch |= source_tensors(samples, sources, count=count, width=1, answers=True)
+        batch["source_ids"] = batch["answer_sources"][batch["sequence_ids"].clamp(min=0)]
+    # A placeholder that was sampled stands for no picture: the sampler too reads padding there.
+    answered = (batch["sequence_ids"] >= 0).roll(1)
+    for token in geometry.placeholder_ids:
+        batch["input_ids"].masked_fill_(answered & (batch["input_ids"] == token), geometry.pad_token_id or 0)
+    if packed:
+        batch = {
+            name: each.view(len(rows), -1) if each.shape[-1:] == (packed,) else each for name, each in batch.items()
+        }
     return batch | join_media(media)
 
 
@@ -137,17 +150,28 @@ def batch_of(
     pad_id: int,
     with_types: bool,
     data: Samples | None = None,
+    packed: int = 0,
 ) -> dict[str, Tensor]:
     """`answers_batch`, and what `recipes.losses.policy` says of its answers."""
-    batch = answers_batch(rows, questions, geometry, pad_id, with_types, data)
+    batch = answers_batch(rows, questions, geometry, pad_id, with_types, data, packed)
     sampled = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
-    for number, row in enumerate(rows):
-        start = len(row.prompt) - 1
-        sampled[number, start : start + len(row.tokens)] = torch.tensor(row.logprobs)
+    sampled[batch["sequence_ids"] >= 0] = torch.tensor([logprob for row in rows for logprob in row.logprobs])
     batch["sampled_logps"] = sampled
     batch["advantages"] = torch.tensor([row.advantage for row in rows], dtype=torch.float64)
     batch["scores"] = torch.tensor([row.scores for row in rows], dtype=torch.float64)
     return batch
+
+
+def packed_length(rows: Sequence[OwnAnswer], rollout: Sequence[OwnAnswer], recipe: Recipe) -> int:
+    """Tokens of a packed microbatch of `rows`; 0: they are not packed. Stages expect the same of all of a `rollout`."""
+    size = recipe.train.micro_batch_size
+    if not recipe.data.packing:
+        return 0
+    held = [rollout[first : first + size] for first in range(0, len(rollout), size)]
+    multiple = size * row_multiple(recipe)
+    return (
+        max(-(-sum(map(len_of, each)) // multiple) for each in (held if recipe.parallel.pp > 1 else [rows])) * multiple
+    )
 
 
 def check_lengths(questions: Questions, recipe: Recipe, longest: int, key: str) -> None:
@@ -172,7 +196,7 @@ class Rollouts:
         self._run, self._samples, self._signalled, self._log = run, samples, signalled, log
         self._recipe, self._config = run.recipe, run.recipe.grpo
         self._questions = Questions(samples)
-        self._prompts = Batches(samples, replace(batch_options(run.recipe), workers=0), say)
+        self._prompts = Batches(samples, replace(batch_options(run.recipe), packing=False, workers=0), say)
         self._judges: Judges | None = None
         self._options = SamplingOptions(
             max_new_tokens=self._config.max_new_tokens,
@@ -209,8 +233,10 @@ class Rollouts:
         first = (self._taken + dp.rank() * train.micro_batch_size) % len(self._rows)
         self._taken += train.micro_batch_size * dp.size()
         rows = self._rows[first : first + train.micro_batch_size]
-        samples = self._samples
-        return batch_of(rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media, samples)
+        samples, packed = self._samples, packed_length(rows, self._rows, self._recipe)
+        return batch_of(
+            rows, self._questions, self._run.bridge.geometry, samples.pad_id, samples.has_media, samples, packed
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next prompts are, and what is left of a rollout of which only some steps were made."""
@@ -235,6 +261,12 @@ class Rollouts:
             )
         self._taken = left["taken"]
         self._rows = [_row_of(row) for row in left["rows"]]
+        longest = max(len(row.tokens) for row in self._rows)
+        if longest > self._config.max_new_tokens:
+            raise TrainingError(
+                f"the checkpoint is in the middle of a rollout with an answer of {longest} tokens; go on with the "
+                "grpo.max_new_tokens that it was made with"
+            )
 
     def close(self) -> None:
         """End the processes of the rewards."""

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from recipes.config import OptimizerConfig, Recipe
+from recipes.config import Recipe
 from recipes.train.rates import Schedule, factors
+from recipes.training_config import OptimizerConfig
 
 
 def fitted(recipe: Recipe) -> OptimizerConfig:

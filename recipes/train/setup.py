@@ -28,6 +28,7 @@ from recipes.config import Recipe
 from recipes.groups import FREEZABLE, compiled, none_named
 from recipes.train import lora
 from recipes.train.drafter import Drafting, with_drafter
+from recipes.train.names import named_parameters
 from recipes.train.rates import Schedule, group_overrides
 from recipes.train.rendezvous import meet
 from recipes.train.schedule import make_scheduler
@@ -201,7 +202,7 @@ def freeze(models: Sequence[torch.nn.Module], groups: Sequence[str]) -> None:
     patterns = compiled("model.freeze", groups, FREEZABLE)
     hits = torch.zeros(len(patterns) + 1, dtype=torch.int64)
     for model in models:
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model):
             matched = [bool(pattern.search(name)) for pattern in patterns]
             parameter.requires_grad_(parameter.requires_grad and not any(matched))
             hits += torch.tensor([*matched, parameter.requires_grad])

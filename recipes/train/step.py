@@ -43,7 +43,7 @@ def run_microbatches(
     objective, prepared = settled(run, objective or evaluated_objective(run.recipe), batches, train)
     z_loss = run.recipe.train.z_loss if train else 0.0
     if train and run.recipe.train.aux_loss:
-        _weigh_auxiliary_loss(run, objective, prepared)
+        _scale_auxiliary_loss(run, objective, prepared)
     total = partial(_total, objective=objective, z_loss=z_loss, cp=run.groups.cp, sources=sources)
     reports = through(run, prepared, total, train=train, z_loss=z_loss, accuracy=accuracy)
     size = len(objective.names) * (sources + 1 if sources > 1 else 1) + len(SUMS)
@@ -71,7 +71,7 @@ def _total(
     return loss, count.to(torch.int), {"sums": torch.cat([figures.sum(0), common, *several])}
 
 
-def _weigh_auxiliary_loss(run: BuiltModel, objective: Objective, microbatches: Sequence[Prepared]) -> None:
+def _scale_auxiliary_loss(run: BuiltModel, objective: Objective, microbatches: Sequence[Prepared]) -> None:
     """Have a step's auxiliary loss be a mean over all tokens, whatever the objective is a mean over. Collective.
 
     Megatron weighs that of a microbatch by its tokens, and in the end divides every gradient by what the objective

@@ -99,7 +99,7 @@ def taught(
     if not said:
         return list(microbatches)  # a stage that makes no losses
     return [
-        each._replace(output=(distillation_loss, DistillationContext(of, objective.asked, each.kept)))
+        each._replace(output=(distillation_loss, DistillationContext(of, objective.asked, each.label_positions)))
         for each, of in zip(microbatches, said, strict=True)
     ]
 
@@ -128,14 +128,14 @@ def _said(
     return states.sum(), torch.ones_like(labels[0, 0]), {"said": said}
 
 
-def label_places(labels: Tensor, run: BuiltModel, kept: Tensor) -> Tensor:
-    """Which of a microbatch's labels [b, s], counted row by row, those at `kept` of this rank's part are: [n]."""
+def label_places(labels: Tensor, run: BuiltModel, positions: Tensor) -> Tensor:
+    """Which of a microbatch's labels [b, s], counted row by row, those at `positions` of this rank's part are: [n]."""
     numbers = (labels != IGNORE).flatten().cumsum(0).view(labels.shape) - 1
-    return take(numbers, run.groups.cp).t().flatten()[kept]
+    return take(numbers, run.groups.cp).t().flatten()[positions]
 
 
 def _known(run: BuiltModel, microbatch: Prepared) -> TopK:
     """What the data brings."""
     batch = microbatch.batch
-    places = label_places(batch["labels"], run, microbatch.kept)
+    places = label_places(batch["labels"], run, microbatch.label_positions)
     return TopK(batch["teacher_ids"][places].long(), batch["teacher_logps"][places])

@@ -95,7 +95,7 @@ def _gathered(teacher: BuiltModel, group: list[Batch], objective: DistillLoss) -
     for batch, of in zip(group, said, strict=bool(said)) if teacher.groups.tp.rank() == 0 else ():
         assert isinstance(of, TopK)
         held = prepare(batch, teacher, teacher.recipe.train.seq_length)
-        places = label_places(held.batch["labels"], teacher, held.kept)
+        places = label_places(held.batch["labels"], teacher, held.label_positions)
         numbers = held.batch["label_ids"][places]
         mine.append((numbers.cpu().numpy(), of.ids.to("cpu").int().numpy(), of.logps.cpu().numpy()))
     everyone: list[list[tuple[np.ndarray, ...]]] = [[]] * dist.get_world_size()

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from bridge.flops import attention_flops, audio_flops, decoder_flops, head_flops, vision_flops
+from bridge.flops import attention_flops, decoder_flops, head_flops
 from bridge.geometry import Geometry
-from bridge.megatron.multimodal import MODALITIES
+from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.visibility import GENERATE, Visibility, mask_rule
 from bridge.token_ids import IGNORE
 
@@ -46,12 +46,8 @@ def _forward(
     for batch in batches:
         of_linears, of_attention = _text_flops(geometry, batch, vision_mask)
         linears, attention = linears + of_linears, attention + of_attention
-        for name in ("image_position_ids", "video_position_ids"):
-            if name in batch:
-                patches = (batch[name] != -1).all(-1).sum(-1).tolist()
-                modalities["vision"] += vision_flops(geometry, patches)
-        if "input_features_mask" in batch:
-            modalities["audio"] += audio_flops(geometry, batch["input_features_mask"].sum(-1).tolist())
+        for name, modality in MODALITIES.items():
+            modalities[name] += modality.flops(geometry, batch)
     return linears, attention, modalities
 
 

@@ -105,9 +105,12 @@ def drafted_with_transformers(pair: Pair, input_ids: Tensor, steps: int) -> list
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(steps)]
     with torch.no_grad():
         output = target(
-            input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, output_hidden_states=True,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            use_cache=False,
+            output_hidden_states=True,
             return_shared_kv_states=True,
-        )  # fmt: skip
+        )
         embeddings = target.get_input_embeddings()(input_ids)
         for t in range(input_ids.shape[1] - steps):
             kv = {kind: tuple(x[:, :, : t + 1] for x in pair) for kind, pair in output.shared_kv_states.items()}
@@ -231,9 +234,14 @@ def counted_with_transformers(
             _Counted.as_meant, _Counted.rounds = as_meant, []
             ids = torch.tensor([prompt.ids])
             output = target.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-                pad_token_id=0, assistant_model=drafter,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                assistant_model=drafter,
+            )
             found.append((output[0, len(prompt.ids) :].tolist(), list(_Counted.rounds)))
     return found
 

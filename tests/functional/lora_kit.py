@@ -83,6 +83,10 @@ class Training:
     moved: bool = False
     seed: int = SEED
 
+    @property
+    def rows(self) -> int:
+        return self.samples[0].input_ids.shape[0]
+
     def sample(self, step: int) -> Sample:
         return self.samples[step % len(self.samples)]
 
@@ -105,15 +109,11 @@ class Result:
     trained: dict[str, Tensor] = field(default_factory=dict)
 
 
-def peft_training(training: Training) -> Result:
-    """The training with PEFT, transformers and torch alone."""
+def peft_config(spec: LoraSpec, geometry: Geometry) -> Any:
+    """The same adapters as PEFT says them."""
     import peft
 
-    from bridge.verify.reference import load_hf, with_masks
-
-    geometry = Geometry.from_folder(training.toy)
-    spec = training.spec
-    config = peft.LoraConfig(
+    return peft.LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
@@ -126,6 +126,17 @@ def peft_training(training: Training) -> Result:
         ensure_weight_tying=geometry.tied and "embed_tokens" in spec.modules_to_save,
         lora_dropout=spec.dropout,
     )
+
+
+def peft_training(training: Training) -> Result:
+    """The training with PEFT, transformers and torch alone."""
+    import peft
+
+    from bridge.verify.reference import load_hf, with_masks
+
+    geometry = Geometry.from_folder(training.toy)
+    spec = training.spec
+    config = peft_config(spec, geometry)
     model = peft.get_peft_model(load_hf(training.toy, geometry, torch.float32), config).train()
     targets = resolve(spec, table_for(geometry))
     places = dict(_places(model, targets))
@@ -208,26 +219,14 @@ def _from_peft(value: Tensor | None, target: Target, part: Factor) -> Tensor:
     return value.reshape(rows, columns, experts).permute(2, 0, 1).contiguous()
 
 
-def our_training(training: Training, parallel: dict[str, Any], micro_batch_size: int = 2) -> Result | None:
-    """The same training here, in a layout; the result on rank 0. Runs on every rank."""
-    import torch.distributed as dist
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from bridge.convert.live import Gatherer, iter_hf
-    from bridge.lora.inject import fill
-    from bridge.lora.table import AdapterTable, peft_view
-    from bridge.megatron.context_parallel import take
-    from recipes.config import resolve as resolve_recipe
-    from recipes.train.setup import assemble, start_ranks
-    from recipes.train.step import clear_gradients, reduce_sums, update
-
+def recipe_of(training: Training, parallel: dict[str, Any]) -> dict[str, Any]:
+    """The same training as a recipe says it."""
     spec = training.spec
-    rows = training.samples[0].input_ids.shape[0]
-    said = {
+    return {
         "output": "unused",
         "model": {"hf": str(training.toy), "dtype": "float32"},
         "parallel": parallel,
-        "train": {"steps": training.steps, "global_batch_size": rows, "seed": training.seed},
+        "train": {"steps": training.steps, "global_batch_size": training.rows, "seed": training.seed},
         "optimizer": {
             "lr": LR,
             "min_lr": LR,
@@ -252,71 +251,96 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
             "dropout": spec.dropout,
         },
     }
+
+
+def gathered(run: Any, value: Any) -> dict[str, Tensor]:
+    """By the names of the adapter table and in PEFT's shapes, what `value` says of every parameter. Collective."""
+    from bridge.convert.live import Gatherer, iter_hf
+    from bridge.lora.table import peft_view
+
+    names = {part_name(t.name, part): (t, part) for t in run.table.targets for part in t.parts}
+    found = {}
+    for name, tensor in iter_hf(Gatherer(run.models, run.table, value)):
+        target, part = names[name]
+        view = peft_view(tensor, target, part)
+        assert tensor.count_nonzero() == view.count_nonzero(), f"{name}: its filling is not zero"
+        found[name] = view.clone()
+    return found
+
+
+def our_training(training: Training, parallel: dict[str, Any], micro_batch_size: int = 2) -> Result | None:
+    """The same training here, in a layout; the result on rank 0. Runs on every rank."""
+    import torch.distributed as dist
+
+    from bridge.lora.inject import fill
+    from bridge.lora.table import AdapterTable
+    from recipes.config import resolve as resolve_recipe
+    from recipes.train.setup import assemble, start_ranks
+    from recipes.train.step import clear_gradients, reduce_sums, update
+
     start_ranks()
-    run = assemble(resolve_recipe(said), 1, load=True)
-    table = run.table
-    assert isinstance(table, AdapterTable) and run.lora == spec
+    run = assemble(resolve_recipe(recipe_of(training, parallel)), 1, load=True)
+    assert isinstance(run.table, AdapterTable) and run.lora == training.spec
     if training.moved:
-        fill(run.models, table, training.values())
+        fill(run.models, run.table, training.values())
         run.optimizer.reload_model_params()
-    config, groups = run.config, run.groups
-    per_rank = rows // groups.dp.size()
+    groups = run.groups
+    per_rank = training.rows // groups.dp.size()
     first = groups.dp.rank() * per_rank
-    names = {part_name(t.name, part): (t, part) for t in table.targets for part in t.parts}
-
-    def gathered(value: Any) -> dict[str, Tensor]:
-        found = {}
-        for name, tensor in iter_hf(Gatherer(run.models, table, value)):
-            target, part = names[name]
-            kept = peft_view(tensor, target, part)
-            assert tensor.count_nonzero() == kept.count_nonzero(), f"{name}: its filling is not zero"
-            found[name] = kept.clone()
-        return found
-
-    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(iterator)
-        losses = chunk(batch.input_ids, None, batch.attention_mask, labels=batch.labels, **batch.features())
-
-        def total(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            tokens = (take(batch.labels, groups.cp) != IGNORE).sum()
-            return losses.sum(), tokens.to(torch.int), {"sums": torch.stack([losses.detach().sum(), tokens]).double()}
-
-        return losses, total
-
     result = Result()
     for step in range(training.steps):
         sample = training.sample(step)
         starts = range(first, first + per_rank, micro_batch_size)
-        batches = [sample.rows(slice(start, start + micro_batch_size)) for start in starts]
-        for chunk in run.chunks:
-            chunk.train()
         clear_gradients(run)
         torch.manual_seed(step)
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in run.chunks],
-            model=run.chunks,
-            num_microbatches=len(batches),
-            seq_length=batches[0].input_ids.shape[1] * config.pipeline_payload,
-            micro_batch_size=micro_batch_size,
-            forward_only=False,
-        )
-        sums = torch.zeros(2, dtype=torch.float64)
-        if groups.tp.rank() == 0:
-            for report in reports:
-                sums += report["sums"]
+        sums = _passes(run, [sample.rows(slice(start, start + micro_batch_size)) for start in starts])
         loss, tokens = reduce_sums(sums)
         replicas = groups.dp_cp.size() * (groups.expt_dp.size() if run.bridge.geometry.moe is not None else 1)
         if step == 0 and replicas == 1:
-            result.gradients = gathered(lambda p: getattr(p, "main_grad", None))
+            result.gradients = gathered(run, lambda p: getattr(p, "main_grad", None))
         run.scheduler.step(1)
         norm, changed = update(run, float("inf"))
         assert changed
         result.norms.append(norm)
         result.losses.append(loss / tokens)
     run.gather_weights()
-    result.trained = gathered(lambda p: p.data)
+    result.trained = gathered(run, lambda p: p.data)
     return result if dist.get_rank() == 0 else None
+
+
+def _passes(run: Any, batches: Sequence[Sample]) -> Tensor:
+    """Forward and backward passes over microbatches; this rank's part of the sum of losses and of tokens."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from bridge.megatron.context_parallel import take
+
+    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        losses = chunk(batch.input_ids, None, batch.attention_mask, labels=batch.labels, **batch.features())
+
+        def total(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            tokens = (take(batch.labels, run.groups.cp) != IGNORE).sum()
+            return losses.sum(), tokens.to(torch.int), {"sums": torch.stack([losses.detach().sum(), tokens]).double()}
+
+        return losses, total
+
+    for chunk in run.chunks:
+        chunk.train()
+    rows, length = batches[0].input_ids.shape
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in run.chunks],
+        model=run.chunks,
+        num_microbatches=len(batches),
+        seq_length=length * run.config.pipeline_payload,
+        micro_batch_size=rows,
+        forward_only=False,
+    )
+    sums = torch.zeros(2, dtype=torch.float64)
+    if run.groups.tp.rank() == 0:
+        for report in reports:
+            sums += report["sums"]
+    return sums
 
 
 def threads() -> int:

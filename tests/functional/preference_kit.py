@@ -179,13 +179,55 @@ def trl_training(work: Preferences, folder: Path) -> Theirs:
 
     geometry = Geometry.from_folder(work.toy)
     model = load_hf(work.toy, geometry, torch.float32)
-    reference = load_hf(work.toy, geometry, torch.float32)
     trainer_class, config_class, options = _trl(work)
     figures: list[dict[str, float]] = []
+    models: dict[str, Any] = {}
+    if work.spec is not None:
+        spec = work.spec
+        models["peft_config"] = peft.LoraConfig(
+            r=spec.rank, lora_alpha=int(spec.alpha), target_modules=spec.targets, lora_dropout=0.0
+        )
+    elif work.said["loss"] not in UNREFERENCED:
+        models["ref_model"] = load_hf(work.toy, geometry, torch.float32)
+    trainer = _noting(trainer_class, figures)(
+        model=model,
+        args=config_class(**_arguments(work, folder), **options),
+        train_dataset=Dataset.from_list(_rows(work)),
+        processing_class=AutoTokenizer.from_pretrained(work.toy),
+        **models,
+    )
+    trained = trainer.model
+    if work.spec is not None:
+        from .lora_kit import _places, _to_peft, moved_values, resolve, table_for
 
-    class Trainer(trainer_class):  # type: ignore[misc, valid-type]
-        """On tokens as they are, in order."""
+        values = moved_values(SEED, work.toy)
+        with torch.no_grad():
+            for (target, part), parameter in _places(trained, resolve(work.spec, table_for(geometry))):
+                parameter.copy_(_to_peft(values(target, part), target, part))
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    trainer.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    trainer.train()
+    return Theirs(figures, _weights(work, geometry, trained))
 
+
+def _weights(work: Preferences, geometry: Geometry, trained: torch.nn.Module) -> dict[str, Tensor]:
+    """What was trained: of LoRA by the keys of PEFT's state dict."""
+    if work.spec is None:
+        return {name: p.detach().clone() for name, p in trained.named_parameters()}
+    from .lora_kit import _from_peft, _places, part_name, resolve, table_for
+
+    places = _places(trained, resolve(work.spec, table_for(geometry)))
+    return {part_name(t.name, part): _from_peft(p.detach(), t, part) for (t, part), p in places}
+
+
+def _noting(trainer_class: Any, figures: list[dict[str, float]]) -> Any:
+    """The trainer on tokens as they are, in order; its figures of every step go to `figures`."""
+
+    class Trainer(trainer_class):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
             return dataset
 
@@ -207,67 +249,33 @@ def trl_training(work: Preferences, folder: Path) -> Theirs:
             figures.append({"loss": float(loss.detach())} | said)
             return loss, said
 
-    adapters: dict[str, Any] = {}
-    if work.spec is not None:
-        spec = work.spec
-        adapters["peft_config"] = peft.LoraConfig(
-            r=spec.rank, lora_alpha=int(spec.alpha), target_modules=spec.targets, lora_dropout=0.0
-        )
-    args = config_class(
-        output_dir=str(folder),
-        per_device_train_batch_size=work.batch,
-        max_steps=work.steps,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=CLIP,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        adam_epsilon=EPS,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        max_length=None,
-        beta=work.said.get("beta", 0.1),
-        **options,
-    )
-    if work.spec is None and work.said["loss"] not in UNREFERENCED:
-        adapters["ref_model"] = reference
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(_rows(work)),
-        processing_class=AutoTokenizer.from_pretrained(work.toy),
-        **adapters,
-    )
-    trained = trainer.model
-    if work.spec is not None:
-        from .lora_kit import _places, _to_peft, moved_values, resolve, table_for
+    return Trainer
 
-        values = moved_values(SEED, work.toy)
-        with torch.no_grad():
-            for (target, part), parameter in _places(trained, resolve(work.spec, table_for(geometry))):
-                parameter.copy_(_to_peft(values(target, part), target, part))
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    trainer.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
-    trainer.train()
-    if work.spec is not None:
-        from .lora_kit import _from_peft, part_name
 
-        places = _places(trained, resolve(work.spec, table_for(geometry)))
-        weights = {part_name(t.name, part): _from_peft(p.detach(), t, part) for (t, part), p in places}
-    else:
-        weights = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    return Theirs(figures, weights)
+def _arguments(work: Preferences, folder: Path) -> dict[str, Any]:
+    """Of the trainer's config."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": work.batch,
+        "max_steps": work.steps,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": CLIP,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "max_length": None,
+        "beta": work.said.get("beta", 0.1),
+    }
 
 
 def _trl(work: Preferences) -> tuple[Any, Any, dict[str, Any]]:

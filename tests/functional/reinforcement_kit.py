@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +114,27 @@ class FixedRollouts:
     """This rank's microbatches of answers that are there, as if they had been sampled: the same in every layout."""
 
     recipe: Any
+    samples: Any
     geometry: Geometry
     dp_rank: int
     dp_size: int
     taken: int = 0
-    rows: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from recipes.data.questions import Questions
+
+        self.questions = Questions(self.samples)
+        self.rows = [self._row(index) for index in range(2 * self.recipe.train.global_batch_size)]
 
     def __next__(self) -> dict[str, Tensor]:
-        from recipes.train.rollouts import batch_of
+        from recipes.train.rollouts import batch_of, packed_length
 
-        train = self.recipe.train
-        start = self.taken + self.dp_rank * train.micro_batch_size
-        self.taken += train.micro_batch_size * self.dp_size
-        rows = [self._row(index) for index in range(start, start + train.micro_batch_size)]
-        return batch_of(rows, None, self.geometry, 0, False)  # type: ignore[arg-type] - no media
+        size = self.recipe.train.micro_batch_size
+        start = self.taken + self.dp_rank * size
+        self.taken += size * self.dp_size
+        rows = self.rows[start : start + size]
+        packed = packed_length(rows, self.rows, self.recipe)
+        return batch_of(rows, self.questions, self.geometry, 0, self.samples.has_media, self.samples, packed)
 
     def _row(self, index: int) -> Any:
         from recipes.train.rollouts import Row
@@ -137,11 +144,13 @@ class FixedRollouts:
         def some(count: int) -> tuple[int, ...]:
             return tuple((8 + torch.randint(0, 120, (count,), generator=generator)).tolist())
 
-        prompt, tokens = some(3 + index % 5), some(2 + 3 * index % 11)
+        sample, tokens = index % len(self.samples), some(2 + 3 * index % 11)
         # A toy's are about as likely as that.
         logprobs = (-5 + 0.5 * torch.randn(len(tokens), generator=generator)).tolist()
         reward, advantage = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
-        return Row(0, prompt, tokens, tuple(logprobs), advantage, (reward, 1.0, 0.0, reward))
+        return Row(
+            sample, self.questions.prompt(sample).ids, tokens, tuple(logprobs), advantage, (reward, 1.0, 0.0, reward)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -153,18 +162,29 @@ class FixedRollouts:
 def train_fixed(said: dict[str, Any], overrides: list[str]) -> int:
     """On every rank: train on answers that are there; the last step."""
     from recipes.config import resolve
+    from recipes.data.training import prepared
     from recipes.train.data import Streams
     from recipes.train.loop import train
 
+    asked, own = prepared(resolve(said, overrides))
+
     def data(recipe: Any, geometry: Geometry, dp_rank: int, dp_size: int) -> Streams:
-        return Streams(FixedRollouts(recipe, geometry, dp_rank, dp_size))
+        samples = own(recipe, geometry, dp_rank, dp_size).trained
+        return Streams(FixedRollouts(recipe, samples, geometry, dp_rank, dp_size))
 
-    return train(resolve(said, overrides), data).step
+    return train(asked, data).step
 
 
-def train_sampling(said: dict[str, Any], overrides: list[str], stop_when_asked: int = 0) -> tuple[bool, int]:
-    """On every rank: train; (stopped, last step). `stop_when_asked`: a signal comes before it is so often asked for."""
+def train_sampling(
+    said: dict[str, Any], overrides: list[str], stop_when_asked: int = 0, kill: str = ""
+) -> tuple[bool, int]:
+    """On every rank: train; (stopped, last step). `stop_when_asked`: a signal comes before it is so often asked for;
+    with `kill` "asked" the process dies there instead, with "rewarded" behind its first rewards."""
+    import os
+    import signal as signals
+
     from recipes.config import resolve
+    from recipes.rewards.judge import Judges
     from recipes.train.loop import train
     from recipes.train.signals import StopSignal
 
@@ -173,7 +193,19 @@ def train_sampling(said: dict[str, Any], overrides: list[str], stop_when_asked: 
 
         def __bool__(self) -> bool:
             self.asked += 1
-            return bool(stop_when_asked) and self.asked >= stop_when_asked
+            due = bool(stop_when_asked) and self.asked >= stop_when_asked
+            if due and kill == "asked":
+                os.kill(os.getpid(), signals.SIGKILL)
+            return due
+
+    rewarded = Judges.values
+
+    def deadly(self: Judges, *arguments: Any) -> Any:
+        rewarded(self, *arguments)
+        os.kill(os.getpid(), signals.SIGKILL)
+
+    if kill == "rewarded":
+        Judges.values = deadly  # type: ignore[method-assign] - of a process that ends there
 
     with Signal() as signal:
         outcome = train(resolve(said, overrides), signalled=signal)

@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "12b": {"target_modules": "all-linear", **UNEVEN},
     "26b-a4b": {"target_modules": "all-linear", "target_parameters": list(EXPERTS), "use_rslora": True, **UNEVEN},
     "31b": {"target_modules": r".*language_model\..*\.(q|k|v)_proj"},
-}  # fmt: skip
+}
 # Scaled tables, and magnitudes of fused, split and replicated linears.
 TABLES = r".*language_model\.(.*_proj|embed_tokens(_per_layer)?|per_layer_model_projection)"
 LAYOUTS = {"e2b": Parallel(tp=2, pp=2, sequence_parallel=True), "26b-a4b": Parallel(tp=2, ep=2, sequence_parallel=True)}

@@ -66,8 +66,10 @@ def test_killed_while_one_is_written(ranks: RankPool, toy: Callable[..., Path], 
     ranks.run(train_beside, said, [*OVERRIDES, "checkpoint.keep=2"], STEPS, world_size=2)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "killed").glob("*iter*")) == [
-        "iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt",
-    ]  # fmt: skip
+        "iter_0000004",
+        "iter_0000006",
+        "latest_checkpointed_iteration.txt",
+    ]
     assert_same(tmp_path / "killed" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
 
 

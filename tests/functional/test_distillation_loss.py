@@ -144,14 +144,23 @@ def fused(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, states = ((t.chunk(size)[rank] if sp else t) for t in (inputs.hidden, inputs.states))
     hidden, weight = hidden.clone().requires_grad_(), part(inputs.weight).requires_grad_()
     main_grad = torch.zeros(weight.shape) if case.main_grad else None
-    kept = loss.positions_with_labels(inputs.labels)
+    positions = loss.positions_with_labels(inputs.labels)
     with mock.patch.object(loss, "_CHUNK_BYTES", 7 * local_rows * 4):
         whole = Whole(states, head_of(part(inputs.words), case.vocab, SOFTCAP, groups.tp), sp)
-        teacher: Any = top_k(whole, kept, case.k, case.asked.temperature) if case.k else whole
+        teacher: Any = top_k(whole, positions, case.k, case.asked.temperature) if case.k else whole
         found = linear_distillation(
-            hidden, weight, inputs.labels, teacher, case.asked, kept=kept, softcap=SOFTCAP, tp_group=groups.tp,
-            sequence_parallel=sp, main_grad=main_grad, vocab_size=case.vocab,
-        )  # fmt: skip
+            hidden,
+            weight,
+            inputs.labels,
+            teacher,
+            case.asked,
+            label_positions=positions,
+            softcap=SOFTCAP,
+            tp_group=groups.tp,
+            sequence_parallel=sp,
+            main_grad=main_grad,
+            vocab_size=case.vocab,
+        )
         (found[..., 0] * inputs.weights).sum().backward()
     assert hidden.grad is not None and (weight.grad is None) == case.main_grad
     gradient = weight.grad if main_grad is None else main_grad
@@ -190,9 +199,9 @@ def test_nothing_to_learn() -> None:
     hidden = inputs.hidden.clone().requires_grad_()
     none = torch.full_like(inputs.labels, -100)
     whole = Whole(inputs.states, head_of(inputs.words, 96, None, None), False)
-    kept = torch.empty(0, dtype=torch.int64)
-    for teacher in (whole, top_k(whole, kept, 4, 1.0)):
+    positions = torch.empty(0, dtype=torch.int64)
+    for teacher in (whole, top_k(whole, positions, 4, 1.0)):
         assert isinstance(teacher, TopK | Whole)
-        found = linear_distillation(hidden, inputs.weight, none, teacher, HOT, kept=kept, vocab_size=96)
+        found = linear_distillation(hidden, inputs.weight, none, teacher, HOT, label_positions=positions, vocab_size=96)
         found.sum().backward()
         assert not found.any() and hidden.grad is not None and not hidden.grad.any()

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from bridge.generate.acceptance import Acceptance
-from bridge.generate.opened import stop_token_ids
-from bridge.generate.output import record
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.ranks import RankPool
@@ -142,19 +140,15 @@ def test_a_tuned_model_gets_its_speed_back(ranks: RankPool, toy: Toy, tmp_path: 
     run(ranks, smoke[0], [*smoke[1], f"output={tmp_path / 'run1'}", f"export.hf={first}"])  # type: ignore[list-item]
     sft = [*common, f"model.hf={base}", "train.steps=250", "optimizer.lr=4e-3", f"output={tmp_path / 'run2'}"]
     run(ranks, "sft/smoke", [*sft, f"export.hf={tuned}"])
-    asked = [_prompt(tuned, c["messages"][0]["content"]) for c in conversations if c not in held_out]
-    options = SamplingOptions(max_new_tokens=24, stop_token_ids=stop_token_ids(tuned))
-    alone = replace(task_of(Pair(tuned, first), 4), drafter=None)
-    (answers,) = ranks.run(answer_with_drafter, alone, asked, options, world_size=1)
-    own = tmp_path / "answers.jsonl"
-    own.write_text("".join(json.dumps(record(answer)) + "\n" for answer in answers))
-    again = [*common, f"data.path={own}", f"model.hf={tuned}", f"drafter.path={first}", "train.steps=150"]
-    run(ranks, "drafter/smoke", [*again, f"output={tmp_path / 'run3'}", f"export.hf={second}"])
+    again = [*common, f"model.hf={tuned}", f"drafter.path={first}", "train.steps=150", f"output={tmp_path / 'run3'}"]
+    run(ranks, "drafter/smoke", [*again, f"export.hf={second}"])
 
     prompts = [_prompt(tuned, c["messages"][0]["content"]) for c in held_out]
+    options = SamplingOptions(max_new_tokens=24)
     measured, speeds = {}, {}
     for name, folder in (("before", first), ("after", second), ("without", None)):
-        task = alone if folder is None else task_of(Pair(tuned, folder), 4)
+        task = task_of(Pair(tuned, folder or first), 4)
+        task = task if folder is not None else replace(task, drafter=None)
         ranks.run(answer_with_drafter, task, prompts[:1], options, world_size=1)
         begun = time.perf_counter()
         (found,) = ranks.run(answer_with_drafter, task, prompts, options, max_rows=1, world_size=1)

@@ -119,7 +119,7 @@ def test_the_same_numbers_in_every_layout(
     ranks: RankPool, trained: Trained, expected: dict[str, float], layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
-    metrics = () if parallel.cp > 1 else ("exact_match", "token_f1")
+    metrics = ("exact_match", "token_f1")
     found, *others = ranks.run(evaluate_model, trained.task(parallel, metrics), world_size=parallel.world_size)
     assert all(other == found for other in others)
     assert found.tokens == expected["eval_tokens"]
@@ -187,7 +187,6 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(trained: Trained,
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--metrics", "rouge"), "--metrics: 'rouge' is no metric; there are exact_match"),
         (("--metrics", "absent:function"), "absent:function cannot be imported"),
-        (("--metrics", "exact_match", "--cp", 2), "--metrics go with cp=1"),
         (("--metrics", "json_tree"), "chats.jsonl:1: --metrics=json_tree: the answer is no JSON"),
         (("--metrics", "exact_match", "--data", text), "text.jsonl:1: asks nothing"),
         (("--data", tmp_path / "no.jsonl"), "no.jsonl"),

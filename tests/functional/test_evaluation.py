@@ -218,17 +218,16 @@ def test_the_best_by_a_metric_is_the_highest() -> None:
     """Of a loss the least; what is no number is never it; with another measure the best is looked for anew, aloud."""
     from types import SimpleNamespace
 
+    from recipes.train.best import BestEvaluation
     from recipes.train.checkpoint import Progress
-    from recipes.train.loop import _Loop
 
     said: list[str] = []
 
     def after(progress: Progress, best: str, *values: float) -> tuple[float | None, int, int]:
         for value in values:
             progress.step += 1
-            loop = SimpleNamespace(progress=progress, recipe=SimpleNamespace(eval=SimpleNamespace(best=best)))
-            loop._say = said.append
-            _Loop._compare(loop, value)  # type: ignore[arg-type]
+            recipe: Any = SimpleNamespace(eval=SimpleNamespace(best=best))
+            BestEvaluation(recipe, progress, said.append).compare(value)
         return progress.best_eval, progress.best_step, progress.evals_since_best
 
     one = Progress()

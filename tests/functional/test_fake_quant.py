@@ -18,7 +18,7 @@ from bridge.ranks import RankPool
 from bridge.toy import config, write_toy
 
 from .conftest import Toy
-from .test_lora_training import lora_recipe
+from .test_lora_runs import lora_recipe
 from .training_kit import GLOBAL_BATCH, Corpus, collate, losses, recipe, train_toy
 
 # Of a batch that is learnt by heart.

@@ -46,8 +46,17 @@ def test_in_every_layout_of_experts(
     folder = toy("26b-a4b")
     geometry = Geometry.from_folder(folder)
     parallel = EXPERT_LAYOUTS.get(layout, Parallel())
-    task = ParityTask(folder.name, geometry, folder, False, parallel, torch.float32, references.sample(folder),
-                      {"dtype": references.file(folder)}, overrides=overrides)  # fmt: skip
+    task = ParityTask(
+        folder.name,
+        geometry,
+        folder,
+        False,
+        parallel,
+        torch.float32,
+        references.sample(folder),
+        {"dtype": references.file(folder)},
+        overrides=overrides,
+    )
     found = ranks.run(parity, task, world_size=parallel.world_size)
     assert_passed([check for checks, _ in found for check in checks], "logits relative", "gradients relative")
     # Two weights, forward (twice where it is recomputed) and backward, for each layer and micro batch.

@@ -89,8 +89,13 @@ def test_while_data_is_tokenised_and_a_model_built(tmp_path: Path, started: Any,
     answer = " ".join(f"word {number}" for number in range(60))
     rows = [json.dumps({"prompt": f"say {number}", "completion": answer}) for number in range(RECORDS)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    overrides = ["optimizer.warmup=1", "train.seq_length=1024", "train.global_batch_size=2",
-                 "train.micro_batch_size=1", "data.workers=1"]  # fmt: skip
+    overrides = [
+        "optimizer.warmup=1",
+        "train.seq_length=1024",
+        "train.global_batch_size=2",
+        "train.micro_batch_size=1",
+        "data.workers=1",
+    ]
     endless = "train.steps=1000"  # the run that is told to stop is never through before it hears of it
     run = started(tmp_path / "data.jsonl", *overrides, endless)
     run.until("tokenising")

@@ -7,7 +7,7 @@ Transformer Engine computes is not tested here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -15,6 +15,24 @@ import torch
 from bridge.ranks import RankPool
 
 from ..unit.test_layer_spec import COLUMN, ROW
+
+
+class LikeTransformerEngine(torch.nn.Module):
+    """Transformer Engine's linears keep a state of their own, and ask for it when they are loaded."""
+
+    # By class, what its instances were given by name.
+    keywords: ClassVar[dict[str, set[str]]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.keywords.setdefault(type(self).__name__, set()).update(kwargs)
+        super().__init__(*args, **kwargs)
+        self._load_state_dict_pre_hooks.clear()
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.ones(3)
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state is not None
 
 
 def both_specs(folder: str) -> dict[str, Any]:
@@ -34,19 +52,8 @@ def both_specs(folder: str) -> dict[str, Any]:
 
     called: dict[str, set[str]] = {}
 
-    class LikeTe(torch.nn.Module):
-        """Transformer Engine's linears keep a state of their own, and ask for it when they are loaded."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            called.setdefault(type(self).__name__, set()).update(kwargs)
-            super().__init__(*args, **kwargs)
-            self._load_state_dict_pre_hooks.clear()
-
-        def get_extra_state(self) -> torch.Tensor:
-            return torch.ones(3)
-
-        def set_extra_state(self, state: Any) -> None:
-            assert state is not None
+    class LikeTe(LikeTransformerEngine):
+        keywords = called
 
     stand_ins = LayerLinears(
         *te_linear.quantizable(

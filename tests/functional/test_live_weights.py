@@ -27,12 +27,16 @@ from .lora_kit import moved_values
 
 SPECS = {
     "e2b": LoraSpec(
-        4, 8.0, r".*language_model\.(embed_tokens(_per_layer)?|per_layer_model_projection|.*\.(q|v|up|down)_proj)",
-        rank_pattern={"self_attn.v_proj": 2}, alpha_pattern={"up_proj": 3.0}, dora=True,
+        4,
+        8.0,
+        r".*language_model\.(embed_tokens(_per_layer)?|per_layer_model_projection|.*\.(q|v|up|down)_proj)",
+        rank_pattern={"self_attn.v_proj": 2},
+        alpha_pattern={"up_proj": 3.0},
+        dora=True,
         modules_to_save=("embed_vision",),
     ),
     "26b-a4b": LoraSpec(4, 8.0, "all-linear", parameters=("experts.gate_up_proj", "experts.down_proj"), rslora=True),
-}  # fmt: skip
+}
 
 
 def hand_out(folder: Path, spec: LoraSpec, parallel: Parallel, dtype: torch.dtype, out: Path) -> dict[str, Any]:

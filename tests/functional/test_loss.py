@@ -139,9 +139,16 @@ def fused(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(2 if case.main_grad else 1):
             hidden.grad = None
             losses = loss.linear_cross_entropy(
-                hidden, weight, inputs.labels, softcap=case.softcap, z_loss=case.z_loss, tp_group=groups.tp,
-                sequence_parallel=case.parallel.sequence_parallel, main_grad=main_grad, vocab_size=case.vocab,
-            )  # fmt: skip
+                hidden,
+                weight,
+                inputs.labels,
+                softcap=case.softcap,
+                z_loss=case.z_loss,
+                tp_group=groups.tp,
+                sequence_parallel=case.parallel.sequence_parallel,
+                main_grad=main_grad,
+                vocab_size=case.vocab,
+            )
             (losses * inputs.weights).sum().backward()
     assert hidden.grad is not None
     assert (weight.grad is None) == case.main_grad
@@ -234,14 +241,14 @@ def known_labels_and_one_weight() -> None:
     from bridge.megatron.loss import linear_cross_entropy, positions_with_labels
 
     inputs = Inputs.make(Case())
-    kept = positions_with_labels(inputs.labels)
-    assert 0 < len(kept) < inputs.labels.numel()
+    positions = positions_with_labels(inputs.labels)
+    assert 0 < len(positions) < inputs.labels.numel()
     found = []
     for known in (True, False):
         hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
         with HostReads() as reads:
             if known:
-                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0, kept=kept)
+                losses = linear_cross_entropy(hidden, weight, inputs.labels, softcap=30.0, label_positions=positions)
                 (losses.sum() * 3).backward()
             else:
                 # A gradient of its own for every token, though all are alike.

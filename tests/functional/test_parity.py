@@ -247,18 +247,23 @@ def run_with_gradient_for_padding(task: ParityTask) -> list[Check]:
     return run(replace(task, geometry=replace(task.geometry, pad_token_id=None)))
 
 
+def float32_task(folder: Path, references: References) -> ParityTask:
+    """On one rank."""
+    files = {"dtype": references.file(folder)}
+    geometry, sample = Geometry.from_folder(folder), references.sample(folder)
+    return ParityTask(folder.name, geometry, folder, False, Parallel(), torch.float32, sample, files)
+
+
 def test_swapped_gate_and_up_are_caught(ranks: RankPool, references: References, toy: Toy) -> None:
     folder = toy("31b")
-    task = ParityTask(folder.name, Geometry.from_folder(folder), folder, False, Parallel(), torch.float32,
-                      references.sample(folder), {"dtype": references.file(folder)})  # fmt: skip
+    task = float32_task(folder, references)
     (checks,) = ranks.run(run_with_wrong_stack, task, world_size=1)
     assert {check.name for check in checks if not check.passed} == {"logits", "gradients"}
 
 
 def test_a_gradient_for_the_padding_row_is_caught(ranks: RankPool, references: References, toy: Toy) -> None:
     folder = toy("e2b")
-    task = ParityTask(folder.name, Geometry.from_folder(folder), folder, False, Parallel(), torch.float32,
-                      references.sample(folder), {"dtype": references.file(folder)})  # fmt: skip
+    task = float32_task(folder, references)
     (checks,) = ranks.run(run_with_gradient_for_padding, task, world_size=1)
     failed = [check for check in checks if not check.passed]
     assert [check.name for check in failed] == ["gradients"], "padding positions are masked out of the logits"

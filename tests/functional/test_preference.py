@@ -95,10 +95,21 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"loss": "simpo", "beta": 2.0, "cpo_alpha": 0.0},
     **{
         name: {"loss": name, **({"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {})}
-        for name in ("sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "apo_zero",
-                     "apo_down", "aot", "sppo_hard")
+        for name in (
+            "sigmoid_norm",
+            "ipo",
+            "hinge",
+            "robust",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "apo_zero",
+            "apo_down",
+            "aot",
+            "sppo_hard",
+        )
     },
-}  # fmt: skip
+}
 
 
 def test_dpo_of_adapters_is_trls(

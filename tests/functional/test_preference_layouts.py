@@ -151,8 +151,27 @@ def test_goes_on_exactly(ranks: RankPool, runs: Runs, tmp_path: Path, lora: bool
     for path in kept:
         path.unlink()
     ranks.run(train_data, recipe("cut"), ["train.steps=6"], world_size=1, timeout_s=300)
-    whole, cut = ([{k: v for k, v in line.items() if k not in TIMED} for line in logged(tmp_path / name)] for name in
-                  ("whole", "cut"))  # fmt: skip
+    whole, cut = (
+        [{k: v for k, v in line.items() if k not in TIMED} for line in logged(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
     assert len(whole) == 6 and whole == cut
     assert whole[0]["rewards/margins"] == 0 or not lora
     assert whole[-1]["rewards/margins"] > 0
+
+
+def test_ends_early(ranks: RankPool, runs: Runs, tmp_path: Path) -> None:
+    """What does not move does not become better: the first evaluation stays the best one, and its checkpoint."""
+    said = runs.recipe("e4b", {"loss": "sigmoid"}, tmp_path / "run")
+    said["data"] |= {"path": str(write_pairs(tmp_path / "data", pictures=False)), "cache": str(tmp_path / "cache")}
+    said["data"]["eval"] = said["data"]["path"]
+    said["train"] |= {"steps": 9, "eval_every": 1, "patience": 2, "global_batch_size": 2}
+    said["checkpoint"] = {"keep": 1}
+    still = ["optimizer.lr=0", "optimizer.min_lr=0"]
+    assert ranks.run(train_data, said, still, world_size=1) == [(3, False)]
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 2, 3]
+    assert len({line["eval_loss"] for line in lines if "eval_loss" in line}) == 1
+    assert {path.name for path in (tmp_path / "run").glob("iter_*")} == {"iter_0000001", "iter_0000003"}
+    # With more patience it goes on.
+    assert ranks.run(train_data, said, [*still, "train.patience=3"], world_size=1) == [(4, False)]

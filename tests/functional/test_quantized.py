@@ -22,7 +22,7 @@ from bridge.verify.run import verify
 from bridge.verify.sample import random_sample
 from tests.functional.adapter_kit import make_adapter
 from tests.functional.conftest import Toy
-from tests.functional.test_lora_training import lora_recipe
+from tests.functional.test_lora_runs import lora_recipe
 from tests.functional.training_kit import train_toy
 from tests.quantized_kit import SCHEMES, write
 

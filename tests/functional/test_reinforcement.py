@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bridge.errors import ParallelError
 from bridge.ranks import RankPool
 
 from .conftest import Toy
@@ -23,20 +24,27 @@ from .reinforcement_kit import (
 
 APART, LAYOUT = 1e-5, 1e-5
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+PP2, CP2, PACKED = ["parallel.pp=2"], ["parallel.cp=2"], ["data.packing=true"]
 SAMPLING = {
     "e2b": ("e2b", 1, [], False),
     "e4b TP2+SP, pictures": ("e4b", 2, SP, True),
-    "e2b PP2": ("e2b", 2, ["parallel.pp=2"], False),
+    "e2b PP2": ("e2b", 2, PP2, False),
     "26b-a4b EP2": ("26b-a4b", 2, ["parallel.ep=2"], False),
+    "12b CP2, packed, pictures": ("12b", 2, [*CP2, *PACKED], True),
+}
+MORE_SAMPLING = {
+    "26b-a4b CP2 EP2": ("26b-a4b", 2, [*CP2, "parallel.ep=2"], False),
+    "e4b CP2 TP2+SP, packed, pictures": ("e4b", 4, [*CP2, *SP, *PACKED], True),
+    "e4b PP2, packed, pictures": ("e4b", 2, [*PP2, *PACKED], True),
 }
 
 
-@pytest.mark.parametrize("case", SAMPLING)
+@pytest.mark.parametrize("case", [*SAMPLING, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_SAMPLING)])
 def test_the_trainer_says_what_the_sampler_said(
     ranks: RankPool, toy: Toy, tmp_path: Path, case: str, record_property: Any
 ) -> None:
     """Log-probabilities of sampled tokens, recomputed; every rank has the same answers."""
-    variant, world, layout, pictures = SAMPLING[case]
+    variant, world, layout, pictures = {**SAMPLING, **MORE_SAMPLING}[case]
     data = write_questions(tmp_path / "questions.jsonl", 6, pictures)
     said = recipe(toy(variant), data, tmp_path / "run")
     found = ranks.run(sample, said, layout, world_size=world)
@@ -48,27 +56,54 @@ def test_the_trainer_says_what_the_sampler_said(
     assert 0 < found[0].apart <= APART
 
 
+DP2 = ["train.micro_batch_size=2"]
+EP2 = ["parallel.ep=2"]
+# Of a variant and a loss, the layouts of two ranks.
 FIXED = {
-    "e4b": ("e4b", {"TP2+SP": SP, "PP2": ["parallel.pp=2"], "DP2": ["train.micro_batch_size=2"]}),
-    "26b-a4b": ("26b-a4b", {"EP2": ["parallel.ep=2"]}),
+    "e4b": ("grpo", {"TP2+SP": SP, "PP2, packed": [*PP2, *PACKED], "DP2": DP2, "CP2, packed": [*CP2, *PACKED]}),
+    "26b-a4b": ("grpo", {"EP2": EP2}),
+}
+MORE_FIXED = {
+    "e4b": ("dapo", {"PP2": PP2, "CP2": CP2, "TP2+SP, packed": [*SP, *PACKED], "DP2, packed": [*DP2, *PACKED]}),
+    "12b": (
+        "gspo",
+        {"CP2": CP2, "CP2, packed": [*CP2, *PACKED], "PP2 VPP2, packed": [*PP2, *PACKED, "parallel.vpp=2"]},
+    ),
+    "31b": ("rloo", {"CP2, packed": [*CP2, *PACKED], "TP2+SP, packed": [*SP, *PACKED]}),
+    "26b-a4b": ("dr_grpo", {"EP2, packed": [*EP2, *PACKED], "CP2 EP2, packed": [*CP2, *PACKED, "parallel.ep=2"]}),
 }
 FIGURES = ("loss", "grad_norm", "clip_ratio", "mismatch", "kl", "reward", "completion_length")
 
 
-@pytest.mark.parametrize("case", FIXED)
+@pytest.mark.parametrize("variant", FIXED)
 def test_a_step_is_the_same_in_every_layout(
-    ranks: RankPool, toy: Toy, tmp_path: Path, case: str, record_property: Any
+    ranks: RankPool, toy: Toy, tmp_path: Path, variant: str, record_property: Any
 ) -> None:
-    """Two steps on fixed rollouts, clipped and held to the reference: figures, and with them the gradient."""
-    variant, layouts = FIXED[case]
-    keys = ["grpo.steps_per_generation=2", "grpo.beta=0.1", "grpo.epsilon=0.1"]
+    check_layouts(ranks, toy(variant), tmp_path, *FIXED[variant], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", MORE_FIXED)
+def test_more_layouts(ranks: RankPool, toy: Toy, tmp_path: Path, variant: str, record_property: Any) -> None:
+    check_layouts(ranks, toy(variant), tmp_path, *MORE_FIXED[variant], record_property)
+
+
+def check_layouts(
+    ranks: RankPool, model: Path, tmp_path: Path, loss: str, layouts: dict[str, list[str]], record_property: Any
+) -> None:
+    """Two steps on fixed rollouts with pictures, clipped and held to the reference: figures, and with them the
+    gradient."""
+    keys = ["grpo.steps_per_generation=2", "grpo.epsilon=0.1", "grpo.max_new_tokens=16", f"grpo.loss={loss}"]
+    keys += [] if loss == "rloo" else ["grpo.beta=0.1"]
+    data = write_questions(tmp_path / "questions.jsonl", 6, pictures=True)
     found = {}
     for name, (world, layout) in {"one": (1, []), **{name: (2, keys) for name, keys in layouts.items()}}.items():
-        said = recipe(toy(variant), tmp_path / "none", tmp_path / name) | {"lora": LORA}
+        said = recipe(model, data, tmp_path / name) | {"lora": LORA}
         assert set(ranks.run(train_fixed, said, [*keys, *layout], world_size=world)) == {2}
         found[name] = logged(tmp_path / name, FIGURES)
     one = found.pop("one")
-    assert one[0]["clip_ratio"] > 0.1 and one[1]["kl"] > 0 and one[0]["kl"] == 0
+    assert one[0]["clip_ratio"] > 0.1
+    assert loss == "rloo" or (one[1]["kl"] > 0 and one[0]["kl"] == 0)
     worst = {
         f"{name} {figure}": max(
             # Of a KL the distance itself: log-probabilities that differ by 1e-6 enter it squared, so that it is no more
@@ -77,7 +112,7 @@ def test_a_step_is_the_same_in_every_layout(
             for a, b in zip(lines, one, strict=True)
         )
         for name, lines in found.items()
-        for figure in FIGURES
+        for figure in one[0].keys() - {"step"}
     }
     record_property("worst", worst)
     print(worst, one)
@@ -85,13 +120,19 @@ def test_a_step_is_the_same_in_every_layout(
 
 
 def test_a_run_that_goes_on_is_the_run_itself(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
-    """A signal while answers are sampled, then an end between two steps of one rollout: all figures and answers."""
+    """A signal while answers are sampled, SIGKILL there and behind their rewards, then an end between two steps of one
+    rollout: all figures and answers."""
     data = write_questions(tmp_path / "questions.jsonl", 5)
     said = {name: recipe(toy("e2b"), data, tmp_path / name) for name in ("whole", "parts")}
     # Rollouts of four prompts, one at a time: a signal is asked for four times in each, and once a step.
     keys = ["grpo.steps_per_generation=2", "grpo.max_rows=4", "train.steps=6"]
     assert ranks.run(train_sampling, said["whole"], keys, world_size=1) == [(False, 6)]
     assert ranks.run(train_sampling, said["parts"], keys, 9, world_size=1) == [(True, 2)]
+    for asked, kill in ((3, "asked"), (0, "rewarded")):
+        with pytest.raises(ParallelError, match="rank 0 "):
+            ranks.run(train_sampling, said["parts"], keys, asked, kill, world_size=1)
+        assert json.loads((tmp_path / "parts" / "iter_0000002" / "progress.json").read_text())["step"] == 2
+        assert not (tmp_path / "parts" / "iter_0000003").exists()
     assert ranks.run(train_sampling, said["parts"], [*keys, "train.steps=3"], world_size=1) == [(False, 3)]
     assert ranks.run(train_sampling, said["parts"], keys, world_size=1) == [(False, 6)]
     figures = ("loss", "grad_norm", "reward", "reward_std", "mismatch", "tokens")

@@ -110,8 +110,25 @@ def _world(base: Path, nursery: Nursery) -> World:
     import_hf(other, base / "other-megatron")
     export_hf(base / "other-megatron", base / "other-hf", max_shard_size=400_000)
     make_adapter(hf, base / "peft", target_modules=["q_proj", "v_proj", "down_proj"])
-    (base / "cache").mkdir()
     (base / "logs").mkdir()
+    world = World(nursery, Place(nursery, base / "place"), _seams(base), base / "logs")
+    for seam in world.seams.values():
+        started = time.monotonic()
+        code, log = world.run(seam)
+        seam.seconds = time.monotonic() - started
+        assert code == 0, f"{seam.name}: {log}"
+        seam.new = made(world, seam) or {}
+        seam.steps = steps(world.place.folder / "out")
+        assert seam.new and (seam.name != "train" or len(seam.steps) == STEPS)
+        seam.nbytes = world.place.used()
+        emptied(world.place.folder)
+    return world
+
+
+def _seams(base: Path) -> dict[str, Seam]:
+    """The commands, on what `_world` has made."""
+    hf = base / "hf"
+    (base / "cache").mkdir()
     chats = base / "chats.jsonl"
     lines = [
         {"messages": [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": "1 2 3 " * n}]}
@@ -156,18 +173,7 @@ def _world(base: Path, nursery: Nursery) -> World:
     ]
     for seam, old in zip(found, ("other-megatron", "other-hf", "other-hf", "other-hf", "other-hf"), strict=True):
         seam.old = base / old
-    world = World(nursery, Place(nursery, base / "place"), {seam.name: seam for seam in found}, base / "logs")
-    for seam in found:
-        started = time.monotonic()
-        code, log = world.run(seam)
-        seam.seconds = time.monotonic() - started
-        assert code == 0, f"{seam.name}: {log}"
-        seam.new = made(world, seam) or {}
-        seam.steps = steps(world.place.folder / "out")
-        assert seam.new and (seam.name != "train" or len(seam.steps) == STEPS)
-        seam.nbytes = world.place.used()
-        emptied(world.place.folder)
-    return world
+    return {seam.name: seam for seam in found}
 
 
 def goal(world: World, seam: Seam) -> Path:

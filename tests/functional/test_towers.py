@@ -165,14 +165,15 @@ def test_the_model_has_the_keys_of_the_table(variant: str, folders: dict[str, Pa
 
 def trained_after(folder: Path, media: dict[str, Tensor], frozen: tuple[str, ...]) -> dict[str, bool]:
     """Which parameters of towers and projectors got a gradient, by name."""
-    from bridge.megatron.multimodal import FREEZABLE, Media
+    from bridge.mapping.modalities import MODULES
+    from bridge.megatron.multimodal import Media
 
     model = loaded(folder, frozen=frozen)
     sum(tokens.square().sum() for tokens in model.soft_tokens(Media(**media)).values()).backward()
     return {
         name: bool(p.grad is not None and p.grad.any())
         for name, p in model.named_parameters()
-        if name.startswith(FREEZABLE)
+        if name.startswith(MODULES)
     }
 
 

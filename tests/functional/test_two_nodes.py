@@ -59,8 +59,11 @@ def test_ranks_of_two_nodes_find_each_other(cluster: Cluster) -> None:
     options = ("--nodes=2", "--ntasks-per-node=2", f"--export=ALL,PYTHONPATH={REPOSITORY}", f"--chdir={REPOSITORY}")
     everyone = json.loads(cluster.run("srun", *options, *program))
     assert [(one["host"], one["RANK"], one["LOCAL_RANK"]) for one in everyone] == [
-        ("node1", "0", "0"), ("node1", "1", "1"), ("node2", "2", "0"), ("node2", "3", "1"),
-    ]  # fmt: skip
+        ("node1", "0", "0"),
+        ("node1", "1", "1"),
+        ("node2", "2", "0"),
+        ("node2", "3", "1"),
+    ]
     assert {one["MASTER_ADDR"] for one in everyone} == {"10.77.0.1"}
     assert {one["GLOO_SOCKET_IFNAME"] for one in everyone} == {Network.interface}
 

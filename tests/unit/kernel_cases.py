@@ -2,18 +2,13 @@
 
 pytest does not collect this file: Triton's interpreter has to be chosen before any kernel is defined, for a whole
 process. With `TRITON_INTERPRET=1` the cases run on a CPU, without on a CUDA device.
-
-float32 is compared with the same mathematics in float64, bf16 with torch's own bf16, from which the order of a sum may
-move a value by one rounding.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,116 +26,11 @@ from bridge.megatron.fp8_experts import quantize_columns, quantize_rows
 from bridge.megatron.local_dispatch import LocalDispatcher
 from bridge.megatron.moe import scale_rows
 from bridge.megatron.norm import rms_norm
-from bridge.megatron.parallel import Parallel
 from bridge.megatron.provider import Gemma4Provider
 from bridge.megatron.rope import Rotary
-from bridge.ranks import RankPool
-from bridge.toy import write_toy
 from bridge.toy.config import toy_config
-from bridge.verify.on_ranks import run, run_reference
-from bridge.verify.sample import Sample, random_sample
-from bridge.verify.task import ParityTask
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-FLOAT32_BOUND = 1e-6
-EPS = 1e-6
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-
-Function = Callable[..., Tensor | Sequence[Tensor]]
-
-
-def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
-
-
-def both(function: Function, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of a function and gradients of its inputs, for given gradients of its outputs."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    wanted = [x for x in leaves if x is not None]
-    found = torch.autograd.grad(outputs, wanted, [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=True)])
-    return [y.detach() for y in outputs] + list(found)
-
-
-def compare(
-    kernel: Function, torch_code: Function, inputs: Sequence[Tensor | None], outputs: int = 1, bits: bool = True
-) -> None:
-    """Outputs and gradients of both. Without `bits` the kernel may round less often than torch does."""
-    dtype = next(x for x in inputs if x is not None).dtype
-    wide = [None if x is None else x.double() for x in inputs]
-    with torch.no_grad():
-        shapes = torch_code(*wide)
-    shapes = [shapes] if isinstance(shapes, Tensor) else shapes
-    gradients = [random(*y.shape, dtype=dtype) for y in shapes]
-    assert len(gradients) == outputs
-    found = both(kernel, inputs, gradients)
-    assert all(x.dtype is dtype for x in found)
-    if dtype is torch.float32:
-        expected = both(torch_code, wide, gradients)
-        for a, b in zip(found, expected, strict=True):
-            assert a.shape == b.shape
-            assert (a - b).abs().max() <= FLOAT32_BOUND * b.abs().max() if b.numel() else True
-        return
-    expected = both(torch_code, inputs, gradients)
-    exact = both(torch_code, wide, gradients)
-    for a, b, c in zip(found, expected, exact, strict=True):
-        assert a.shape == b.shape
-        if a.numel():
-            assert (a - c).norm() <= 1.02 * (b - c).norm() + 1e-6 * c.norm()
-            if bits:
-                one_rounding(a.float(), b.float())
-
-
-def one_rounding(found: Tensor, expected: Tensor) -> None:
-    """bf16 values are those of torch: nearly all to the bit, and neighbours (2^-7 away at most) where not.
-
-    What is next to nothing beside the largest is compared with that: it is what is left of larger values.
-    """
-    nothing = expected.abs().max() * 2**-12
-    far = (found - expected).abs()
-    assert (far <= torch.maximum(found.abs(), expected.abs()) * 2**-7 + nothing).all()
-    assert (far > nothing * 2**-8).float().mean() <= 0.02 + 2 / found.numel()
-
-
-# The model
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2 if DEVICE == "cpu" else 1) as pool:
-        yield pool
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
-def test_a_model_of_kernels_is_that_of_transformers(ranks: RankPool, tmp_path: Path, variant: str) -> None:
-    """Logits and gradients, float32, every layer recomputed; on CPUs split over two ranks.
-
-    That is more ranks than E2B has K/V heads: each has half of the queries of the group. A few tokens only, because the
-    interpreter is slow.
-    """
-    write_toy(variant, tmp_path / "toy", dtype="float32")
-    geometry = Geometry.from_folder(tmp_path / "toy")
-    whole, reference = random_sample(geometry, seed=0, batch=2), tmp_path / "reference.safetensors"
-    sample = Sample(whole.input_ids[:, -8:], whole.attention_mask[:, -8:], whole.labels[:, -8:])
-    ranks.run(run_reference, tmp_path / "toy", sample, torch.float32, True, reference, world_size=1)
-    parallel = Parallel(tp=ranks.size, sequence_parallel=ranks.size > 1)
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    task = ParityTask(
-        variant,
-        geometry,
-        tmp_path / "toy",
-        False,
-        parallel,
-        torch.float32,
-        sample,
-        {"dtype": reference},
-        overrides={"kernels": "triton"} | recompute,
-    )
-    checks = [check for rank in ranks.run(run, task) for check in rank]
-    assert {f"{check.name} {check.metric}" for check in checks} >= {"logits relative", "gradients relative"}
-    assert not [check for check in checks if not check.passed]
+from .kernel_kit import DEVICE, DTYPES, EPS, FLOAT32_BOUND, Function, both, compare, one_rounding, random
 
 
 def test_kernels_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from tests.unit.preference_cases import CASES, Case, batch_of, desirable, labels, lengths, mask, token_losses
 
-LOGGED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-          "logps/rejected", "nll_loss")  # fmt: skip
+LOGGED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,53 +25,18 @@ from bridge.errors import BridgeError, CheckpointError
 from bridge.geometry import Geometry
 from bridge.toy import VARIANTS, write_toy
 
-KINDS: dict[str, dict[str, Any]] = {
-    "bfloat16": {},
-    "float32 text": {"dtype": "float32", "text_only": True},
-    "mixed untied": {"mixed_dtypes": True, "untied": True},
-    "mixed untied text": {"mixed_dtypes": True, "untied": True, "text_only": True},
-}
-Make = Callable[..., Path]
+from .convert_kit import KINDS, Make, assert_refused, assert_same_folder, cli, toys
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    base = tmp_path_factory.mktemp("toys")
-
-    def get(variant: str, kind: str = "bfloat16") -> Path:
-        folder = base / f"{variant}-{kind.replace(' ', '-')}"
-        if not folder.exists():
-            write_toy(variant, folder, **KINDS[kind])
-        return folder
-
-    return get
+    return toys(tmp_path_factory.mktemp("toys"))
 
 
 @pytest.fixture
 def toy(made: Make, tmp_path: Path) -> Path:
     """A folder that the test may damage."""
     return Path(shutil.copytree(made("e2b"), tmp_path / "toy"))
-
-
-def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bridge.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
-
-
-def assert_refused(result: subprocess.CompletedProcess[str], *named: str) -> None:
-    assert result.returncode == 1, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    for text in named:
-        assert text in lines[0], lines[0]
-
-
-def assert_same_folder(ours: Path, theirs: Path) -> None:
-    names = sorted(str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file())
-    assert sorted(str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file()) == names
-    _, different, missing = filecmp.cmpfiles(ours, theirs, names, shallow=False)
-    assert not different and not missing
 
 
 @pytest.mark.parametrize("kind", KINDS)

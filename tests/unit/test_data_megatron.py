@@ -99,8 +99,11 @@ def test_ours_is_read_by_megatron(tmp_path: Path, model: Path, indexed: Any) -> 
     told = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "tokens that are not learnt of these records" in told
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith((".written", "written"))) == [
-        "written.bin", "written.idx", "written2.bin", "written2.idx",
-    ]  # fmt: skip
+        "written.bin",
+        "written.idx",
+        "written2.bin",
+        "written2.idx",
+    ]
 
 
 def test_files_that_are_no_such_data(tmp_path: Path, model: Path, indexed: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,17 +86,26 @@ class Table:
         return self.rows
 
 
-def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for both packages: rows come in batches, nulls that Parquet filled in are taken out."""
+def tables_of(folder: Path) -> list[Table]:
+    """Records as both packages give them: in batches, with the nulls that Parquet fills in."""
     image = {"bytes": (folder / "good.png").read_bytes(), "path": None}
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
+    asked = {**USER, "tool_calls": None, "content": parts}
     rows = [
-        {"messages": [{**USER, "tool_calls": None, "content": [{"type": "image", "text": None},
-                                                               {"type": "text", "text": "what?"}]}, ANSWER],
-         "images": [image], "text": None},
+        {"messages": [asked, ANSWER], "images": [image], "text": None},
         {**GOOD, "images": None},
         {"messages": [{**USER, "role": "usr"}]},
-    ]  # fmt: skip
-    tables = [Table(rows[:2]), Table(rows[2:])]
+    ]
+    return [Table(rows[:2]), Table(rows[2:])]
+
+
+def options_of(folder: Path, path: str) -> CorpusOptions:
+    return CorpusOptions(path, 256, on_error="skip", cache=str(folder / "cache"))
+
+
+def test_parquet(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for pyarrow: rows come in batches, nulls that Parquet filled in are taken out."""
+    tables = tables_of(folder)
 
     class ParquetFile:
         def __init__(self, file: IO[bytes]) -> None:
@@ -114,7 +122,7 @@ def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.Mon
 
     path = folder / "data.parquet"
     path.write_bytes(b"PAR1")
-    options = CorpusOptions(str(path), 256, on_error="skip", cache=str(folder / "cache"))
+    options = options_of(folder, str(path))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UsageError, match=r"data\.parquet: reading Parquet needs the Python package `pyarrow`"):
@@ -131,7 +139,10 @@ def test_parquet_and_datasets(folder: Path, model: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match=r"data.parquet: not a readable Parquet file \(Parquet magic bytes not found\)"):
         open_corpus(options, model)
 
-    named = replace(options, path="someone/chats")
+
+def test_datasets(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for datasets."""
+    tables, named = tables_of(folder), options_of(folder, "someone/chats")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"someone/chats: neither .* of that name needs the Python package `datasets`"):
         open_corpus(named, model)

@@ -40,7 +40,6 @@ def test_a_recipe_with_a_teacher_is_taken() -> None:
         (["distill.max_new_tokens=4"], "distill.max_new_tokens: is of own answers; set distill.lmbda"),
         (["distill.lmbda=1", "distill.max_new_tokens=512"], "leaves no room for a prompt in train.seq_length=512"),
         (["distill.lmbda=1", "data.packing=true"], "data.packing: own answers have rows of their own yet"),
-        (["distill.lmbda=1", "parallel.cp=2"], "parallel.cp: divides rows that are there"),
         (["distill.lmbda=1", "data.overlong=split"], "data.overlong: a question cannot be cut"),
         (["distill.lmbda=1", "data.supervise_thinking=false"], "data.supervise_*: what is learnt of an answer"),
         (["train.z_loss=0.1"], "train.z_loss: is not added to divergences"),

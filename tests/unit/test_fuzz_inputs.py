@@ -244,9 +244,17 @@ def flip_item(rng: random.Random, path: Path) -> None:
 
 HF_DAMAGES = (truncate, grow, flip_header, edit_header, edit_header, edit_index, remove, make_pipe, escape_link)
 DIST_DAMAGES = (
-    truncate, flip_metadata, cut_metadata, edit_metadata, plant_metadata, plant_items, flip_item, remove, make_pipe,
+    truncate,
+    flip_metadata,
+    cut_metadata,
+    edit_metadata,
+    plant_metadata,
+    plant_items,
+    flip_item,
+    remove,
+    make_pipe,
     escape_link,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

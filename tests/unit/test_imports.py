@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .source_trees import ROOT, tree_of
+
 PACKAGES = ("bridge", "recipes", "integrations")
 
 
@@ -24,7 +25,7 @@ def modules() -> dict[str, Path]:
 def imported(file: Path, known: dict[str, Path]) -> set[str]:
     """Modules of this project that a file imports: at its top, within functions, and for type checking."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:

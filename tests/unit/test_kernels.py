@@ -54,13 +54,14 @@ def test_more_of_the_backward_pass_of_attention_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_models_of_kernels_in_the_interpreter() -> None:
-    run_cases("-m", "slow", TRITON_INTERPRET="1")
+    run_cases(cases="kernel_model_cases.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 def test_kernels_and_models_of_them_on_a_gpu() -> None:
     run_cases(TRITON_INTERPRET="0")
+    run_cases(cases="kernel_model_cases.py", TRITON_INTERPRET="0")
 
 
 HEADS = {"GROUPS": 2, "QUERIES": 8, "FIRST": 0, "OWN": 8, "D": 512, "BLOCK": 4, "HALF": 256}
@@ -77,8 +78,8 @@ COMPILED: list[tuple[str, str, int, dict[str, Any], tuple[str, ...]]] = [
     ("qkv_norm_rope", "qkv_norm_rope_backward_kernel", 4, QKV, ("d_weight",)),
     ("qkv_norm_rope", "qkv_norm_rope_backward_kernel", 4, V_IS_K, ()),
     ("permute", "sum_experts_kernel", 4, {"COPIES": 8, "BLOCK": 1024}, ()),
-    ("scale_rows", "weigh_experts_forward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
-    ("scale_rows", "weigh_experts_backward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("scale_rows", "scale_rows_forward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
+    ("scale_rows", "scale_rows_backward_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
     ("fp8", "quantize_rows_kernel", 8, {"N": 2816, "ROWS": 1, "COLUMNS": 4096}, ()),
     ("fp8", "quantize_columns_kernel", 4, {"N": 1408, "M": 2816, "HEIGHT": 64, "WIDTH": 64}, ()),
     ("cross_entropy", "cross_entropy_statistics_kernel", 8, {"SOFTCAP": True, "PART": 16384, "BLOCK": 4096}, ()),

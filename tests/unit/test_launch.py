@@ -263,8 +263,16 @@ def test_plan_of_a_recipe() -> None:
     seconds = [row["predicted_seconds"] for row in proposals]
     assert len(proposals) == 5 and seconds == sorted(seconds)
     for row in proposals:
-        recipe = load_recipe("sft/31b", ["data.path=x", "parallel.tp=1", "parallel.sequence_parallel=false",
-                                         "parallel.recompute=none", *row["overrides"]])  # fmt: skip
+        recipe = load_recipe(
+            "sft/31b",
+            [
+                "data.path=x",
+                "parallel.tp=1",
+                "parallel.sequence_parallel=false",
+                "parallel.recompute=none",
+                *row["overrides"],
+            ],
+        )
         table = table_for(geometry_of("31b"))
         assert (estimate(table, plan_of(recipe, 64, table)).total + RESERVE) / 1e9 == pytest.approx(row["gb"], abs=0.01)
 

@@ -121,8 +121,17 @@ def signature(name: str) -> inspect.Signature:
 
 
 # What Megatron's attention and MLP pass (`test_layer_spec_parts.py` sees them do it).
-COLUMN = {"config", "init_method", "gather_output", "bias", "skip_bias_add", "is_expert", "tp_comm_buffer_name",
-          "tp_group", "name"}  # fmt: skip
+COLUMN = {
+    "config",
+    "init_method",
+    "gather_output",
+    "bias",
+    "skip_bias_add",
+    "is_expert",
+    "tp_comm_buffer_name",
+    "tp_group",
+    "name",
+}
 ROW = COLUMN - {"gather_output"} | {"input_is_parallel"}
 
 

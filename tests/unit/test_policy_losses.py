@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from recipes.losses.grpo import LOSSES, Answers, Options, group_advantages, group_std, leave_one_out
+from recipes.losses.policy import PolicyLoss
+from recipes.train.rollouts import Row, batch_of
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the losses are compared with TRL's")
 
@@ -122,6 +124,50 @@ def test_a_batch_in_parts_is_the_batch(name: str) -> None:
         more, of = LOSSES[name](Answers(**fields), options)
         sums, counts = sums + more, counts + of
     torch.testing.assert_close(sums / counts, total / count)
+
+
+class _Alone:
+    """A context-parallel group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_answers_are_the_answers(name: str) -> None:
+    """The sums of a microbatch and the gradient of every token, whether rows hold one answer or are packed."""
+    geometry: Any = SimpleNamespace(placeholder_ids=(99,), pad_token_id=0)
+    dice = torch.Generator().manual_seed(0)
+    rows = []
+    for number, length in enumerate([1, 7, 4, 5]):
+        tokens, logprobs = torch.randint(1, 90, (length,), generator=dice), -torch.rand(length, generator=dice) - 0.1
+        tokens[-1] = 99
+        asked, said = tuple(range(2, 4 + number)), (tuple(tokens.tolist()), tuple(logprobs.tolist()))
+        rows.append(Row(0, asked, *said, (-1.0) ** number, (0.5, 1.0, 0.0, 0.5)))
+    objective = PolicyLoss(name, Options(epsilon=0.1, max_length=7), ("length",), on_policy=False)
+    found = []
+    for packed in (0, 32):
+        questions: Any = None
+        batch = batch_of(rows, questions, geometry, 0, False, packed=packed)
+        assert batch["input_ids"].shape == (4, packed // 4 or 10) and ("cu_seqlens" in batch) == bool(packed)
+        labelled = batch["sequence_ids"] >= 0
+        said = [token for row in rows for token in row.tokens]
+        assert batch["labels"][labelled].tolist() == said and (batch["labels"][~labelled] == -100).all()
+        # What was sampled follows its label, but where it is a placeholder.
+        read = batch["input_ids"].flatten()[labelled.flatten().nonzero()[:, 0] + 1].tolist()
+        assert read == [0 if token == 99 else token for token in said]
+        losses = torch.zeros(labelled.shape)
+        losses[labelled] = 0.1 + 0.05 * torch.arange(int(labelled.sum()))
+        losses.requires_grad_()
+        group: Any = _Alone()
+        loss, count, sums = objective.sums(losses, batch, group)
+        (gradient,) = torch.autograd.grad(loss, losses)
+        assert not gradient[~labelled].any() and count == objective.count(batch)
+        found.append((loss, count, sums, gradient[labelled]))
+    torch.testing.assert_close(*found)
 
 
 def test_advantages_are_trls() -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from bridge.errors import BridgeError, ParallelError, UsageError
 from recipes.check import check_recipe, check_startable
-from recipes.config import CONFIGS, DataConfig, LoraConfig, Recipe, load_recipe, resolve, to_yaml
+from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to_yaml
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 from recipes.keys import key_of
+from recipes.training_config import LoraConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -351,7 +352,6 @@ def test_every_key_is_documented() -> None:
             ["train.samples=4", "data.eval=x", "train.eval_every=1", "data.supervise_thinking=false"],
             "leave data.supervise",
         ),
-        (["train.samples=4", "data.eval=x", "train.eval_every=1", "parallel.cp=2"], "parallel.cp=2 divides rows"),
         (["eval.metric_tokens=0"], "eval.metric_tokens=0: must be at least 1"),
         (["eval.best=json_tree"], "eval.best=json_tree: is loss, or one of eval.metrics (none)"),
         (["eval.best=json_tree", "eval.metrics=[json_tree]"], "is what train.patience goes by"),

@@ -173,9 +173,16 @@ def test_one_rank_of_each_stage_speaks_for_the_others() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["preference.loss=sigmoid", "grpo.rewards=[length]", "drafter.path=x", "distill.teacher=x", "model.layer_spec=te",
-     "model.fp8=block", "model.fp8_experts=true"],
-)  # fmt: skip
+    [
+        "preference.loss=sigmoid",
+        "grpo.rewards=[length]",
+        "drafter.path=x",
+        "distill.teacher=x",
+        "model.layer_spec=te",
+        "model.fp8=block",
+        "model.fp8_experts=true",
+    ],
+)
 def test_what_cannot_be_simulated_is_refused_by_name(given: str) -> None:
     base = {"output": "x", "model": {"hf": "e2b"}, "train": {"steps": 1}}
     check_simulable(resolve(base))

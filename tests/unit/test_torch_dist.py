@@ -212,9 +212,14 @@ def finish_boxes(folder: Path, entries: list[tuple[str, New]], storage: list[tup
 def one_box(folder: Path, **change: Any) -> None:
     """A checkpoint of one [4, 3] tensor in two chunks, with something wrong about it."""
     facts: dict[str, Any] = {
-        "shape": (4, 3), "dtype": Global("torch", "float32"), "boxes": [((0, 0), (2, 3)), ((2, 0), (2, 3))],
-        "file": "__0_0.distcp", "shift": 0, "saved": (2, 3), "descriptors": None,
-    } | change  # fmt: skip
+        "shape": (4, 3),
+        "dtype": Global("torch", "float32"),
+        "boxes": [((0, 0), (2, 3)), ((2, 0), (2, 3))],
+        "file": "__0_0.distcp",
+        "shift": 0,
+        "saved": (2, 3),
+        "descriptors": None,
+    } | change
     data = io.BytesIO()
     torch.save(torch.zeros(facts["saved"]), data)
     (folder / "__0_0.distcp").write_bytes(data.getvalue())

@@ -1,4 +1,4 @@
-"""Rows times a number each, forward and backward (the definition is `bridge.megatron.moe.weigh`).
+"""Rows times a number each, forward and backward (the definition is `bridge.megatron.moe.scale_rows`).
 
 With y = x w, w of the row: dx = dy w, dw = Σ dy x. Float32 between load and store; x is all that is kept.
 """
@@ -18,7 +18,7 @@ from bridge.megatron.kernels.rounding import round_to
 
 
 @triton.jit
-def weigh_experts_forward_kernel(
+def scale_rows_forward_kernel(
     x: tl.tensor,
     weights: tl.tensor,
     output: tl.tensor,
@@ -38,7 +38,7 @@ def weigh_experts_forward_kernel(
 
 
 @triton.jit
-def weigh_experts_backward_kernel(
+def scale_rows_backward_kernel(
     x: tl.tensor,
     weights: tl.tensor,
     d_output: tl.tensor,
@@ -74,7 +74,7 @@ class _Weigh(torch.autograd.Function):
         if output.numel():
             shape = row_tile(rows)
             with torch.cuda.device_of(x):
-                weigh_experts_forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                scale_rows_forward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows, weights.contiguous(), output, len(rows), rows.stride(0), **shape
                 )
         ctx.save_for_backward(x, weights)
@@ -90,7 +90,7 @@ class _Weigh(torch.autograd.Function):
         if dx.numel():
             shape = row_tile(rows)
             with torch.cuda.device_of(x):
-                weigh_experts_backward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
+                scale_rows_backward_kernel[(triton.cdiv(len(rows), shape["ROWS"]),)](
                     rows,
                     weights.contiguous(),
                     gradient,

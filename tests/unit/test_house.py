@@ -1,0 +1,50 @@
+"""A function fits on a screen, a file holds one concept."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+
+from .source_trees import ROOT, text_of, tree_of
+
+PACKAGES = ("bridge", "recipes", "integrations", "benchmarks", "scripts", "tests")
+FUNCTION, FILE = 60, 420
+
+_KERNEL = "one pass over one tile, behind a pointer and its strides for every tensor"
+LONG_FUNCTIONS = {
+    ("bridge/megatron/kernels/attention_backward.py", "attention_weights_kernel"): _KERNEL,
+    ("bridge/megatron/kernels/attention_backward.py", "attention_d_key_value_kernel"): _KERNEL,
+    ("bridge/megatron/kernels/qkv_norm_rope.py", "qkv_norm_rope_backward_kernel"): _KERNEL,
+}
+
+
+def functions(body: Sequence[ast.AST]) -> Iterator[tuple[str, int]]:
+    """The functions in statements, methods and inner ones too, and how many lines each has from its `def` on."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, name, ())
+            yield from functions(inner if isinstance(inner, list) else ())
+
+
+def test_functions_fit_on_a_screen_and_files_hold_one_concept() -> None:
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    assert len(files) > 500
+    names = {file: str(file.relative_to(ROOT)) for file in files}
+    lines = {names[file]: len(text_of(file).splitlines()) for file in files}
+    assert {file: count for file, count in lines.items() if count > FILE} == {}
+    long = {
+        (names[file], name): count
+        for file in files
+        for name, count in functions(tree_of(file).body)
+        if count > FUNCTION
+    }
+    assert long.keys() == LONG_FUNCTIONS.keys(), long
+
+
+def test_a_long_function_is_seen() -> None:
+    """The check itself: a method, and a function in a function."""
+    inner = "\n".join(f"            a{number} = 0" for number in range(70))
+    tree = ast.parse(f"class C:\n    def f(self):\n        def g():\n{inner}\n        return g\n")
+    assert dict(functions(tree.body)) == {"f": 73, "g": 71}
