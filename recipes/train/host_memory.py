@@ -29,7 +29,7 @@ def on_its_own(tensor: Tensor) -> Tensor:
     do not lie one behind the other."""
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() or not tensor.numel():
         return copy_of(tensor)
     return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
