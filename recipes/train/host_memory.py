@@ -24,6 +24,16 @@ def empty(count: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(block, dtype=dtype)
 
 
+def on_its_own(tensor: Tensor) -> Tensor:
+    """The same numbers in the same place, as a tensor that has no more memory than it needs; a copy where they
+    do not lie one behind the other."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    if not tensor.is_contiguous() or not tensor.numel():
+        return copy_of(tensor)
+    return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
+
+
 def copy_of(tensor: Tensor) -> Tensor:
     """A copy with the strides that `clone` gives; of a GPU's tensor in pinned memory, there when it is waited for."""
     if tensor.is_cuda:

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from recipes.train.host_memory import copy_of
+from recipes.train.host_memory import copy_of, on_its_own
 
 # How much may wait in memory for the disk: what is given up ends when so much is there. Bytes.
 _UNWRITTEN = 256 << 20
@@ -111,15 +111,15 @@ def _detach(state: dict[str, Any], models: Sequence[torch.nn.Module]) -> None:
     """Give a state tensors that no update changes, in host memory, where this rank writes them; in place.
 
     The optimizer's state is a copy already (`recipes.train.optimizer_state`). Megatron would copy parts of larger
-    tensors, as weights are of DDP's buffers, by itself, and leave the others as they are.
+    tensors, as weights are of DDP's buffers and layers of a table, and leave the others as they are.
     """
     apply_factories(state)
     live = {tensor.untyped_storage().data_ptr() for model in models for tensor in _tensors(model)}
     for item in nested_values(state):
         if isinstance(item, ShardedTensor) and is_main_replica(item.replica_id):
             tensor = item.data.detach()
-            if tensor.is_cuda or tensor.untyped_storage().data_ptr() in live:
-                item.data = copy_of(tensor)
+            copied = tensor.is_cuda or tensor.untyped_storage().data_ptr() in live
+            item.data = copy_of(tensor) if copied else on_its_own(tensor)
     torch.cuda.synchronize()
 
 
