@@ -46,9 +46,7 @@ def test_fp8_dynamic(toy: Toy, tmp_path: Path) -> None:
     """
     folder, plain = quantized(toy, "fp8-dynamic", tmp_path)
     ids = [prompt for seed in range(2) for prompt in prompts(folder, seed)]
-    asks = [
-        Ask([prompt], max_tokens=1, inputs_file=str(tmp_path / f"inputs-{number}")) for number, prompt in enumerate(ids)
-    ]
+    asks = [Ask([prompt], max_tokens=1, inputs_file=f"{tmp_path}/inputs-{n}") for n, prompt in enumerate(ids)]
     served = [answer for answers in ask_vllm(folder, asks, tmp_path) for answer in answers]
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = {name.removesuffix(".weight_scale") for name in file.keys() if name.endswith(".weight_scale")}  # noqa: SIM118
