@@ -1,7 +1,7 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Both create .venv on first use.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 BIN := .venv/bin
-# Memory that a test gives back is kept for the next one: new pages cost the kernel more than a tenth of the processors.
+# Memory that a test gives back is kept for the next one: the kernel takes long to hand out new pages.
 PYTEST := MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=16777216 \
 	$(BIN)/python -m pytest -m "not gpu and not slow and not engine"
 

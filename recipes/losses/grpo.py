@@ -45,12 +45,12 @@ def rows_of(answers: Answers, which: Tensor) -> Answers:
 @dataclass(frozen=True)
 class Options:
     """Ratios are clipped to [1 - `epsilon`, 1 + `epsilon_high`]; `beta`: factor of the KL to the reference;
-    `max_length`: the longest answer there may be, which Dr. GRPO divides by."""
+    `max_length`: the longest answer there may be, which Dr. GRPO divides by; tokens behind it would not count."""
 
+    max_length: int
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     beta: float = 0.0
-    max_length: int = 1
 
 
 # (the sum that is differentiated, what it is divided by): [] each.

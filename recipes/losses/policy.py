@@ -142,7 +142,7 @@ def answer_places(numbers: Tensor, lengths: Tensor, longest: int) -> tuple[Tenso
 def policy_loss(config: GrpoConfig) -> PolicyLoss:
     """What a recipe that has been checked minimises."""
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    options = Options(config.epsilon, high, config.beta, config.max_new_tokens)
+    options = Options(config.max_new_tokens, config.epsilon, high, config.beta)
     return PolicyLoss(config.loss, options, tuple(config.rewards), config.updates == 1, config.importance_cap)
 
 

@@ -16,6 +16,7 @@ from bridge.lora.checkpoint import AdapterFolder, write_adapter
 from bridge.lora.table import part_name
 from bridge.ranks import RankPool
 from bridge.verify.reference import load_hf
+from recipes.losses.names import DPO, SFT
 
 from .conftest import Toy
 from .lora_kit import moved_values
@@ -95,19 +96,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"loss": "simpo", "beta": 2.0, "cpo_alpha": 0.0},
     **{
         name: {"loss": name, **({"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {})}
-        for name in (
-            "sigmoid_norm",
-            "ipo",
-            "hinge",
-            "robust",
-            "exo_pair",
-            "nca_pair",
-            "bco_pair",
-            "apo_zero",
-            "apo_down",
-            "aot",
-            "sppo_hard",
-        )
+        for name in DPO
+        if name not in ("sigmoid", SFT)
     },
 }
 
