@@ -92,7 +92,7 @@ def data_show(
     count. Without --model it is said what the records are, in words and not in tokens.
     """
     from recipes.data import CorpusOptions, Supervise
-    from recipes.data.formats import Layout
+    from recipes.data.formats import FormatOptions
     from recipes.data.preference import of_its_kind
     from recipes.data.preparation import asked
 
@@ -115,7 +115,7 @@ def data_show(
             media_root=media_root,
             chat_template=chat_template,
             cache=cache,
-            layout=Layout(format_, columns_of(column), function),
+            format=FormatOptions(format_, columns_of(column), function),
         )
         sources = {"": of_its_kind(options)}
     _show(sources, model, count, plot, json_file)
@@ -124,12 +124,12 @@ def data_show(
 def _sources_of_recipe(name: str, overrides: Sequence[str]) -> tuple[dict[str, CorpusOptions], str]:
     """The sources of its data by their names, and its model."""
     from recipes.config import load_recipe
-    from recipes.data.source_keys import sources_said
+    from recipes.data.source_keys import source_options
     from recipes.data.training import corpus_options, model_folder
 
     recipe = load_recipe(name, overrides)
     model = model_folder(recipe)
-    return {one.name: one.options for one in sources_said(recipe.data, corpus_options(recipe))}, model
+    return {one.name: one.options for one in source_options(recipe.data, corpus_options(recipe))}, model
 
 
 def _show(

@@ -16,7 +16,7 @@ import numpy as np
 from bridge.convert.pieces import CopyTensor, PlannedTensor, Scratch
 from bridge.convert.threads import parallel
 from bridge.errors import MappingError
-from bridge.hf.tensors import Chunk, RowReader, Unit, printable, split_rows
+from bridge.hf.tensors import RowChunk, RowReader, Unit, printable, split_rows
 
 CHUNK_BYTES = 8 << 20
 # A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
@@ -128,14 +128,14 @@ def _check_planned(units: Sequence[Unit], plan: Mapping[str, PlannedTensor]) -> 
 
 def _mover(
     plan: Mapping[str, PlannedTensor], writer: RowWriter, largest: int
-) -> Callable[[], Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]]:
+) -> Callable[[], Callable[[tuple[Unit, RowChunk]], tuple[Unit, RowChunk, int]]]:
     """Makes, for each thread, what moves a chunk (of at most `largest` bytes) and says its CRC32."""
 
-    def make() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
+    def make() -> Callable[[tuple[Unit, RowChunk]], tuple[Unit, RowChunk, int]]:
         buffer = memoryview(np.empty(largest, dtype=np.uint8))
         scratch = Scratch()
 
-        def move(task: tuple[Unit, Chunk]) -> tuple[Unit, Chunk, int]:
+        def move(task: tuple[Unit, RowChunk]) -> tuple[Unit, RowChunk, int]:
             unit, chunk = task
             view = buffer[: chunk.nbytes]
             plan[chunk.name].fill(chunk.start, chunk.stop, view, scratch)
@@ -177,7 +177,7 @@ def compare(
     """
     plan = {tensor.name: PlannedTensor(tensor, source) for tensor in tensors}
     details: dict[str, str] = {}
-    tasks: list[Chunk] = []
+    tasks: list[RowChunk] = []
     waiting: dict[str, int] = {}
     for tensor in tensors:
         found = target.tensors.get(tensor.name)
@@ -190,11 +190,11 @@ def compare(
         waiting[tensor.name] = len(chunks)
     total, largest = sum(c.nbytes for c in tasks), max((c.nbytes for c in tasks), default=0)
 
-    def make_comparer() -> Callable[[Chunk], tuple[Chunk, str]]:
+    def make_comparer() -> Callable[[RowChunk], tuple[RowChunk, str]]:
         ours, theirs = np.empty(largest, dtype=np.uint8), np.empty(largest, dtype=np.uint8)
         scratch = Scratch()
 
-        def work(chunk: Chunk) -> tuple[Chunk, str]:
+        def work(chunk: RowChunk) -> tuple[RowChunk, str]:
             left, right = ours[: chunk.nbytes], theirs[: chunk.nbytes]
             plan[chunk.name].fill(chunk.start, chunk.stop, memoryview(left), scratch)
             target.read_rows(chunk.name, chunk.start, chunk.stop, right)
@@ -220,7 +220,7 @@ def compare(
 
 
 def _difference(
-    ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: Chunk, item: int
+    ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: RowChunk, item: int
 ) -> str:
     """ "" when the bytes are equal, else where they first differ."""
     wide = len(ours) & ~7

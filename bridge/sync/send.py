@@ -13,7 +13,7 @@ from bridge.sync.buckets import Bucket, SyncTensor
 from bridge.together import together
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where weights are: a live model, a checkpoint."""
 
     def fill(self, bucket: Bucket, views: Mapping[str, Tensor] | None) -> None:
@@ -95,7 +95,7 @@ class Sent:
 
 
 def send(
-    source: Source,
+    source: WeightSource,
     buckets: Sequence[Bucket],
     sink: Sink | None,
     progress: Callable[[int, int, str], None] | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
-    Chunk,
+    RowChunk,
     TensorSpec,
     Unit,
     as_bytes,
@@ -47,7 +47,7 @@ _PLAIN = (str, int, float, bool, type(None))
 class _Item:
     """A planned item: a chunk and its place."""
 
-    chunk: Chunk
+    chunk: RowChunk
     file: str
     offset: int
     length: int
@@ -91,7 +91,7 @@ class DistWriter(UnitFiles):
                 self._sizes[file] = filled
 
     @staticmethod
-    def _chunk_shape(spec: TensorSpec, chunk: Chunk) -> tuple[int, ...]:
+    def _chunk_shape(spec: TensorSpec, chunk: RowChunk) -> tuple[int, ...]:
         return (chunk.stop - chunk.start, *spec.shape[1:]) if spec.shape else ()
 
     @property
@@ -106,7 +106,7 @@ class DistWriter(UnitFiles):
             Unit(file, self._sizes[file], tuple(item.chunk for item in items)) for file, items in self._by_file.items()
         )
 
-    def chunks(self, name: str) -> list[Chunk]:
+    def chunks(self, name: str) -> list[RowChunk]:
         """How one tensor is cut, in order."""
         return sorted((item.chunk for (key, _), item in self._items.items() if key == name), key=lambda c: c.start)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
-from recipes.data.blend import Samples, Source, blend_of, described_shares
+from recipes.data.blend import BlendSource, Samples, blend_of, described_shares
 from recipes.data.chat import Encoded
 from recipes.data.collate import KL, batch_tensors, join_media, mismatched, source_tensors
 from recipes.data.options import at_least, one_of
@@ -109,7 +109,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         self._position = self.order.start()
         self._ahead: Iterator[tuple[Position, dict[str, Tensor]]] | None = None
 
-    def _plans(self, source: Source) -> Plans:
+    def _plans(self, source: BlendSource) -> Plans:
         """The rows of a source. Raises DataError for a sample that is longer than a row."""
         samples, options = source.samples, self.options
         lengths = samples.lengths.reshape(-1, samples.options.together)

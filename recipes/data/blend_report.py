@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.blend import Source, described
+from recipes.data.blend import BlendSource, described
 from recipes.data.order import Order
 
 
@@ -35,7 +35,7 @@ class Use:
         return max(0, self.rows - self.taken)
 
 
-def uses(sources: Sequence[Source], order: Order, rows: int) -> list[Use]:
+def uses(sources: Sequence[BlendSource], order: Order, rows: int) -> list[Use]:
     """Of each source, in a run of so many rows. Where epochs have other numbers of rows (packing) after the first."""
     counts = order.counts(order.start().places)
     whole, rest = divmod(rows, sum(counts))

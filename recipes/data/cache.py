@@ -43,7 +43,7 @@ _HELD_TOKENS = 1 << 20
 _PART_RECORDS, _PART_BYTES, _PART_SECONDS = 4096, 16 << 20, 10.0
 
 
-class Parts:
+class CacheParts:
     """The parts that a folder has from before, and those that are added. `records`: how many records they hold."""
 
     def __init__(self, folder: Path) -> None:

@@ -10,12 +10,12 @@ from itertools import islice
 import numpy as np
 
 from bridge.errors import BridgeError, DataError
-from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES, parse
 from recipes.data.processing import ReadMedia
+from recipes.data.record_batches import Record
 from recipes.data.sample import Message, Sample
 
 # Why a record gives no sample.
@@ -42,7 +42,7 @@ class Encoder:
 
     def __init__(self, model: ChatModel, options: CorpusOptions) -> None:
         self._model, self._options = model, options
-        self._function = loaded_function(options.layout)
+        self._function = loaded_function(options.format)
         self._local = threading.local()
         # Deep copies are made one at a time: of an object that nobody works with.
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class Encoder:
             if record.error is not None:
                 raise record.error
             value = self._function(record.value, record.where)
-            if value is None and self._options.layout.function is not None:
+            if value is None and self._options.format.function is not None:
                 return Outcome(record, reason=LEFT_OUT, message=str(record.where))
             return parse(value, record.where, self._options)
         except DataError as error:

@@ -21,7 +21,7 @@ from recipes.imported import imported_function
 
 
 @dataclass(frozen=True)
-class Layout:
+class FormatOptions:
     """How records are to be read, where they do not show it: the keys `data.format`, `.columns` and `.function`.
 
     `format`: the name of one of `FORMATS` for all of them. `columns`: the name of a column here -> what the data calls
@@ -252,16 +252,16 @@ FORMATS: tuple[Format, ...] = (
     *(Format(f"{one}-{other}", (one, other), _pair(one, other), (*_SYSTEM, *_BESIDE), one) for one, other in _PAIRS),
     Format("text", ("text",), lambda columns: {"text": columns.text("text")}, field="text"),
 )  # fmt: skip
-DEFAULT_LAYOUT = Layout()
+DEFAULT_FORMAT = FormatOptions()
 _BY_NAME = {one.name: one for one in FORMATS}
 
 
-def recognised(record: Any, where: object, layout: Layout) -> Recognised:
+def recognised(record: Any, where: object, format_options: FormatOptions) -> Recognised:
     """The record in the form that is checked further. Raises DataError that says which columns there are."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, found {kind_of(record)}")
-    columns = Columns(record, where, layout.columns)
-    chosen = _BY_NAME.get(layout.format or "")
+    columns = Columns(record, where, format_options.columns)
+    chosen = _BY_NAME.get(format_options.format or "")
     if chosen is None:
         chosen = next((one for one in FORMATS if columns.may_have(one.columns[0]) and columns.has(*one.columns)), None)
         if chosen is None:
@@ -294,9 +294,9 @@ def _unlike(columns: Columns) -> str:
     )
 
 
-def loaded_function(layout: Layout) -> Callable[[Any, object], Any]:
+def loaded_function(format_options: FormatOptions) -> Callable[[Any, object], Any]:
     """`data.function`, which says the record where it raises. Raises UsageError."""
-    name = layout.function
+    name = format_options.function
     if name is None:
         return lambda record, where: record
     module_name, _, function_name = name.partition(":")
@@ -315,8 +315,8 @@ def loaded_function(layout: Layout) -> Callable[[Any, object], Any]:
     return applied
 
 
-def function_digest(layout: Layout) -> str:
+def function_digest(format_options: FormatOptions) -> str:
     """Of the file that `data.function` is in: another one gives other records. Raises UsageError."""
-    loaded_function(layout)
-    file = getattr(sys.modules[str(layout.function).partition(":")[0]], "__file__", None)
+    loaded_function(format_options)
+    file = getattr(sys.modules[str(format_options.function).partition(":")[0]], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""

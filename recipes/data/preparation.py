@@ -14,9 +14,9 @@ from recipes.data.blend import blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.megatron import check_target, prefix_of, write
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Whole, whole
 from recipes.data.preference import of_its_kind
-from recipes.data.sources import is_data
+from recipes.data.record_sources import is_data
+from recipes.data.selection import CorpusSamples, underlying_corpus
 from recipes.data.training import corpora, corpus_options, model_folder, say
 
 
@@ -60,7 +60,7 @@ def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: 
     return recipe
 
 
-def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Whole], tuple[str, ...]]:
+def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, CorpusSamples], tuple[str, ...]]:
     """What a run trains on and is evaluated on, by the names of the sets, all of it prepared, and what there is to say.
 
     `alone`: it is data that no recipe names: its first record shows whether it is preferences. Raises DataError and
@@ -90,7 +90,7 @@ def targets(recipe: Recipe, out: str, seq_length: int | None) -> Recipe:
     return replace(recipe, train=replace(recipe.train, seq_length=_WHOLE))
 
 
-def to_megatron(sets: Mapping[str, Whole], out: str) -> tuple[dict[str, Any], list[str]]:
+def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, Any], list[str]]:
     """Write every set, `train` to the prefix `out`, others with their names behind it; what was written, and what there
     is to say. Raises DataError and UsageError."""
     written: dict[str, Any] = {}
@@ -119,13 +119,13 @@ def opened(recipe: Recipe, options: CorpusOptions) -> Corpus:
     return open_corpus(options, model_folder(recipe), progress=progress.read, notify=progress.line)
 
 
-def to_json(sets: Mapping[str, Whole]) -> dict[str, Any]:
+def to_json(sets: Mapping[str, CorpusSamples]) -> dict[str, Any]:
     """What there is now, by the names of the sets."""
     return {"sets": {name: _facts(samples) for name, samples in sets.items()}}
 
 
-def _facts(samples: Whole) -> dict[str, Any]:
-    corpus = whole(samples)
+def _facts(samples: CorpusSamples) -> dict[str, Any]:
+    corpus = underlying_corpus(samples)
     return {
         **report.facts(corpus.statistics, corpus.options, corpus.files),
         "samples": len(samples),
@@ -134,11 +134,11 @@ def _facts(samples: Whole) -> dict[str, Any]:
     }
 
 
-def lines(sets: Mapping[str, Whole]) -> list[str]:
+def lines(sets: Mapping[str, CorpusSamples]) -> list[str]:
     """The same for people."""
     said: list[str] = []
     for name, samples in sets.items():
-        corpus = whole(samples)
+        corpus = underlying_corpus(samples)
         known = (corpus.statistics, corpus.options)
         said += [f"{name}: {len(samples)} samples, {int(samples.lengths.sum())} tokens: {corpus.folder}"]
         said += report.lines(*known, corpus.files)

@@ -24,11 +24,11 @@ from recipes.data.blend import Blend, Samples, blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets
-from recipes.data.formats import Layout
+from recipes.data.formats import FormatOptions
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.data.part import whole
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
+from recipes.data.selection import underlying_corpus
 from recipes.environment import rank_from_environment
 from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
@@ -67,7 +67,7 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         one_row=records == PAIRS and data.packing,
         cache=data.cache,
         workers=data.workers,
-        layout=Layout(data.format, dict(data.columns), data.function),
+        format=FormatOptions(data.format, dict(data.columns), data.function),
     )
 
 
@@ -152,7 +152,7 @@ def streams(
     asked = records_of(recipe) != SAMPLES or recipe.distill.cache
     sets = (*(each.samples for each in sources), *opened.evaluation.values()) if asked else ()
     answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
-    found = [_said(whole(each.samples)) for each in sources]
+    found = [_said(underlying_corpus(each.samples)) for each in sources]
     facts = found[0][0] if len(found) == 1 else {}
     notes = [line for _, said in found for line in said]
     if isinstance(opened.train, Blend):

@@ -1,4 +1,4 @@
-"""What a process of `recipes.data.tokenising` does: groups of blocks -> parts."""
+"""What a process of `recipes.data.tokenising` does: groups of batches -> parts."""
 
 from __future__ import annotations
 

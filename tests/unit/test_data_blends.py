@@ -16,7 +16,7 @@ import pytest
 
 from bridge.errors import DataError, UsageError
 from recipes.data import Batches
-from recipes.data.blend import Blend, Source
+from recipes.data.blend import Blend, BlendSource
 from recipes.data.order import ALL, WEIGHTED_ROWS, Order, Plans, Position, Share, apportioned, interleave
 from recipes.data.packing import plan_epoch
 from recipes.data.training import batch_options, corpora
@@ -337,7 +337,7 @@ def test_a_source_needs_no_other_to_be_read_again(model: Path, files: Path) -> N
     assert corpus_of(files, model, [chat("a", "b")]).folder.parent == next(iter(after)).parent
 
 
-def _sources(recipe: Any) -> tuple[Source, ...]:
+def _sources(recipe: Any) -> tuple[BlendSource, ...]:
     train = corpora(recipe).train
     assert isinstance(train, Blend)
     return train.sources

@@ -25,14 +25,14 @@ from bridge.errors import DataError, UsageError
 from bridge.generate import output
 from bridge.generate.rows import Completion
 from recipes.data import Corpus, CorpusOptions, Supervise, open_corpus
-from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel
 from recipes.data.encoding import Encoder
 from recipes.data.files import DataFile
-from recipes.data.formats import FORMATS, Layout
+from recipes.data.formats import FORMATS, FormatOptions
 from recipes.data.media import decode_audio, read_blob, resampled
+from recipes.data.record_batches import Record
+from recipes.data.record_sources import find_sources
 from recipes.data.sample import Where
-from recipes.data.sources import find_sources
 
 from .data_helpers import corpus_of, model_folder, write_jsonl
 from .format_records import CALLED, IMAGE, RECORDS, TOOLS, picture, said
@@ -245,7 +245,7 @@ def made(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def test_what_a_record_does_not_show_is_said(tmp_path: Path, model: Path, template: Any) -> None:
     def learnt(rows: list[Any], **layout: Any) -> Corpus:
-        return corpus_of(tmp_path, model, rows, layout=Layout(**layout))
+        return corpus_of(tmp_path, model, rows, format=FormatOptions(**layout))
 
     asked = expected(template, said("q", "a"))
     assert of(learnt([{"q": "q", "a": "a"}], columns={"prompt": "q", "completion": "a"})) == asked

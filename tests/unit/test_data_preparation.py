@@ -109,7 +109,7 @@ def test_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [DataFile(plain), DataFile(packed), DataFile(rows)]
     share, seen = Share(sources), list[float]()
     for number, source in enumerate(sources):
-        seen += [share.read(number) for _ in source.blocks()]
+        seen += [share.read(number) for _ in source.record_batches()]
     assert seen == sorted(seen) and seen[0] < 0.3 and seen[-1] == 1.0
     said: list[str] = []
     now = 100.0

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bridge.errors import DataError
-from recipes.data.part import first, held_out
 from recipes.data.prompts import PromptEncoder
 from recipes.data.questions import Questions, check_questions
 from recipes.data.sample import Where
+from recipes.data.selection import first_samples, held_out
 from recipes.metrics.named import METRICS
 
 from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
@@ -76,7 +76,7 @@ def test_a_template_with_a_prefix_asks_with_it(tmp_path: Path, model: Path) -> N
 
 def test_parts_of_a_corpus(tmp_path: Path, model: Path) -> None:
     corpus = corpus_of(tmp_path, model, ROWS[:5])
-    assert len(Questions(corpus, 2)) == len(Questions(first(corpus, 2))) == 2
+    assert len(Questions(corpus, 2)) == len(Questions(first_samples(corpus, 2))) == 2
     rest, held = held_out(corpus, 0.4)
     wanted = [Questions(held).reference(number) for number in range(len(held))]
     assert wanted == [REFERENCES[number] for number in held.samples] and len(rest) + len(held) == 5
