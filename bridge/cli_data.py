@@ -197,7 +197,7 @@ def data_prepare(
     recipe = recipe_of(given, model, seq_length, workers)
     if out_prefix is not None:
         recipe = targets(recipe, out_prefix, seq_length)
-    sets, notes = prepare(recipe, alone=given.recipe is None)
+    sets, notes = prepare(recipe, of_unknown_kind=given.recipe is None)
     written, said = to_megatron(sets, out_prefix) if out_prefix is not None else ({}, [])
     if not wrote_json(json_file, to_json(sets) | ({"megatron": written} if written else {})):
         for line in [*lines(sets), *notes, *said]:

@@ -103,5 +103,5 @@ def _check_same_kind(whole: Geometry, text: Geometry, path: str | Path) -> None:
             continue
         theirs, ours = getattr(whole, item.name), getattr(text, item.name)
         if theirs != ours:
-            shown = f" ({theirs} there, {ours} here)" if item.name != "layers" else ""
-            raise UsageError(f"{path}: its language model is another one: {item.name} differs{shown}")
+            values = f" ({theirs} there, {ours} here)" if item.name != "layers" else ""
+            raise UsageError(f"{path}: its language model is another one: {item.name} differs{values}")

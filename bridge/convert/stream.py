@@ -84,18 +84,18 @@ def copy(
     done = 0
 
     # Files of an earlier run first.
-    kept: set[str] = set()
+    finished: set[str] = set()
     known = {} if journal is None else journal.finished
     old = [unit for unit in units if len(known.get(unit.file, ())) == len(unit.chunks)]
     for unit in _intact(old, known, writer, largest, workers):
-        kept.add(unit.file)
+        finished.add(unit.file)
         crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
         done += sum(chunk.nbytes for chunk in unit.chunks)
         if progress is not None:
             progress(done, total, unit.file)
     resumed = done
 
-    waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in kept}
+    waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in finished}
     tasks = [(unit, chunk) for unit in units if unit.file in waiting for chunk in unit.chunks]
     unwritten = 0
     for unit, chunk, crc in parallel(tasks, _mover(plan, writer, largest), workers):
@@ -114,7 +114,7 @@ def copy(
             writer.finish_unit(unit, sync=sync)
             if journal is not None:
                 journal.record(unit.file, [crcs[c.name, c.start] for c in unit.chunks])
-    return CopyResult(total, resumed, len(kept))
+    return CopyResult(total, resumed, len(finished))
 
 
 def _check_planned(units: Sequence[Unit], plan: Mapping[str, PlannedTensor]) -> None:

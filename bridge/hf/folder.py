@@ -284,7 +284,7 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
             (others if _is_weights(name) else assets).append(path.relative_to(folder))
     foreign = {path.parts[0] for path in others if len(path.parts) > 1}
     named = [f'"{path.name}"'.encode() for path in others if len(path.parts) == 1]
-    kept = []
+    carried = []
     for asset in assets:
         path = folder / asset
         if asset.parts[0] in foreign:
@@ -298,8 +298,8 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
                 raise CheckpointError(f"{printable(path)}: names a weight file that is not the model's")
             others.append(asset)
             continue
-        kept.append(asset)
-    return sorted(kept), sorted(others)
+        carried.append(asset)
+    return sorted(carried), sorted(others)
 
 
 def _is_weights(name: str) -> bool:

@@ -62,9 +62,9 @@ class TopK(NamedTuple):
         terms, slopes = _terms(self.logps[chunk], torch.cat([chosen, rest], dim=1), asked.beta)
         total = slopes.sum(-1, keepdim=True)
         gradient = (log_q - rest).exp_().mul_(slopes[:, -1:]).sub_(log_q.exp().mul_(total))
-        own = slopes[:, :-1] - chosen.exp() * total
+        chosen_gradient = slopes[:, :-1] - chosen.exp() * total
         rows = here.nonzero()[:, 0]
-        gradient[rows, column[here]] = own[here]
+        gradient[rows, column[here]] = chosen_gradient[here]
         return terms.sum(-1), gradient
 
 

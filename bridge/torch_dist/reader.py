@@ -388,8 +388,8 @@ def _check_cover(shape: tuple[int, ...], chunks: list[DistChunk], where: str) ->
     if math.prod(map(len, cuts)) > _MAX_CELLS:
         raise CheckpointError(f"{where}: cut too irregularly to be checked")
     # On the grid of all cuts a chunk is a block of cells; the volumes agree, so it is enough that none is hit twice.
-    grid = np.zeros([max(len(cut) - 1, 0) for cut in cuts], dtype=np.uint8)
-    at = [{value: i for i, value in enumerate(cut)} for cut in cuts]
+    grid = np.zeros([max(len(edges) - 1, 0) for edges in cuts], dtype=np.uint8)
+    at = [{value: i for i, value in enumerate(edges)} for edges in cuts]
     for chunk in solid:
         block = tuple(
             slice(at[a][o], at[a][o + n]) for a, (o, n) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True))

@@ -59,17 +59,17 @@ class Blend:
 
     def where(self, sample: int) -> Where:
         """The file and line that a sample comes from."""
-        source, own = self.place(sample)
-        return self.sources[source].samples.where(own)
+        source, index = self.place(sample)
+        return self.sources[source].samples.where(index)
 
     def __getitem__(self, sample: int) -> Encoded:
-        source, own = self.place(sample)
-        return self.sources[source].samples[own]
+        source, index = self.place(sample)
+        return self.sources[source].samples[index]
 
     def media_tensors(self, sample: int) -> dict[str, Any]:
         """As the processor makes them. Raises DataError."""
-        source, own = self.place(sample)
-        return self.sources[source].samples.media_tensors(own)
+        source, index = self.place(sample)
+        return self.sources[source].samples.media_tensors(index)
 
 
 def _inputs(sources: Sequence[BlendSource]) -> dict[str, Any]:

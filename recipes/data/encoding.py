@@ -110,8 +110,8 @@ class Encoder:
         if not hasattr(self._local, "model"):
             with self._lock:
                 self._local.model = self._model.fork()
-        own: ChatModel = self._local.model
-        return own
+        model: ChatModel = self._local.model
+        return model
 
     def _answers(self, record: Record, samples: Sequence[Sample], encoded: tuple[Encoded, ...]) -> Outcome:
         """Both answers of a pair, or one with its label: all of it or nothing."""

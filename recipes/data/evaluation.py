@@ -108,7 +108,7 @@ def _wanted(data: DataConfig, options: CorpusOptions) -> dict[str, CorpusOptions
     held = {one.name or "held_out" for one in said} if data.val_fraction else set()
     if taken := sorted(held & sets.keys()):
         raise UsageError(f"data.eval.{taken[0]}: is the name of what data.val_fraction holds out")
-    return {name: replace(own, split=_split(data, own)) for name, own in sets.items()}
+    return {name: replace(set_options, split=_split(data, set_options)) for name, set_options in sets.items()}
 
 
 def _named(data: DataConfig) -> dict[str, Any]:

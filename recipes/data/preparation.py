@@ -60,13 +60,13 @@ def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: 
     return recipe
 
 
-def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, CorpusSamples], tuple[str, ...]]:
+def prepare(recipe: Recipe, *, of_unknown_kind: bool) -> tuple[Mapping[str, CorpusSamples], tuple[str, ...]]:
     """What a run trains on and is evaluated on, by the names of the sets, all of it prepared, and what there is to say.
 
-    `alone`: it is data that no recipe names: its first record shows whether it is preferences. Raises DataError and
-    UsageError.
+    `of_unknown_kind`: it is data that no recipe names: its first record shows whether it is preferences. Raises
+    DataError and UsageError.
     """
-    if alone:
+    if of_unknown_kind:
         return {"train": opened(recipe, of_its_kind(corpus_options(recipe)))}, ()
     every = corpora(recipe)
     sets = {f"eval/{name}" if name else "eval": samples for name, samples in every.evaluation.items()}
@@ -99,7 +99,9 @@ def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, 
         prefix = Path(out if name == "train" else f"{out}_{name.replace('/', '_')}")
         check_target(prefix)
         if not isinstance(samples, Corpus) or samples.has_media or samples.options.together > 1:
-            raise DataError(f"{prefix}: Megatron's format holds tokens alone: no media, no pairs, no part of a file")
+            raise DataError(
+                f"{prefix}: Megatron's format holds tokens of_unknown_kind: no media, no pairs, no part of a file"
+            )
         write(prefix, samples.folder / "ids.bin", samples.lengths)
         counts = samples.statistics
         written[name] = {"prefix": str(prefix), "sequences": len(samples), "tokens": counts.tokens}

@@ -155,9 +155,9 @@ def _files(folder: Path) -> list[Path]:
         )
 
     try:
-        own = here(folder)
+        direct = here(folder)
         inner = sorted(one for one in folder.iterdir() if one.is_dir() and (one.name == "data" or _called(one.name)))
-        return own or [file for one in inner for file in here(one)]
+        return direct or [file for one in inner for file in here(one)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 

@@ -48,5 +48,7 @@ def _options(said: SourceConfig, options: CorpusOptions) -> CorpusOptions:
             dict(said.columns) or format_options.columns,
             said.function if said.function is not None else format_options.function,
         )
-    own = {name: value for name in ("split", "subset", "media_root") if (value := getattr(said, name)) is not None}
-    return replace(options, path=paths(said.path), format=format_options, **own)
+    overrides = {
+        name: value for name in ("split", "subset", "media_root") if (value := getattr(said, name)) is not None
+    }
+    return replace(options, path=paths(said.path), format=format_options, **overrides)

@@ -80,8 +80,10 @@ class PolicyLoss:
         if ids is None:
             figures = self._figures(answers, sampled, scores)[None]
         else:
-            own = [ids == source for source in range(sources)]
-            figures = torch.stack([self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in own])
+            from_source = [ids == source for source in range(sources)]
+            figures = torch.stack(
+                [self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in from_source]
+            )
         if cp.rank():
             # Answers are whole on every rank of the group: the first one counts them.
             count, figures = torch.zeros_like(count), torch.zeros_like(figures)

@@ -120,8 +120,8 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
     stages = stages_of_rank(geometry, parallel, pp_rank)
     layers = [geometry.layers[index] for _, indices in stages for index in indices]
     under_way = passes_under_way(parallel, pp_rank, plan.microbatches)
-    kept = stage_bytes(sizes, layers)
-    activations: Bytes = Counter({kind: round(size * under_way) for kind, size in kept.items() if size})
+    for_backward = stage_bytes(sizes, layers)
+    activations: Bytes = Counter({kind: round(size * under_way) for kind, size in for_backward.items() if size})
     last = stages[-1][0] == parallel.pp * parallel.vpp - 1
     total = activations.total()
     head = e * geometry.vocab_size // parallel.tp * geometry.hidden_size
@@ -150,8 +150,10 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
             tables = head
         if geometry.ple is not None:
             share = len(layers) / geometry.num_layers
-            own = round(e * geometry.ple.vocab_size // parallel.tp * geometry.num_layers * geometry.ple.dim * share)
-            tables = max(tables, own)
+            embedding = round(
+                e * geometry.ple.vocab_size // parallel.tp * geometry.num_layers * geometry.ple.dim * share
+            )
+            tables = max(tables, embedding)
     peaks = {
         "loss": total + loss + making if last else 0,
         "backward pass of a layer": total + worst,

@@ -113,8 +113,8 @@ def _answers(recipe: Recipe) -> tuple[int, int]:
     )
     evaluated = (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
     sampled = (recipe.grpo.max_rows, recipe.train.seq_length) if recipe.grpo.rewards else (0, 0)
-    own = (recipe.distill.max_rows, recipe.train.seq_length) if recipe.distill.lmbda else (0, 0)
-    return max(evaluated, sampled, own, key=math.prod)
+    on_policy = (recipe.distill.max_rows, recipe.train.seq_length) if recipe.distill.lmbda else (0, 0)
+    return max(evaluated, sampled, on_policy, key=math.prod)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:
@@ -188,6 +188,6 @@ def describe(found: Estimate, plan: Plan) -> Iterator[str]:
         f"  weights {gb(found.weights)}, gradients {gb(found.gradients)}, optimizer {gb(found.optimizer)}; "
         f"{found.counts.parameters / 1e9:.3f} B parameters, {found.trained / 1e9:.3f} B trained"
     )
-    kinds = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
-    yield f"  activations: {kinds}"
+    by_kind = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
+    yield f"  activations: {by_kind}"
     yield f"  worst moment: {moment}, {gb(found.peak)} with its activations"

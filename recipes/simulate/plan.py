@@ -63,8 +63,8 @@ def proposals(question: Question) -> list[Proposal]:
     """Layouts that fit, by their predicted seconds. Raises UsageError where none does."""
     recipe = question.recipe
     # Of the whole batch on one GPU: what the recipe says of its layout is what is looked for.
-    alone = replace(recipe, parallel=ParallelConfig(dispatcher=recipe.parallel.dispatcher))
-    wanted = replace(plan_of(alone, 1, question.table), world_size=question.gpus)
+    one_gpu = replace(recipe, parallel=ParallelConfig(dispatcher=recipe.parallel.dispatcher))
+    wanted = replace(plan_of(one_gpu, 1, question.table), world_size=question.gpus)
     batch = recipe.train.global_batch_size
     found = search(question.table, wanted, question.budget, batch, question.hardware)
     if not found:

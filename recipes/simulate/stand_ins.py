@@ -97,13 +97,13 @@ def spread_evenly(preprocess: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # What is left over goes to experts of different ranks in turn.
         places = torch.arange(experts, device="cpu").view(self.ep_size, -1).T.flatten()
         each[places[: total % experts]] += 1
-        own = each[self.local_expert_indices]
+        local = each[self.local_expert_indices]
         self.input_splits = each.view(self.ep_size, self.num_local_experts).sum(1)
-        self.output_splits = own.sum().expand(self.ep_size).clone()
-        self.output_splits_tp = (own.sum() * self.ep_size).expand(self.tp_size).clone()
+        self.output_splits = local.sum().expand(self.ep_size).clone()
+        self.output_splits_tp = (local.sum() * self.ep_size).expand(self.tp_size).clone()
         if self.num_local_experts > 1:
-            self.num_global_tokens_per_local_expert = own.expand(self.tp_size * self.ep_size, -1).clone()
-        return own * self.tp_size * self.ep_size
+            self.num_global_tokens_per_local_expert = local.expand(self.tp_size * self.ep_size, -1).clone()
+        return local * self.tp_size * self.ep_size
 
     return evenly
 

@@ -183,8 +183,8 @@ def begin_save(run: Run, progress: Progress) -> Save:
     state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
     for number, model in enumerate(run.stored):
         items = model.sharded_state_dict(metadata=dict(METADATA)).items()
-        kept = {name: item for name, item in items if run.table.covers(item.key) or item.key.startswith(DRAFTER)}
-        state[f"model{number}"] = kept
+        stored = {name: item for name, item in items if run.table.covers(item.key) or item.key.startswith(DRAFTER)}
+        state[f"model{number}"] = stored
     state["optimizer"] = sharded_state(run.optimizer, run.stored, fill=True)
     state["rng"] = _rng_object(_random_states())
     with save.reported():

@@ -53,7 +53,7 @@ class RolloutStopped(Exception):
 
 
 @dataclass(frozen=True)
-class OwnAnswer:
+class SampledAnswer:
     """An answer that was sampled to a prompt. `sample`: of the data."""
 
     sample: int
@@ -62,7 +62,7 @@ class OwnAnswer:
 
 
 @dataclass(frozen=True)
-class Row(OwnAnswer):
+class Row(SampledAnswer):
     """One that is rewarded. `logprobs`: of `tokens`, as they were sampled. `scores`: see `recipes.losses.policy`."""
 
     logprobs: tuple[float, ...]
@@ -70,7 +70,7 @@ class Row(OwnAnswer):
     scores: tuple[float, ...]
 
 
-def len_of(answer: OwnAnswer) -> int:
+def len_of(answer: SampledAnswer) -> int:
     """Tokens of a prompt and its answer."""
     return len(answer.prompt) + len(answer.tokens)
 
@@ -101,13 +101,13 @@ def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float
         if scale == "auto":
             scale = "none" if config.loss == "dr_grpo" else "group"
         advantages = group_advantages(total, size, scale)
-    cut = each.new_tensor([float(answer.finish_reason == "length") for answer in completions])
-    columns = torch.stack([advantages, total, group_std(total, size), cut], dim=1)
+    truncated = each.new_tensor([float(answer.finish_reason == "length") for answer in completions])
+    columns = torch.stack([advantages, total, group_std(total, size), truncated], dim=1)
     return torch.cat([columns, each], dim=1)
 
 
 def answers_batch(
-    rows: Sequence[OwnAnswer],
+    rows: Sequence[SampledAnswer],
     questions: Questions,
     geometry: Geometry,
     pad_id: int,
@@ -162,7 +162,7 @@ def batch_of(
     return batch
 
 
-def packed_length(rows: Sequence[OwnAnswer], rollout: Sequence[OwnAnswer], recipe: Recipe) -> int:
+def packed_length(rows: Sequence[SampledAnswer], rollout: Sequence[SampledAnswer], recipe: Recipe) -> int:
     """Tokens of a packed microbatch of `rows`; 0: they are not packed. Stages expect the same of all of a `rollout`."""
     size = recipe.train.micro_batch_size
     if not recipe.data.packing:
@@ -328,11 +328,13 @@ class Rollouts:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         partial.rename(path)
-        shown = lines[:_SHOWN]
-        for line in shown:
+        first_lines = lines[:_SHOWN]
+        for line in first_lines:
             text = " ".join(str(line["text"]).split())
             log.say(f"rollout: reward {line['reward']}: {text[:_SHOWN_CHARACTERS]}")
-        log.texts(step, {f"rollout {place}": f"[{line['reward']}] {line['text']}" for place, line in enumerate(shown)})
+        log.texts(
+            step, {f"rollout {place}": f"[{line['reward']}] {line['text']}" for place, line in enumerate(first_lines)}
+        )
 
     def _line(self, answer: Completion, row: Row) -> dict[str, Any]:
         total, _, _, *each = (None if math.isnan(score) else score for score in row.scores)

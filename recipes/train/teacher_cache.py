@@ -65,13 +65,13 @@ def ask_once(run: Run, bridge: Gemma4Bridge, streams: Streams, say: Say) -> None
 def _ask(teacher: BuiltModel, answers: Answers, labels: int, paths: tuple[Path, Path]) -> None:
     """Write both files, on rank 0. Collective."""
     objective = distill_loss(teacher.recipe.distill)
-    count, kinds = objective.top_k, (np.dtype(np.int32), np.dtype(np.float32))
+    count, dtypes = objective.top_k, (np.dtype(np.int32), np.dtype(np.float32))
     held: list[np.memmap] = []
     partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
     try:
         with together():
             if dist.get_rank() == 0:
-                for path, kind, width in zip(partials, kinds, (count, count + 1), strict=True):
+                for path, kind, width in zip(partials, dtypes, (count, count + 1), strict=True):
                     held.append(_allocated(path, kind, (labels, width)))
         for group in in_groups(teacher, answers.batches()):
             for found in _gathered(teacher, group, objective):
