@@ -105,19 +105,21 @@ class Recognised:
 class Format:
     """`columns`: a record that has all of them is of this format. `also`: columns that it may have.
 
-    `to_record`: what `Recognised.record` is. Raises DataError.
+    `to_record`: what `Recognised.record` is. Raises DataError. `field`: what `Recognised.field` is, by default the
+    first of `columns`.
     """
 
     name: str
     columns: tuple[str, ...]
     to_record: Callable[[Columns], Mapping[str, Any]]
     also: tuple[str, ...] = ()
-    field: str = "messages"
+    field: str = ""
 
 
 _SYSTEM = ("system", "system_prompt")
 _BESIDE = ("tools", "functions", *(name for kind in MEDIA_KINDS for name in (kind, f"{kind}s")))
-_ALL_BESIDE = frozenset((*_SYSTEM, *_BESIDE))
+_AROUND = (*_SYSTEM, *_BESIDE)
+_ALL_AROUND = frozenset(_AROUND)
 
 
 def _media(columns: Columns) -> dict[str, list[Any]]:
@@ -134,7 +136,7 @@ def _record(
     columns: Columns, rows: Any, name: str, *, role: str | None = None, content: str | None = None
 ) -> dict[str, Any]:
     """Messages, of the column `name`, with what stands beside them in the record."""
-    if not columns.any(_ALL_BESIDE):
+    if not columns.any(_ALL_AROUND):
         return {"messages": conversation(rows, columns.at(name), {}, role=role, content=content)}
     media = _media(columns)
     rows = conversation(rows, columns.at(name), media, role=role, content=content)
@@ -224,34 +226,44 @@ def _refused(why: str) -> Callable[[Columns], Mapping[str, Any]]:
 
 # The name of the format, and of the only column of its records.
 MEGATRON = "megatron"
-_PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"), ("prompt", "response"),
-          ("problem", "solution"), ("inputs", "targets"), ("input", "output"))  # fmt: skip
+_PAIRS = (
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
+)
+_NO_PREFERENCE = (
+    "is a pair of a chosen and a rejected answer, for the dpo recipes; to learn the chosen ones alone, set "
+    "data.format=messages and data.columns.messages=chosen, or data.function"
+)
+_NO_LABEL = (
+    "has a label beside prompt and completion, for the kto recipes; to learn every completion whatever its label, set "
+    "data.format=prompt-completion"
+)
 
 FORMATS: tuple[Format, ...] = (
-    Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask"), "input_ids"),
-    Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}, field=MEGATRON),
+    Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask")),
+    Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}),
     Format("answer", ("prompt_tokens", "tokens"), _answer, field="tokens"),
-    Format("messages", ("messages",), _conversation("messages"), (*_SYSTEM, *_BESIDE)),
-    Format("llava", ("conversations", "image"), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
-    Format("llava-images", ("conversations", "images"), _conversation("conversations"), (*_SYSTEM, *_BESIDE),
-           "conversations"),
-    Format("sharegpt", ("conversations",), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
-    Format("conversation", ("conversation",), _conversation("conversation"), (*_SYSTEM, *_BESIDE), "conversation"),
-    Format("texts", ("images", "texts"), _cauldron, _BESIDE, "texts"),
-    Format("preference", ("chosen", "rejected"), _refused(
-        "is a pair of a chosen and a rejected answer, for the dpo recipes; to learn the chosen ones alone, set "
-        "data.format=messages and data.columns.messages=chosen, or data.function")),
-    Format("unpaired-preference", ("prompt", "completion", "label"), _refused(
-        "has a label beside prompt and completion, for the kto recipes; to learn every completion whatever its label, "
-        "set data.format=prompt-completion")),
-    Format("prompt-completion", ("prompt", "completion"), _completion, (*_SYSTEM, *_BESIDE), "prompt"),
-    Format("alpaca", ("instruction", "output"), _pair("instruction", "output", "input"),
-           ("input", "history", *_SYSTEM, *_BESIDE), "instruction"),
-    Format("dolly", ("instruction", "response"), _pair("instruction", "response", "context"),
-           ("context", *_SYSTEM, *_BESIDE), "instruction"),
-    *(Format(f"{one}-{other}", (one, other), _pair(one, other), (*_SYSTEM, *_BESIDE), one) for one, other in _PAIRS),
-    Format("text", ("text",), lambda columns: {"text": columns.text("text")}, field="text"),
-)  # fmt: skip
+    Format("messages", ("messages",), _conversation("messages"), _AROUND),
+    Format("llava", ("conversations", "image"), _conversation("conversations"), _AROUND),
+    Format("llava-images", ("conversations", "images"), _conversation("conversations"), _AROUND),
+    Format("sharegpt", ("conversations",), _conversation("conversations"), _AROUND),
+    Format("conversation", ("conversation",), _conversation("conversation"), _AROUND),
+    Format("texts", ("images", "texts"), _cauldron, _BESIDE, field="texts"),
+    Format("preference", ("chosen", "rejected"), _refused(_NO_PREFERENCE)),
+    Format("unpaired-preference", ("prompt", "completion", "label"), _refused(_NO_LABEL)),
+    Format("prompt-completion", ("prompt", "completion"), _completion, _AROUND),
+    Format(
+        "alpaca", ("instruction", "output"), _pair("instruction", "output", "input"), ("input", "history", *_AROUND)
+    ),
+    Format("dolly", ("instruction", "response"), _pair("instruction", "response", "context"), ("context", *_AROUND)),
+    *(Format(f"{asked}-{said}", (asked, said), _pair(asked, said), _AROUND) for asked, said in _PAIRS),
+    Format("text", ("text",), lambda columns: {"text": columns.text("text")}),
+)
 DEFAULT_FORMAT = FormatOptions()
 _BY_NAME = {one.name: one for one in FORMATS}
 
@@ -274,7 +286,7 @@ def recognised(record: Any, where: object, format_options: FormatOptions) -> Rec
         )
     found = chosen.to_record(columns)
     unread = tuple(name for name in columns.given if name not in columns.read)
-    return Recognised(chosen.name, found, columns.theirs(chosen.field), unread)
+    return Recognised(chosen.name, found, columns.theirs(chosen.field or chosen.columns[0]), unread)
 
 
 def _unlike(columns: Columns) -> str:

@@ -64,8 +64,10 @@ def test_long_conversations_are_dropped_or_split_between_turns(folder: Path, mod
     assert max(split.lengths) <= 64
     # Exactly at the limit is kept, one less is not.
     length = int(split.lengths[0])
-    assert len(corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])],
-                         seq_length=length)) == 1  # fmt: skip
+    assert (
+        len(corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])], seq_length=length))
+        == 1
+    )
     with pytest.raises(DataError, match=f"1 too long; first: .*data.jsonl:1: longer than {length - 1} tokens"):
         corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])], seq_length=length - 1)
 
@@ -216,8 +218,9 @@ def test_parts_of_other_data_are_not_gone_on_with(
 
     def opened(name: str, at: Path = model, **changed: Any) -> Corpus:
         options = replace(CorpusOptions(str(path), 64, cache=str(folder / name)), **changed)
-        return open_corpus(options, at, progress=interrupt if name == "cut" and not changed else None,
-                           notify=told.append)  # fmt: skip
+        return open_corpus(
+            options, at, progress=interrupt if name == "cut" and not changed else None, notify=told.append
+        )
 
     with pytest.raises(KeyboardInterrupt):
         opened("cut")

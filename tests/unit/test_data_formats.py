@@ -52,19 +52,20 @@ def template(model: Path) -> Any:
     return AutoProcessor.from_pretrained(model)
 
 
+def with_picture(part: Any) -> Any:
+    return {**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
+
+
 def expected(template: Any, messages: Sequence[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
     """transformers' own ids, and a mask from what it renders: the model's turns, with their end, by characters."""
-    media = [part for row in messages if isinstance(row.get("content"), list) for part in row["content"]]
+    lists = [isinstance(row.get("content"), list) for row in messages]
     filled = [
-        {**row, "content": [{**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
-                            for part in row["content"]]} if isinstance(row.get("content"), list) else row
-        for row in messages
-    ]  # fmt: skip
+        {**row, "content": [*map(with_picture, row["content"])]} if is_list else row
+        for row, is_list in zip(messages, lists, strict=True)
+    ]
     text = template.apply_chat_template(messages, tools=tools, tokenize=False)
-    ids = template.apply_chat_template(
-        filled if media else messages, tools=tools, tokenize=True, return_dict=True
-    )["input_ids"][0]  # fmt: skip
-    ids = [int(token) for token in ids]
+    found = template.apply_chat_template(filled, tools=tools, tokenize=True, return_dict=True)
+    ids = [int(token) for token in found["input_ids"][0]]
     # Soft tokens are no characters: the mask of the text, where an image is one token.
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [match.span(1) for match in re.finditer(r"<\|turn>model\n(.*?<turn\|>)", text, re.S)]
@@ -104,9 +105,16 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids", "answer", "megatron", "text", "preference", "unpaired-preference", "prompt-response",
-        "inputs-targets", "input-output",
-    }  # fmt: skip
+        "input_ids",
+        "answer",
+        "megatron",
+        "text",
+        "preference",
+        "unpaired-preference",
+        "prompt-response",
+        "inputs-targets",
+        "input-output",
+    }
 
 
 def test_text_and_tokens(tmp_path: Path, model: Path, template: Any) -> None:
