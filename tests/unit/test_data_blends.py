@@ -21,8 +21,8 @@ from recipes.data.order import ALL, WEIGHTED_ROWS, Order, Plans, Position, Share
 from recipes.data.packing import plan_epoch
 from recipes.data.training import batch_options, corpora
 
-from .blend_cases import CHATS_AND_CODE, said, write_sources
-from .data_helpers import chat, corpus_of, model_folder
+from .blend_cases import CHATS_AND_CODE, said
+from .data_helpers import chat, corpus_of
 
 WIDTH = 96
 # Weights as people give them, even, uneven, tiny, no round numbers.
@@ -227,16 +227,6 @@ def test_the_next_epoch_is_planned_while_one_is_used() -> None:
         order.ahead(1500, place)
     order.close()
     assert "plan" not in [thread.name for thread in threading.enumerate()]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("files"))
 
 
 def test_more_tokens_than_there_are(model: Path, files: Path) -> None:

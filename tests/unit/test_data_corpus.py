@@ -32,19 +32,8 @@ from .data_helpers import (
     messages,
     model_folder,
     part,
-    picture_folder,
     write_jsonl,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return picture_folder(tmp_path)
 
 
 def test_long_conversations_are_dropped_or_split_between_turns(folder: Path, model: Path) -> None:

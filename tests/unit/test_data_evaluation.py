@@ -19,14 +19,9 @@ from recipes.data.options import CorpusOptions
 from recipes.data.selection import first_samples, held_out
 from recipes.data.training import corpora, streams
 
-from .data_helpers import chat, corpus_of, model_folder, write_jsonl
+from .data_helpers import chat, corpus_of, write_jsonl
 
 ROWS = [chat(f"what is {number}", f"it is {number * number}") for number in range(30)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def texts(corpus: Any) -> set[bytes]:

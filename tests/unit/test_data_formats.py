@@ -34,15 +34,10 @@ from recipes.data.record_batches import Record
 from recipes.data.record_sources import find_sources
 from recipes.data.sample import Where
 
-from .data_helpers import corpus_of, model_folder, write_jsonl
+from .data_helpers import corpus_of, write_jsonl
 from .format_records import CALLED, IMAGE, RECORDS, TOOLS, picture, said
 
 pyarrow = pytest.importorskip("pyarrow", reason="writes Parquet and Zstandard")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
 
 
 @pytest.fixture(scope="module")

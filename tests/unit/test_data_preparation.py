@@ -21,12 +21,7 @@ from recipes.data.files import DataFile
 from recipes.data.tokenising import Share
 from recipes.data.training import corpora
 
-from .data_helpers import chat, model_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+from .data_helpers import chat, write_jsonl
 
 
 def never(*arguments: Any) -> Any:

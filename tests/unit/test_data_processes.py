@@ -27,11 +27,6 @@ from recipes.data.processes import Processes
 from .data_helpers import caches, chat, files_of, model_folder, write_jsonl
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusOptions:
     """A thousand records, of which other processes make all but the first block."""

@@ -15,7 +15,7 @@ from recipes.data.sample import Where
 from recipes.data.selection import first_samples, held_out
 from recipes.metrics.named import METRICS
 
-from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
+from .data_helpers import MERGING_TEMPLATE, chat, corpus_of
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
 IMAGE = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what is it"}]
@@ -40,11 +40,6 @@ ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a cat"}]},
 ]
 REFERENCES = ['{"a": 1}', "the answer\nof two lines", "Grüße", "warm", "done", "a cat"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_what_is_asked_and_what_is_wanted(tmp_path: Path, model: Path) -> None:
