@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from recipes.simulate.stand_ins import DEVICE, as_a_gpu, standing_in
+from recipes.simulate.stand_ins import DEVICE, standing_in
 from recipes.simulate.trace import Trace
 
 _aten = torch.ops.aten
@@ -189,7 +189,7 @@ class FakeDevice(TorchDispatchMode):
     def __enter__(self) -> FakeDevice:
         if self._stack is None:
             with ExitStack() as stack:
-                stack.enter_context(as_a_gpu(self.trace) if self.gpu else standing_in())
+                stack.enter_context(standing_in(self.trace if self.gpu else None))
                 self._stack = stack.pop_all()
         super().__enter__()
         return self
