@@ -94,11 +94,6 @@ class DistWriter(UnitFiles):
     def _chunk_shape(spec: TensorSpec, chunk: RowChunk) -> tuple[int, ...]:
         return (chunk.stop - chunk.start, *spec.shape[1:]) if spec.shape else ()
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all the files that will be written, the metadata apart."""
-        return sum(self._sizes.values())
-
     def units(self, chunk_bytes: int) -> tuple[Unit, ...]:
         """The files and their chunks. The chunks are the writer's own, whatever `chunk_bytes` asks for."""
         del chunk_bytes

@@ -98,8 +98,7 @@ def simulate_rank(
         at_peak = _by_kind(peaks[moment].at_peak, before)
         memory = Memory(weights, gradients, round(optimizer * of_optimizer), at_peak, moment)
         peak_beyond = {name: found.peak - sum(before.values()) for name, found in peaks.items()}
-        place = run.groups.pp.rank(), run.groups.cp.rank()
-        return SimulatedRank(rank, *place, microbatches, memory, peak_beyond, device.trace.events)
+        return SimulatedRank(rank, run.groups.pp.rank(), microbatches, memory, peak_beyond, device.trace.events)
 
 
 def _without_precision_aware(recipe: Recipe) -> tuple[Recipe, float]:
