@@ -61,8 +61,8 @@ class HfFolder(CloseOnExit):
     `assets`: every file that is not weights, relative to the folder, sorted. `ignored`: weight files that the model
     does not consist of (another format, a stray shard), and the files that go with them: they are carried nowhere, and
     whoever copies the folder says so.
-    `file_metadata`: `__metadata__` of the first weight file. `files`: the weight files. `single`: what the weight file is
-    called where there is one only, and `index` that of several. `config`: what stands for config.json where the file
+    `file_metadata`: `__metadata__` of the first weight file. `files`: the weight files. `single`: what the weight file
+    is called where there is one only, and `index` that of several. `config`: what stands for config.json where the file
     says more than is meant (of weights that are read as if they were not quantized), else None.
 
     Raises CheckpointError that names the file or tensor at fault.
