@@ -27,7 +27,7 @@ from recipes.data.cache import CacheParts
 from recipes.data.chat import ChatModel
 from recipes.data.processes import Processes
 from recipes.data.record_sources import find_sources
-from recipes.data.tokenising import Share, groups_of, tokenise, with_processes
+from recipes.data.tokenising import ReadShare, groups_of, tokenise, with_processes
 
 _WORDS = [
     "the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they", "be",
@@ -102,7 +102,7 @@ def ours(path: Path, model: Path, workers: int, speed: float) -> Spent:
 
         def together() -> None:
             batches = ((0, batch) for batch in sources[0].record_batches())
-            groups, share = groups_of(batches, speed), Share(sources)
+            groups, share = groups_of(batches, speed), ReadShare(sources)
             with_processes(parts, processes, workers, groups, lambda read, share: None, lambda line: None, share)
             parts.join(joined)
 

@@ -138,14 +138,14 @@ def _show(
     from recipes.data import open_corpus
     from recipes.data.plot import check_plot, write_plot
     from recipes.data.recognition import lines, recognise
-    from recipes.data.report import Progress
+    from recipes.data.report import ProgressLines
     from recipes.data.show import show_sources, sources_to_json
 
     if plot is not None:
         check_plot(plot)
         if model is None:
             raise UsageError("--plot: draws tokens, which are those of a model: --model")
-    progress = Progress(err.print, doing="reading" if model is None else "tokenising")
+    progress = ProgressLines(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(sources[""], count, progress.read)
         if not wrote_json(json_file, found.to_json()):

@@ -161,12 +161,12 @@ def _prepared(task: EvaluationTask) -> int:
     """Tokenise the data, and say what is wrong or left out of it; how long its longest sample is."""
     from recipes.data.corpus import open_corpus
     from recipes.data.questions import Questions, check_questions
-    from recipes.data.report import Progress
+    from recipes.data.report import ProgressLines
     from recipes.data.selection import first_samples
     from recipes.metrics.named import find_metrics
 
     err.print(f"reading data: {', '.join(task.data.paths)}")
-    progress = Progress(err.print)
+    progress = ProgressLines(err.print)
     corpus = open_corpus(task.data, task.assets, progress=progress.read, notify=progress.line)
     for reason, count in corpus.statistics.dropped.items():
         err.print(f"{count} records are left out: {reason}")

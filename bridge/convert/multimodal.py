@@ -25,7 +25,7 @@ _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeModel:
     """The folder that is to be written. `assets`: of `folder`, relative to it. `config`: where it is not as there."""
 
     reader: RowReader
@@ -44,7 +44,7 @@ def open_whole(
     language: Sequence[CopyTensor],
     reader: RowReader,
     notify: Notify | None = None,
-) -> Whole:
+) -> WholeModel:
     """The multimodal folder `path` with another language model: `language`, which `reader` has, of `geometry`.
 
     Where every tensor of it has one dtype, the towers are written in it too, as an import with that dtype would.
@@ -77,7 +77,7 @@ def open_whole(
     if notify is not None:
         _say(source, rest, dtype, notify)
     files, assets = list(source.folder.files), list(source.folder.assets)
-    return Whole(reader_of_all, tuple(tensors), table, files, source.folder.path, assets, changed)
+    return WholeModel(reader_of_all, tuple(tensors), table, files, source.folder.path, assets, changed)
 
 
 def _say(source: SourceFolder, rest: Sequence[CopyTensor], dtype: str | None, notify: Notify) -> None:

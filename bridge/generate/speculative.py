@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from bridge.errors import ParallelError, UsageError
-from bridge.generate.row import Row
+from bridge.generate.row import GeneratedRow
 from bridge.generate.sampling import SamplingOptions, choose, distribution, draw
 from bridge.generate.stages import StepOutput
 from bridge.megatron.attention import KeyValue
@@ -68,7 +68,7 @@ class Speculator:
         """How many tokens may be taken back from the caches: those proposed, and one that drafters see besides."""
         return self._tokens + 1
 
-    def draft(self, caches: KeyValueCaches, rows: Sequence[Row], options: SamplingOptions) -> Drafts:
+    def draft(self, caches: KeyValueCaches, rows: Sequence[GeneratedRow], options: SamplingOptions) -> Drafts:
         """Tokens behind the last one of every row, known to all ranks of the pipeline; none behind the last allowed."""
         counts = [min(self._tokens, options.max_new_tokens - len(row.tokens) - 1) for row in rows]
         steps = max(counts)
@@ -87,7 +87,7 @@ class Speculator:
         self,
         drafter: Gemma4Drafter,
         caches: KeyValueCaches,
-        rows: Sequence[Row],
+        rows: Sequence[GeneratedRow],
         options: SamplingOptions,
         steps: int,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -125,7 +125,7 @@ class Speculator:
         return torch.stack(proposed, 1), probabilities
 
     def accepted(
-        self, output: StepOutput | None, drafts: Drafts, rows: Sequence[Row], options: SamplingOptions
+        self, output: StepOutput | None, drafts: Drafts, rows: Sequence[GeneratedRow], options: SamplingOptions
     ) -> list[tuple[list[int], list[float]]]:
         """Of every row its new tokens and their log-probabilities, on every rank of the pipeline.
 
@@ -156,7 +156,7 @@ class Speculator:
 
 
 def accept(
-    logits: Tensor, proposed: list[int], draft_probabilities: list[Tensor], row: Row, options: SamplingOptions
+    logits: Tensor, proposed: list[int], draft_probabilities: list[Tensor], row: GeneratedRow, options: SamplingOptions
 ) -> list[int]:
     """The tokens that a row gets. `logits` [proposed + 1, vocab]; `draft_probabilities` [vocab] of each: what
     it was drawn with."""
@@ -171,7 +171,11 @@ def accept(
 
 
 def sampled(
-    wanted: Tensor, proposed: list[int], draft_probabilities: Sequence[Tensor], row: Row, options: SamplingOptions
+    wanted: Tensor,
+    proposed: list[int],
+    draft_probabilities: Sequence[Tensor],
+    row: GeneratedRow,
+    options: SamplingOptions,
 ) -> list[int]:
     """The tokens that a row gets; `wanted` [proposed + 1, vocab]: the model's probabilities."""
     for ahead, (token, p, q) in enumerate(zip(proposed, wanted, draft_probabilities, strict=False)):

@@ -17,7 +17,7 @@ from bridge.lora.live import AdapterGatherer, open_gatherer
 from bridge.lora.spec import Factor, Target
 from bridge.mapping import Table
 from bridge.sync.buckets import BUCKET_BYTES, Bucket, Group, SyncTensor, plan_buckets, with_siblings
-from bridge.sync.send import Sent, Sink, send
+from bridge.sync.send import Sent, WeightSink, send
 from bridge.together import together
 
 # "merge": weights with adapters in them; "leave": the base's; "only": the adapters.
@@ -67,7 +67,7 @@ class WeightSync:
         """What the next `send` sends, the same on every rank. Collective."""
         return self._plan(self._open(), everything)
 
-    def send(self, sink: Sink | None, *, everything: bool | None = None) -> Sent:
+    def send(self, sink: WeightSink | None, *, everything: bool | None = None) -> Sent:
         """Send the weights of the last update to `sink`, which ranks that receive nothing need not have. Collective.
 
         `everything`: frozen ones as well; None: as this is the first time or not. Raises UsageError where a rank that

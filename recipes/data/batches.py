@@ -23,7 +23,7 @@ from recipes.data.chat import Encoded
 from recipes.data.collate import KL, batch_tensors, join_media, mismatched, source_tensors
 from recipes.data.options import at_least, one_of
 from recipes.data.order import Order, Plans, Position
-from recipes.data.packing import Plan, plan_epoch
+from recipes.data.packing import PackingPlan, plan_epoch
 from recipes.data.preference import SAMPLES
 from recipes.data.threads import ordered_map
 
@@ -124,7 +124,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
                 f"{options.seq_length}; tokenise with that seq_length"
             )
 
-        def plan(epoch: int) -> Plan:
+        def plan(epoch: int) -> PackingPlan:
             return plan_epoch(
                 lengths,
                 epoch=epoch,
@@ -145,7 +145,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         """Where the next batch begins."""
         return self._position
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> PackingPlan:
         """The rows of an epoch of the first source."""
         return self.order.plans[0][epoch]
 

@@ -35,7 +35,7 @@ from recipes.data.record_sources import RecordSource, find_sources
 from recipes.data.sample import Blob, Where
 from recipes.data.statistics import Statistics
 from recipes.data.tokenising import tokenise
-from recipes.data.uses import Use, default_folder, lock_of, parts_of
+from recipes.data.uses import CacheUse, default_folder, lock_of, parts_of
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
 _FORMAT = 4
@@ -211,7 +211,7 @@ def open_corpus(
             # Whoever made it was killed before it had tidied up.
             shutil.rmtree(parts, ignore_errors=True)
         # From here on `data clean` leaves it.
-        use = Use(folder, {"for": asked_by, "model": str(model), "seq_length": options.seq_length})
+        use = CacheUse(folder, {"for": asked_by, "model": str(model), "seq_length": options.seq_length})
     corpus = Corpus(folder, chat, options, sources, inputs)
     weakref.finalize(corpus, use.end)
     if corpus.has_media:

@@ -21,7 +21,7 @@ from recipes.data.training import corpora, corpus_options, model_folder, say
 
 
 @dataclass(frozen=True)
-class Asked:
+class DataArguments:
     """A recipe, by its name, or else the names of data; with keys of recipes."""
 
     recipe: str | None
@@ -29,7 +29,7 @@ class Asked:
     overrides: tuple[str, ...]
 
 
-def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
+def asked(arguments: Sequence[str], paths: Sequence[str]) -> DataArguments:
     """What arguments of a command name, beside the `paths` that are certainly data. Raises UsageError."""
     overrides = tuple(one for one in arguments if "=" in one and not Path(one).exists())
     names = [one for one in arguments if one not in overrides]
@@ -38,17 +38,17 @@ def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
             raise UsageError(f"{names[1]}: beside a recipe come its keys, KEY=VALUE")
         if paths:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
-        return Asked(names[0], (), overrides)
+        return DataArguments(names[0], (), overrides)
     absent = [name for name in names if not Path(name).exists() and prefix_of(name) is None]
     if absent:
         beside = "; without a recipe, what stands beside --data is data too" if paths else ""
         raise UsageError(f"{absent[0]}: no such file{beside}")
     if not names and not paths:
         raise UsageError("name a recipe, or data: a file, or --data")
-    return Asked(None, (*paths, *names), overrides)
+    return DataArguments(None, (*paths, *names), overrides)
 
 
-def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: int | None) -> Recipe:
+def recipe_of(given: DataArguments, model: str | None, seq_length: int | None, workers: int | None) -> Recipe:
     """The recipe that is asked for, or one that says of the data what a recipe would. Raises UsageError."""
     keys = {"model.hf": model, "train.seq_length": seq_length, "data.workers": workers}
     overrides = [*given.overrides, *(f"{key}={value}" for key, value in keys.items() if value is not None)]
@@ -117,7 +117,7 @@ def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, 
 
 def opened(recipe: Recipe, options: CorpusOptions) -> Corpus:
     """One corpus for the model of a recipe. Raises DataError and UsageError."""
-    progress = report.Progress(say)
+    progress = report.ProgressLines(say)
     return open_corpus(options, model_folder(recipe), progress=progress.read, notify=progress.line)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from bridge.errors import DataError
 from recipes.data.cache import CacheParts, write_part
 from recipes.data.chat import ChatModel
-from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.encoding import INVALID, Encoder, RecordOutcome
 from recipes.data.garbage import seldom_collected
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
@@ -36,13 +36,13 @@ _GROUP_S, _GROUP_BATCHES = 1.0, 32
 Numbered = tuple[int, RecordBatch]
 
 
-class Work:
+class RecordEncoder:
     """What is done to records, in whichever process. `roots`: the folder of the media of each source."""
 
     def __init__(self, chat: ChatModel, options: CorpusOptions, roots: Sequence[Path | None]) -> None:
         self._encoder, self._options, self._roots = Encoder(chat, options), options, roots
 
-    def outcomes(self, source: int, batch: RecordBatch, skip: int = 0) -> Iterator[Outcome]:
+    def outcomes(self, source: int, batch: RecordBatch, skip: int = 0) -> Iterator[RecordOutcome]:
         """What each record gives, in order, behind the first `skip`. Raises UsageError where it is due."""
         records = list(islice(batch.records(), skip, None))
         fetched: list[dict[str, bytes]] = [{} for _ in records]
@@ -50,12 +50,12 @@ class Work:
         for outcome, of_record in zip(self._encoder.outcomes(records, reads), fetched, strict=True):
             yield _with_fetched(outcome, of_record) if of_record else outcome
 
-    def part(self, folder: Path, group: Sequence[Numbered]) -> Made:
+    def part(self, folder: Path, group: Sequence[Numbered]) -> WrittenPart:
         """Write a part of them all, up to the first error where that ends the run. Raises OSError, UsageError."""
         said: list[str] = []
         error: DataError | None = None
 
-        def outcomes() -> Iterator[tuple[int, Outcome]]:
+        def outcomes() -> Iterator[tuple[int, RecordOutcome]]:
             nonlocal error
             for source, batch in group:
                 for outcome in self.outcomes(source, batch):
@@ -68,7 +68,7 @@ class Work:
 
         place = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
         records, statistics = write_part(place, outcomes())
-        return Made(place, records, statistics, tuple(said), error)
+        return WrittenPart(place, records, statistics, tuple(said), error)
 
     def _reader(self, root: Path | None, fetched: dict[str, bytes]) -> ReadMedia:
         allow_urls = self._options.allow_urls
@@ -84,7 +84,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Made:
+class WrittenPart:
     """A part that a process has written. `skipped`: its bad records; `error`: the one that ends the run."""
 
     place: Path
@@ -106,13 +106,13 @@ def tokenise(
     if parts.records:
         notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
     roots = [Path(options.media_root) if options.media_root is not None else source.root for source in sources]
-    share = Share(sources)
+    share = ReadShare(sources)
     batches = _behind(sources, parts.records)
     with seldom_collected(), ExitStack() as stack:
         processes: Processes | None = None
         try:
             clock = _Clock(parts.records)
-            work, read = Work(chat, options, roots), parts.records
+            work, read = RecordEncoder(chat, options, roots), parts.records
             for source, batch, skip in batches:
                 done = share.read(source)
                 for outcome in work.outcomes(source, batch, skip):
@@ -162,7 +162,7 @@ def with_processes(
     groups: Iterator[Sequence[Numbered]],
     progress: Callable[[int, float], None],
     notify: Callable[[str], None],
-    share: Share,
+    share: ReadShare,
 ) -> None:
     """Each process makes a part at a time; here they are put into their order. Raises DataError."""
     # Of the groups that are being worked on, how much of the data was read with them.
@@ -183,7 +183,7 @@ def with_processes(
             progress(parts.records, shares.popleft())
 
 
-class Share:
+class ReadShare:
     """Which part of all data has been read, 0 to 1, while its sources are read one after another."""
 
     def __init__(self, sources: Sequence[RecordSource]) -> None:
@@ -218,7 +218,7 @@ def groups_of(batches: Iterator[Numbered], speed: float) -> Iterator[Sequence[Nu
         yield group
 
 
-def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
+def _with_fetched(outcome: RecordOutcome, fetched: dict[str, bytes]) -> RecordOutcome:
     """The outcome with bytes in place of URLs: training never goes to the network."""
 
     def stored(blob: Blob) -> Blob:

@@ -33,7 +33,7 @@ from recipes.environment import rank_from_environment
 from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
 from recipes.sources import all_paths
-from recipes.train.data import Answers, DataFactory, Streams
+from recipes.train.data import AnswerBatches, DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -80,7 +80,7 @@ def corpora(recipe: Recipe) -> Opened:
 
     def opened(options: CorpusOptions) -> Corpus:
         say(f"reading data: {', '.join(options.paths)}")
-        progress = report.Progress(say)
+        progress = report.ProgressLines(say)
         return open_corpus(options, folder, progress=progress.read, notify=progress.line, asked_by=recipe.output)
 
     return open_sets(recipe, corpus_options(recipe), opened)
@@ -151,7 +151,7 @@ def streams(
     sources = blend_of(opened.train).sources
     asked = records_of(recipe) != SAMPLES or recipe.distill.cache
     sets = (*(each.samples for each in sources), *opened.evaluation.values()) if asked else ()
-    answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
+    answers = tuple(AnswerBatches(samples, partial(once, samples, batch)) for samples in sets)
     found = [_said(underlying_corpus(each.samples)) for each in sources]
     facts = found[0][0] if len(found) == 1 else {}
     notes = [line for _, said in found for line in said]

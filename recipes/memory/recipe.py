@@ -24,7 +24,7 @@ from recipes.config import Recipe
 from recipes.groups import FREEZABLE, compiled
 from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
-from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
+from recipes.memory.estimate import RESERVE, Estimate, TrainingPlan, advice, estimate
 from recipes.memory.parameters import count, everything, nothing
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
@@ -47,7 +47,7 @@ def geometry_of(model: str) -> Geometry:
     raise UsageError(f"{model}: neither a folder here nor a published model ({', '.join(VARIANTS)})")
 
 
-def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
+def plan_of(recipe: Recipe, world_size: int, table: Table) -> TrainingPlan:
     """What the recipe asks of `world_size` ranks, for the model of `table`. Raises a BridgeError."""
     microbatches = check_recipe(recipe, world_size)
     parallel, optimizer = recipe.parallel, recipe.optimizer
@@ -75,7 +75,7 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         fp8_experts=model.fp8_experts,
         fake_quant=model.fake_quant != "none" and not rank,
     )
-    return Plan(
+    return TrainingPlan(
         parallel.layout(),
         world_size,
         load,
@@ -168,12 +168,12 @@ def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[l
     return lines, False
 
 
-def _dp_rows(plan: Plan) -> int:
+def _dp_rows(plan: TrainingPlan) -> int:
     """Sequences that go through at once, over all replicas."""
     return plan.load.rows * plan.parallel.dp(plan.world_size)
 
 
-def describe(found: Estimate, plan: Plan) -> Iterator[str]:
+def describe(found: Estimate, plan: TrainingPlan) -> Iterator[str]:
     """An estimate, line by line; GB are 10⁹ bytes."""
 
     def gb(size: int) -> str:

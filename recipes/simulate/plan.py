@@ -12,7 +12,7 @@ from bridge.geometry import Geometry
 from bridge.mapping import table_for
 from bridge.mapping.table import Table
 from recipes.config import CONFIGS, ParallelConfig, Recipe, load_recipe, resolve
-from recipes.memory.estimate import RESERVE, Plan, estimate
+from recipes.memory.estimate import RESERVE, TrainingPlan, estimate
 from recipes.memory.recipe import geometry_of, plan_of
 from recipes.memory.search import Proposal, layouts, search
 from recipes.simulate.hardware import Hardware
@@ -72,7 +72,7 @@ def proposals(question: Question) -> list[Proposal]:
     return found
 
 
-def _nothing_fits(question: Question, wanted: Plan) -> str:
+def _nothing_fits(question: Question, wanted: TrainingPlan) -> str:
     tries = [
         replace(wanted, parallel=parallel, load=replace(wanted.load, recompute="full"))
         for parallel in layouts(question.table, question.gpus)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from recipes.config import Recipe, to_yaml
-from recipes.train.sinks import Sink, Values, open_tensorboard, open_wandb
+from recipes.train.sinks import LogSink, Values, open_tensorboard, open_wandb
 
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "recipe.yaml"
@@ -38,7 +38,7 @@ class Log:
         self._status = self._console.status("starting") if self._console.is_terminal else None
         if self._status is not None:
             self._status.start()
-        self._sinks: list[Sink] = []
+        self._sinks: list[LogSink] = []
         if recipe.log.tensorboard:
             self._sinks.append(open_tensorboard(output, resumed_at))
         if recipe.log.wandb is not None:

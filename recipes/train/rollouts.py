@@ -62,7 +62,7 @@ class SampledAnswer:
 
 
 @dataclass(frozen=True)
-class Row(SampledAnswer):
+class RewardedAnswer(SampledAnswer):
     """One that is rewarded. `logprobs`: of `tokens`, as they were sampled. `scores`: see `recipes.losses.policy`."""
 
     logprobs: tuple[float, ...]
@@ -75,15 +75,15 @@ def len_of(answer: SampledAnswer) -> int:
     return len(answer.prompt) + len(answer.tokens)
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: RewardedAnswer) -> dict[str, Any]:
     """For JSON, which has no NaN."""
     return asdict(row) | {"scores": [None if math.isnan(score) else score for score in row.scores]}
 
 
-def _row_of(plain: dict[str, Any]) -> Row:
+def _row_of(plain: dict[str, Any]) -> RewardedAnswer:
     scores = tuple(math.nan if score is None else score for score in plain["scores"])
     prompt, tokens, logprobs = (tuple(plain[name]) for name in ("prompt", "tokens", "logprobs"))
-    return Row(plain["sample"], prompt, tokens, logprobs, plain["advantage"], scores)
+    return RewardedAnswer(plain["sample"], prompt, tokens, logprobs, plain["advantage"], scores)
 
 
 def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float]], config: GrpoConfig) -> Tensor:
@@ -144,7 +144,7 @@ def answers_batch(
 
 
 def batch_of(
-    rows: Sequence[Row],
+    rows: Sequence[RewardedAnswer],
     questions: Questions,
     geometry: Geometry,
     pad_id: int,
@@ -206,7 +206,7 @@ class Rollouts:
             stop_token_ids=stop_token_ids(Path(model_folder(run.recipe))),
         )
         self._answers = self._sampler()
-        self._rows: list[Row] = []
+        self._rows: list[RewardedAnswer] = []
         self._taken = 0  # rows of the rollout that were taken, every time they were
         self._asked = self._steps = 0  # prompts, and steps that their answers are for, so far
         check_lengths(self._questions, self._recipe, self._config.max_new_tokens, "grpo.max_new_tokens")
@@ -289,7 +289,7 @@ class Rollouts:
         if bool(values[:, 1].isnan().all()):
             raise TrainingError(f"step {self._steps + 1}: not one of {len(found)} answers could be rewarded")
         self._rows = [
-            Row(sample, answer.prompt_tokens, answer.tokens, answer.logprobs, value[0], tuple(value[1:]))
+            RewardedAnswer(sample, answer.prompt_tokens, answer.tokens, answer.logprobs, value[0], tuple(value[1:]))
             for sample, answer, value in zip(asked, found, values.tolist(), strict=True)
         ]
         self._write(found)
@@ -336,7 +336,7 @@ class Rollouts:
             step, {f"rollout {place}": f"[{line['reward']}] {line['text']}" for place, line in enumerate(first_lines)}
         )
 
-    def _line(self, answer: Completion, row: Row) -> dict[str, Any]:
+    def _line(self, answer: Completion, row: RewardedAnswer) -> dict[str, Any]:
         total, _, _, *each = (None if math.isnan(score) else score for score in row.scores)
         return {
             "prompt": self._questions.text(row.prompt),

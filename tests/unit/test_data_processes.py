@@ -36,7 +36,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusOptions:
     rows: list[Any] = [seen if n % 100 == 7 else "" if n % 100 == 8 else chat("q", f"a {n}") for n in range(1000)]
     rows[500] = "not JSON"
     monkeypatch.setattr(tokenising, "_ALONE_S", 0.0)
-    monkeypatch.setattr(tokenising, "_GROUP_BLOCKS", 2)
+    monkeypatch.setattr(tokenising, "_GROUP_BATCHES", 2)
     # There is no telling how far this process gets until the others are ready: it waits for them.
     monkeypatch.setattr(Processes, "ready", True)
     path = write_jsonl(tmp_path / "a.jsonl", rows)

@@ -48,3 +48,14 @@ def test_a_long_function_is_seen() -> None:
     inner = "\n".join(f"            a{number} = 0" for number in range(70))
     tree = ast.parse(f"class C:\n    def f(self):\n        def g():\n{inner}\n        return g\n")
     assert dict(functions(tree.body)) == {"f": 73, "g": 71}
+
+
+def test_a_class_has_its_name_alone() -> None:
+    """A public class of the product means one thing: no two are called the same."""
+    found: dict[str, list[str]] = {}
+    for package in PACKAGES[:3]:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in tree_of(file).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}
