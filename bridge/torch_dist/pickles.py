@@ -2,8 +2,8 @@
 
 `loads` is an interpreter of the few opcodes that such files consist of. It imports nothing, calls nothing and hashes
 nothing from the file: a class or function becomes a `Global`, a call a `Call`, an object an `Instance` with its state.
-The standard Unpickler with an allow-list would not do: a flipped byte in a memo index makes it allocate gigabytes, and a
-nested tuple as a dictionary key makes it hash for ever. `dumps` writes such trees, so that torch need not be imported.
+The standard Unpickler with an allow-list would not do: a flipped byte in a memo index makes it allocate gigabytes, and
+a nested tuple as a dictionary key makes it hash for ever. `dumps` writes such trees: torch need not be imported.
 """
 
 from __future__ import annotations
