@@ -100,7 +100,7 @@ def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, 
         check_target(prefix)
         if not isinstance(samples, Corpus) or samples.has_media or samples.options.together > 1:
             raise DataError(
-                f"{prefix}: Megatron's format holds tokens of_unknown_kind: no media, no pairs, no part of a file"
+                f"{prefix}: Megatron's format holds tokens alone: no media, no pairs, no part of a file"
             )
         write(prefix, samples.folder / "ids.bin", samples.lengths)
         counts = samples.statistics
