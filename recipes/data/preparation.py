@@ -99,9 +99,7 @@ def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, 
         prefix = Path(out if name == "train" else f"{out}_{name.replace('/', '_')}")
         check_target(prefix)
         if not isinstance(samples, Corpus) or samples.has_media or samples.options.together > 1:
-            raise DataError(
-                f"{prefix}: Megatron's format holds tokens alone: no media, no pairs, no part of a file"
-            )
+            raise DataError(f"{prefix}: Megatron's format holds tokens alone: no media, no pairs, no part of a file")
         write(prefix, samples.folder / "ids.bin", samples.lengths)
         counts = samples.statistics
         written[name] = {"prefix": str(prefix), "sequences": len(samples), "tokens": counts.tokens}

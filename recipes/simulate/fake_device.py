@@ -145,7 +145,7 @@ class FakeDevice(TorchDispatchMode):
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=DEVICE)
 
     def _count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
-        formula = _formula(func._overloadpacket)
+        formula = flops_formula(func._overloadpacket)
         results = [x for x in _tensors((result,)) if x.is_meta]
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=result)
@@ -228,7 +228,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @functools.cache
-def _formula(packet: Any) -> Callable[..., int] | None:
+def flops_formula(packet: Any) -> Callable[..., int] | None:
     """FLOPs of an operation's products, by its arguments and its result."""
     found: Callable[..., int] | None = flop_registry.get(packet) or _FLOPS.get(packet)
     return found
