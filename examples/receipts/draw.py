@@ -1,10 +1,11 @@
-"""Receipts, drawn: pictures of 84 x 120 pixels, and what stands on them as JSON with the keys of CORD-v2.
+"""Receipts, drawn: pictures of 96 x 96 pixels, and what stands on them as JSON with the keys of CORD-v2.
 
 python examples/receipts/draw.py FOLDER [--train 8000] [--test 200] [--seed 0]
 
-Till printers have one width for all characters: 7 in a line here. Shop, number of dishes, currency, decimal mark, ink,
-paper, place on the paper and noise vary. Line prices of the held-out receipts are never those of the others: they
-cannot be remembered, they have to be read.
+Till printers have one width for all characters: 8 in a line here. Prices are like those of CORD-v2, from Indonesian
+shops: whole thousands and five hundreds. Shop, number of dishes, currency, mark of the thousands, ink, paper, place on
+the paper and noise vary. Line prices of the held-out receipts are never those of the others: they cannot be remembered,
+they have to be read.
 """
 
 from __future__ import annotations
@@ -20,40 +21,38 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-QUESTION = "Read the receipt."
-# What the toys' image processor takes as it is: 7 x 10 soft tokens of 12 x 12 pixels.
-_CELL, _COLUMNS, _ROWS = 12, 7, 10
+QUESTION, LETTERS = "Read the receipt.", "What is printed?"
+# What the toys' image processor takes as it is: 8 x 8 soft tokens of 12 x 12 pixels.
+_CELL, _COLUMNS, _ROWS = 12, 8, 8
 _DISHES = ("TEA", "COLA", "SOUP", "RICE", "BREAD", "PIE", "HAM", "EGGS")
 _SHOPS = ("CAFE 7", "BAR 21", "DELI", "NOODLES", "THE INN")
-# As printed (the font has no other signs than $), whether it stands before the amount, decimal mark.
-_CURRENCIES = (("$", True, "."), ("Rs", True, "."), ("kr", False, ","), ("Ft", False, ","))
-# Of the prices in cents, one in so many is of held-out receipts alone.
-_HELD_OUT_EVERY = 7
+# Before a total, and mark of the thousands.
+_CURRENCIES = (("Rp", "."), ("Rp", ","), ("", "."), ("", ","))
+# Prices are multiples of 500, up to 49.500. One in so many is of held-out receipts alone.
+_STEP, _PRICES, _HELD_OUT_EVERY = 500, range(2, 100), 7
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is on a receipt: lines of (how many, dish, cents), and the currency's number."""
+    """What is on a receipt: lines of (how many, dish, price), and the currency's number."""
 
     shop: str
     lines: tuple[tuple[int, str, int], ...]
     currency: int
 
-    def amount(self, cents: int) -> str:
+    def amount(self, price: int) -> str:
         """As it is printed, without the currency."""
-        return f"{cents // 100}{_CURRENCIES[self.currency][2]}{cents % 100:02d}"
+        return f"{price:,}".replace(",", _CURRENCIES[self.currency][1])
 
     @property
     def total(self) -> str:
         """As it is printed."""
-        sign, before, _ = _CURRENCIES[self.currency]
-        amount = self.amount(sum(cents for _, _, cents in self.lines))
-        return f"{sign}{amount}" if before else f"{amount}{sign}"
+        return _CURRENCIES[self.currency][0] + self.amount(sum(price for _, _, price in self.lines))
 
     @property
     def answer(self) -> dict[str, Any]:
         """The JSON: menu and total, with CORD-v2's keys."""
-        menu = [{"nm": dish, "cnt": str(count), "price": self.amount(cents)} for count, dish, cents in self.lines]
+        menu = [{"nm": dish, "cnt": str(count), "price": self.amount(price)} for count, dish, price in self.lines]
         return {"menu": menu, "total": {"total_price": self.total}}
 
 
@@ -66,9 +65,9 @@ def invent(dice: random.Random, held_out: bool) -> Receipt:
 
 def _price(dice: random.Random, held_out: bool) -> int:
     while True:
-        cents = dice.randint(100, 999)
-        if (cents % _HELD_OUT_EVERY == 0) is held_out:
-            return cents
+        steps = dice.choice(_PRICES)
+        if (steps % _HELD_OUT_EVERY == 0) is held_out:
+            return steps * _STEP
 
 
 @functools.cache
@@ -76,29 +75,28 @@ def _font() -> Any:
     return ImageFont.load_default(14)
 
 
-def draw(receipt: Receipt, dice: random.Random) -> Image.Image:
-    """A picture of it: the shop, each dish with its price below at the right edge, a rule, the total, some noise."""
+def printed(receipt: Receipt, dice: random.Random) -> list[str]:
+    """The lines, of as many characters each: the shop, each dish with its price below, a rule, the total."""
+    lines = [f"{receipt.shop:^{_COLUMNS}}"]
+    for count, dish, price in receipt.lines:
+        lines += [f"{count} {dish}", f"{receipt.amount(price):>{_COLUMNS}}"]
+    lines += ["-" * _COLUMNS, dice.choice(("TOTAL", "SUM")), f"{receipt.total:>{_COLUMNS}}"]
+    return [line.ljust(_COLUMNS) for line in lines] + [" " * _COLUMNS] * (_ROWS - len(lines))
+
+
+def draw(lines: list[str], dice: random.Random) -> Image.Image:
+    """A picture of them, with some noise."""
     ink, paper = dice.randint(0, 70), dice.randint(200, 255)
     image = Image.new("L", (_CELL * _COLUMNS, _CELL * _ROWS), paper)
     pen = ImageDraw.Draw(image)
-    left, top = dice.randint(-1, 1), dice.randint(-1, 1)
-
-    def line(row: int, words: str, right: bool = False) -> None:
-        start = _COLUMNS - len(words) if right else 0
-        for column, character in enumerate(words, start):
-            place = (left + (column + 0.5) * _CELL, top + (row + 0.5) * _CELL)
-            pen.text(place, character, ink, _font(), anchor="mm")
-
-    line(0, f"{receipt.shop:^{_COLUMNS}}")
-    row = 1
-    for count, dish, cents in receipt.lines:
-        line(row, f"{count} {dish}")
-        line(row + 1, receipt.amount(cents), right=True)
-        row += 2
-    rule = top + (row + 0.5) * _CELL
-    pen.line((2, rule, _CELL * _COLUMNS - 2, rule), ink)
-    line(row + 1, dice.choice(("TOTAL", "SUM")))
-    line(row + 2, receipt.total, right=True)
+    left, top = dice.randint(-1, 1), dice.randint(-1, 0)
+    for row, line in enumerate(lines):
+        middle = top + (row + 0.5) * _CELL
+        if line.startswith("--"):
+            pen.line((2, middle, _CELL * _COLUMNS - 2, middle), ink)
+            continue
+        for column, character in enumerate(line):
+            pen.text((left + (column + 0.5) * _CELL, middle), character, ink, _font(), anchor="mm")
     return _with_noise(image, dice)
 
 
@@ -114,26 +112,35 @@ def blank(image: Image.Image) -> Image.Image:
 
 
 def write(folder: Path, train: int, test: int, seed: int) -> None:
-    """train.jsonl, test.jsonl, and blank.jsonl, which is the latter with nothing on the pictures."""
+    """train.jsonl and test.jsonl; of the pictures of the former letters.jsonl, which asks for what stands in every
+    cell; blank.jsonl is test.jsonl with nothing on the pictures.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[str]] = {"train": [], "test": [], "blank": []}
+    rows: dict[str, list[str]] = {"train": [], "letters": [], "test": [], "blank": []}
     for number in range(train + test):
         dice = random.Random(f"{seed} {number}")
         receipt = invent(dice, held_out=number >= train)
-        image = draw(receipt, dice)
+        lines = printed(receipt, dice)
+        image, answer = draw(lines, dice), json.dumps(receipt.answer, separators=(",", ":"))
+        name = _save(folder, f"{number:05d}", image)
         if number < train:
-            rows["train"].append(_row(folder, f"{number:05d}", image, receipt))
+            rows["train"].append(_row(name, QUESTION, answer))
+            rows["letters"].append(_row(name, LETTERS, "".join(lines).replace(" ", "_")))
         else:
-            rows["test"].append(_row(folder, f"{number:05d}", image, receipt))
-            rows["blank"].append(_row(folder, f"{number:05d}-blank", blank(image), receipt))
+            rows["test"].append(_row(name, QUESTION, answer))
+            rows["blank"].append(_row(_save(folder, f"{number:05d}-blank", blank(image)), QUESTION, answer))
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _row(folder: Path, name: str, image: Image.Image, receipt: Receipt) -> str:
-    image.save(folder / "images" / f"{name}.png", compress_level=1)
-    question = [{"type": "image", "path": f"images/{name}.png"}, {"type": "text", "text": QUESTION}]
-    answer = json.dumps(receipt.answer, separators=(",", ":"))
+def _save(folder: Path, name: str, image: Image.Image) -> str:
+    path = f"images/{name}.png"
+    image.save(folder / path, compress_level=1)
+    return path
+
+
+def _row(image: str, asked: str, answer: str) -> str:
+    question = [{"type": "image", "path": image}, {"type": "text", "text": asked}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": messages}) + "\n"
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import draw
 
 BRIDGE = [sys.executable, "-m", "bridge.cli"]
-RECIPE = Path(__file__).with_name("recipe.yaml")
+HERE = Path(__file__).parent
 METRICS = "exact_match,json_valid,json_tree"
 # Of the toys it is 8 tokens; of the published models it holds a picture and more.
 WINDOW = 256
+DATA = {"letters": "letters.jsonl", "recipe": "train.jsonl"}
 
 
 def main() -> None:
@@ -36,20 +37,26 @@ def main() -> None:
     start = time.perf_counter()
     draw.write(work, said.train, said.test, seed=0)
     make_toy(said.variant, work / "toy")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={said.ranks}", "-m"]
-    given = [f"model.hf={work / 'toy'}", f"data.path={work / 'train.jsonl'}", f"data.eval={work / 'test.jsonl'}"]
-    given += [f"data.cache={work / 'cache'}", f"output={work / 'run'}", *said.overrides]
-    subprocess.run([*launcher, "bridge.cli", "train", str(RECIPE), *given], check=True)
+    train("letters", said.ranks, work, [f"model.hf={work / 'toy'}", *said.overrides])
+    train("recipe", said.ranks, work, [f"model.megatron={work / 'letters'}", *said.overrides])
     trained_in = time.perf_counter() - start
     found = {
         "untrained": evaluate(work / "toy", work / "test.jsonl", work),
-        "trained": evaluate(work / "run", work / "test.jsonl", work),
-        "trained, blank pictures": evaluate(work / "run", work / "blank.jsonl", work),
+        "trained": evaluate(work / "recipe", work / "test.jsonl", work),
+        "trained, blank pictures": evaluate(work / "recipe", work / "blank.jsonl", work),
     }
     for name, result in found.items():
         print(json.dumps({name: result}))
     print(json.dumps({"drawing and training, seconds": round(trained_in)}))
     sys.exit(found["trained"]["json_tree"] < 0.9 or found["untrained"]["json_tree"] > 0.1)
+
+
+def train(recipe: str, ranks: int, work: Path, given: list[str]) -> None:
+    """One of the recipes beside this file, in data-parallel ranks; its run is `work` / the recipe's name."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    given = [f"data.path={work / DATA[recipe]}", f"data.cache={work / 'cache'}", f"output={work / recipe}", *given]
+    given += [f"data.eval={work / 'test.jsonl'}"] if recipe == "recipe" else []
+    subprocess.run([*launcher, "bridge.cli", "train", str(HERE / f"{recipe}.yaml"), *given], check=True)
 
 
 def make_toy(variant: str, folder: Path) -> None:
