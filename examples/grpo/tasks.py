@@ -1,7 +1,7 @@
-"""What is asked: sums in many wordings, and which colour a bar on a drawn picture has. As many prompts of each answer.
+"""What is asked: a number and 1, in many wordings; and the digit of a drawn bar's colour in the code of resistors.
 
-A prompt is a row of prompt-completion data, whose completion is the right answer, with images' paths beside the data.
-Rows come in an order in which so many of them as a step takes have each answer as often.
+A row is of prompt-completion data, with images' paths beside the data. What is asked comes in an order in which as many
+rows as a step takes have each answer as often.
 """
 
 from __future__ import annotations
@@ -9,59 +9,73 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# Sums of each result, each asked for in all of these wordings, one of which is held out.
-RESULTS, SUMS = range(2, 10), 3
-WORDINGS = ("{}+{}", "{} + {}", "{} and {}", "{} plus {}", "{} add {}", "sum {} {}")
-# Eight colours by letters (k: black), as red, green and blue, which are low or high; and how many pictures of each one
-# are asked in training, and held out. The processor makes 35 soft tokens of a picture 18 times as wide as high, 64 of a
-# square: strips are quicker.
-COLOURS = {"k": (0, 0, 0), "b": (0, 0, 1), "g": (0, 1, 0), "c": (0, 1, 1), "r": (1, 0, 0), "m": (1, 0, 1)}
-COLOURS |= {"y": (1, 1, 0), "w": (1, 1, 1)}
-ASKED, HELD_OUT, QUESTION, WIDTH, HEIGHT = 48, 10, "Colour?", 216, 12
+# Each of the numbers and 1 are added, and asked for in all of these wordings, of which so many are held out.
+NUMBERS = dict(enumerate(("two", "three", "four", "five", "six", "seven", "eight", "nine"), 1))
+WORDINGS = ("{}+1", "{} + 1", "{} plus 1", "{} and 1", "{} add 1", "1 more than {}", "1 after {}", "sum of {} and 1")
+WORDINGS_HELD_OUT = 2
+# Colours as red, green and blue, which are low or high, with their digits; and how many pictures of each one are asked
+# in training, and held out. The processor makes 35 soft tokens of a picture 18 times as wide as high, 64 of a square:
+# strips are quicker.
+COLOURS = {"black": ("0", (0, 0, 0)), "red": ("2", (1, 0, 0)), "yellow": ("4", (1, 1, 0)), "green": ("5", (0, 1, 0))}
+COLOURS |= {"blue": ("6", (0, 0, 1)), "violet": ("7", (1, 0, 1)), "white": ("9", (1, 1, 1))}
+ASKED, HELD_OUT, WIDTH, HEIGHT = 48, 12, 216, 12
+# Answers in words that a model is taught, and as many in digits.
+TAUGHT = 3600
 
 
 @dataclass(frozen=True)
 class Task:
-    """`form`: the prompts with answers at random; `asked` in training; `held_out`; `blank`: without the picture."""
+    """`taught`: what a model knows before, see `before`; `asked` in training; `held_out`; `blank`: without the bar."""
 
-    form: list[Row]
+    taught: list[Row]
     asked: list[Row]
     held_out: list[Row]
     blank: list[Row]
 
 
 def sums(dice: random.Random) -> Task:
-    """Of every sum one wording is held out."""
-    of_sums = []
-    for result in RESULTS:
-        for a in dice.sample(range(result + 1), SUMS):
-            wordings = dice.sample(WORDINGS, len(WORDINGS))
-            of_sums.append([{"prompt": said.format(a, result - a), "completion": str(result)} for said in wordings])
-    held_out, *asked = ([rows[place] for rows in of_sums] for place in range(len(WORDINGS)))
-    rows = [row for of_wording in asked for row in of_wording]
-    return Task(form(rows * 4, [str(result) for result in RESULTS], dice), rows, held_out, [])
+    """Of every number some wordings are held out."""
+    of_numbers = []
+    for number in NUMBERS:
+        wordings = dice.sample(WORDINGS, len(WORDINGS))
+        of_numbers.append([{"prompt": said.format(number), "completion": str(number + 1)} for said in wordings])
+    rows = [of_number[place] for place in range(len(WORDINGS)) for of_number in of_numbers]
+    names = [name for _ in WORDINGS for name in NUMBERS.values()]
+    return task(rows, names, WORDINGS_HELD_OUT * len(NUMBERS), dice)
 
 
 def colours(dice: random.Random, folder: Path) -> Task:
     """Pictures of a bar, whose shades, lengths, places and backgrounds are all different; each colour as often."""
-    rows = []
-    for number in range((ASKED + HELD_OUT) * len(COLOURS)):
-        name, path = list(COLOURS)[number % len(COLOURS)], f"{number}.png"
-        draw(dice, COLOURS[name], folder / path)
-        rows.append({"prompt": QUESTION, "images": [path], "completion": name})
+    rows, names = [], list(COLOURS) * (HELD_OUT + ASKED)
+    for number, name in enumerate(names):
+        digit, colour = COLOURS[name]
+        path = f"{number}.png"
+        draw(dice, colour, folder / path)
+        rows.append({"prompt": "colour", "images": [path], "completion": digit})
     draw(dice, None, folder / "blank.png")
-    asked, held_out = rows[: ASKED * len(COLOURS)], rows[ASKED * len(COLOURS) :]
-    blank = [row | {"images": ["blank.png"]} for row in held_out]
-    return Task(form(asked, list(COLOURS), dice), asked, held_out, blank)
+    return task(rows, names, HELD_OUT * len(COLOURS), dice, {"images": ["blank.png"]})
 
 
-def form(rows: Sequence[Row], answers: Sequence[str], dice: random.Random) -> list[Row]:
-    """`rows` with one of the `answers` at random, which says nothing of what is right."""
-    return [row | {"completion": dice.choice(answers)} for row in rows]
+def task(rows: list[Row], names: list[str], held_out: int, dice: random.Random, blank: Row | None = None) -> Task:
+    """Of `rows` with right answers, the first ones are held out. `names`: the answers in words."""
+    asked = [row | {"prompt": f"{row['prompt']} as digit"} for row in rows]
+    taught = before(rows[held_out:], names[held_out:], dice)
+    without = [row | blank for row in asked[:held_out]] if blank else []
+    return Task(taught, asked[held_out:], asked[:held_out], without)
+
+
+def before(rows: Sequence[Row], names: Sequence[str], dice: random.Random) -> list[Row]:
+    """Answers as words, which are right; and as digits, at random, which say nothing of what is right."""
+    digits, found = sorted({row["completion"] for row in rows}), []
+    for row, name in islice(cycle(zip(rows, names, strict=True)), TAUGHT):
+        found.append(row | {"prompt": f"{row['prompt']} as word", "completion": name})
+        found.append(row | {"prompt": f"{row['prompt']} as digit", "completion": dice.choice(digits)})
+    return found
 
 
 def draw(dice: random.Random, colour: Sequence[int] | None, path: Path) -> None:
