@@ -2,7 +2,7 @@
 
 python examples/grpo/run.py [sums|colours] [--seed 1] [--work FOLDER] [key=value ...]
 
-A toy checkpoint; SFT of answers in words, and of digits at random; GRPO; rewards are of prompts that are held out.
+A toy checkpoint, the form of an answer (a random digit), then GRPO; rewards are measured on prompts held out.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def main() -> None:
     said.work.mkdir(parents=True)
     dice, start = random.Random(said.seed), time.perf_counter()
     task = tasks.sums(dice) if said.task == "sums" else tasks.colours(dice, said.work)
-    for name in ("taught", "asked"):
+    for name in ("form", "asked"):
         lines = [json.dumps(row) + "\n" for row in getattr(task, name)]
         (said.work / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    toy, taught, run = (said.work / name for name in ("toy", "taught", "run"))
+    toy, form, run = (said.work / name for name in ("toy", "form", "run"))
     variant = said.variant or VARIANTS[said.task]
     subprocess.run([*BRIDGE, "toy", variant, str(toy), "--dtype", "float32", "--seed", str(said.seed)], check=True)
-    train("taught", said, taught, [f"model.hf={toy}", f"data.path={said.work / 'taught.jsonl'}"])
+    train("form", said, form, [f"model.hf={toy}", f"data.path={said.work / 'form.jsonl'}"])
     found: dict[str, Any] = {"task": said.task, "seed": said.seed}
-    (found["before"],) = rewards(taught, said.work, task.held_out)
-    asked = [f"model.megatron={taught}", f"data.path={said.work / 'asked.jsonl'}", *said.overrides]
+    (found["before"],) = rewards(form, said.work, task.held_out)
+    asked = [f"model.megatron={form}", f"data.path={said.work / 'asked.jsonl'}", *said.overrides]
     train(said.task, said, run, asked)
     found["after"], *blank = rewards(run, said.work, task.held_out, *([task.blank] if task.blank else []))
     if blank:

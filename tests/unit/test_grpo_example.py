@@ -40,8 +40,7 @@ def assert_balanced(task: Any, recipe: str) -> None:
     held_out = {(row["prompt"], *row.get("images", ())) for row in task.held_out}
     right = {(row["prompt"], *row.get("images", ())): row["completion"] for row in task.asked}
     assert not held_out & set(right) and len(right) == len(task.asked)
-    digits = [row for row in task.taught if row["prompt"].endswith("digit")]
-    hits = [right[(row["prompt"], *row.get("images", ()))] == row["completion"] for row in digits]
+    hits = [right[(row["prompt"], *row.get("images", ()))] == row["completion"] for row in task.form]
     assert abs(sum(hits) / len(hits) - 1 / len(answers)) < 0.02
 
 
