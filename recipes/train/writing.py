@@ -41,7 +41,9 @@ class Writing:
         Raises what Megatron and the disk raise, here or in `finish`.
         """
         # What the writer reports goes from thread to thread. Megatron would start a process to carry it, which a
-        # signal to the job ends, and which outlives a rank that is killed.
+        # signal to the job ends, and which outlives a rank that is killed. It asks nobody for another: the strategy
+        # that `save` takes makes its writer by a name, and the writer its queue in the midst of what a subclass would
+        # have to write again. So the module's queue, which it makes once for the process, is this one.
         filesystem_async._results_queue = queue.Queue()
         if beside is not None:
             _detach(state, beside)
