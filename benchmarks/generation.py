@@ -1,6 +1,7 @@
 """Prefill and decode, tokens a second, against transformers.generate with a dynamic cache: the same random weights.
 
 python -m benchmarks.generation [--variants e2b 12b] [--size toy] [--rows 1 16] [--new 32] [--rounds 3]
+python -m benchmarks.generation --variants e2b --size shallow --rows 1 --prompt 4096 --new 0   # prefill alone
 python -m benchmarks.generation --positions 2048 16384        # what a token costs far into a row, ours alone
 
 Both run in one process with as many threads, in turns; figures are medians of the rounds, the ratio is of pairs.
@@ -22,10 +23,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.random_model import SIZES, RandomModel
 from bridge.geometry import Geometry
+from recipes.simulate.fake_device import flops_formula
 
 
 def random_ids(geometry: Geometry, rows: int, length: int) -> torch.Tensor:
@@ -76,17 +77,28 @@ def their_side(theirs: Any, every_token: bool = False) -> Callable[[torch.Tensor
     return generate
 
 
-class CountedFlops(TorchDispatchMode):
-    """Of the products within, by torch's own formulas; its FlopCounterMode asks for gradients, and there are none."""
+# Products of batches of matrices, which attention is made of.
+_BATCHES = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
-    def __init__(self) -> None:
+
+class CountedFlops(TorchDispatchMode):
+    """Of the products within. Torch's own FlopCounterMode asks for gradients, and there are none."""
+
+    def __init__(self, weights_only: bool = False) -> None:
+        """`weights_only`: without the products of attention."""
         super().__init__()
+        self.weights_only = weights_only
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        kwargs = kwargs or {}
+        if (formula := flops_formula(func.overloadpacket)) is None:
+            with self:  # without gradients a linear comes as it is: its products are in what it is made of
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
+        out = func(*args, **kwargs)
+        if formula is not None and not (self.weights_only and func.overloadpacket in _BATCHES):
+            self.total += formula(*args, **kwargs, out_val=out)
         return out
 
 
@@ -113,16 +125,18 @@ def compare(model: RandomModel, rows: int, prompt: int, new: int, rounds: int) -
     ids = random_ids(model.geometry, rows, prompt)
     prefill: dict[str, list[float]] = {name: [] for name in sides}
     decode: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
+    result: dict[str, Any] = {"variant": model.variant, "size": model.size, "rows": rows, "prompt": prompt, "new": new}
+    # Products are counted in a prefill that warms up.
+    result["prefill GFLOP"] = {name: round(gflops(generate, ids), 1) for name, generate in sides.items()}
+    for _ in range(rounds):
         for name, generate in sides.items():
             first = seconds(generate, ids, 1)
-            whole = seconds(generate, ids, new + 1)
-            if round_:  # the first one warms up
-                prefill[name].append(rows * prompt / first)
-                decode[name].append(rows * new / max(1e-9, whole - first))
-    result: dict[str, Any] = {"variant": model.variant, "size": model.size, "rows": rows, "prompt": prompt, "new": new}
-    result["prefill GFLOP"] = {name: round(gflops(generate, ids), 1) for name, generate in sides.items()}
+            prefill[name].append(rows * prompt / first)
+            if new:
+                decode[name].append(rows * new / max(1e-9, seconds(generate, ids, new + 1) - first))
     for what, rates in (("prefill", prefill), ("decode", decode)):
+        if what == "decode" and not new:
+            continue
         result[what] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
         ratios = {name: [a / b for a, b in zip(rates["ours"], rates[name], strict=True)] for name in sides}
         result[what]["ratio"] = {n: round(statistics.median(each), 2) for n, each in ratios.items() if n != "ours"}
@@ -186,7 +200,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded; 0: prefill alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--positions", nargs="*", type=int, default=[], help="what a token costs there, ours alone")
     said = parser.parse_args()

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data import CorpusOptions
-from recipes.data.cache import Parts
+from recipes.data.cache import CacheParts
 from recipes.data.chat import ChatModel
 from recipes.data.processes import Processes
-from recipes.data.sources import find_sources
-from recipes.data.tokenising import Share, groups_of, tokenise, with_processes
+from recipes.data.record_sources import find_sources
+from recipes.data.tokenising import ReadShare, groups_of, tokenise, with_processes
 
 _WORDS = [
     "the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "as", "his", "they", "be",
@@ -85,7 +85,7 @@ def ours(path: Path, model: Path, workers: int, speed: float) -> Spent:
     options = CorpusOptions(str(path), 8192, workers=workers)
     chat, sources = ChatModel(model, options), find_sources(options.paths)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        parts, joined = Parts(Path(folder, "parts")), Path(folder, "joined")
+        parts, joined = CacheParts(Path(folder, "parts")), Path(folder, "joined")
         joined.mkdir()
         if workers == 1:
 
@@ -101,8 +101,8 @@ def ours(path: Path, model: Path, workers: int, speed: float) -> Spent:
         start, before = time.perf_counter() - began, _children(processes)
 
         def together() -> None:
-            blocks = ((0, block) for block in sources[0].blocks())
-            groups, share = groups_of(blocks, speed), Share(sources)
+            batches = ((0, batch) for batch in sources[0].record_batches())
+            groups, share = groups_of(batches, speed), ReadShare(sources)
             with_processes(parts, processes, workers, groups, lambda read, share: None, lambda line: None, share)
             parts.join(joined)
 

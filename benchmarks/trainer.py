@@ -64,7 +64,7 @@ def trainer(folder: Path, geometry: Geometry, rows: int, length: int) -> Iterato
     """A step of the training loop, logging and all, at every turn."""
     from recipes.config import resolve
     from recipes.train import loop
-    from recipes.train.checkpoint import Progress
+    from recipes.train.checkpoint import RunProgress
     from recipes.train.data import Streams
     from recipes.train.log import Log
     from recipes.train.setup import build
@@ -91,7 +91,7 @@ def trainer(folder: Path, geometry: Geometry, rows: int, length: int) -> Iterato
     }
     recipe = resolve(said)
     run = build(recipe, load=True)
-    one = loop._Loop(run, Streams(Endless()), Progress(), Log(recipe, 0), StopSignal())
+    one = loop._Loop(run, Streams(Endless()), RunProgress(), Log(recipe, 0), StopSignal())
     while True:
         one._step()
         yield

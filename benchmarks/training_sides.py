@@ -47,7 +47,7 @@ def ours(case: Case) -> Step:
     """The training loop's own step: data to the device, schedule, reductions, clipping, update, counts."""
     from recipes.check import check_recipe
     from recipes.train import loop
-    from recipes.train.checkpoint import Progress
+    from recipes.train.checkpoint import RunProgress
     from recipes.train.data import Streams
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.signals import StopSignal
@@ -55,7 +55,7 @@ def ours(case: Case) -> Step:
     recipe = recipe_of(case)
     start_ranks()
     run = assemble(recipe, check_recipe(recipe, 1), load=True, bridge=case.model.bridge())
-    one = loop._Loop(run, Streams(_Stream(case.batches())), Progress(), None, StopSignal())
+    one = loop._Loop(run, Streams(_Stream(case.batches())), RunProgress(), None, StopSignal())
     return lambda: one._step()[0]
 
 

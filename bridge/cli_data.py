@@ -92,7 +92,7 @@ def data_show(
     count. Without --model it is said what the records are, in words and not in tokens.
     """
     from recipes.data import CorpusOptions, Supervise
-    from recipes.data.formats import Layout
+    from recipes.data.formats import FormatOptions
     from recipes.data.preference import of_its_kind
     from recipes.data.preparation import asked
 
@@ -115,7 +115,7 @@ def data_show(
             media_root=media_root,
             chat_template=chat_template,
             cache=cache,
-            layout=Layout(format_, columns_of(column), function),
+            format=FormatOptions(format_, columns_of(column), function),
         )
         sources = {"": of_its_kind(options)}
     _show(sources, model, count, plot, json_file)
@@ -124,12 +124,12 @@ def data_show(
 def _sources_of_recipe(name: str, overrides: Sequence[str]) -> tuple[dict[str, CorpusOptions], str]:
     """The sources of its data by their names, and its model."""
     from recipes.config import load_recipe
-    from recipes.data.source_keys import sources_said
+    from recipes.data.source_keys import source_options
     from recipes.data.training import corpus_options, model_folder
 
     recipe = load_recipe(name, overrides)
     model = model_folder(recipe)
-    return {one.name: one.options for one in sources_said(recipe.data, corpus_options(recipe))}, model
+    return {one.name: one.options for one in source_options(recipe.data, corpus_options(recipe))}, model
 
 
 def _show(
@@ -138,14 +138,14 @@ def _show(
     from recipes.data import open_corpus
     from recipes.data.plot import check_plot, write_plot
     from recipes.data.recognition import lines, recognise
-    from recipes.data.report import Progress
+    from recipes.data.report import ProgressLines
     from recipes.data.show import show_sources, sources_to_json
 
     if plot is not None:
         check_plot(plot)
         if model is None:
             raise UsageError("--plot: draws tokens, which are those of a model: --model")
-    progress = Progress(err.print, doing="reading" if model is None else "tokenising")
+    progress = ProgressLines(err.print, doing="reading" if model is None else "tokenising")
     if model is None:
         found = recognise(sources[""], count, progress.read)
         if not wrote_json(json_file, found.to_json()):
@@ -197,7 +197,7 @@ def data_prepare(
     recipe = recipe_of(given, model, seq_length, workers)
     if out_prefix is not None:
         recipe = targets(recipe, out_prefix, seq_length)
-    sets, notes = prepare(recipe, alone=given.recipe is None)
+    sets, notes = prepare(recipe, of_unknown_kind=given.recipe is None)
     written, said = to_megatron(sets, out_prefix) if out_prefix is not None else ({}, [])
     if not wrote_json(json_file, to_json(sets) | ({"megatron": written} if written else {})):
         for line in [*lines(sets), *notes, *said]:

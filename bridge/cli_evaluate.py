@@ -103,7 +103,7 @@ def evaluate(
     the true ones before it. For --metrics the model answers what stands before its last turn, greedily.
     """
     from bridge.megatron.parallel import Parallel
-    from recipes.data.formats import Layout
+    from recipes.data.formats import FormatOptions
     from recipes.data.options import CorpusOptions, Supervise
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
@@ -118,7 +118,7 @@ def evaluate(
         media_root=media_root,
         allow_urls=allow_urls,
         cache=cache,
-        layout=Layout(format_, columns_of(column), function),
+        format=FormatOptions(format_, columns_of(column), function),
     )
     opened = _open(model, adapter, Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel), dtype, names)
     task = _task(opened, options, names, max_new_tokens, rows, micro_batch_size, max_rows)
@@ -160,17 +160,17 @@ def _task(
 def _prepared(task: EvaluationTask) -> int:
     """Tokenise the data, and say what is wrong or left out of it; how long its longest sample is."""
     from recipes.data.corpus import open_corpus
-    from recipes.data.part import first
     from recipes.data.questions import Questions, check_questions
-    from recipes.data.report import Progress
+    from recipes.data.report import ProgressLines
+    from recipes.data.selection import first_samples
     from recipes.metrics.named import find_metrics
 
     err.print(f"reading data: {', '.join(task.data.paths)}")
-    progress = Progress(err.print)
+    progress = ProgressLines(err.print)
     corpus = open_corpus(task.data, task.assets, progress=progress.read, notify=progress.line)
     for reason, count in corpus.statistics.dropped.items():
         err.print(f"{count} records are left out: {reason}")
-    samples = first(corpus, task.rows)
+    samples = first_samples(corpus, task.rows)
     if task.metrics:
         check_questions(find_metrics(task.metrics, "--metrics"), Questions(samples), "--metrics")
     return int(samples.lengths.max())

@@ -191,9 +191,9 @@ class _Question:
 
     def messages(self, text: str) -> list[dict[str, Any]]:
         """One user's turn, media before the text as the model's makers advise."""
-        kinds = (("image", self.images), ("video", self.videos), ("audio", self.sounds))
+        media = (("image", self.images), ("video", self.videos), ("audio", self.sounds))
         parts: list[dict[str, Any]] = [
-            {"type": kind, "path": str(path.resolve())} for kind, paths in kinds for path in paths
+            {"type": kind, "path": str(path.resolve())} for kind, paths in media for path in paths
         ]
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*messages, {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
@@ -312,14 +312,14 @@ class _Run:
 
     def _stream(self, session: Session, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[str]:
         """Print answers while they are made; returns their texts."""
-        shown = _Shown(encoder)
+        printer = _Shown(encoder)
         texts = []
         several = self._options.num_return_sequences > 1
-        for completion in session.generate(prompts, self._options, on_token=None if several else shown.add):
+        for completion in session.generate(prompts, self._options, on_token=None if several else printer.add):
             if several:
                 out.print(f"[{completion.sample}] {completion.text}")
             else:
-                shown.end(completion.text)
+                printer.end(completion.text)
             self._met.append(completion)
             texts.append(completion.text)
             if completion.finish_reason == "length":

@@ -11,7 +11,7 @@ import typer
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
-    from recipes.slurm.launch import Wanted
+    from recipes.slurm.launch import LaunchOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -82,10 +82,10 @@ def launch(
     The recipe is checked against the number of ranks first. The job saves before its time limit or when it is
     preempted, goes back into the queue, and goes on where it was.
     """
-    from recipes.slurm.launch import Wanted
+    from recipes.slurm.launch import LaunchOptions
 
     options = {"partition": partition, "account": account, "qos": qos, "time": time, "mem": memory}
-    wanted = Wanted(
+    wanted = LaunchOptions(
         recipe,
         tuple(overrides or ()),
         nodes=nodes,
@@ -116,7 +116,7 @@ def _ranks_of_a_node(gpus: int, ranks: int | None) -> int:
     return gpus or ranks or 1
 
 
-def _print_or_submit(wanted: Wanted, submit: bool) -> None:
+def _print_or_submit(wanted: LaunchOptions, submit: bool) -> None:
     from recipes.slurm.launch import make_job
     from recipes.slurm.submit import submit as hand_over
 

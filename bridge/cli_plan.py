@@ -146,10 +146,10 @@ def _show_simulated(
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    shown = Table(title=title)
+    printed = Table(title=title)
     for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "overrides" else "right")
+        printed.add_column(heading, justify="left" if heading == "overrides" else "right")
     for row in rows:
-        shown.add_row(*row)
+        printed.add_row(*row)
     # Wider than other tables: overrides are there to be copied.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(shown)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(printed)

@@ -14,13 +14,14 @@ from bridge.geometry import AudioGeometry, Geometry, LayerGeometry, VisionGeomet
 
 def decoder_flops(geometry: Geometry) -> int:
     """Per token: the linears of all layers, without the products of attention and the head."""
-    total = sum(_layer_flops(geometry, layer) for layer in geometry.layers)
+    total = sum(layer_flops(geometry, layer) for layer in geometry.layers)
     if geometry.ple is not None:
         total += 2 * geometry.hidden_size * geometry.num_layers * geometry.ple.dim
     return total
 
 
-def _layer_flops(geometry: Geometry, layer: LayerGeometry) -> int:
+def layer_flops(geometry: Geometry, layer: LayerGeometry) -> int:
+    """Per token: the linears of one layer."""
     hidden = geometry.hidden_size
     rows = 2 * layer.q_size  # q and o
     if not layer.shares_kv:

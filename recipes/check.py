@@ -171,8 +171,8 @@ def row_multiple(recipe: Recipe) -> int:
 def _check_lora(recipe: Recipe) -> None:
     if not recipe.lora.rank and recipe.lora.adapter is None:
         # What shipped recipes set stays, so that lora.rank=0 makes one of them train the model itself.
-        kept = ("rank", "alpha", "targets", "parameters", "exclude", "adapter")
-        for key in (f.name for f in fields(LoraConfig) if f.name not in kept):
+        known = ("rank", "alpha", "targets", "parameters", "exclude", "adapter")
+        for key in (f.name for f in fields(LoraConfig) if f.name not in known):
             if getattr(recipe.lora, key) != getattr(LoraConfig(), key):
                 raise UsageError(f"lora.{key} needs lora.rank, or lora.adapter")
         return
@@ -310,15 +310,15 @@ def _check_export(recipe: Recipe) -> None:
         "model.megatron": recipe.model.megatron,
         "drafter.path": recipe.drafter.path,
     }
-    for own, where in (("export.hf", said.hf), ("export.drafter", said.drafter)):
+    for export_key, where in (("export.hf", said.hf), ("export.drafter", said.drafter)):
         if where is None:
             continue
         target = Path(where).resolve()
         for key, name in others.items():
             folder = None if name is None else Path(name).resolve()
             if folder is not None and (target.is_relative_to(folder) or folder.is_relative_to(target)):
-                raise UsageError(f"{own}={where}: is {key}={name}, or one lies inside the other")
-        others[own] = where
+                raise UsageError(f"{export_key}={where}: is {key}={name}, or one lies inside the other")
+        others[export_key] = where
 
 
 def _check_sync(recipe: Recipe) -> None:

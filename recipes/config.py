@@ -86,7 +86,7 @@ class DataConfig:
     `eval`: what evaluation uses, as `path`, or several of these by their names. `eval_split`: which split of it, where
     it has splits (without `eval`: of `path`); by default one for validation or test, never the one that is trained on.
     `val_fraction`: this part of the training data is held out and evaluated on, the same whatever the seed.
-    `format`, `columns`, `function`: how records are read, where they do not show it (`recipes.data.formats.Layout`).
+    `format`, `columns`, `function`: how records are read (`recipes.data.formats.FormatOptions`).
     `on_change`: where a run goes on and its rows are other ones than before: refuse, or restart at the first of them.
     """
 

@@ -53,22 +53,30 @@ def _check_ways(said: DistillConfig) -> None:
 
 def _check_others(recipe: Recipe) -> None:
     """Keys of other ways to train."""
-    own = bool(recipe.distill.lmbda)
+    on_policy = bool(recipe.distill.lmbda)
     for key, value, why in (
         ("preference.loss", recipe.preference.loss, "is another loss; leave it out with distill.teacher"),
         ("grpo.rewards", recipe.grpo.rewards, "are another loss; leave them out with distill.teacher"),
         ("drafter.path", recipe.drafter.path, "has a teacher already (drafter.kl); leave it out with distill.teacher"),
         ("train.z_loss", recipe.train.z_loss, "is not added to divergences; leave it out with distill.teacher"),
-        ("data.packing", own and recipe.data.packing, "own answers have rows of their own yet; set distill.lmbda=0"),
-        ("data.overlong", own and recipe.data.overlong != "drop", "a question cannot be cut; set distill.lmbda=0"),
+        (
+            "data.packing",
+            on_policy and recipe.data.packing,
+            "own answers have rows of their own yet; set distill.lmbda=0",
+        ),
+        (
+            "data.overlong",
+            on_policy and recipe.data.overlong != "drop",
+            "a question cannot be cut; set distill.lmbda=0",
+        ),
     ):
         if value:
             raise UsageError(f"{key}: {why}")
     said, train = recipe.distill, recipe.train
-    if own and said.max_new_tokens >= train.seq_length:
+    if on_policy and said.max_new_tokens >= train.seq_length:
         raise UsageError(
             f"distill.max_new_tokens={said.max_new_tokens}: leaves no room for a prompt in train.seq_length="
             f"{train.seq_length}"
         )
-    if own and not all((recipe.data.supervise_thinking, recipe.data.supervise_tool_calls)):
+    if on_policy and not all((recipe.data.supervise_thinking, recipe.data.supervise_tool_calls)):
         raise UsageError("data.supervise_*: what is learnt of an answer is what is asked for; leave it out")

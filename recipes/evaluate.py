@@ -14,7 +14,7 @@ from recipes.config import DataConfig, ParallelConfig, Recipe
 from recipes.data.batches import BatchOptions
 from recipes.data.corpus import open_corpus
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Whole, first
+from recipes.data.selection import CorpusSamples, first_samples
 from recipes.metrics.named import find_metrics
 from recipes.training_config import TrainConfig
 
@@ -44,9 +44,9 @@ class EvaluationTask:
     max_rows: int = MAX_ROWS
     progress: Path | None = None
 
-    def samples(self) -> Whole:
+    def samples(self) -> CorpusSamples:
         """The data, from the cache. Raises DataError."""
-        return first(open_corpus(self.data, self.assets), self.rows)
+        return first_samples(open_corpus(self.data, self.assets), self.rows)
 
     def recipe(self) -> Recipe:
         """What training would call it."""

@@ -152,8 +152,8 @@ def _meant_key(prefix: str, key: str, siblings: Sequence[str], every: Sequence[s
     others = tuple(of for of in _OBJECTIVES if of != prefix) if prefix in _OBJECTIVES else ()
     elsewhere = _ELSEWHERE | {whole.rpartition(".")[2]: whole for whole in every if not whole.startswith(others)}
     whole = f"{prefix}{key}" if key in siblings else elsewhere.get(key)
-    if whole is not None and (own := whole.rpartition(".")[2]) in siblings:
-        whole = f"{prefix}{own}"  # groups may have a key of the same name
+    if whole is not None and (last := whole.rpartition(".")[2]) in siblings:
+        whole = f"{prefix}{last}"  # groups may have a key of the same name
     if whole is not None:
         return f"; did you mean {whole}?"
     close = difflib.get_close_matches(key, siblings, 1, 0.6)

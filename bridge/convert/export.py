@@ -32,7 +32,7 @@ from bridge.torch_dist.reader import DistReader
 
 
 @dataclass(frozen=True)
-class _Source:
+class _ExportInputs:
     """What an export reads and writes.
 
     `tensors`: of `reader`, whose files are `files`. `assets`: by their folder. `config`: where it is not as there.
@@ -110,7 +110,7 @@ def _open(
     unchanged_from: str | Path | None,
     notify: Notify | None,
     workers: int,
-) -> _Source:
+) -> _ExportInputs:
     reader: RowReader
     reader, tensors, files = open_checkpoint(stack, checkpoint, check_files, notify)
     assets = {checkpoint.hf: listed_assets(checkpoint.hf)}
@@ -130,7 +130,7 @@ def _open(
         quantized = QuantizedReader(PlannedReader(tensors, reader), table, quantize, origin, workers)
         reader, tensors = quantized, tuple(same_tensors(quantized))
         config = quantized.config(config or read_object(home / "config.json"), notify)
-    return _Source(reader, tensors, files, assets, config)
+    return _ExportInputs(reader, tensors, files, assets, config)
 
 
 def open_checkpoint(

@@ -25,7 +25,7 @@ _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeModel:
     """The folder that is to be written. `assets`: of `folder`, relative to it. `config`: where it is not as there."""
 
     reader: RowReader
@@ -44,7 +44,7 @@ def open_whole(
     language: Sequence[CopyTensor],
     reader: RowReader,
     notify: Notify | None = None,
-) -> Whole:
+) -> WholeModel:
     """The multimodal folder `path` with another language model: `language`, which `reader` has, of `geometry`.
 
     Where every tensor of it has one dtype, the towers are written in it too, as an import with that dtype would.
@@ -77,7 +77,7 @@ def open_whole(
     if notify is not None:
         _say(source, rest, dtype, notify)
     files, assets = list(source.folder.files), list(source.folder.assets)
-    return Whole(reader_of_all, tuple(tensors), table, files, source.folder.path, assets, changed)
+    return WholeModel(reader_of_all, tuple(tensors), table, files, source.folder.path, assets, changed)
 
 
 def _say(source: SourceFolder, rest: Sequence[CopyTensor], dtype: str | None, notify: Notify) -> None:
@@ -103,5 +103,5 @@ def _check_same_kind(whole: Geometry, text: Geometry, path: str | Path) -> None:
             continue
         theirs, ours = getattr(whole, item.name), getattr(text, item.name)
         if theirs != ours:
-            shown = f" ({theirs} there, {ours} here)" if item.name != "layers" else ""
-            raise UsageError(f"{path}: its language model is another one: {item.name} differs{shown}")
+            values = f" ({theirs} there, {ours} here)" if item.name != "layers" else ""
+            raise UsageError(f"{path}: its language model is another one: {item.name} differs{values}")

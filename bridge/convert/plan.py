@@ -47,28 +47,30 @@ def plan_import(
         return prefix + name.removeprefix(table.geometry.prefix) if name.startswith(table.geometry.prefix) else name
 
     names = {source(name): name for name in [*table.by_hf_name, *table.copies, *table.carried]}
-    kept = {names.get(name, name): name for name in stored if not narrowed or name in names}
-    table.check_folder({name: tuple(stored[original].shape) for name, original in kept.items()}, where)
+    originals = {names.get(name, name): name for name in stored if not narrowed or name in names}
+    table.check_folder({name: tuple(stored[original].shape) for name, original in originals.items()}, where)
 
     def written(name: str) -> str:
-        return _written(stored[kept[name]].dtype, dtype)
+        return _written(stored[originals[name]].dtype, dtype)
 
     tensors = []
     for entry in table.entries.values():
-        kinds = {s.name: written(s.name) for s in entry.sources}
+        dtypes = {s.name: written(s.name) for s in entry.sources}
         pieces = tuple(
-            Piece(block.row, kept[entry.sources[block.source].name], block.source_row, block.num_rows)
+            Piece(block.row, originals[entry.sources[block.source].name], block.source_row, block.num_rows)
             for block in entry.blocks
         )
-        tensors.append(CopyTensor(entry.key, _widest(kinds, where), entry.shape, pieces))
+        tensors.append(CopyTensor(entry.key, _widest(dtypes, where), entry.shape, pieces))
     carried = tuple(
         CopyTensor(name, written(name), tuple(stored[original].shape), (_whole(original, stored[original].shape),))
-        for name, original in kept.items()
+        for name, original in originals.items()
         if name not in table.by_hf_name and name not in table.copies
     )
     manifest = Manifest(
         table.geometry.tied,
-        tuple(ManifestTensor(name, written(name), tuple(stored[original].shape)) for name, original in kept.items()),
+        tuple(
+            ManifestTensor(name, written(name), tuple(stored[original].shape)) for name, original in originals.items()
+        ),
         file_metadata,
     )
     return ImportPlan(tuple(tensors), carried, manifest)
@@ -110,10 +112,10 @@ def plan_export(table: Table, manifest: Manifest) -> tuple[CopyTensor, ...]:
 
 def narrowed(table: Table, manifest: Manifest, stored: Mapping[str, TensorLike]) -> Counter[tuple[str, str]]:
     """How many weights `plan_export` writes in a dtype that does not hold them, by (that of `stored`, that written)."""
-    kinds, found = {tensor.name: tensor.dtype for tensor in manifest.tensors}, Counter[tuple[str, str]]()
+    dtypes, found = {tensor.name: tensor.dtype for tensor in manifest.tensors}, Counter[tuple[str, str]]()
     for entry in table.entries.values():
         have = stored[entry.key].dtype
-        written = _widest({source.name: kinds[source.name] for source in entry.sources}, entry.key)
+        written = _widest({source.name: dtypes[source.name] for source in entry.sources}, entry.key)
         found[have, written] += _widest({"stored": have, "written": written}, entry.key) != written
     return +found
 
@@ -145,17 +147,17 @@ def _whole(name: str, shape: Sequence[int], source: str | None = None) -> Piece:
     return Piece(0, source or name, 0, num_rows(tuple(shape)))
 
 
-def _widest(kinds: Mapping[str, str], where: object) -> str:
+def _widest(dtypes: Mapping[str, str], where: object) -> str:
     """The dtype that holds the values of all `kinds` (tensor -> dtype). Raises MappingError."""
-    dtypes = set(kinds.values())
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    if {"BF16", "F16"} <= dtypes and not dtypes & {"F32", "F64"}:
+    distinct = set(dtypes.values())
+    if len(distinct) == 1:
+        return next(iter(distinct))
+    if {"BF16", "F16"} <= distinct and not distinct & {"F32", "F64"}:
         return "F32"
     for dtype in _WIDTH:
-        if dtype in dtypes and dtypes <= set(_WIDTH):
+        if dtype in distinct and distinct <= set(_WIDTH):
             return dtype
-    odd = next(name for name, dtype in kinds.items() if dtype not in _WIDTH)
+    odd = next(name for name, dtype in dtypes.items() if dtype not in _WIDTH)
     raise MappingError(
-        f"{where}: {odd} is {kinds[odd]}, which does not fuse with {', '.join(sorted(dtypes - {kinds[odd]}))}"
+        f"{where}: {odd} is {dtypes[odd]}, which does not fuse with {', '.join(sorted(distinct - {dtypes[odd]}))}"
     )

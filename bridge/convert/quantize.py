@@ -30,10 +30,10 @@ def rounded(values: Floats, dtype: str) -> Floats:
     if dtype == "BF16":
         return (_bf16(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
     values = np.ascontiguousarray(values)
-    narrow = memoryview(np.empty(values.size * 2, dtype=np.uint8))
+    half = memoryview(np.empty(values.size * 2, dtype=np.uint8))
     out = np.empty_like(values)
-    convert(memoryview(values).cast("B"), "F32", narrow, dtype)
-    convert(narrow, dtype, memoryview(out).cast("B"), "F32")
+    convert(memoryview(values).cast("B"), "F32", half, dtype)
+    convert(half, dtype, memoryview(out).cast("B"), "F32")
     return out
 
 

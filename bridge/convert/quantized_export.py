@@ -169,14 +169,14 @@ class QuantizedReader:
         if len(shape) == 2:
             return (_Module(name.removesuffix(".weight"), name, 0, *shape, entry.key),)
         prefix, _, kind = name.rpartition(".")
-        kinds = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
-        rows = shape[1] // len(kinds)
+        projections = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+        rows = shape[1] // len(projections)
         return tuple(
             _Module(
                 f"{prefix}.{expert}.{part}", name, expert * shape[1] + i * rows, rows, columns, f"{entry.key} {expert}"
             )
             for expert in range(shape[0])
-            for i, part in enumerate(kinds)
+            for i, part in enumerate(projections)
         )
 
     def _add(self, module: _Module, dtype: str) -> None:

@@ -177,12 +177,12 @@ class DequantizedFolder(HfFolder):
             parts.setdefault(plain, {})[suffix] = info
         if left:
             self.notices.append(f"{self.path}: left behind: {left} scales of activations, which only an engine uses")
-        kinds: Counter[str] = Counter()
+        schemes: Counter[str] = Counter()
         stacks: dict[str, dict[tuple[int, str], Matrix]] = {}
         for plain, stored in parts.items():
             found = self._matrices(plain, stored)
             if found and found[0].scheme is not None:
-                kinds[found[0].scheme.name] += 1
+                schemes[found[0].scheme.name] += 1
             expert = _EXPERT.fullmatch(plain)
             if len(found) == 1 and found[0].scheme is not None:
                 weight = plain if expert is None else f"{expert[1]}experts.{expert[2]}.{expert[3]}.weight"
@@ -200,7 +200,7 @@ class DequantizedFolder(HfFolder):
         for name, experts in stacks.items():
             self._stack(name, experts)
         self.storage = tuple(
-            f"{self._quantization.method}: {name}: {count} tensors" for name, count in sorted(kinds.items())
+            f"{self._quantization.method}: {name}: {count} tensors" for name, count in sorted(schemes.items())
         )
 
     def _matrices(self, plain: str, stored: Mapping[str, TensorInfo]) -> tuple[Matrix, ...]:
@@ -297,20 +297,20 @@ class DequantizedFolder(HfFolder):
             raise CheckpointError(
                 f"{printable(self.path)}: tensor {printable(name)} is there as a stack and expert by expert"
             )
-        kinds = ("down_proj",) if name.endswith("down_proj") else ("gate_proj", "up_proj")
+        projections = ("down_proj",) if name.endswith("down_proj") else ("gate_proj", "up_proj")
         count = 1 + max(number for number, _ in experts)
         parts = []
         for number in range(count):
-            for kind in kinds:
+            for kind in projections:
                 part = experts.get((number, kind))
                 if part is None:
                     prefix = name.rpartition(".")[0]
                     raise CheckpointError(f"{printable(self.path)}: tensor {prefix}.{number}.{kind}.weight is missing")
-                first = experts[0, kinds[0]]
+                first = experts[0, projections[0]]
                 if (part.rows, part.columns) != (first.rows, first.columns):
                     raise self._misfit(part.codes, f"expert 0 is {first.rows} x {first.columns}")
                 parts.append(part)
-        self._add(name, (count, len(kinds) * parts[0].rows, parts[0].columns), tuple(parts))
+        self._add(name, (count, len(projections) * parts[0].rows, parts[0].columns), tuple(parts))
 
     def read_rows(self, name: str, start: int, stop: int, out: Any) -> None:
         """See `HfFolder`."""

@@ -16,7 +16,7 @@ import numpy as np
 from bridge.convert.pieces import CopyTensor, PlannedTensor, Scratch
 from bridge.convert.threads import parallel
 from bridge.errors import MappingError
-from bridge.hf.tensors import Chunk, RowReader, Unit, printable, split_rows
+from bridge.hf.tensors import RowChunk, RowReader, Unit, printable, split_rows
 
 CHUNK_BYTES = 8 << 20
 # A large file goes to the disk while it is written: left to its end, nothing would overlap with the last gigabytes,
@@ -84,18 +84,18 @@ def copy(
     done = 0
 
     # Files of an earlier run first.
-    kept: set[str] = set()
+    finished: set[str] = set()
     known = {} if journal is None else journal.finished
     old = [unit for unit in units if len(known.get(unit.file, ())) == len(unit.chunks)]
     for unit in _intact(old, known, writer, largest, workers):
-        kept.add(unit.file)
+        finished.add(unit.file)
         crcs |= {(c.name, c.start): crc for c, crc in zip(unit.chunks, known[unit.file], strict=True)}
         done += sum(chunk.nbytes for chunk in unit.chunks)
         if progress is not None:
             progress(done, total, unit.file)
     resumed = done
 
-    waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in kept}
+    waiting = {unit.file: len(unit.chunks) for unit in units if unit.file not in finished}
     tasks = [(unit, chunk) for unit in units if unit.file in waiting for chunk in unit.chunks]
     unwritten = 0
     for unit, chunk, crc in parallel(tasks, _mover(plan, writer, largest), workers):
@@ -114,7 +114,7 @@ def copy(
             writer.finish_unit(unit, sync=sync)
             if journal is not None:
                 journal.record(unit.file, [crcs[c.name, c.start] for c in unit.chunks])
-    return CopyResult(total, resumed, len(kept))
+    return CopyResult(total, resumed, len(finished))
 
 
 def _check_planned(units: Sequence[Unit], plan: Mapping[str, PlannedTensor]) -> None:
@@ -128,14 +128,14 @@ def _check_planned(units: Sequence[Unit], plan: Mapping[str, PlannedTensor]) -> 
 
 def _mover(
     plan: Mapping[str, PlannedTensor], writer: RowWriter, largest: int
-) -> Callable[[], Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]]:
+) -> Callable[[], Callable[[tuple[Unit, RowChunk]], tuple[Unit, RowChunk, int]]]:
     """Makes, for each thread, what moves a chunk (of at most `largest` bytes) and says its CRC32."""
 
-    def make() -> Callable[[tuple[Unit, Chunk]], tuple[Unit, Chunk, int]]:
+    def make() -> Callable[[tuple[Unit, RowChunk]], tuple[Unit, RowChunk, int]]:
         buffer = memoryview(np.empty(largest, dtype=np.uint8))
         scratch = Scratch()
 
-        def move(task: tuple[Unit, Chunk]) -> tuple[Unit, Chunk, int]:
+        def move(task: tuple[Unit, RowChunk]) -> tuple[Unit, RowChunk, int]:
             unit, chunk = task
             view = buffer[: chunk.nbytes]
             plan[chunk.name].fill(chunk.start, chunk.stop, view, scratch)
@@ -177,7 +177,7 @@ def compare(
     """
     plan = {tensor.name: PlannedTensor(tensor, source) for tensor in tensors}
     details: dict[str, str] = {}
-    tasks: list[Chunk] = []
+    tasks: list[RowChunk] = []
     waiting: dict[str, int] = {}
     for tensor in tensors:
         found = target.tensors.get(tensor.name)
@@ -190,11 +190,11 @@ def compare(
         waiting[tensor.name] = len(chunks)
     total, largest = sum(c.nbytes for c in tasks), max((c.nbytes for c in tasks), default=0)
 
-    def make_comparer() -> Callable[[Chunk], tuple[Chunk, str]]:
+    def make_comparer() -> Callable[[RowChunk], tuple[RowChunk, str]]:
         ours, theirs = np.empty(largest, dtype=np.uint8), np.empty(largest, dtype=np.uint8)
         scratch = Scratch()
 
-        def work(chunk: Chunk) -> tuple[Chunk, str]:
+        def work(chunk: RowChunk) -> tuple[RowChunk, str]:
             left, right = ours[: chunk.nbytes], theirs[: chunk.nbytes]
             plan[chunk.name].fill(chunk.start, chunk.stop, memoryview(left), scratch)
             target.read_rows(chunk.name, chunk.start, chunk.stop, right)
@@ -220,7 +220,7 @@ def compare(
 
 
 def _difference(
-    ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: Chunk, item: int
+    ours: np.ndarray[Any, np.dtype[np.uint8]], theirs: np.ndarray[Any, np.dtype[np.uint8]], chunk: RowChunk, item: int
 ) -> str:
     """ "" when the bytes are equal, else where they first differ."""
     wide = len(ours) & ~7

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.generate.memory import MAX_ROWS
-from bridge.generate.row import Row
+from bridge.generate.row import GeneratedRow
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions, choose
 from bridge.generate.speculative import Speculator
 from bridge.generate.stages import StepOutput, run_step
 from bridge.megatron.kv_cache import CachedStep, KeyValueCaches, NewTokens, padded
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
+from bridge.megatron.multimodal import Gemma4MultimodalModel, MediaTensors
 from bridge.megatron.visibility import Visibility
 from bridge.token_ids import check_ids
 
@@ -90,17 +90,17 @@ class Generator:
             found = [completion for part in parts for completion in part]
         return sorted(found, key=lambda completion: (completion.index, completion.sample))
 
-    def _row(self, index: int, sample: int, prompt: Prompt) -> Row:
+    def _row(self, index: int, sample: int, prompt: Prompt) -> GeneratedRow:
         if not prompt.ids:
             raise UsageError(f"prompt {index} has no tokens")
         check_ids(np.asarray(prompt.ids), self.geometry, f"prompt {index}")
         ids = torch.tensor([prompt.ids])
         types = None if prompt.mm_token_type_ids is None else prompt.mm_token_type_ids.reshape(1, -1).cpu()
-        return Row(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))
+        return GeneratedRow(index, sample, prompt, Visibility.of(ids, mm_token_type_ids=types).to(self.device))
 
-    def _run(self, rows: Sequence[Row], options: SamplingOptions) -> Iterator[Completion]:
+    def _run(self, rows: Sequence[GeneratedRow], options: SamplingOptions) -> Iterator[Completion]:
         caches = KeyValueCaches(self.geometry, 0 if self.speculator is None else self.speculator.spare)
-        waiting, active, reading = deque(rows), list[Row](), list[Row]()
+        waiting, active, reading = deque(rows), list[GeneratedRow](), list[GeneratedRow]()
         while self._any(bool(waiting or active or reading)):
             while waiting and len(active) + len(reading) < self.max_rows:
                 row = waiting.popleft()
@@ -124,12 +124,12 @@ class Generator:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.replicas)
         return bool(flag)
 
-    def _read(self, caches: KeyValueCaches, rows: list[Row], options: SamplingOptions) -> None:
+    def _read(self, caches: KeyValueCaches, rows: list[GeneratedRow], options: SamplingOptions) -> None:
         """The next part of the prompts that are read, up to `prefill_tokens` of them together.
 
         A prompt is read once for all answers to it that are in `rows`.
         """
-        room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[Row]()
+        room, parts, chosen = self.prefill_tokens, list[NewTokens](), list[GeneratedRow]()
         unread = [row for row in rows if row.seen < len(row.prompt.ids)]
         # Of each prompt the row that is ahead; the others have seen nothing.
         readers = {id(row.prompt): row for row in sorted(unread, key=lambda row: (row.seen, -row.slot))}
@@ -146,7 +146,7 @@ class Generator:
             room -= stop - row.seen
         self._step(caches, chosen, parts, options, unread)
 
-    def _part_end(self, row: Row, room: int) -> int:
+    def _part_end(self, row: GeneratedRow, room: int) -> int:
         """Where the next part of a prompt ends: after `room` tokens, or at the edge of an image near there."""
         length = len(row.prompt.ids)
         stop = min(length, row.seen + max(room, 1))
@@ -160,7 +160,7 @@ class Generator:
         first, last = int(inside[0]), int(inside[-1])
         return first if first > row.seen else last + 1
 
-    def _embed_prompt(self, row: Row) -> Tensor:
+    def _embed_prompt(self, row: GeneratedRow) -> Tensor:
         """[prompt, 1, h] on every rank of the first stage, soft tokens where placeholders stand."""
         model = self.chunks[0]
         multiple = self.groups.tp.size() if self.config.sequence_parallel else 1
@@ -168,8 +168,8 @@ class Generator:
         filler = padded(length, multiple) - length
         ids = torch.tensor([[*row.prompt.ids, *[self.geometry.pad_token_id or 0] * filler]], device=self.device)
         if isinstance(model, Gemma4MultimodalModel):
-            media = {f.name: row.prompt.media[f.name] for f in fields(Media) if f.name in row.prompt.media}
-            whole = model.embed_with_media(ids, Media(**media), divided=False)
+            media = {f.name: row.prompt.media[f.name] for f in fields(MediaTensors) if f.name in row.prompt.media}
+            whole = model.embed_with_media(ids, MediaTensors(**media), divided=False)
         else:
             whole = model.embed(ids)
         if self.config.sequence_parallel:
@@ -179,16 +179,16 @@ class Generator:
     def _step(
         self,
         caches: KeyValueCaches,
-        rows: Sequence[Row],
+        rows: Sequence[GeneratedRow],
         parts: Sequence[NewTokens],
         options: SamplingOptions,
-        unread: Sequence[Row] = (),
+        unread: Sequence[GeneratedRow] = (),
     ) -> None:
         """Run new tokens through the model; rows whose prompt is read to its end get their next token, and so do those
         of `unread` that have the same prompt."""
         step = self._cached_step(caches, parts)
         output = self._run_step(step, rows, [_tokens(row, part) for row, part in zip(rows, parts, strict=True)])
-        ready, chosen = list[int](), list[Row]()
+        ready, chosen = list[int](), list[GeneratedRow]()
         for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
             row.seen = part.stop
             if part.stop >= len(row.prompt.ids):
@@ -212,21 +212,23 @@ class Generator:
     def _cached_step(self, caches: KeyValueCaches, parts: Sequence[NewTokens], *, every: bool = False) -> CachedStep:
         return CachedStep.of(caches, parts, self.device, self.groups.tp, self.config.sequence_parallel, every=every)
 
-    def _run_step(self, step: CachedStep, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> StepOutput | None:
+    def _run_step(
+        self, step: CachedStep, rows: Sequence[GeneratedRow], ids: Sequence[Sequence[int]]
+    ) -> StepOutput | None:
         """The model's pass over the new tokens `ids` of `rows`, of their prompts or behind them."""
         flat = [i for of_row in ids for i in of_row]
         input_ids = torch.tensor([flat + [self.geometry.pad_token_id or 0] * step.padding], device=self.device)
         embeddings = self._embeddings(rows, step.rows, step, input_ids) if self.chunks[0].pre_process else None
         return run_step(self.chunks, self.groups, step, input_ids, embeddings)
 
-    def _add(self, row: Row, token: int, logprob: float) -> None:
+    def _add(self, row: GeneratedRow, token: int, logprob: float) -> None:
         row.tokens.append(token)
         row.logprobs.append(logprob)
         if self.on_token is not None:
             self.on_token(row.index, row.sample, token)
 
     def _speculate(
-        self, speculator: Speculator, caches: KeyValueCaches, rows: Sequence[Row], options: SamplingOptions
+        self, speculator: Speculator, caches: KeyValueCaches, rows: Sequence[GeneratedRow], options: SamplingOptions
     ) -> None:
         """Tokens are proposed for every row; one pass over them says which it would have got anyway, and one more."""
         drafts = speculator.draft(caches, rows, options)
@@ -251,7 +253,7 @@ class Generator:
             first += len(part)
 
     def _embeddings(
-        self, rows: Sequence[Row], parts: Sequence[NewTokens], step: CachedStep, input_ids: Tensor
+        self, rows: Sequence[GeneratedRow], parts: Sequence[NewTokens], step: CachedStep, input_ids: Tensor
     ) -> Tensor:
         """[n (/tp), 1, h]: what prompts were embedded to, and the embeddings of tokens that were generated."""
         model = self.chunks[0]
@@ -270,7 +272,7 @@ class Generator:
         return whole.chunk(self.groups.tp.size())[self.groups.tp.rank()].contiguous()
 
     def _choose(
-        self, logits: Tensor | None, rows: Sequence[Row], options: SamplingOptions
+        self, logits: Tensor | None, rows: Sequence[GeneratedRow], options: SamplingOptions
     ) -> tuple[list[int], list[float]]:
         """The last stage chooses; ranks of the other stages are told. [rows] each."""
         if logits is not None:
@@ -284,7 +286,7 @@ class Generator:
         return [int(token) for token in tokens], logprobs
 
     def _finish(
-        self, caches: KeyValueCaches, active: list[Row], reading: list[Row], options: SamplingOptions
+        self, caches: KeyValueCaches, active: list[GeneratedRow], reading: list[GeneratedRow], options: SamplingOptions
     ) -> Iterator[Completion]:
         """Rows that have ended, whose slots go to the rows behind them: those that answer stay without a gap."""
         for row in list(active):
@@ -300,7 +302,12 @@ class Generator:
             yield completion
 
     def _fill(
-        self, caches: KeyValueCaches, slot: int, others: list[Row], active: list[Row], reading: list[Row]
+        self,
+        caches: KeyValueCaches,
+        slot: int,
+        others: list[GeneratedRow],
+        active: list[GeneratedRow],
+        reading: list[GeneratedRow],
     ) -> None:
         """Close the gap at `slot`: the last row that answers moves there, and the last that is read to its place."""
         for group in (active, reading):
@@ -311,7 +318,7 @@ class Generator:
                 slot, last.slot = last.slot, slot
                 group.sort(key=lambda row: row.slot)
 
-    def _completion(self, row: Row, options: SamplingOptions) -> Completion | None:
+    def _completion(self, row: GeneratedRow, options: SamplingOptions) -> Completion | None:
         reason, text = None, ""
         if row.tokens[-1] in options.stop_token_ids:
             reason = "stop"
@@ -331,7 +338,7 @@ class Generator:
         return Completion(row.index, row.sample, row.prompt.ids, *said, reason, text, rounds)
 
 
-def _tokens(row: Row, part: NewTokens) -> list[int]:
+def _tokens(row: GeneratedRow, part: NewTokens) -> list[int]:
     """The ids of a row at some positions, of its prompt or of its answer."""
     prompt = len(row.prompt.ids)
     if part.stop <= prompt:

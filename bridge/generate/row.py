@@ -12,7 +12,7 @@ from bridge.megatron.visibility import Visibility
 
 
 @dataclass
-class Row:
+class GeneratedRow:
     """`seen` tokens of it are in the caches, in `slot`.
 
     `embeddings` [prompt, 1, h] of its prompt, on the first stage, while it is read. `state` [h]: the model's, of the

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from bridge.errors import ParallelError, UsageError
-from bridge.generate.row import Row
+from bridge.generate.row import GeneratedRow
 from bridge.generate.sampling import SamplingOptions, choose, distribution, draw
 from bridge.generate.stages import StepOutput
 from bridge.megatron.attention import KeyValue
@@ -68,7 +68,7 @@ class Speculator:
         """How many tokens may be taken back from the caches: those proposed, and one that drafters see besides."""
         return self._tokens + 1
 
-    def draft(self, caches: KeyValueCaches, rows: Sequence[Row], options: SamplingOptions) -> Drafts:
+    def draft(self, caches: KeyValueCaches, rows: Sequence[GeneratedRow], options: SamplingOptions) -> Drafts:
         """Tokens behind the last one of every row, known to all ranks of the pipeline; none behind the last allowed."""
         counts = [min(self._tokens, options.max_new_tokens - len(row.tokens) - 1) for row in rows]
         steps = max(counts)
@@ -87,7 +87,7 @@ class Speculator:
         self,
         drafter: Gemma4Drafter,
         caches: KeyValueCaches,
-        rows: Sequence[Row],
+        rows: Sequence[GeneratedRow],
         options: SamplingOptions,
         steps: int,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -115,7 +115,7 @@ class Speculator:
                 hidden = gather_from_sequence_parallel_region(hidden, group=tp)
             logits = drafter.logits(hidden[: len(rows), 0])
             more = torch.stack(proposed, 1).tolist() if proposed else [[] for _ in rows]
-            previous = [row.previous(options, own) for row, own in zip(rows, more, strict=True)]
+            previous = [row.previous(options, drafted) for row, drafted in zip(rows, more, strict=True)]
             if options.temperature == 0:
                 tokens, _ = choose(logits, options, [], previous)
             else:
@@ -125,7 +125,7 @@ class Speculator:
         return torch.stack(proposed, 1), probabilities
 
     def accepted(
-        self, output: StepOutput | None, drafts: Drafts, rows: Sequence[Row], options: SamplingOptions
+        self, output: StepOutput | None, drafts: Drafts, rows: Sequence[GeneratedRow], options: SamplingOptions
     ) -> list[tuple[list[int], list[float]]]:
         """Of every row its new tokens and their log-probabilities, on every rank of the pipeline.
 
@@ -139,8 +139,8 @@ class Speculator:
             for number, (row, proposed) in enumerate(zip(rows, drafts.tokens, strict=True)):
                 logits = output.logits[first : first + len(proposed) + 1]
                 first += len(proposed) + 1
-                own = [probabilities[number] for probabilities in drafts.probabilities[: len(proposed)]]
-                tokens = accept(logits, proposed, own, row, options)
+                draft_probabilities = [probabilities[number] for probabilities in drafts.probabilities[: len(proposed)]]
+                tokens = accept(logits, proposed, draft_probabilities, row, options)
                 words = torch.tensor(tokens, device=logits.device)
                 logprobs = logits[: len(tokens)].log_softmax(-1).gather(1, words[:, None])[:, 0]
                 told[number, 0] = len(tokens)
@@ -155,8 +155,11 @@ class Speculator:
         return found
 
 
-def accept(logits: Tensor, proposed: list[int], own: list[Tensor], row: Row, options: SamplingOptions) -> list[int]:
-    """The tokens that a row gets. `logits` [proposed + 1, vocab]; `own` [vocab] of each: what it was drawn with."""
+def accept(
+    logits: Tensor, proposed: list[int], draft_probabilities: list[Tensor], row: GeneratedRow, options: SamplingOptions
+) -> list[int]:
+    """The tokens that a row gets. `logits` [proposed + 1, vocab]; `draft_probabilities` [vocab] of each: what
+    it was drawn with."""
     previous = [row.previous(options, proposed[:ahead]) for ahead in range(len(proposed) + 1)]
     if options.temperature == 0:
         chosen: list[int] = choose(logits, options, [], previous)[0].tolist()
@@ -164,14 +167,18 @@ def accept(logits: Tensor, proposed: list[int], own: list[Tensor], row: Row, opt
         while matches < len(proposed) and chosen[matches] == proposed[matches]:
             matches += 1
         return chosen[: matches + 1]
-    return sampled(distribution(logits, options, previous), proposed, own, row, options)
+    return sampled(distribution(logits, options, previous), proposed, draft_probabilities, row, options)
 
 
 def sampled(
-    wanted: Tensor, proposed: list[int], own: Sequence[Tensor], row: Row, options: SamplingOptions
+    wanted: Tensor,
+    proposed: list[int],
+    draft_probabilities: Sequence[Tensor],
+    row: GeneratedRow,
+    options: SamplingOptions,
 ) -> list[int]:
     """The tokens that a row gets; `wanted` [proposed + 1, vocab]: the model's probabilities."""
-    for ahead, (token, p, q) in enumerate(zip(proposed, wanted, own, strict=False)):
+    for ahead, (token, p, q) in enumerate(zip(proposed, wanted, draft_probabilities, strict=False)):
         if row.drawn(options, ahead, " accept") * float(q[token]) < float(p[token]):
             continue
         return [*proposed[:ahead], int(draw((p - q).clamp_(min=0)[None], [row.drawn(options, ahead)]))]

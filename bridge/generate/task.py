@@ -85,9 +85,9 @@ def build_speculator(task: ModelTask, chunks: list[Gemma4Model], groups: Process
     if task.drafter is None:
         return None
     drafter = None
-    alone = drafter_groups(groups)
+    single_rank = drafter_groups(groups)
     if chunks[-1].post_process:
-        (drafter,) = provider_of(task.drafter).build(alone)
+        (drafter,) = provider_of(task.drafter).build(single_rank)
         assert isinstance(drafter, Gemma4Drafter)
         drafter.eval()
         with ExitStack() as stack:

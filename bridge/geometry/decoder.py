@@ -158,9 +158,9 @@ def read_layers(fields: Fields, notices: list[str], *, external_kv: bool = False
     rope = {kind: _rope(fields, kind) for kind in _NAMES if kind in kinds}
     layers: list[LayerGeometry] = []
     for index, kind in enumerate(kinds):
-        own = {key: overrides[index].get(key, fields[key]) for key in ("head_dim", "num_key_value_heads")}
-        head_dim = positive(own["head_dim"], f"{fields.where('head_dim')} of layer {index}")
-        groups = positive(own["num_key_value_heads"], f"{fields.where('num_key_value_heads')} of layer {index}")
+        head_fields = {key: overrides[index].get(key, fields[key]) for key in ("head_dim", "num_key_value_heads")}
+        head_dim = positive(head_fields["head_dim"], f"{fields.where('head_dim')} of layer {index}")
+        groups = positive(head_fields["num_key_value_heads"], f"{fields.where('num_key_value_heads')} of layer {index}")
         if heads % groups:
             raise GeometryError(f"layer {index}: {heads} attention heads do not divide into {groups} groups")
         if head_dim % 2:
@@ -229,13 +229,13 @@ def _per_layer_overrides(fields: Fields, names: list[str], notices: list[str]) -
     per_layer, old = fields["per_layer_config"], ("global_head_dim", "num_global_key_value_heads")
     where = fields.where("per_layer_config")
     if "per_layer_config" not in fields.given:
-        own: dict[str, Any] = {"head_dim": fields["global_head_dim"]}
+        global_fields: dict[str, Any] = {"head_dim": fields["global_head_dim"]}
         if fields["num_global_key_value_heads"] is not None:
             if fields.flag("attention_k_eq_v"):
-                own["num_key_value_heads"] = fields["num_global_key_value_heads"]
+                global_fields["num_key_value_heads"] = fields["num_global_key_value_heads"]
             else:
                 notices.append(f"{fields.where(old[1])} counts only with attention_k_eq_v")
-        return [own if name == "full_attention" else {} for name in names]
+        return [global_fields if name == "full_attention" else {} for name in names]
     # The older fields count only where the key is absent, even if it is null.
     notices.extend(f"{fields.where(key)} does not count beside per_layer_config" for key in old if key in fields.given)
     if per_layer is not None and not isinstance(per_layer, Mapping):

@@ -61,10 +61,9 @@ class HfFolder(CloseOnExit):
     `assets`: every file that is not weights, relative to the folder, sorted. `ignored`: weight files that the model
     does not consist of (another format, a stray shard), and the files that go with them: they are carried nowhere, and
     whoever copies the folder says so.
-    `index_metadata`: the `metadata` of the index, {} without one. `file_metadata`: `__metadata__` of the first weight
-    file. `files`: the weight files. `single`: what the weight file is called where there is one only, and `index` that
-    of several. `config`: what stands for config.json where the file says more than is meant (of weights that are read
-    as if they were not quantized), else None.
+    `file_metadata`: `__metadata__` of the first weight file. `files`: the weight files. `single`: what the weight file
+    is called where there is one only, and `index` that of several. `config`: what stands for config.json where the file
+    says more than is meant (of weights that are read as if they were not quantized), else None.
 
     Raises CheckpointError that names the file or tensor at fault.
     """
@@ -74,7 +73,6 @@ class HfFolder(CloseOnExit):
         self._single, self._index = single, index
         self._stored: dict[str, TensorInfo] = {}
         self.config: dict[str, Any] | None = None
-        self.index_metadata: dict[str, Any] = {}
         self.file_metadata: dict[str, str] = {}
         self.files: list[Path] = []
         self._open = RegularFiles()
@@ -108,7 +106,7 @@ class HfFolder(CloseOnExit):
                         f"{printable(self.path)}: has only {name}, a pickle, which is not read; convert it first"
                     )
             raise CheckpointError(f"{printable(self.path)}: has neither {single.name} nor {index.name}")
-        weight_map, self.index_metadata = _read_index(inside(self.path, index.name))
+        weight_map = _read_index(inside(self.path, index.name))
         by_file: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             by_file.setdefault(file, set()).add(name)
@@ -181,15 +179,14 @@ class HfFolder(CloseOnExit):
         self._open.close()
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    index = read_object(path)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{printable(path)}: has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(f"{printable(path)}: weight_map gives no file name for {printable(name)}")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    return weight_map
 
 
 def _read_header(fd: int, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -284,7 +281,7 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
             (others if _is_weights(name) else assets).append(path.relative_to(folder))
     foreign = {path.parts[0] for path in others if len(path.parts) > 1}
     named = [f'"{path.name}"'.encode() for path in others if len(path.parts) == 1]
-    kept = []
+    carried = []
     for asset in assets:
         path = folder / asset
         if asset.parts[0] in foreign:
@@ -298,8 +295,8 @@ def _list_assets(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
                 raise CheckpointError(f"{printable(path)}: names a weight file that is not the model's")
             others.append(asset)
             continue
-        kept.append(asset)
-    return sorted(kept), sorted(others)
+        carried.append(asset)
+    return sorted(carried), sorted(others)
 
 
 def _is_weights(name: str) -> bool:

@@ -74,7 +74,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowChunk:
     """Rows [start, stop) of one tensor: what one worker moves at a time."""
 
     name: str
@@ -89,7 +89,7 @@ class Unit:
 
     file: str
     nbytes: int
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[RowChunk, ...]
 
 
 def num_rows(shape: tuple[int, ...]) -> int:
@@ -107,14 +107,14 @@ def row_bytes(tensor: TensorLike) -> int:
     return row_elements(tensor.shape) * ITEM_SIZES[tensor.dtype]
 
 
-def split_rows(spec: TensorSpec, chunk_bytes: int) -> list[Chunk]:
+def split_rows(spec: TensorSpec, chunk_bytes: int) -> list[RowChunk]:
     """Cut a tensor into chunks of whole rows, at most `chunk_bytes` each (or one row, where a row is larger)."""
     rows, size = num_rows(spec.shape), row_bytes(spec)
     if rows * size == 0:
-        return [Chunk(spec.name, 0, rows, 0)]
+        return [RowChunk(spec.name, 0, rows, 0)]
     step = max(1, chunk_bytes // size)
     return [
-        Chunk(spec.name, start, min(start + step, rows), (min(start + step, rows) - start) * size)
+        RowChunk(spec.name, start, min(start + step, rows), (min(start + step, rows) - start) * size)
         for start in range(0, rows, step)
     ]
 

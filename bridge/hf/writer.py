@@ -255,11 +255,6 @@ class HfWriter(UnitFiles):
             self._shards[file] = shard
             self._sizes[file] = base + offset
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all the files that will be written, the index apart."""
-        return sum(self._sizes.values())
-
     def units(self, chunk_bytes: int) -> tuple[Unit, ...]:
         """The files, and the chunks of at most `chunk_bytes` that fill each."""
         return tuple(

@@ -142,8 +142,8 @@ def _without_idle(spec: LoraSpec, table: Table) -> LoraSpec:
     tied = [module_name(table, name) for name in table.copies]
     sources = [module_name(table, entry.sources[0].name) for entry in table.copies.values()]
     if any(source.endswith(item) for item in spec.modules_to_save for source in sources):
-        kept = (item for item in spec.modules_to_save if not any(name.endswith(item) for name in tied))
-        spec = replace(spec, modules_to_save=tuple(kept))
+        untied = (item for item in spec.modules_to_save if not any(name.endswith(item) for name in tied))
+        spec = replace(spec, modules_to_save=tuple(untied))
     return spec
 
 
@@ -193,7 +193,7 @@ def _left_over(key: str, table: Table, holds: str) -> tuple[str, str]:
 
 def _check_tensors(source: HfFolder, expected: list[StoredTensor], keys: Mapping[str, str]) -> None:
     file = source.files[0]
-    kinds: dict[tuple[str, Factor], tuple[str, str]] = {}
+    dtypes: dict[tuple[str, Factor], tuple[str, str]] = {}
     for piece in expected:
         found = source.tensors[keys[piece.key]] if piece.key in keys else None
         if found is None:
@@ -205,6 +205,6 @@ def _check_tensors(source: HfFolder, expected: list[StoredTensor], keys: Mapping
             )
         if found.dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(f"{file}: {printable(piece.key)} is {found.dtype}, which is not supported")
-        kind, first = kinds.setdefault((piece.target.name, piece.part), (found.dtype, piece.key))
+        kind, first = dtypes.setdefault((piece.target.name, piece.part), (found.dtype, piece.key))
         if kind != found.dtype:
             raise CheckpointError(f"{file}: {printable(piece.key)} is {found.dtype}, {printable(first)} is {kind}")

@@ -166,7 +166,7 @@ class Gemma4Block(TransformerBlock):
             for i in range(start, stop):
                 layer = self.layers[i]
                 source = layer.layer.kv_source
-                hidden_states, own = layer(
+                hidden_states, layer_kv = layer(
                     hidden_states,
                     rotary[layer.layer.kind],
                     visibility,
@@ -174,7 +174,7 @@ class Gemma4Block(TransformerBlock):
                     shared.get(source) if layer.layer.shares_kv else None,
                 )
                 if not layer.layer.shares_kv:
-                    shared[source] = own
+                    shared[source] = layer_kv
             return hidden_states, *(tensor for source in outgoing for tensor in shared[source])
 
         # Every tensor that needs a gradient is an argument: what a checkpointed function closes over gets none.

@@ -13,8 +13,9 @@ import importlib
 import logging
 import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,11 @@ class Patch(NamedTuple):
     why: str
 
 
-def enable(device: torch.device = _CPU) -> bool:
+def enable(device: torch.device = _CPU, stand_ins: Iterable[Patch] = ()) -> bool:
     """Let this process run Megatron-Core on the CPU. Idempotent; False, and no change, where a GPU is visible.
 
-    `device` takes the GPU's place: another than the CPU is a fake device ("meta"), on which to count.
+    `device` takes the GPU's place: another than the CPU is a fake device ("meta"), on which to count; `stand_ins`: what
+    it needs beside the rows here.
     """
     global _device
     if torch.cuda.is_available():
@@ -56,7 +58,7 @@ def enable(device: torch.device = _CPU) -> bool:
     # attributes: made after the rows below it would hold the wrappers, and `with torch.device("meta")` do nothing.
     _device_constructors()
     try:
-        for patch in _patches():
+        for patch in chain(_patches(), stand_ins):
             owner = pkgutil.resolve_name(patch.owner)
             original = getattr(owner, patch.name, None)
             _saved.append((owner, patch.name, vars(owner).get(patch.name, _ABSENT)))

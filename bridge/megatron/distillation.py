@@ -49,7 +49,7 @@ class TopK(NamedTuple):
     logps: Tensor
 
     def compare(self, log_q: Tensor, chunk: Tensor, head: Head, asked: Distillation) -> tuple[Tensor, Tensor]:
-        """As `Whole.compare`."""
+        """As `TeacherStates.compare`."""
         column, here = head.local(self.ids[chunk])
         words = log_q.shape[1]
         named = torch.zeros(len(log_q), words + 1, dtype=torch.bool, device=log_q.device)
@@ -62,26 +62,26 @@ class TopK(NamedTuple):
         terms, slopes = _terms(self.logps[chunk], torch.cat([chosen, rest], dim=1), asked.beta)
         total = slopes.sum(-1, keepdim=True)
         gradient = (log_q - rest).exp_().mul_(slopes[:, -1:]).sub_(log_q.exp().mul_(total))
-        own = slopes[:, :-1] - chosen.exp() * total
+        chosen_gradient = slopes[:, :-1] - chosen.exp() * total
         rows = here.nonzero()[:, 0]
-        gradient[rows, column[here]] = own[here]
+        gradient[rows, column[here]] = chosen_gradient[here]
         return terms.sum(-1), gradient
 
 
 @dataclass(frozen=True)
-class Whole:
+class TeacherStates:
     """A teacher's final states [s (/tp), b, H], as its layout has them, and its head: every word, exactly."""
 
     states: Tensor
     head: Head
     sequence_parallel: bool
 
-    def gathered(self) -> Whole:
+    def gathered(self) -> TeacherStates:
         """With the states [s * b, H] of all tokens of this rank's part of the rows."""
         states = self.states
         if self.head.group is not None and self.sequence_parallel:
             states = gather_from_sequence_parallel_region(states, group=self.head.group)
-        return Whole(states.flatten(0, 1), self.head, False)
+        return TeacherStates(states.flatten(0, 1), self.head, False)
 
     def log_p(self, positions: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [n, words] of this rank's words at some of `gathered` states."""
@@ -98,20 +98,20 @@ class Whole:
         return sums[0], slopes.sub_(log_q.exp().mul_(sums[1][:, None]))
 
 
-Teacher = TopK | Whole
+Teacher = TopK | TeacherStates
 
 
-def whole_teacher(states: Tensor, chunk: Gemma4Model) -> Whole:
+def whole_teacher(states: Tensor, chunk: Gemma4Model) -> TeacherStates:
     """Of the final states of a teacher, whose last `chunk` has the head."""
     weight = chunk.output_layer.weight
     weight = chunk.shared_embedding_or_output_weight() if weight is None else weight
     geometry = chunk.config.geometry
     head = head_of(weight.detach(), geometry.vocab_size, geometry.logit_softcap, chunk.pg_collection.tp)
-    return Whole(states, head, chunk.config.sequence_parallel)
+    return TeacherStates(states, head, chunk.config.sequence_parallel)
 
 
 @torch.no_grad()
-def top_k(teacher: Whole, positions: Tensor, count: int, temperature: float) -> TopK:
+def top_k(teacher: TeacherStates, positions: Tensor, count: int, temperature: float) -> TopK:
     """The `count` likeliest tokens at `positions` [n] of the flattened [s, b], alike on tensor-parallel ranks."""
     teacher = teacher.gathered()
     head, ids, logps = teacher.head, [], []
@@ -265,8 +265,8 @@ def linear_distillation(
 ) -> Tensor:
     """Of every token its loss and its cross entropy, float32 [b, s, 2]; 0 where there is no label.
 
-    Arguments as of `linear_cross_entropy`. `teacher`: a `TopK` is of the `label_positions`; a `Whole` has the same
-    vocabulary. Only losses have a gradient. A label that is no word raises UsageError.
+    Arguments as of `linear_cross_entropy`. `teacher`: a `TopK` is of the `label_positions`; `TeacherStates` have the
+    same vocabulary. Only losses have a gradient. A label that is no word raises UsageError.
     """
     head = head_of(weight.detach(), vocab_size, softcap, tp_group)
     if head.group is not None and sequence_parallel:
@@ -274,7 +274,7 @@ def linear_distillation(
     elif head.group is not None:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=head.group)
     require_rows(labels, vocab_size, "the head", ignore=IGNORE)
-    if isinstance(teacher, Whole):
+    if isinstance(teacher, TeacherStates):
         teacher = teacher.gathered()
     found = _Loss.apply(
         hidden.flatten(0, 1), weight, labels.t().flatten(), label_positions, main_grad, teacher, (head, asked)

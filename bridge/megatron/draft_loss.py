@@ -148,8 +148,8 @@ def draft_loss(
         same = shifted(document, step, -2) == document
         wanted = target.take(torch.where(same, shifted(labels, step, IGNORE), IGNORE)).t().contiguous()
         if asked.centroids and model.masked_embedding is not None:
-            own = wanted.chunk(get_pg_size(group))[get_pg_rank(group)] if sp else wanted
-            clusters = asked.centroids * _centroid_loss(model, hidden, own) / wanted.numel()
+            local_labels = wanted.chunk(get_pg_size(group))[get_pg_rank(group)] if sp else wanted
+            clusters = asked.centroids * _centroid_loss(model, hidden, local_labels) / wanted.numel()
             losses = losses + (clusters - clusters.detach())
         if several is not None and sp:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
@@ -178,6 +178,8 @@ def _centroid_loss(model: Gemma4Drafter, hidden: Tensor, labels: Tensor) -> Tens
     cluster = torch.empty_like(ordering)
     size = len(ordering) // embedding.centroids.out_features
     cluster[ordering] = torch.arange(len(ordering), device=ordering.device) // size
-    own = torch.where(labels == IGNORE, IGNORE, cluster[labels.clamp(min=0)])
+    cluster_labels = torch.where(labels == IGNORE, IGNORE, cluster[labels.clamp(min=0)])
     logits = embedding.centroids(hidden.detach()).float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten(), ignore_index=IGNORE, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), cluster_labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )

@@ -122,12 +122,12 @@ def drafter_groups(groups: ProcessGroupCollection) -> ProcessGroupCollection:
     """The groups of a model that one pipeline stage holds all of. Collective."""
     if groups.pp.size() == 1:
         return groups
-    alone, _ = dist.new_subgroups(group_size=1)
+    single_rank, _ = dist.new_subgroups(group_size=1)
     found = ProcessGroupCollection()
     for name in vars(groups):
         setattr(found, name, getattr(groups, name))
     for name in ("pp", "embd", "pos_embd"):
-        setattr(found, name, alone)
+        setattr(found, name, single_rank)
     found.mp = groups.tp
     return found
 

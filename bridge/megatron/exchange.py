@@ -27,7 +27,7 @@ class ExchangePlan:
 
     `columns`: the places in the row that this rank ends up with, ascending. `send_rows`: local rows, destination after
     destination, `send_counts` of them each; `receive_counts` rows come from each rank. `order`: where each column
-    stands in [own rows | received rows].
+    stands in [local rows | received rows].
     """
 
     columns: tuple[Span, ...]
@@ -37,28 +37,28 @@ class ExchangePlan:
     order: Tensor
 
     def start(self, x: Tensor, group: dist.ProcessGroup) -> RowExchange:
-        """Send for the rows [own rows, ...] of other ranks. Every rank of the group must call it."""
+        """Send for the rows [local rows, ...] of other ranks. Every rank of the group must call it."""
         return RowExchange(self, group, x)
 
 
 class RowExchange:
     """Rows on their way here, and in the backward pass their gradients on the way back."""
 
-    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup, own: Tensor) -> None:
+    def __init__(self, plan: ExchangePlan, group: dist.ProcessGroup, local_rows: Tensor) -> None:
         self.plan, self.group = plan, group
         self._work: dist.Work | None = None
         # What travels must live as long as it does.
         self._sent: Tensor | None = None
         self.grads: tuple[Tensor, Tensor] | None = None
-        self._rows: tuple[Tensor, Tensor] | None = own.detach(), _SendRows.apply(own, self)
+        self._rows: tuple[Tensor, Tensor] | None = local_rows.detach(), _SendRows.apply(local_rows, self)
 
     def wait(self) -> Tensor:
-        """[columns, ...]: own rows and received ones in the order of the row; differentiable. Once."""
+        """[columns, ...]: local rows and received ones in the order of the row; differentiable. Once."""
         assert self._rows is not None
-        own, received = self._rows
+        local_rows, received = self._rows
         # The graph holds this object: if it held the graph, neither would be freed.
         self._rows = None
-        columns: Tensor = _ReceiveRows.apply(own, received, self)
+        columns: Tensor = _ReceiveRows.apply(local_rows, received, self)
         return columns
 
     def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
@@ -98,14 +98,14 @@ def _plan(visibility: Visibility, rule: MaskRule) -> ExchangePlan:
     def travels(source: int, destination: int) -> list[Span]:
         if source == destination:
             return []
-        pairs = [(own, need) for own in zigzag.spans(source) for need in needed[destination]]
+        pairs = [(span, need) for span in zigzag.spans(source) for need in needed[destination]]
         return [(max(a, c), min(b, d)) for (a, b), (c, d) in pairs if max(a, c) < min(b, d)]
 
-    device, rank, own = visibility.index.device, zigzag.rank, zigzag.spans(zigzag.rank)
+    device, rank, local_spans = visibility.index.device, zigzag.rank, zigzag.spans(zigzag.rank)
     outgoing = [travels(rank, other) for other in range(zigzag.size)]
     incoming = [travels(other, rank) for other in range(zigzag.size)]
-    send = [_local(span, own) for spans in outgoing for span in spans]
-    held = places([*own, *(span for spans in incoming for span in spans)], device)
+    send = [_local(span, local_spans) for spans in outgoing for span in spans]
+    held = places([*local_spans, *(span for spans in incoming for span in spans)], device)
     return ExchangePlan(
         columns=needed[rank],
         send_rows=places(send, device) if send else torch.zeros(0, dtype=torch.int64, device=device),
@@ -122,9 +122,9 @@ def _merge(first: list[int], second: list[int]) -> tuple[Span, ...]:
     return (first[0], first[1]), (second[0], second[1])
 
 
-def _local(span: Span, own: tuple[Span, Span]) -> Span:
-    """Where a span of the row, within one chunk of `own`, stands among a rank's rows."""
-    (first, stop), (second, _) = own
+def _local(span: Span, local_spans: tuple[Span, Span]) -> Span:
+    """Where a span of the row, within one chunk of `local_spans`, stands among a rank's rows."""
+    (first, stop), (second, _) = local_spans
     shift = first if span[0] < stop else second - (stop - first)
     return span[0] - shift, span[1] - shift
 
@@ -147,23 +147,25 @@ class _SendRows(torch.autograd.Function):
         rows: RowExchange = ctx.rows  # type: ignore[attr-defined]
         rows.wait_for_rows()
         assert rows.grads is not None
-        own, returned = rows.grads
+        local_grads, returned = rows.grads
         rows.grads = None
         # A row may have gone to several ranks: their gradients are summed in float32, whatever travelled.
-        return own.float().index_add_(0, rows.plan.send_rows, returned.float()).to(own.dtype), None
+        return local_grads.float().index_add_(0, rows.plan.send_rows, returned.float()).to(local_grads.dtype), None
 
 
 class _ReceiveRows(torch.autograd.Function):
     """Received rows -> columns. Its backward pass sends the gradients off; `_SendRows` collects what comes back.
 
-    The gradient of the own rows waits in the exchange, so that all gradients of a row are summed before one rounding.
+    The gradient of the local rows waits in the exchange, so that all gradients of a row are summed before one rounding.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, received: Tensor, rows: RowExchange) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, local_rows: Tensor, received: Tensor, rows: RowExchange
+    ) -> Tensor:
         ctx.rows = rows  # type: ignore[attr-defined]
         rows.wait_for_rows()
-        return torch.cat([own, received])[rows.plan.order]
+        return torch.cat([local_rows, received])[rows.plan.order]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
@@ -172,6 +174,6 @@ class _ReceiveRows(torch.autograd.Function):
         held = torch.empty_like(grad)
         held[plan.order] = grad
         received = sum(plan.receive_counts)
-        own, others = held.split([len(held) - received, received])
-        rows.grads = own, rows.all_to_all(others, plan.receive_counts, plan.send_counts)
+        local_grads, others = held.split([len(held) - received, received])
+        rows.grads = local_grads, rows.all_to_all(others, plan.receive_counts, plan.send_counts)
         return None, others, None

@@ -128,14 +128,14 @@ def _derived(
     missing_axis %= dims
     gone = parameter.dim() < dims
     rank = 1 if gone else parameter.shape[missing_axis]
-    kept = [axis for axis in range(dims) if axis != missing_axis]
+    kept_axes = [axis for axis in range(dims) if axis != missing_axis]
     main, *rest = item.replica_id
     # All zeros is the main replica: a place further down the axis that is not there makes another.
     replica_id = (main, rest[0] + boxes[0].global_offset[missing_axis], *rest[1:])
 
     def axes(whole: Sequence[int], size: int) -> tuple[int, ...]:
         full = tuple(size if axis == missing_axis else value for axis, value in enumerate(whole))
-        return tuple(full[axis] for axis in kept) if gone else full
+        return tuple(full[axis] for axis in kept_axes) if gone else full
 
     def sharded(key: str, part: Tensor, box: ShardedTensor, replica_id: ReplicaId) -> ShardedTensor:
         shape = axes(box.local_shape, rank)
@@ -152,10 +152,10 @@ def _derived(
             replica_id,
         )
 
-    differ = [axis for axis in kept if len({box.global_offset[axis] for box in boxes}) > 1]
+    differ = [axis for axis in kept_axes if len({box.global_offset[axis] for box in boxes}) > 1]
     if not differ and tuple(parameter.shape) == axes(boxes[0].local_shape, rank):
         return sharded(key, parameter, boxes[0], replica_id)
-    axis = differ[0] if differ else kept[0]
+    axis = differ[0] if differ else kept_axes[0]
     dim = axis - (gone and missing_axis < axis)
     sizes = [box.local_shape[axis] for box in boxes] if differ else [parameter.shape[dim]]
 

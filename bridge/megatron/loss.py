@@ -103,10 +103,10 @@ class Head:
 
             return cross_entropy.statistics(tanh_logits, torch.where(here, column, -1), self.softcap)
         highest, sums, targets = [], [], []
-        for block, col, own in self.blocks(tanh_logits, column, here):
+        for block, col, in_block in self.blocks(tanh_logits, column, here):
             logits = self.capped(block)
             top = logits.amax(-1)
-            targets.append(torch.where(own, logits.gather(1, col[:, None])[:, 0], 0.0))
+            targets.append(torch.where(in_block, logits.gather(1, col[:, None])[:, 0], 0.0))
             highest.append(top)
             sums.append(logits.sub_(top[:, None]).exp_().sum(-1))
         return torch.cat(highest), torch.cat(sums), torch.cat(targets)
@@ -122,11 +122,11 @@ class Head:
             return
         scale = torch.ones_like(lse) if weights is None else weights
         ones = here.to(lse.dtype)
-        for block, col, own, z, factor in self.blocks(tanh_logits, column, ones, lse, scale):
+        for block, col, in_block, z, factor in self.blocks(tanh_logits, column, ones, lse, scale):
             gradient = self.capped(block).sub_(z[:, None]).exp_()
             if self.z_loss:
                 gradient *= (1 + 2 * self.z_loss * z)[:, None]
-            gradient.scatter_add_(1, col[:, None], -own[:, None])
+            gradient.scatter_add_(1, col[:, None], -in_block[:, None])
             if weights is not None:
                 gradient *= factor[:, None]
             if self.softcap is not None:

@@ -153,7 +153,7 @@ class Mask:
         bounds = torch.stack(
             [per_tile(first, "amin"), per_tile(stop_before, "amax"), full_start, full_stop], 1
         ).tolist()
-        return [self._tile(*cut, *bound) for cut, bound in zip(cuts, bounds, strict=True)]
+        return [self._tile(*rows, *bound) for rows, bound in zip(cuts, bounds, strict=True)]
 
     def _tile(self, start: int, stop: int, first: int, last: int, full_first: int, full_last: int) -> Tile:
         # What consecutive queries see is one run, and lies in one span: from places to columns is a shift.
@@ -183,7 +183,7 @@ def mask_of(visibility: Visibility, rule: MaskRule) -> Mask:
             columns = exchange_of(visibility, rule).columns
         # Of a description that does not hold the mask in turn: a ring would stay, on the device, until Python looks for
         # such rings, which it seldom does.
-        own = replace(visibility, cache={})
-        mask = visibility.cache[("mask", rule)] = Mask(own, rule, rows, columns)
+        uncached = replace(visibility, cache={})
+        mask = visibility.cache[("mask", rule)] = Mask(uncached, rule, rows, columns)
     assert isinstance(mask, Mask)
     return mask

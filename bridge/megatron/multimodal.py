@@ -49,7 +49,7 @@ def count_placeholders(geometry: Geometry, input_ids: Tensor) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Media:
+class MediaTensors:
     """Images, frames and clips of one batch, as the Hugging Face processors give them; None where there are none.
 
     Pixels are [images, slots, values] with (x, y) positions [images, slots, 2] (-1 = padding), frames of all videos one
@@ -144,7 +144,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         placeholder_counts: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`Gemma4Model.forward`, with images, frames and clips as `Media` describes them.
+        """`Gemma4Model.forward`, with images, frames and clips as `MediaTensors` describes them.
 
         `placeholder_counts`: those of `input_ids`, where the caller has them already, from the host.
 
@@ -153,7 +153,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         """
         text_ids = self.text_ids(input_ids)
         if self.pre_process and decoder_input is None:
-            media = Media(
+            media = MediaTensors(
                 pixel_values,
                 image_position_ids,
                 pixel_values_videos,
@@ -180,7 +180,7 @@ class Gemma4MultimodalModel(Gemma4Model):
             **kwargs,
         )
 
-    def soft_tokens(self, media: Media) -> dict[str, Tensor]:
+    def soft_tokens(self, media: MediaTensors) -> dict[str, Tensor]:
         """Projected soft tokens [n, hidden] of each kind that `media` holds: "image", "video", "audio".
 
         Raises UsageError for a kind that the model does not take.
@@ -228,7 +228,7 @@ class Gemma4MultimodalModel(Gemma4Model):
         return input_ids.masked_fill(held, self.config.geometry.pad_token_id or 0)
 
     def embed_with_media(
-        self, input_ids: Tensor, media: Media, counts: dict[str, int] | None = None, *, divided: bool = True
+        self, input_ids: Tensor, media: MediaTensors, counts: dict[str, int] | None = None, *, divided: bool = True
     ) -> Tensor:
         """Scaled input embeddings [s / cp (/tp), b, h] of `input_ids` [b, s], soft tokens where placeholders stand.
 

@@ -38,8 +38,8 @@ class QuantizableLinear(torch.nn.Module):
         with get_fp8_context(self.config):
             output, bias = super().forward(x)
         # Without a bias Transformer Engine keeps an empty tensor.
-        own = self.bias if self.bias is not None and self.bias.numel() else None
-        return adapted(self, x, output, own), bias
+        used_bias = self.bias if self.bias is not None and self.bias.numel() else None
+        return adapted(self, x, output, used_bias), bias
 
     def get_extra_state(self) -> None:
         return None

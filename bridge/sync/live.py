@@ -17,7 +17,7 @@ from bridge.lora.live import AdapterGatherer, open_gatherer
 from bridge.lora.spec import Factor, Target
 from bridge.mapping import Table
 from bridge.sync.buckets import BUCKET_BYTES, Bucket, Group, SyncTensor, plan_buckets, with_siblings
-from bridge.sync.send import Sent, Sink, send
+from bridge.sync.send import Sent, WeightSink, send
 from bridge.together import together
 
 # "merge": weights with adapters in them; "leave": the base's; "only": the adapters.
@@ -67,7 +67,7 @@ class WeightSync:
         """What the next `send` sends, the same on every rank. Collective."""
         return self._plan(self._open(), everything)
 
-    def send(self, sink: Sink | None, *, everything: bool | None = None) -> Sent:
+    def send(self, sink: WeightSink | None, *, everything: bool | None = None) -> Sent:
         """Send the weights of the last update to `sink`, which ranks that receive nothing need not have. Collective.
 
         `everything`: frozen ones as well; None: as this is the first time or not. Raises UsageError where a rank that
@@ -96,7 +96,7 @@ class WeightSync:
 
 
 class LiveWeights:
-    """The weights of a live model as a `Source`; `trained`: keys of the Megatron tensors that training changes."""
+    """The weights of a live model as a `WeightSource`; `trained`: keys of Megatron tensors that training changes."""
 
     def __init__(
         self, model: Sequence[torch.nn.Module], table: Table, adapters: str, ranks: Ranks, chunk_bytes: int
@@ -115,7 +115,7 @@ class LiveWeights:
             self.trained |= set(held.adapted)
 
     def fill(self, bucket: Bucket, views: Mapping[str, Tensor] | None) -> None:
-        """See `Source.fill`."""
+        """See `WeightSource.fill`."""
         for key in dict.fromkeys(tensor.megatron for tensor in bucket.tensors):
             sources = enumerate(self._gatherer.table.entries[key].sources)
             out = None if views is None else {number: views[source.name] for number, source in sources}
@@ -123,7 +123,7 @@ class LiveWeights:
 
 
 class LiveAdapters:
-    """The adapters of a live model as a `Source`, in one of the formats of `lora.formats`.
+    """The adapters of a live model as a `WeightSource`, in one of the formats of `lora.formats`.
 
     Raises UsageError: a model without adapters; one that the format cannot hold.
     """
@@ -145,7 +145,7 @@ class LiveAdapters:
         return SyncTensor(piece.key, key, self._gatherer.dtype(piece.target, piece.part), tuple(piece.shape))
 
     def fill(self, bucket: Bucket, views: Mapping[str, Tensor] | None) -> None:
-        """See `Source.fill`. Factors are small: a Megatron tensor of them is in memory at a time."""
+        """See `WeightSource.fill`. Factors are small: a Megatron tensor of them is in memory at a time."""
         device = "cpu" if not views else next(iter(views.values())).device
         pieces = (self._stored[tensor.name] for tensor in bucket.tensors)
         for (target, part), of_factor in groupby(pieces, _factor):

@@ -13,7 +13,7 @@ from bridge.sync.buckets import Bucket, SyncTensor
 from bridge.together import together
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where weights are: a live model, a checkpoint."""
 
     def fill(self, bucket: Bucket, views: Mapping[str, Tensor] | None) -> None:
@@ -21,7 +21,7 @@ class Source(Protocol):
         ...
 
 
-class Sink(Protocol):
+class WeightSink(Protocol):
     """Where weights go. Its methods are called on each rank that has a sink, in this order, one bucket at a time."""
 
     def begin(self, buckets: Sequence[Bucket]) -> None:
@@ -61,25 +61,25 @@ class CallbackSink:
         self._largest, self._buffer = 0, torch.empty(0, dtype=torch.uint8)
 
     def begin(self, buckets: Sequence[Bucket]) -> None:
-        """See `Sink.begin`."""
+        """See `WeightSink.begin`."""
         self._largest = max((bucket.nbytes for bucket in buckets), default=0)
         if self._begin is not None:
             self._begin(buckets)
 
     def room(self, nbytes: int) -> Tensor:
-        """See `Sink.room`. One buffer serves for all buckets."""
+        """See `WeightSink.room`. One buffer serves for all buckets."""
         if len(self._buffer) < nbytes:
             device = torch.cuda.current_device() if self._device is None else self._device
             self._buffer = torch.empty(self._largest, dtype=torch.uint8, device=device)
         return self._buffer
 
     def take(self, bucket: Bucket, views: Mapping[str, Tensor]) -> None:
-        """See `Sink.take`."""
+        """See `WeightSink.take`."""
         for tensor in bucket.tensors:
             self._take(tensor, views[tensor.name])
 
     def end(self) -> None:
-        """See `Sink.end`."""
+        """See `WeightSink.end`."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     abort = end
@@ -95,9 +95,9 @@ class Sent:
 
 
 def send(
-    source: Source,
+    source: WeightSource,
     buckets: Sequence[Bucket],
-    sink: Sink | None,
+    sink: WeightSink | None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Sent:
     """Send all buckets; `sink` is None on ranks that receive nothing. Collective. `progress`: (bytes, of all, tensor).

@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class StoredWeights:
-    """The tensors of an open checkpoint, by their Hugging Face names, as a `Source`."""
+    """The tensors of an open checkpoint, by their Hugging Face names, as a `WeightSource`."""
 
     def __init__(self, reader: RowReader, table: Table) -> None:
         self._reader = reader
@@ -39,7 +39,7 @@ class StoredWeights:
         ]
 
     def fill(self, bucket: Bucket, views: Mapping[str, Tensor] | None) -> None:
-        """See `Source.fill`."""
+        """See `WeightSource.fill`."""
         for name, view in (views or {}).items():
             info = self._reader.tensors[name]
             size, rows = row_bytes(info), num_rows(tuple(info.shape))

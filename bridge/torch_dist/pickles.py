@@ -1,9 +1,9 @@
 """Pickles as inert trees: what `.metadata` and the head of an item are, read and written without executing anything.
 
 `loads` is an interpreter of the few opcodes that such files consist of. It imports nothing, calls nothing and hashes
-nothing from the file: a class or function becomes a `Global`, a call a `Call`, an object a `New` with its state. The
-standard Unpickler with an allow-list would not do: a flipped byte in a memo index makes it allocate gigabytes, and a
-nested tuple as a dictionary key makes it hash for ever. `dumps` writes such trees, so that torch need not be imported.
+nothing from the file: a class or function becomes a `Global`, a call a `Call`, an object an `Instance` with its state.
+The standard Unpickler with an allow-list would not do: a flipped byte in a memo index makes it allocate gigabytes, and
+a nested tuple as a dictionary key makes it hash for ever. `dumps` writes such trees: torch need not be imported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Call:
 
 
 @dataclass(slots=True, eq=False)
-class New:
+class Instance:
     """An instance of a class, never made. `state` is usually a dictionary of its fields."""
 
     cls: Global
@@ -57,7 +57,7 @@ class Persistent:
 
 
 @dataclass(slots=True, eq=False)
-class Pairs:
+class DictItems:
     """A dictionary as its items, because keys from a file are not to be hashed."""
 
     items: list[tuple[Any, Any]]
@@ -177,7 +177,7 @@ class _Interpreter:
         name, module = self.pop(), self.pop()
         self.push_global(module, name)
 
-    def push_applied(self, kind: type[New] | type[Call]) -> None:
+    def push_applied(self, kind: type[Instance] | type[Call]) -> None:
         args, what = self.pop(), self.pop()
         if type(what) is not Global or type(args) is not tuple:
             raise self.fail("damaged pickle")
@@ -185,19 +185,19 @@ class _Interpreter:
 
     def set_state(self) -> None:
         state = self.pop()
-        if type(self.stack[-1]) not in (New, Call):
+        if type(self.stack[-1]) not in (Instance, Call):
             raise self.fail("damaged pickle")
         self.stack[-1].state = state
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
-        self.top(Pairs).items.append((key, value))
+        self.top(DictItems).items.append((key, value))
 
     def set_items(self) -> None:
         items = self.since_mark()
         if len(items) % 2:
             raise self.fail("damaged pickle")
-        self.top(Pairs).items.extend(zip(items[::2], items[1::2], strict=True))
+        self.top(DictItems).items.extend(zip(items[::2], items[1::2], strict=True))
 
     def append(self) -> None:
         value = self.pop()
@@ -244,12 +244,12 @@ _OPCODES: dict[int, Callable[[_Interpreter], None]] = {
     0x5D: lambda pickle: pickle.stack.append([]),  # EMPTY_LIST
     0x61: _Interpreter.append,  # APPEND
     0x65: _Interpreter.extend,  # APPENDS
-    0x7D: lambda pickle: pickle.stack.append(Pairs([])),  # EMPTY_DICT
+    0x7D: lambda pickle: pickle.stack.append(DictItems([])),  # EMPTY_DICT
     0x73: _Interpreter.set_item,  # SETITEM
     0x75: _Interpreter.set_items,  # SETITEMS
     0x63: lambda pickle: pickle.push_global(pickle.line(), pickle.line()),  # GLOBAL
     0x93: _Interpreter.push_named_global,  # STACK_GLOBAL
-    0x81: lambda pickle: pickle.push_applied(New),  # NEWOBJ
+    0x81: lambda pickle: pickle.push_applied(Instance),  # NEWOBJ
     0x52: lambda pickle: pickle.push_applied(Call),  # REDUCE
     0x62: _Interpreter.set_state,  # BUILD
     0x51: lambda pickle: pickle.stack.append(Persistent(pickle.pop())),  # BINPERSID
@@ -289,8 +289,8 @@ def _emit(value: Any, out: bytearray) -> None:
         for item in value:
             _emit(item, out)
         out += b"e" if value else b""
-    elif isinstance(value, Pairs | dict):
-        items = value.items if isinstance(value, Pairs) else list(value.items())
+    elif isinstance(value, DictItems | dict):
+        items = value.items if isinstance(value, DictItems) else list(value.items())
         out += b"}(" if items else b"}"
         for key, item in items:
             _emit(key, out)
@@ -301,10 +301,10 @@ def _emit(value: Any, out: bytearray) -> None:
     elif isinstance(value, Persistent):
         _emit(value.pid, out)
         out += b"Q"
-    elif isinstance(value, New | Call):
-        _emit(value.cls if isinstance(value, New) else value.func, out)
+    elif isinstance(value, Instance | Call):
+        _emit(value.cls if isinstance(value, Instance) else value.func, out)
         _emit(value.args, out)
-        out += b"\x81" if isinstance(value, New) else b"R"
+        out += b"\x81" if isinstance(value, Instance) else b"R"
         if value.state is not None:
             _emit(value.state, out)
             out += b"b"

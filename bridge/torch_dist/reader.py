@@ -37,7 +37,7 @@ from bridge.hf.tensors import (
 from bridge.mapping.table import DRAFTER
 from bridge.torch_dist import pickles
 from bridge.torch_dist.format import DTYPE_OF_TORCH, TensorItem, contiguous_strides, parse_item
-from bridge.torch_dist.pickles import Call, Global, New, Pairs
+from bridge.torch_dist.pickles import Call, DictItems, Global, Instance
 from bridge.torch_dist.writer import CONFIG_FILE, METADATA_FILE
 
 _MAX_METADATA = 1 << 30
@@ -144,14 +144,14 @@ class DistReader(CloseOnExit):
         where = printable(path)
         root = _state(pickles.loads(data, _allowed, where), "Metadata", where)
         entries, storage = root.get("state_dict_metadata"), root.get("storage_data")
-        if not isinstance(entries, Pairs) or not isinstance(storage, Pairs):
+        if not isinstance(entries, DictItems) or not isinstance(storage, DictItems):
             raise CheckpointError(f"{where}: not the metadata of a distributed checkpoint")
         places = _places(storage, select, where)
         tensors: dict[str, DistTensor] = {}
         for key, entry in entries.items:
             if type(key) is not str:
                 raise CheckpointError(f"{where}: a key that is not a string")
-            if isinstance(entry, New) and entry.cls.name == "BytesStorageMetadata":
+            if isinstance(entry, Instance) and entry.cls.name == "BytesStorageMetadata":
                 continue
             if not select(key):
                 continue
@@ -321,7 +321,7 @@ _TORCH_NAMES = {*DTYPE_OF_TORCH, "complex64", "complex128", "float8_e4m3fnuz", "
 
 def _state(node: Any, name: str, where: str) -> dict[str, Any]:
     """The fields of an object of the given class."""
-    if not isinstance(node, New) or node.cls.name != name or not isinstance(node.state, Pairs):
+    if not isinstance(node, Instance) or node.cls.name != name or not isinstance(node.state, DictItems):
         raise CheckpointError(f"{where}: damaged metadata (no {name})")
     return node.state.strings()
 
@@ -336,8 +336,8 @@ def _shape(node: Any, where: str) -> tuple[int, ...]:
 
 
 def _dtype(node: Any, where: str) -> str:
-    state = node.state if isinstance(node, New) and node.cls.name == "TensorProperties" else None
-    if isinstance(state, Pairs):
+    state = node.state if isinstance(node, Instance) and node.cls.name == "TensorProperties" else None
+    if isinstance(state, DictItems):
         state = (state.strings().get("dtype"),)
     dtype = state[0] if type(state) is tuple and state else None
     if not isinstance(dtype, Global):
@@ -348,7 +348,7 @@ def _dtype(node: Any, where: str) -> str:
 
 
 def _places(
-    storage: Pairs, select: Callable[[str], bool], where: str
+    storage: DictItems, select: Callable[[str], bool], where: str
 ) -> dict[str, dict[tuple[int, ...], tuple[str, int, int]]]:
     """key -> offsets of a chunk -> (file, offset, length)."""
     places: dict[str, dict[tuple[int, ...], tuple[str, int, int]]] = {}
@@ -388,8 +388,8 @@ def _check_cover(shape: tuple[int, ...], chunks: list[DistChunk], where: str) ->
     if math.prod(map(len, cuts)) > _MAX_CELLS:
         raise CheckpointError(f"{where}: cut too irregularly to be checked")
     # On the grid of all cuts a chunk is a block of cells; the volumes agree, so it is enough that none is hit twice.
-    grid = np.zeros([max(len(cut) - 1, 0) for cut in cuts], dtype=np.uint8)
-    at = [{value: i for i, value in enumerate(cut)} for cut in cuts]
+    grid = np.zeros([max(len(edges) - 1, 0) for edges in cuts], dtype=np.uint8)
+    at = [{value: i for i, value in enumerate(edges)} for edges in cuts]
     for chunk in solid:
         block = tuple(
             slice(at[a][o], at[a][o + n]) for a, (o, n) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True))

@@ -15,7 +15,7 @@ from typing import Any
 
 from bridge.errors import CheckpointError
 from bridge.hf.tensors import (
-    Chunk,
+    RowChunk,
     TensorSpec,
     Unit,
     as_bytes,
@@ -29,7 +29,7 @@ from bridge.hf.tensors import (
 )
 from bridge.hf.writer import UnitFiles, write_text
 from bridge.torch_dist.format import DTYPES, item_sizes, object_item, tensor_item
-from bridge.torch_dist.pickles import Call, Global, New, Pairs, dumps
+from bridge.torch_dist.pickles import Call, DictItems, Global, Instance, dumps
 
 CHUNK_BYTES = 8 << 20
 FILE_BYTES = 512 << 20
@@ -47,7 +47,7 @@ _PLAIN = (str, int, float, bool, type(None))
 class _Item:
     """A planned item: a chunk and its place."""
 
-    chunk: Chunk
+    chunk: RowChunk
     file: str
     offset: int
     length: int
@@ -91,13 +91,8 @@ class DistWriter(UnitFiles):
                 self._sizes[file] = filled
 
     @staticmethod
-    def _chunk_shape(spec: TensorSpec, chunk: Chunk) -> tuple[int, ...]:
+    def _chunk_shape(spec: TensorSpec, chunk: RowChunk) -> tuple[int, ...]:
         return (chunk.stop - chunk.start, *spec.shape[1:]) if spec.shape else ()
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all the files that will be written, the metadata apart."""
-        return sum(self._sizes.values())
 
     def units(self, chunk_bytes: int) -> tuple[Unit, ...]:
         """The files and their chunks. The chunks are the writer's own, whatever `chunk_bytes` asks for."""
@@ -106,7 +101,7 @@ class DistWriter(UnitFiles):
             Unit(file, self._sizes[file], tuple(item.chunk for item in items)) for file, items in self._by_file.items()
         )
 
-    def chunks(self, name: str) -> list[Chunk]:
+    def chunks(self, name: str) -> list[RowChunk]:
         """How one tensor is cut, in order."""
         return sorted((item.chunk for (key, _), item in self._items.items() if key == name), key=lambda c: c.start)
 
@@ -174,7 +169,7 @@ class DistWriter(UnitFiles):
         write_text(self.folder / CONFIG_FILE, json.dumps(config))
         fsync_folder(self.folder)
 
-    def _metadata(self, common_file: str, common_bytes: int) -> New:
+    def _metadata(self, common_file: str, common_bytes: int) -> Instance:
         """torch.distributed.checkpoint's Metadata, as torch itself would pickle it."""
         tensors: list[tuple[Any, Any]] = []
         storage: list[tuple[Any, Any]] = []
@@ -183,7 +178,7 @@ class DistWriter(UnitFiles):
             by_name[item.chunk.name].append(item)
         for name, items in by_name.items():
             spec = self.specs[name]
-            chunks: list[New] = []
+            chunks: list[Instance] = []
             for item in items:
                 offsets = (item.chunk.start, *(0,) * (len(spec.shape) - 1)) if spec.shape else ()
                 chunks.append(
@@ -193,34 +188,34 @@ class DistWriter(UnitFiles):
                 )
                 index = _new("MetadataIndex", fqn=name, index=None, offset=_size(offsets))
                 storage.append((index, _storage_info(item.file, item.offset, item.length)))
-            properties = New(Global(_METADATA, "TensorProperties"), (), _properties(spec.dtype))
+            properties = Instance(Global(_METADATA, "TensorProperties"), (), _properties(spec.dtype))
             tensors.append(
                 (name, _new("TensorStorageMetadata", properties=properties, size=_size(spec.shape), chunks=chunks))
             )
-        tensors.append((COMMON_KEY, New(Global(_METADATA, "BytesStorageMetadata"))))
+        tensors.append((COMMON_KEY, Instance(Global(_METADATA, "BytesStorageMetadata"))))
         storage.append((_new("MetadataIndex", fqn=COMMON_KEY, index=None), _storage_info(common_file, 0, common_bytes)))
         meta = _new("StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
         return _new(
             "Metadata",
-            state_dict_metadata=Pairs(tensors),
+            state_dict_metadata=DictItems(tensors),
             planner_data=None,
-            storage_data=Pairs(storage),
+            storage_data=DictItems(storage),
             storage_meta=meta,
             version="1.0.0",
         )
 
 
-def _new(name: str, **state: Any) -> New:
-    return New(Global(_METADATA, name), (), state)
+def _new(name: str, **state: Any) -> Instance:
+    return Instance(Global(_METADATA, name), (), state)
 
 
 def _size(shape: tuple[int, ...]) -> Call:
     return Call(_SIZE, (shape,))
 
 
-def _storage_info(file: str, offset: int, length: int) -> New:
+def _storage_info(file: str, offset: int, length: int) -> Instance:
     cls = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-    return New(cls, (), {"relative_path": file, "offset": offset, "length": length})
+    return Instance(cls, (), {"relative_path": file, "offset": offset, "length": length})
 
 
 def _properties(dtype: str) -> tuple[Any, ...]:

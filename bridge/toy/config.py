@@ -148,7 +148,7 @@ def shrink(config: Config, variant: str, head_dim: int | None = None) -> Config:
     if head_dim is not None:
         text |= {"head_dim": head_dim, "sliding_window": WINDOW_OF_OTHER_HEADS}
     text["per_layer_config"] = {
-        layer: own | {"head_dim": 2 * text["head_dim"]} for layer, own in text["per_layer_config"].items()
+        layer: overrides | {"head_dim": 2 * text["head_dim"]} for layer, overrides in text["per_layer_config"].items()
     }
     return small
 
@@ -165,8 +165,8 @@ def _first_layers(config: Config, layers: Config) -> Config:
     """The first layers of the decoder of a multimodal config."""
     text = config["text_config"] | layers
     count = text["num_hidden_layers"]
-    own = {layer: values for layer, values in text["per_layer_config"].items() if int(layer) < count}
-    return {**config, "text_config": text | {"layer_types": text["layer_types"][:count], "per_layer_config": own}}
+    overrides = {layer: values for layer, values in text["per_layer_config"].items() if int(layer) < count}
+    return {**config, "text_config": text | {"layer_types": text["layer_types"][:count], "per_layer_config": overrides}}
 
 
 def toy_config(
@@ -213,10 +213,12 @@ def toy_config(
     budget = _BUDGET if full_size else SMALLEST_BUDGET
     whole = {**config, "text_config": text, "vision_config": vision | {_BUDGET_FIELD[vision["model_type"]]: budget}}
     ordered = variant in _ORDERED if ordered is None else ordered
-    own, centroids = _DRAFTER_SMALLER, _CENTROIDS
+    sizes, centroids = _DRAFTER_SMALLER, _CENTROIDS
     if full_size and drafter:
-        own, centroids = _DRAFTER_PUBLISHED[variant], _CENTROIDS_PUBLISHED
-    return ToyConfig(whole, text_only, untied, _drafter(whole, own, centroids if ordered else {}) if drafter else None)
+        sizes, centroids = _DRAFTER_PUBLISHED[variant], _CENTROIDS_PUBLISHED
+    return ToyConfig(
+        whole, text_only, untied, _drafter(whole, sizes, centroids if ordered else {}) if drafter else None
+    )
 
 
 def _drafter(target: Config, sizes: Config, centroids: Config) -> Config:
@@ -225,17 +227,19 @@ def _drafter(target: Config, sizes: Config, centroids: Config) -> Config:
     `sizes` are its own; `centroids`: of ordered embeddings, {} without.
     """
     text = target["text_config"]
-    own = next(iter(text["per_layer_config"].values()))
-    groups = max(text["num_key_value_heads"], own.get("num_key_value_heads", 0))
-    kept = ("model_type", "vocab_size", "head_dim", "num_key_value_heads", "rope_parameters", "sliding_window")
-    decoder = {key: text[key] for key in (*kept, "rms_norm_eps", "initializer_range", "max_position_embeddings")}
+    global_overrides = next(iter(text["per_layer_config"].values()))
+    groups = max(text["num_key_value_heads"], global_overrides.get("num_key_value_heads", 0))
+    target_keys = ("model_type", "vocab_size", "head_dim", "num_key_value_heads", "rope_parameters", "sliding_window")
+    decoder = {key: text[key] for key in (*target_keys, "rms_norm_eps", "initializer_range", "max_position_embeddings")}
     count = len(_DRAFTER_LAYERS)
     decoder |= sizes | {
         "num_attention_heads": max(_DRAFTER_HEADS, groups),
         "num_hidden_layers": count,
         "num_kv_shared_layers": count,
         "layer_types": _DRAFTER_LAYERS,
-        "per_layer_config": {str(i): own for i, kind in enumerate(_DRAFTER_LAYERS) if kind == "full_attention"},
+        "per_layer_config": {
+            str(i): global_overrides for i, kind in enumerate(_DRAFTER_LAYERS) if kind == "full_attention"
+        },
         "attention_k_eq_v": text.get("attention_k_eq_v", False),
         "final_logit_softcapping": None,
         "use_bidirectional_attention": None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from bridge.errors import VerificationError
 from bridge.geometry import Geometry
 from bridge.mapping.modalities import MODALITIES
-from bridge.verify.sample import IGNORE, Sample
+from bridge.verify.sample import IGNORE, VerificationSample
 
 SAMPLING_RATE = 16_000
 
@@ -29,7 +29,7 @@ def kinds_of(geometry: Geometry, multiple_of: int = 2) -> tuple[str, ...]:
 
 def media_sample(
     folder: Path, geometry: Geometry, seed: int, kinds: Sequence[str] | None = None, multiple_of: int = 8
-) -> Sample:
+) -> VerificationSample:
     """One row of each of `kinds` (see `kinds_of`), padded on the right. Labels leave placeholders out.
 
     Raises VerificationError where the folder has no processor that loads, or pillow or torchvision is missing.
@@ -51,7 +51,7 @@ def media_sample(
     labels[:, :-1] = torch.where(counted[:, 1:], ids[:, 1:], IGNORE)
     names = set().union(*rows) - {"input_ids", "attention_mask", "mm_token_type_ids"}
     media = tuple({name: row[name] for name in names if isinstance(row.get(name), Tensor)} for row in rows)
-    return Sample(ids, mask, labels, padded("mm_token_type_ids", 0), media, tuple(kinds))
+    return VerificationSample(ids, mask, labels, padded("mm_token_type_ids", 0), media, tuple(kinds))
 
 
 def load_processor(folder: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.verify.result import Check
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 from bridge.verify.task import ParityTask
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def run(task: ParityTask) -> list[Check]:
     return run_parity(task)
 
 
-def run_reference(folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path) -> None:
+def run_reference(folder: Path, sample: VerificationSample, dtype: torch.dtype, gradients: bool, out: Path) -> None:
     """What transformers computes. See `bridge.verify.reference.compute_reference`."""
     from bridge.verify.reference import compute_reference
 

@@ -27,7 +27,7 @@ from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
 from bridge.verify.reference import GRADIENT, LOGITS, Reference
 from bridge.verify.result import Check
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 from bridge.verify.task import ParityTask
 
 # Bounds of the comparison with transformers; a difference above them is a bug until its operation is named.
@@ -35,7 +35,7 @@ LOGITS_RELATIVE = 1e-5
 GRADIENT_RELATIVE = 1e-4
 BF16_KL = 1e-3
 
-ForwardStep = Callable[[Iterator[Sample], torch.nn.Module], tuple[Tensor, Any]]
+ForwardStep = Callable[[Iterator[VerificationSample], torch.nn.Module], tuple[Tensor, Any]]
 
 
 def run_parity(task: ParityTask) -> list[Check]:
@@ -110,7 +110,7 @@ def _rows_of(task: ParityTask, dp_rank: int, dp_size: int) -> slice:
     return slice(first, first + per_rank)
 
 
-def _batches(task: ParityTask, rows: slice) -> list[Sample]:
+def _batches(task: ParityTask, rows: slice) -> list[VerificationSample]:
     starts = range(rows.start, rows.stop, task.micro_batch_size)
     batches = [task.sample.rows(slice(start, start + task.micro_batch_size)) for start in starts]
     return [batch.pack() for batch in batches] if task.packed else batches
@@ -119,7 +119,7 @@ def _batches(task: ParityTask, rows: slice) -> list[Sample]:
 def _forward_step(task: ParityTask, last: Gemma4Model, cp: ProcessGroup, captured: list[Tensor]) -> ForwardStep:
     """What Megatron's schedule calls for a batch; `captured` takes the logits [b, s, vocab] of the last stage."""
 
-    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[VerificationSample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
         packed = None if batch.cu_seqlens is None else PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens)
         output = chunk(batch.input_ids, None, batch.attention_mask, packed_seq_params=packed, **batch.features())
@@ -144,7 +144,7 @@ def _run_schedule(
     wrapped: list[torch.nn.Module],
     config: Gemma4TransformerConfig,
     forward_step: ForwardStep,
-    batches: list[Sample],
+    batches: list[VerificationSample],
 ) -> None:
     """Forward, and backward where gradients are wanted, of all batches."""
     if task.gradients:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bridge.errors import VerificationError
 from bridge.geometry import Geometry
 from bridge.megatron.visibility import GENERATE
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 
 LOGITS = "logits"
 GRADIENT = "gradient."
@@ -22,7 +22,12 @@ LOSS = "loss"
 
 
 def compute_reference(
-    folder: Path, sample: Sample, dtype: torch.dtype, gradients: bool, out: Path, vision_mask: str = GENERATE
+    folder: Path,
+    sample: VerificationSample,
+    dtype: torch.dtype,
+    gradients: bool,
+    out: Path,
+    vision_mask: str = GENERATE,
 ) -> None:
     """Run the HF model of `folder` on a sample, eager attention and eager experts, and write what it gives to `out`.
 

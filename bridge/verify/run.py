@@ -25,7 +25,7 @@ from bridge.verify.round_trip import check_round_trip
 
 if TYPE_CHECKING:
     from bridge.ranks import RankPool
-    from bridge.verify.sample import Sample
+    from bridge.verify.sample import VerificationSample
     from bridge.verify.task import ParityTask
 
 CHECKS = ("round-trip", "logits", "gradients")
@@ -110,7 +110,7 @@ class _Parity:
     folder: Path
     notify: Notify
 
-    def run(self, number: str, note: str, sample: Sample) -> list[Check]:
+    def run(self, number: str, note: str, sample: VerificationSample) -> list[Check]:
         """What transformers computes of a sample, then the rows of all ranks."""
         import torch
 
@@ -132,7 +132,7 @@ def _parity(
     hf_dir: Path,
     quantized: bool,
     first: ParityTask,
-    samples: Sequence[tuple[str, Sample]],
+    samples: Sequence[tuple[str, VerificationSample]],
     workdir: Path | None,
     notify: Notify,
     ranks: RankPool,
@@ -156,7 +156,7 @@ def _parity(
 
 def _samples(
     hf_dir: Path, geometry: Geometry, parallel: Parallel, seed: int, ranks: RankPool
-) -> list[tuple[str, Sample]]:
+) -> list[tuple[str, VerificationSample]]:
     """Batches with what is said of them: text, packed documents, and media where the model takes any."""
     from bridge.verify.media import kinds_of, media_sample
     from bridge.verify.sample import random_sample

@@ -19,7 +19,7 @@ _ALIKE = 4
 
 
 @dataclass(frozen=True)
-class Sample:
+class VerificationSample:
     """Token ids, mask (1 = real) and labels (-100 = none), each [b, s]; labels are shifted already.
 
     `mm_token_type_ids` [b, s] says which tokens count as image or video tokens (None: none does), and `media` is what
@@ -40,7 +40,7 @@ class Sample:
         """[b, s] bool: positions with a label."""
         return self.labels != IGNORE
 
-    def rows(self, rows: slice) -> Sample:
+    def rows(self, rows: slice) -> VerificationSample:
         """Some rows of it."""
         types = None if self.mm_token_type_ids is None else self.mm_token_type_ids[rows]
         return replace(
@@ -53,7 +53,7 @@ class Sample:
             names=self.names[rows],
         )
 
-    def pack(self) -> Sample:
+    def pack(self) -> VerificationSample:
         """Its rows as documents of one row, their padding behind them all: what was [b, s] becomes [1, b * s]."""
         order = (1 - self.attention_mask).flatten().argsort(stable=True)
         bounds = torch.nn.functional.pad(self.attention_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
@@ -62,7 +62,7 @@ class Sample:
             return x.flatten()[order][None]
 
         types = None if self.mm_token_type_ids is None else move(self.mm_token_type_ids)
-        return Sample(
+        return VerificationSample(
             move(self.input_ids), move(self.attention_mask), move(self.labels), types, self.media, self.names, bounds
         )
 
@@ -91,7 +91,7 @@ def pad_frames(x: Tensor, length: int) -> Tensor:
 
 def random_sample(
     geometry: Geometry, seed: int, batch: int = 4, multiple_of: int = 8, *, images: bool = False
-) -> Sample:
+) -> VerificationSample:
     """Random tokens, longer than two windows, three of every four rows padded on the right by another length each.
 
     Placeholder ids of images, video and audio do not occur: `geometry.placeholder_ids` are skipped. The padding id
@@ -113,7 +113,7 @@ def random_sample(
     ids = torch.where(mask.bool(), ids, geometry.pad_token_id or 0)
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], IGNORE)
-    return Sample(ids, mask, labels, _image_runs(mask, window) if images else None)
+    return VerificationSample(ids, mask, labels, _image_runs(mask, window) if images else None)
 
 
 def _image_runs(mask: Tensor, window: int) -> Tensor:

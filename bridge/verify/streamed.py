@@ -103,12 +103,12 @@ def compare(task: StreamedTask) -> list[Check]:
             expected = theirs[f"out.{i}"]
             source = module.layer.kv_source
             given = shared[source] if module.layer.shares_kv else None
-            alone, kv = module.forward(theirs[f"in.{i}"].transpose(0, 1).contiguous(), *args[1:4], given)
+            on_theirs, kv = module.forward(theirs[f"in.{i}"].transpose(0, 1).contiguous(), *args[1:4], given)
             shared.setdefault(source, kv)
-            own = _apart(output[0].transpose(0, 1)[real], expected[real])
-            value = _apart(alone.transpose(0, 1)[real], expected[real])
+            accumulated_error = _apart(output[0].transpose(0, 1)[real], expected[real])
+            value = _apart(on_theirs.transpose(0, 1)[real], expected[real])
             if task.layers is None or i in task.layers:
-                row(f"layer {i}", value, f"{module.layer.kind}; {own:.1e} on our own layers' output")
+                row(f"layer {i}", value, f"{module.layer.kind}; {accumulated_error:.1e} on our own layers' output")
             say.layer()
 
         return hook

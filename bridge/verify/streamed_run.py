@@ -23,7 +23,7 @@ from bridge.verify.task import StreamedTask
 
 if TYPE_CHECKING:
     from bridge.ranks import RankPool
-    from bridge.verify.sample import Sample
+    from bridge.verify.sample import VerificationSample
 
 _TOKENS = 96
 
@@ -77,10 +77,10 @@ def verify_streamed(
         return ranks.run(our_side, task, world_size=1)[0]
 
 
-def make_sample(folder: Path, geometry: Geometry, seed: int) -> Sample:
+def make_sample(folder: Path, geometry: Geometry, seed: int) -> VerificationSample:
     """On a rank: a row with a picture and a clip, where the model takes them, and one of text; else two of text."""
     from bridge.verify.media import kinds_of, media_sample
-    from bridge.verify.sample import Sample, random_sample
+    from bridge.verify.sample import VerificationSample, random_sample
 
     if cannot_compare_media(geometry) is None:
         kinds = kinds_of(geometry)
@@ -88,7 +88,7 @@ def make_sample(folder: Path, geometry: Geometry, seed: int) -> Sample:
         return media_sample(folder, geometry, seed, (rich, "text"))
     whole = random_sample(geometry, seed, 2)
     ids, mask, labels = (x[:, :_TOKENS].contiguous() for x in (whole.input_ids, whole.attention_mask, whole.labels))
-    return Sample(ids, mask, labels)
+    return VerificationSample(ids, mask, labels)
 
 
 def transformers_side(task: StreamedTask) -> None:
@@ -105,7 +105,7 @@ def our_side(task: StreamedTask) -> list[Check]:
     return compare(task)
 
 
-def _fingerprint(folder: Path, layers: str | None, sample: Sample) -> str:
+def _fingerprint(folder: Path, layers: str | None, sample: VerificationSample) -> str:
     """Of all that transformers' side depends on: the files by size and time, and what it is given."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     said = repr((str(folder.resolve()), files, layers, metadata.version("transformers")))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.geometry import Geometry
 from bridge.megatron.parallel import Parallel
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ParityTask:
     megatron: bool
     parallel: Parallel
     dtype: torch.dtype
-    sample: Sample
+    sample: VerificationSample
     references: dict[str, Path]
     gradients: bool = True
     logits: bool = True
@@ -63,7 +63,7 @@ class StreamedTask:
     geometry: Geometry
     folder: Path
     megatron: Path | None
-    sample: Sample
+    sample: VerificationSample
     layers: tuple[int, ...] | None
     theirs: Path
     progress: Path

@@ -33,7 +33,7 @@ from bridge.lora.table import AdapterTable, adapter_table
 from bridge.lora.targets import resolve
 from bridge.megatron import cpu_runtime
 from bridge.megatron.multimodal import ON_HOST
-from integrations.verl.head import Wanted, token_values
+from integrations.verl.head import TokenOptions, token_values
 from integrations.verl.options import DTYPES, check, layout, lora_spec
 from integrations.verl.packed import media_of, pack, prompt_lengths
 
@@ -142,7 +142,9 @@ class Gemma4Engine(MegatronEngineWithLMHead):
         media = media_of(extract_multi_modal_inputs(batch.get("multi_modal_inputs", [])), geometry)
         device = row.input_ids.device
         media = {name: value if name in ON_HOST else value.to(device) for name, value in media.items()}
-        wanted = Wanted(_temperature(batch["temperature"], row.offsets, row.labels), bool(said("calculate_entropy")))
+        wanted = TokenOptions(
+            _temperature(batch["temperature"], row.offsets, row.labels), bool(said("calculate_entropy"))
+        )
         output = model(
             row.input_ids,
             None,

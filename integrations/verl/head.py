@@ -24,7 +24,7 @@ _CHUNK_BYTES = 128 << 20
 _NEVER = -3e4
 
 
-class Wanted(NamedTuple):
+class TokenOptions(NamedTuple):
     """What `token_values` is told. `temperature` float32 [s]: None: 1 everywhere. `entropy`: whether it is wanted."""
 
     temperature: Tensor | None
@@ -38,7 +38,7 @@ def token_values(
     output_weight: Tensor | None,
     labels: Tensor,
     config: Any,
-    context: Wanted,
+    context: TokenOptions,
     **unused: Any,
 ) -> Tensor:
     """Log-probabilities of `labels` [1, s], and entropies where wanted: float32 [1 or 2, 1, s]; 0 without a label.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
-from bridge.megatron.multimodal import Media
+from bridge.megatron.multimodal import MediaTensors
 from bridge.token_ids import IGNORE
 
-MEDIA = frozenset(field.name for field in fields(Media))
+MEDIA = frozenset(field.name for field in fields(MediaTensors))
 # What Gemma 4's processors give besides: token types, which the placeholders say too, and counts for themselves.
 _BESIDE = {"mm_token_type_ids", "num_soft_tokens_per_image", "num_soft_tokens_per_video", "token_type_ids"}
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from bridge.close_on_exit import CloseOnExit
 from bridge.errors import DataError, UsageError
-from recipes.data.blend import Samples, Source, blend_of, described_shares
+from recipes.data.blend import BlendSource, Samples, blend_of, described_shares
 from recipes.data.chat import Encoded
 from recipes.data.collate import KL, batch_tensors, join_media, mismatched, source_tensors
 from recipes.data.options import at_least, one_of
 from recipes.data.order import Order, Plans, Position
-from recipes.data.packing import Plan, plan_epoch
+from recipes.data.packing import PackingPlan, plan_epoch
 from recipes.data.preference import SAMPLES
 from recipes.data.threads import ordered_map
 
@@ -109,7 +109,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         self._position = self.order.start()
         self._ahead: Iterator[tuple[Position, dict[str, Tensor]]] | None = None
 
-    def _plans(self, source: Source) -> Plans:
+    def _plans(self, source: BlendSource) -> Plans:
         """The rows of a source. Raises DataError for a sample that is longer than a row."""
         samples, options = source.samples, self.options
         lengths = samples.lengths.reshape(-1, samples.options.together)
@@ -124,7 +124,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
                 f"{options.seq_length}; tokenise with that seq_length"
             )
 
-        def plan(epoch: int) -> Plan:
+        def plan(epoch: int) -> PackingPlan:
             return plan_epoch(
                 lengths,
                 epoch=epoch,
@@ -145,7 +145,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         """Where the next batch begins."""
         return self._position
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> PackingPlan:
         """The rows of an epoch of the first source."""
         return self.order.plans[0][epoch]
 
@@ -179,10 +179,10 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         raised, as `on_change` says; either names what was changed.
         """
         self.close()
-        causes, kept = self._changes(state["stream"])
+        causes, note = self._changes(state["stream"])
         if not causes:
             self._position = self.order.position(state)
-            self._notify(f"the data goes on behind {self.order.said(self._position)}{kept}")
+            self._notify(f"the data goes on behind {self.order.said(self._position)}{note}")
             return
         what = f"{', '.join(self.corpus.options.paths)}: the checkpoint's place is in other rows: {'; '.join(causes)}"
         if self.options.on_change == "refuse":
@@ -215,16 +215,16 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     def _changes(self, other: Mapping[str, Any]) -> tuple[list[str], str]:
         """What was changed since `other` was the stream, in words, where its rows are other ones; and what was changed
         where they are the same."""
-        own = self._stream()
+        current = self._stream()
         if "tokens" not in other:
             return ["it is of a version that did not note which tokens they were"], ""
         # As version 0.1 called it.
         before = {"data.shuffle" if name == "shuffle" else name: value for name, value in other["order"].items()}
-        changed = _differing(before, own["order"])
-        inputs = _differing(other["inputs"], own["inputs"])
-        if own["tokens"] == other["tokens"]:
-            kept = f", though {'; '.join(inputs.values())}: the tokens are the same" if inputs and not changed else ""
-            return list(changed.values()), kept
+        changed = _differing(before, current["order"])
+        inputs = _differing(other["inputs"], current["inputs"])
+        if current["tokens"] == other["tokens"]:
+            note = f", though {'; '.join(inputs.values())}: the tokens are the same" if inputs and not changed else ""
+            return list(changed.values()), note
         inputs = inputs or {"tokens": "other tokens, though of the same inputs"}
         return list((inputs | changed).values()), ""
 
@@ -300,9 +300,9 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         )
 
     def _mismatched(self, sample: int) -> Encoded:
-        source, own = self.corpus.place(sample)
+        source, index = self.corpus.place(sample)
         samples = self.corpus.sources[source].samples
-        return mismatched(samples[own], samples[(own - 1) % len(samples)], self.options.seq_length)
+        return mismatched(samples[index], samples[(index - 1) % len(samples)], self.options.seq_length)
 
     def _numbered(self, samples: list[int]) -> dict[str, Tensor]:
         """`sample_ids` int64 [answers], and their `ref_logps`, float64, where these are known."""
@@ -311,7 +311,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
         known = [self._ref_logps.get(source.samples.fingerprint) for source in self.corpus.sources]
         if all(of is not None for of in known):
             places = map(self.corpus.place, samples)
-            columns = [known[source][:, own] for source, own in places]  # type: ignore[index]
+            columns = [known[source][:, index] for source, index in places]  # type: ignore[index]
             rows = np.stack(columns, 1) if columns else np.zeros((len(known[0]), 0))  # type: ignore[arg-type]
             names = ("ref_logps", f"{KL}ref_logps")
             found |= {name: torch.from_numpy(row.copy()) for name, row in zip(names, rows, strict=False)}
@@ -320,7 +320,7 @@ class Batches(CloseOnExit, Iterator[dict[str, Tensor]]):
     def _of_labels(self, samples: list[int]) -> dict[str, Tensor]:
         """`label_ids` int64 [labels], row by row, within their source, and what a teacher says, where that is known."""
         places = list(map(self.corpus.place, samples))
-        spans = [np.arange(*self._first_labels[source][own : own + 2]) for source, own in places]
+        spans = [np.arange(*self._first_labels[source][index : index + 2]) for source, index in places]
         found = {"label_ids": torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans]))}
         known = [self._taught.get(source.samples.fingerprint) for source in self.corpus.sources]
         if all(of is not None for of in known):

@@ -11,16 +11,16 @@ import numpy as np
 
 from recipes.data.chat import Encoded
 from recipes.data.order import ALL, Share
-from recipes.data.part import Whole
 from recipes.data.sample import Where
+from recipes.data.selection import CorpusSamples
 
 
 @dataclass(frozen=True)
-class Source:
+class BlendSource:
     """`number`: its place in `data.sources`, which its own order depends on."""
 
     name: str
-    samples: Whole
+    samples: CorpusSamples
     share: Share = ALL
     number: int = 0
 
@@ -28,7 +28,7 @@ class Source:
 class Blend:
     """The samples of sources, one source behind the other. What is not said here is as in `Corpus`."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[BlendSource]) -> None:
         self.sources = tuple(sources)
         every = [source.samples for source in sources]
         self.folder, self.pad_id, self.tokenizer = every[0].folder, every[0].pad_id, every[0].tokenizer
@@ -59,20 +59,20 @@ class Blend:
 
     def where(self, sample: int) -> Where:
         """The file and line that a sample comes from."""
-        source, own = self.place(sample)
-        return self.sources[source].samples.where(own)
+        source, index = self.place(sample)
+        return self.sources[source].samples.where(index)
 
     def __getitem__(self, sample: int) -> Encoded:
-        source, own = self.place(sample)
-        return self.sources[source].samples[own]
+        source, index = self.place(sample)
+        return self.sources[source].samples[index]
 
     def media_tensors(self, sample: int) -> dict[str, Any]:
         """As the processor makes them. Raises DataError."""
-        source, own = self.place(sample)
-        return self.sources[source].samples.media_tensors(own)
+        source, index = self.place(sample)
+        return self.sources[source].samples.media_tensors(index)
 
 
-def _inputs(sources: Sequence[Source]) -> dict[str, Any]:
+def _inputs(sources: Sequence[BlendSource]) -> dict[str, Any]:
     """What the tokens of sources were made of: by the source, where that is not the same for all."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for source in sources for name in source.samples.inputs):
@@ -85,15 +85,15 @@ def _inputs(sources: Sequence[Source]) -> dict[str, Any]:
     return found
 
 
-Samples = Whole | Blend
+Samples = CorpusSamples | Blend
 
 
 def blend_of(samples: Samples) -> Blend:
     """Samples of one corpus are the only source of theirs."""
-    return samples if isinstance(samples, Blend) else Blend([Source("", samples)])
+    return samples if isinstance(samples, Blend) else Blend([BlendSource("", samples)])
 
 
-def described_shares(sources: Sequence[Source]) -> str | None:
+def described_shares(sources: Sequence[BlendSource]) -> str | None:
     """What is taken of each source, in words; None where there is one, epoch by epoch."""
     if len(sources) == 1 and sources[0].share == ALL:
         return None

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.blend import Source, described
+from recipes.data.blend import BlendSource, described
 from recipes.data.order import Order
 
 
 @dataclass(frozen=True)
-class Use:
+class SourceUse:
     """Of a source: its samples, tokens, and rows of its first epoch, and rows of it that the run takes.
 
     `repeated`: how often the run sees it. `unused`: rows that it never sees.
@@ -35,13 +35,13 @@ class Use:
         return max(0, self.rows - self.taken)
 
 
-def uses(sources: Sequence[Source], order: Order, rows: int) -> list[Use]:
+def uses(sources: Sequence[BlendSource], order: Order, rows: int) -> list[SourceUse]:
     """Of each source, in a run of so many rows. Where epochs have other numbers of rows (packing) after the first."""
     counts = order.counts(order.start().places)
     whole, rest = divmod(rows, sum(counts))
     last = np.bincount(order.interleaved(0, counts)[:rest], minlength=len(counts))
     return [
-        Use(
+        SourceUse(
             source.name,
             " ".join(described(source.share)),
             len(source.samples) // source.samples.options.together,
@@ -53,7 +53,7 @@ def uses(sources: Sequence[Source], order: Order, rows: int) -> list[Use]:
     ]
 
 
-def lines(found: Sequence[Use]) -> Iterator[str]:
+def lines(found: Sequence[SourceUse]) -> Iterator[str]:
     """In words."""
     total = sum(use.taken for use in found)
     for use in found:
@@ -67,7 +67,7 @@ def lines(found: Sequence[Use]) -> Iterator[str]:
         )
 
 
-def to_json(found: Sequence[Use]) -> list[dict[str, Any]]:
+def to_json(found: Sequence[SourceUse]) -> list[dict[str, Any]]:
     """For programs."""
     return [
         {

@@ -30,9 +30,9 @@ from typing import IO, Any
 import numpy as np
 
 from recipes.data.chat import Encoded
-from recipes.data.encoding import Outcome
+from recipes.data.encoding import RecordOutcome
 from recipes.data.sample import Blob, Media
-from recipes.data.statistics import Counts, Statistics
+from recipes.data.statistics import Statistics, StatisticsBuilder
 
 # In media.jsonl: bytes in blobs.bin, not a path.
 STORED = "blobs.bin:"
@@ -43,20 +43,20 @@ _HELD_TOKENS = 1 << 20
 _PART_RECORDS, _PART_BYTES, _PART_SECONDS = 4096, 16 << 20, 10.0
 
 
-class Parts:
+class CacheParts:
     """The parts that a folder has from before, and those that are added. `records`: how many records they hold."""
 
     def __init__(self, folder: Path) -> None:
         """Raises OSError."""
-        self.folder, self.records, self.counts = folder, 0, Counts()
+        self.folder, self.records, self.counts = folder, 0, StatisticsBuilder()
         folder.mkdir(exist_ok=True)
         self._done: list[Path] = []
         while (found := _complete(self._place())) is not None:
             self._take(self._place(), *found)
-        self._pending: list[tuple[int, Outcome]] = []
+        self._pending: list[tuple[int, RecordOutcome]] = []
         self._bytes, self._since = 0, time.monotonic()
 
-    def add(self, source: int, outcome: Outcome) -> None:
+    def add(self, source: int, outcome: RecordOutcome) -> None:
         """Hold what a record gave, and write a part when it is time. Raises OSError."""
         # One operation: an interrupt comes before or after it.
         self._pending.append((source, outcome))
@@ -122,7 +122,7 @@ def media_from_json(row: dict[str, Any]) -> Media:
     return Media(row["kind"], tuple(Blob(path=path) for path in row["blobs"]), row["fps"])
 
 
-def write_part(folder: Path, outcomes: Iterable[tuple[int, Outcome]]) -> tuple[int, Statistics]:
+def write_part(folder: Path, outcomes: Iterable[tuple[int, RecordOutcome]]) -> tuple[int, Statistics]:
     """Write what consecutive records gave, each with the number of its source; how many they are. Raises OSError."""
     records = 0
     with _Writer(folder) as writer:
@@ -139,7 +139,7 @@ class _Writer:
     """The arrays of a part, appended to; `counts` as they grow."""
 
     def __init__(self, folder: Path) -> None:
-        self.counts = Counts()
+        self.counts = StatisticsBuilder()
         self._held: list[tuple[Encoded, int, int]] = []
         self._tokens = 0
         self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in _FILES}
@@ -152,7 +152,7 @@ class _Writer:
         for file in self._files.values():
             file.close()
 
-    def add(self, source: int, outcome: Outcome) -> None:
+    def add(self, source: int, outcome: RecordOutcome) -> None:
         """Append what a record gave."""
         counts, record = self.counts, outcome.record
         if record.blank:

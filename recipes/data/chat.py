@@ -19,10 +19,10 @@ from bridge.hf.json_file import read_object
 from bridge.token_ids import check_ids, embedding_tables
 from recipes.data.control import ControlTokens, answers_of, has_thought
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.data.pieces import ALL, Together, cut, mark_learnt
 from recipes.data.processing import PLACEHOLDERS, MediaProcessor, ReadMedia
 from recipes.data.rendering import Template
 from recipes.data.sample import Media, Sample, Where
+from recipes.data.segments import ALL, TokenArrays, mark_learnt, split_into_segments
 from recipes.data.supervision import (
     MARKERS,
     MODEL_HEADER,
@@ -67,12 +67,12 @@ class Encoded:
 
 
 class _LaidOut(NamedTuple):
-    """A sample before it is tokenised: texts that are tokenised each by itself, and what of each is learnt (`cut`).
+    """A sample before it is tokenised: texts that are tokenised each by itself, and what of each is learnt.
 
     `first_unlearnt`: where everything is learnt, but neither <bos> nor soft tokens.
     """
 
-    pieces: Sequence[str]
+    segments: Sequence[str]
     learnt: Sequence[int]
     media: tuple[Media, ...] = ()
     thoughts_left_out: int = 0
@@ -148,12 +148,12 @@ class ChatModel:
         be encoded, or a token that the model has no row for.
         """
         laid = list(map(self._laid_out, samples, self._render_all(samples), read))
-        pieces = [piece for one in laid if isinstance(one, _LaidOut) for piece in one.pieces]
-        tokens = self._token_ids(pieces)
-        together = Together.of(tokens)
+        segments = [segment for one in laid if isinstance(one, _LaidOut) for segment in one.segments]
+        tokens = self._token_ids(segments)
+        together = TokenArrays.of(tokens)
         several = iter(tokens)
         return [
-            self._encoded(sample, one, list(islice(several, len(one.pieces))), together)
+            self._encoded(sample, one, list(islice(several, len(one.segments))), together)
             if isinstance(one, _LaidOut)
             else one
             for sample, one in zip(samples, laid, strict=True)
@@ -188,11 +188,15 @@ class ChatModel:
         if media:
             text, spans = self.media.with_soft_tokens(text, spans, media, read, str(sample.where))
         return _LaidOut(
-            *cut(text, spans, {} if everything else self._ends), media, left_out, unlike, first_unlearnt=everything
+            *split_into_segments(text, spans, {} if everything else self._ends),
+            media,
+            left_out,
+            unlike,
+            first_unlearnt=everything,
         )
 
     def _encoded(
-        self, sample: Sample, laid: _LaidOut, parts: Sequence[list[int]], together: Together
+        self, sample: Sample, laid: _LaidOut, parts: Sequence[list[int]], together: TokenArrays
     ) -> Encoded | BridgeError:
         ids, supervised, types = together.next(sum(map(len, parts)))
         try:
@@ -207,7 +211,7 @@ class ChatModel:
                     # Of <bos> there is nothing to learn, and a soft token is not one that anybody says.
                     supervised[0], supervised[types != 0] = False, False
                 encoded = Encoded(ids, supervised, types, laid.media, laid.thoughts_left_out, laid.unlike_prompts)
-            # Beside what the pieces hold there are tokens of the data's own, and those at the ends of a text.
+            # Beside what the segments hold there are tokens of the data's own, and those at the ends of a text.
             ordinary = sample.messages and together.highest < self._rows
             if not len(encoded) or (not ordinary and int(encoded.ids.max()) >= self._rows):
                 check_ids(encoded.ids, self.geometry, sample.where, self.tokenizer.convert_ids_to_tokens)
@@ -225,7 +229,7 @@ class ChatModel:
         if sample.media:
             text, _ = self.media.with_soft_tokens(text, [], sample.media, read, str(sample.where))
             tensors, _ = self.media.tensors(sample.media, read, str(sample.where))
-        ids, supervised, types = Together.of(parts := self._token_ids([text])).next(len(parts[0]))
+        ids, supervised, types = TokenArrays.of(parts := self._token_ids([text])).next(len(parts[0]))
         types = self.media.types(ids) if sample.media else types
         return Encoded(ids, supervised, types, sample.media), tensors
 
@@ -302,12 +306,12 @@ class ChatModel:
                 raise DataError(f"{where}: input_ids: {token} stands for media, which tokens do not bring")
         return Encoded(tokens.ids, tokens.supervised, np.zeros(len(tokens.ids), np.uint8))
 
-    def _token_ids(self, pieces: Sequence[str]) -> list[list[int]]:
+    def _token_ids(self, segments: Sequence[str]) -> list[list[int]]:
         """Of each piece, as it is."""
-        if not pieces:
+        if not segments:
             return []
         # Not the tokenizer's own call, which makes of each piece a dictionary of lists.
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(segments), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _generation_prefix(self, needed: bool | None) -> str:
@@ -338,8 +342,8 @@ class ChatModel:
             if len(encode(marker)) != 1:
                 raise UsageError(f"{self.folder}: its tokenizer has no token {marker}; it is not one of Gemma 4")
         # Pieces are only tokens of the whole if the tokenizer adds nothing to a piece.
-        pieces = [f"{TURN}model\n", "one two", f"{TURN_END}"]
-        if encode("".join(pieces)) != [token for piece in pieces for token in encode(piece)]:
+        segments = [f"{TURN}model\n", "one two", f"{TURN_END}"]
+        if encode("".join(segments)) != [token for segment in segments for token in encode(segment)]:
             raise UsageError(f"{self.folder}: its tokenizer adds something at the start of a text")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bridge.convert.lock import held
 from bridge.errors import DataError
 from bridge.hf.hub import resolve
-from recipes.data.cache import STORED, Parts, media_from_json
+from recipes.data.cache import STORED, CacheParts, media_from_json
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.encoding import Encoder
 from recipes.data.fingerprints import fingerprints
@@ -31,17 +31,17 @@ from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES
 from recipes.data.processes import ProcessDied
+from recipes.data.record_sources import RecordSource, find_sources
 from recipes.data.sample import Blob, Where
-from recipes.data.sources import Source, find_sources
 from recipes.data.statistics import Statistics
 from recipes.data.tokenising import tokenise
-from recipes.data.uses import Use, default_folder, lock_of, parts_of
+from recipes.data.uses import CacheUse, default_folder, lock_of, parts_of
 
 # Counts up whenever the same inputs give other tokens or another layout of the cache.
 _FORMAT = 4
 
 # Samples whose tokens are looked at together.
-_BLOCK = 1 << 16
+_SAMPLES_AT_A_TIME = 1 << 16
 
 Progress = Callable[[int, float], None]
 
@@ -57,7 +57,7 @@ class Corpus:
         folder: Path,
         model: ChatModel,
         options: CorpusOptions,
-        sources: Sequence[Source],
+        sources: Sequence[RecordSource],
         inputs: Mapping[str, Any],
     ) -> None:
         """Raises DataError for a damaged cache."""
@@ -93,8 +93,8 @@ class Corpus:
         """Tokens of every sample that are learnt, int64 [samples]. Reads all of them."""
         starts = self._index[:, 0] - self.lengths
         found = np.zeros(len(self), np.int64)
-        for first in range(0, len(self), _BLOCK):
-            which = slice(first, first + _BLOCK)
+        for first in range(0, len(self), _SAMPLES_AT_A_TIME):
+            which = slice(first, first + _SAMPLES_AT_A_TIME)
             begin, end = int(starts[first]), int(self._index[which, 0][-1])
             found[which] = np.add.reduceat(self._flags[begin:end] & 1, starts[which] - begin, dtype=np.int64)
         return found
@@ -211,7 +211,7 @@ def open_corpus(
             # Whoever made it was killed before it had tidied up.
             shutil.rmtree(parts, ignore_errors=True)
         # From here on `data clean` leaves it.
-        use = Use(folder, {"for": asked_by, "model": str(model), "seq_length": options.seq_length})
+        use = CacheUse(folder, {"for": asked_by, "model": str(model), "seq_length": options.seq_length})
     corpus = Corpus(folder, chat, options, sources, inputs)
     weakref.finalize(corpus, use.end)
     if corpus.has_media:
@@ -223,14 +223,14 @@ def _build(
     folder: Path,
     chat: ChatModel,
     options: CorpusOptions,
-    sources: Sequence[Source],
+    sources: Sequence[RecordSource],
     progress: Progress | None,
     notify: Callable[[str], None] | None,
 ) -> None:
     parts_folder = parts_of(folder)
     keep = False
     try:
-        parts = Parts(parts_folder)
+        parts = CacheParts(parts_folder)
         try:
             tokenise(parts, chat, options, sources, progress or _silent, notify or _silent)
         except (KeyboardInterrupt, ProcessDied):
@@ -249,7 +249,7 @@ def _build(
             shutil.rmtree(parts_folder, ignore_errors=True)
 
 
-def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequence[Source]) -> None:
+def _finish(folder: Path, parts: CacheParts, statistics: Statistics, sources: Sequence[RecordSource]) -> None:
     """The parts as a cache. Raises OSError."""
     unfinished = Path(tempfile.mkdtemp(prefix="new-", dir=parts.folder))
     tokens = parts.join(unfinished)
@@ -259,7 +259,7 @@ def _finish(folder: Path, parts: Parts, statistics: Statistics, sources: Sequenc
     unfinished.rename(folder)
 
 
-def _root(options: CorpusOptions, source: Source) -> Path | None:
+def _root(options: CorpusOptions, source: RecordSource) -> Path | None:
     return Path(options.media_root) if options.media_root is not None else source.root
 
 
@@ -277,7 +277,7 @@ def _inputs(options: CorpusOptions, chat: ChatModel, data: Sequence[str]) -> dic
         "generation_prefix",
         "seq_length",
         "supervise",
-        "layout",
+        "format",
         "records",
         "one_row",
     )
@@ -288,8 +288,8 @@ def _inputs(options: CorpusOptions, chat: ChatModel, data: Sequence[str]) -> dic
         **{f"data.supervise_{name}": value for name, value in asdict(options.supervise).items()},
         **said,
         **_of_preferences(options),
-        **{f"data.{name}": value for name, value in asdict(options.layout).items() if value},
-        **({"the code of data.function": function_digest(options.layout)} if options.layout.function else {}),
+        **{f"data.{name}": value for name, value in asdict(options.format).items() if value},
+        **({"the code of data.function": function_digest(options.format)} if options.format.function else {}),
         "data.generation_prefix": chat.prefix,
         **chat.fingerprints(),
         "transformers": transformers.__version__,

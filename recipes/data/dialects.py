@@ -148,18 +148,18 @@ def _tagged(row: Any, kinds: Sequence[str]) -> Any:
         return row
     content = row.get("content")
     if isinstance(content, str):
-        return {**row, "content": _pieces(content, kinds)}
+        return {**row, "content": _content_parts(content, kinds)}
     if is_list(content):
         parts: list[Any] = []
         for part in content or ():
             text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-            pieces = _pieces(text, kinds) if isinstance(text, str) else text
+            pieces = _content_parts(text, kinds) if isinstance(text, str) else text
             parts += pieces if isinstance(pieces, list) else [part]
         return {**row, "content": parts}
     return dict(row)
 
 
-def _pieces(text: str, kinds: Sequence[str]) -> str | list[dict[str, Any]]:
+def _content_parts(text: str, kinds: Sequence[str]) -> str | list[dict[str, Any]]:
     """Text between tags, without the white space at them, and parts in their place; the text, where it has none."""
     pieces: list[dict[str, Any]] = []
     at = 0

@@ -10,12 +10,12 @@ from itertools import islice
 import numpy as np
 
 from bridge.errors import BridgeError, DataError
-from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel, Encoded
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import SAMPLES, parse
 from recipes.data.processing import ReadMedia
+from recipes.data.record_batches import Record
 from recipes.data.sample import Message, Sample
 
 # Why a record gives no sample.
@@ -23,7 +23,7 @@ INVALID, TOO_LONG, NOTHING, LEFT_OUT = "invalid", "too long", "nothing to learn"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RecordOutcome:
     """What a record gave: samples, or the reason it gave none, with the message that says so in full. `form`: the
     name of its format; `unread`: what it says beside, which is not read."""
 
@@ -42,27 +42,27 @@ class Encoder:
 
     def __init__(self, model: ChatModel, options: CorpusOptions) -> None:
         self._model, self._options = model, options
-        self._function = loaded_function(options.layout)
+        self._function = loaded_function(options.format)
         self._local = threading.local()
         # Deep copies are made one at a time: of an object that nobody works with.
         self._lock = threading.Lock()
 
-    def outcomes(self, records: Sequence[Record], read: Sequence[ReadMedia]) -> Iterator[Outcome]:
+    def outcomes(self, records: Sequence[Record], read: Sequence[ReadMedia]) -> Iterator[RecordOutcome]:
         """What each record gives, in order; `read`: its media. A DataError is part of the outcome.
 
         Raises UsageError, where it is due.
         """
         parsed = list(map(self._parsed, records))
-        samples = [sample for one in parsed if not isinstance(one, Outcome) for sample in one[0]]
+        samples = [sample for one in parsed if not isinstance(one, RecordOutcome) for sample in one[0]]
         reads = [
             how
             for one, how in zip(parsed, read, strict=True)
-            if not isinstance(one, Outcome)
+            if not isinstance(one, RecordOutcome)
             for _ in range(len(one[0]))
         ]
         encoded = iter(self.model().encode(samples, reads))
         for record, one, how in zip(records, parsed, read, strict=True):
-            if isinstance(one, Outcome):
+            if isinstance(one, RecordOutcome):
                 yield one
                 continue
             of_record, desirable = one
@@ -75,31 +75,31 @@ class Encoder:
                     answers = tuple(replace(item, desirable=desirable) for item in whole)
                     yield self._answers(record, of_record, answers)
             except DataError as error:
-                yield Outcome(record, reason=INVALID, message=str(error), error=error)
+                yield RecordOutcome(record, reason=INVALID, message=str(error), error=error)
 
-    def _parsed(self, record: Record) -> tuple[tuple[Sample, ...], bool] | Outcome:
+    def _parsed(self, record: Record) -> tuple[tuple[Sample, ...], bool] | RecordOutcome:
         if record.blank:
-            return Outcome(record)
+            return RecordOutcome(record)
         try:
             if record.error is not None:
                 raise record.error
             value = self._function(record.value, record.where)
-            if value is None and self._options.layout.function is not None:
-                return Outcome(record, reason=LEFT_OUT, message=str(record.where))
+            if value is None and self._options.format.function is not None:
+                return RecordOutcome(record, reason=LEFT_OUT, message=str(record.where))
             return parse(value, record.where, self._options)
         except DataError as error:
-            return Outcome(record, reason=INVALID, message=str(error), error=error)
+            return RecordOutcome(record, reason=INVALID, message=str(error), error=error)
         except UnicodeError as error:
             message = f"{record.where}: {error}"
-            return Outcome(record, reason=INVALID, message=message, error=DataError(message))
+            return RecordOutcome(record, reason=INVALID, message=message, error=DataError(message))
 
-    def _outcome(self, record: Record, sample: Sample, whole: Encoded, read: ReadMedia) -> Outcome:
+    def _outcome(self, record: Record, sample: Sample, whole: Encoded, read: ReadMedia) -> RecordOutcome:
         encoded, dropped = self._fitting(sample, whole, read)
         learnable = tuple(item for item in encoded if item.supervised[1:].any())
         if learnable:
             dropped += len(encoded) - len(learnable)
-            return Outcome(record, learnable, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
-        given = Outcome(record, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
+            return RecordOutcome(record, learnable, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
+        given = RecordOutcome(record, pieces_dropped=dropped, form=sample.form, unread=sample.unread)
         if not encoded:
             longest = f"longer than {self._options.seq_length} tokens"
             return replace(given, reason=TOO_LONG, message=f"{record.where}: {longest}")
@@ -110,12 +110,12 @@ class Encoder:
         if not hasattr(self._local, "model"):
             with self._lock:
                 self._local.model = self._model.fork()
-        own: ChatModel = self._local.model
-        return own
+        model: ChatModel = self._local.model
+        return model
 
-    def _answers(self, record: Record, samples: Sequence[Sample], encoded: tuple[Encoded, ...]) -> Outcome:
+    def _answers(self, record: Record, samples: Sequence[Sample], encoded: tuple[Encoded, ...]) -> RecordOutcome:
         """Both answers of a pair, or one with its label: all of it or nothing."""
-        given = Outcome(record, form=samples[0].form, unread=samples[0].unread)
+        given = RecordOutcome(record, form=samples[0].form, unread=samples[0].unread)
         lengths = [len(item) for item in encoded]
         if (sum(lengths) if self._options.one_row else max(lengths)) > self._options.seq_length:
             both = "both answers with their prompts are " if self._options.one_row else ""

@@ -8,13 +8,13 @@ from typing import Any
 
 from bridge.errors import UsageError
 from recipes.config import DataConfig, Recipe
-from recipes.data.blend import Blend, Samples, Source
+from recipes.data.blend import Blend, BlendSource, Samples
 from recipes.data.corpus import Corpus
 from recipes.data.options import CorpusOptions
 from recipes.data.order import ALL
-from recipes.data.part import Whole, first, held_out, whole
-from recipes.data.source_keys import Said, sources_said
-from recipes.data.sources import hub_split_names, is_hub_name, local_splits
+from recipes.data.record_sources import hub_split_names, is_hub_name, local_splits
+from recipes.data.selection import CorpusSamples, first_samples, held_out, underlying_corpus
+from recipes.data.source_keys import SourceOptions, source_options
 from recipes.sources import left_out, paths
 
 # What the split that is not trained on is called, the likeliest first.
@@ -29,7 +29,7 @@ class Opened:
     """
 
     train: Samples
-    evaluation: Mapping[str, Whole] = field(default_factory=dict)
+    evaluation: Mapping[str, CorpusSamples] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -40,15 +40,15 @@ def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOp
     """
     data = recipe.data
     # Splits first: what is wrong with them is said before anything is tokenised.
-    wanted, said = _wanted(data, options), sources_said(data, options)
+    wanted, said = _wanted(data, options), source_options(data, options)
     notes = [f"source {name} is left out (weight 0)" for name in left_out(data)]
-    train = [first(opened(one.options), one.max_samples) for one in said]
+    train = [first_samples(opened(one.options), one.max_samples) for one in said]
     for one, samples in zip(said, train, strict=True):
-        if len(samples) < len(whole(samples)):
-            there = len(whole(samples)) // one.options.together
+        if len(samples) < len(underlying_corpus(samples)):
+            there = len(underlying_corpus(samples)) // one.options.together
             notes.append(f"source {one.name} is of its first {one.max_samples} of {there} samples (max_samples)")
-    sets: dict[str, Whole] = {name: opened(one) for name, one in wanted.items()}
-    trained = {whole(samples).fingerprint for samples in train}
+    sets: dict[str, CorpusSamples] = {name: opened(one) for name, one in wanted.items()}
+    trained = {underlying_corpus(samples).fingerprint for samples in train}
     notes += [
         f"evaluation{_called(name)} is on the data that is trained on ({', '.join(corpus.options.paths)})"
         for name, corpus in sets.items()
@@ -67,16 +67,16 @@ def open_sets(recipe: Recipe, options: CorpusOptions, opened: Callable[[CorpusOp
     return Opened(_blended(said, train), _limited(sets, recipe.train.eval_rows, notes), tuple(notes))
 
 
-def _limited(sets: Mapping[str, Whole], rows: int, notes: list[str]) -> dict[str, Whole]:
+def _limited(sets: Mapping[str, CorpusSamples], rows: int, notes: list[str]) -> dict[str, CorpusSamples]:
     """The first so many samples of each set (0: all), which is noted."""
     for name, corpus in sets.items():
         there = len(corpus) // corpus.options.together
         if rows and rows < there:
             notes.append(f"evaluation{_called(name)} is of the first {rows} of {there} samples (train.eval_rows)")
-    return {name: first(corpus, rows) for name, corpus in sets.items()}
+    return {name: first_samples(corpus, rows) for name, corpus in sets.items()}
 
 
-def _blended(said: Sequence[Said], train: Sequence[Whole]) -> Samples:
+def _blended(said: Sequence[SourceOptions], train: Sequence[CorpusSamples]) -> Samples:
     """What is trained on. Raises UsageError that names a source of which more is asked for than there is."""
     if len(said) == 1 and said[0].share == ALL:
         return train[0]
@@ -88,7 +88,9 @@ def _blended(said: Sequence[Said], train: Sequence[Whole]) -> Samples:
                 f"{one.key}: tokens={wanted} are more than {times} {there} tokens; repeat={-(-wanted // there)} sees "
                 "them again"
             )
-    return Blend([Source(one.name, samples, one.share, one.number) for one, samples in zip(said, train, strict=True)])
+    return Blend(
+        [BlendSource(one.name, samples, one.share, one.number) for one, samples in zip(said, train, strict=True)]
+    )
 
 
 def _called(name: str) -> str:
@@ -97,7 +99,7 @@ def _called(name: str) -> str:
 
 def _wanted(data: DataConfig, options: CorpusOptions) -> dict[str, CorpusOptions]:
     """What is opened to be evaluated on, by the names of the sets. Raises UsageError and DataError."""
-    said = sources_said(data, options)
+    said = source_options(data, options)
     sets = {name: replace(options, path=paths(value)) for name, value in _named(data).items()}
     if not sets and data.eval_split is not None:
         sets = {one.name: replace(one.options, path=one.options.paths) for one in said}
@@ -106,7 +108,7 @@ def _wanted(data: DataConfig, options: CorpusOptions) -> dict[str, CorpusOptions
     held = {one.name or "held_out" for one in said} if data.val_fraction else set()
     if taken := sorted(held & sets.keys()):
         raise UsageError(f"data.eval.{taken[0]}: is the name of what data.val_fraction holds out")
-    return {name: replace(own, split=_split(data, own)) for name, own in sets.items()}
+    return {name: replace(set_options, split=_split(data, set_options)) for name, set_options in sets.items()}
 
 
 def _named(data: DataConfig) -> dict[str, Any]:

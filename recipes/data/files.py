@@ -20,13 +20,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from bridge.errors import DataError, UsageError
-from recipes.data.blocks import Block, Lines, Read, Record, Table, json_object, no_constant
+from recipes.data.record_batches import (
+    ArrowRows,
+    JsonLines,
+    ParsedRecords,
+    Record,
+    RecordBatch,
+    json_object,
+    no_constant,
+)
 from recipes.data.sample import Where
 
 # A line that holds base64 images can be long; one without an end must not fill the memory.
 _MAX_LINE = 256 * 2**20
-# A block ends with whichever comes first.
-ROWS, _BLOCK_BYTES = 64, 1 << 20
+# A batch ends with whichever comes first.
+ROWS, _BATCH_BYTES = 64, 1 << 20
 _CHUNK = 1 << 16
 _PACKED = (".gz", ".zst")
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -70,21 +78,21 @@ class DataFile:
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
 
-    def blocks(self) -> Iterator[Block]:
+    def record_batches(self) -> Iterator[RecordBatch]:
         """All records in order. Raises DataError where the file cannot be read on."""
         try:
             with _opened(self.path, self._kind.seeks) as (file, share):
-                for block in self._kind.blocks(file, self.name):
+                for batch in self._kind.record_batches(file, self.name):
                     self.share = share()
-                    yield block
+                    yield batch
         except (OSError, EOFError, zlib.error) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise DataError(f"{self.name}: cannot be read ({why})") from None
 
     def records(self) -> Iterator[Record]:
         """The same, one by one."""
-        for block in self.blocks():
-            yield from block.records()
+        for batch in self.record_batches():
+            yield from batch.records()
 
 
 def kind_of_file(path: Path) -> str | None:
@@ -126,7 +134,7 @@ def _unpacked(raw: IO[bytes], path: Path, suffix: str) -> Iterator[IO[bytes]]:
         yield io.BufferedReader(stream, 1 << 20)
 
 
-def _json_lines(file: IO[bytes], name: str) -> Iterator[Block]:
+def _json_lines(file: IO[bytes], name: str) -> Iterator[RecordBatch]:
     first, lines, held = 1, list[bytes | None](), 0
     while line := file.readline(_MAX_LINE + 1):
         if len(line) > _MAX_LINE:
@@ -136,14 +144,14 @@ def _json_lines(file: IO[bytes], name: str) -> Iterator[Block]:
         else:
             lines.append(line)
             held += len(line)
-        if len(lines) >= ROWS or held >= _BLOCK_BYTES:
-            yield Lines(name, first, lines, _MAX_LINE)
+        if len(lines) >= ROWS or held >= _BATCH_BYTES:
+            yield JsonLines(name, first, lines, _MAX_LINE)
             first, lines, held = first + len(lines), [], 0
     if lines:
-        yield Lines(name, first, lines, _MAX_LINE)
+        yield JsonLines(name, first, lines, _MAX_LINE)
 
 
-def _json_file(file: IO[bytes], name: str) -> Iterator[Block]:
+def _json_file(file: IO[bytes], name: str) -> Iterator[RecordBatch]:
     """An array, where it begins as one; else lines."""
     text = io.TextIOWrapper(file, "utf-8-sig")
     start = text.read(_CHUNK)
@@ -156,12 +164,12 @@ def _json_file(file: IO[bytes], name: str) -> Iterator[Block]:
         for number, value in enumerate(_elements(text, start, name), 1):
             rows.append(Record(Where(name, number), value))
             if len(rows) == ROWS:
-                yield Read(rows)
+                yield ParsedRecords(rows)
                 rows = []
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 ({error.reason})") from None
     if rows:
-        yield Read(rows)
+        yield ParsedRecords(rows)
 
 
 def _elements(text: IO[str], held: str, name: str) -> Iterator[Any]:
@@ -205,8 +213,8 @@ def _blank(text: str, at: int) -> int:
     return found.end()
 
 
-def _csv(delimiter: str) -> Callable[[IO[bytes], str], Iterator[Block]]:
-    def blocks(file: IO[bytes], name: str) -> Iterator[Block]:
+def _csv(delimiter: str) -> Callable[[IO[bytes], str], Iterator[RecordBatch]]:
+    def batches(file: IO[bytes], name: str) -> Iterator[RecordBatch]:
         csv.field_size_limit(_MAX_LINE)
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         try:
@@ -220,16 +228,16 @@ def _csv(delimiter: str) -> Callable[[IO[bytes], str], Iterator[Block]]:
                 line = reader.line_num + 1
                 rows.append(_csv_record(row, names, where))
                 if len(rows) == ROWS:
-                    yield Read(rows)
+                    yield ParsedRecords(rows)
                     rows = []
             if rows:
-                yield Read(rows)
+                yield ParsedRecords(rows)
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: not UTF-8 ({error.reason})") from None
         except csv.Error as error:
             raise DataError(f"{name}:{reader.line_num}: not CSV ({error})") from None
 
-    return blocks
+    return batches
 
 
 def _csv_record(row: list[str], names: list[str], where: Where) -> Record:
@@ -241,11 +249,11 @@ def _csv_record(row: list[str], names: list[str], where: Where) -> Record:
     return Record(where, {key: value for key, value in zip(names, row, strict=True) if value})
 
 
-def _parquet(file: IO[bytes], name: str) -> Iterator[Block]:
+def _parquet(file: IO[bytes], name: str) -> Iterator[RecordBatch]:
     parquet = needed("pyarrow.parquet", "pyarrow", name, "reading Parquet")
     try:
         with parquet.ParquetFile(file) as opened:
-            yield from tables(opened.iter_batches(batch_size=ROWS), name)
+            yield from arrow_batches(opened.iter_batches(batch_size=ROWS), name)
     except DataError:
         raise
     except Exception as error:
@@ -253,19 +261,19 @@ def _parquet(file: IO[bytes], name: str) -> Iterator[Block]:
         raise DataError(f"{name}: not a readable Parquet file ({first_line(error)})") from error
 
 
-def tables(batches: Iterator[Any], name: str) -> Iterator[Block]:
-    """Arrow tables, or batches, as blocks."""
+def arrow_batches(tables: Iterator[Any], name: str) -> Iterator[RecordBatch]:
+    """Arrow's tables, or record batches, as `RecordBatch`."""
     first = 1
-    for batch in batches:
-        yield (table := Table(name, first, batch))
-        first += len(table)
+    for table in tables:
+        yield (batch := ArrowRows(name, first, table))
+        first += len(batch)
 
 
 @dataclass(frozen=True)
 class _Kind:
     """How the files of an ending are read. `seeks`: not from front to back."""
 
-    blocks: Callable[[IO[bytes], str], Iterator[Block]]
+    record_batches: Callable[[IO[bytes], str], Iterator[RecordBatch]]
     seeks: bool = False
 
 

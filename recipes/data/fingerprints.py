@@ -21,7 +21,7 @@ from typing import Any
 from bridge.convert.lock import held
 from bridge.errors import DataError
 from recipes.data.files import DataFile
-from recipes.data.sources import Source
+from recipes.data.record_sources import RecordSource
 
 FOLDER = ".files"
 # A file that was changed so shortly before it was read may change again within one tick of its clock.
@@ -30,8 +30,10 @@ _SETTLED_S = 2.0
 _WORTH_SAYING = 1 << 30
 
 
-def fingerprints(sources: Sequence[Source], caches: Path, workers: int, notify: Callable[[str], None]) -> list[str]:
-    """`Source.fingerprint` of each, files by the record in the folder `caches`, which exists. Raises DataError."""
+def fingerprints(
+    sources: Sequence[RecordSource], caches: Path, workers: int, notify: Callable[[str], None]
+) -> list[str]:
+    """Of each source; of files by the record in the folder `caches`, which exists. Raises DataError."""
     files = [source for source in sources if isinstance(source, DataFile)]
     known = _of_files(files, caches, workers, notify) if files else {}
     return [known[source.name] if isinstance(source, DataFile) else source.fingerprint() for source in sources]

@@ -21,7 +21,7 @@ from recipes.imported import imported_function
 
 
 @dataclass(frozen=True)
-class Layout:
+class FormatOptions:
     """How records are to be read, where they do not show it: the keys `data.format`, `.columns` and `.function`.
 
     `format`: the name of one of `FORMATS` for all of them. `columns`: the name of a column here -> what the data calls
@@ -105,19 +105,21 @@ class Recognised:
 class Format:
     """`columns`: a record that has all of them is of this format. `also`: columns that it may have.
 
-    `to_record`: what `Recognised.record` is. Raises DataError.
+    `to_record`: what `Recognised.record` is. Raises DataError. `field`: what `Recognised.field` is, by default the
+    first of `columns`.
     """
 
     name: str
     columns: tuple[str, ...]
     to_record: Callable[[Columns], Mapping[str, Any]]
     also: tuple[str, ...] = ()
-    field: str = "messages"
+    field: str = ""
 
 
 _SYSTEM = ("system", "system_prompt")
 _BESIDE = ("tools", "functions", *(name for kind in MEDIA_KINDS for name in (kind, f"{kind}s")))
-_ALL_BESIDE = frozenset((*_SYSTEM, *_BESIDE))
+_AROUND = (*_SYSTEM, *_BESIDE)
+_ALL_AROUND = frozenset(_AROUND)
 
 
 def _media(columns: Columns) -> dict[str, list[Any]]:
@@ -134,7 +136,7 @@ def _record(
     columns: Columns, rows: Any, name: str, *, role: str | None = None, content: str | None = None
 ) -> dict[str, Any]:
     """Messages, of the column `name`, with what stands beside them in the record."""
-    if not columns.any(_ALL_BESIDE):
+    if not columns.any(_ALL_AROUND):
         return {"messages": conversation(rows, columns.at(name), {}, role=role, content=content)}
     media = _media(columns)
     rows = conversation(rows, columns.at(name), media, role=role, content=content)
@@ -224,44 +226,54 @@ def _refused(why: str) -> Callable[[Columns], Mapping[str, Any]]:
 
 # The name of the format, and of the only column of its records.
 MEGATRON = "megatron"
-_PAIRS = (("question", "answer"), ("question", "response"), ("query", "response"), ("prompt", "response"),
-          ("problem", "solution"), ("inputs", "targets"), ("input", "output"))  # fmt: skip
+_PAIRS = (
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
+)
+_NO_PREFERENCE = (
+    "is a pair of a chosen and a rejected answer, for the dpo recipes; to learn the chosen ones alone, set "
+    "data.format=messages and data.columns.messages=chosen, or data.function"
+)
+_NO_LABEL = (
+    "has a label beside prompt and completion, for the kto recipes; to learn every completion whatever its label, set "
+    "data.format=prompt-completion"
+)
 
 FORMATS: tuple[Format, ...] = (
-    Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask"), "input_ids"),
-    Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}, field=MEGATRON),
+    Format("input_ids", ("input_ids",), _tokens, ("labels", *LEARNT_MASKS, "attention_mask")),
+    Format(MEGATRON, (MEGATRON,), lambda columns: {"input_ids": columns.get(MEGATRON)}),
     Format("answer", ("prompt_tokens", "tokens"), _answer, field="tokens"),
-    Format("messages", ("messages",), _conversation("messages"), (*_SYSTEM, *_BESIDE)),
-    Format("llava", ("conversations", "image"), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
-    Format("llava-images", ("conversations", "images"), _conversation("conversations"), (*_SYSTEM, *_BESIDE),
-           "conversations"),
-    Format("sharegpt", ("conversations",), _conversation("conversations"), (*_SYSTEM, *_BESIDE), "conversations"),
-    Format("conversation", ("conversation",), _conversation("conversation"), (*_SYSTEM, *_BESIDE), "conversation"),
-    Format("texts", ("images", "texts"), _cauldron, _BESIDE, "texts"),
-    Format("preference", ("chosen", "rejected"), _refused(
-        "is a pair of a chosen and a rejected answer, for the dpo recipes; to learn the chosen ones alone, set "
-        "data.format=messages and data.columns.messages=chosen, or data.function")),
-    Format("unpaired-preference", ("prompt", "completion", "label"), _refused(
-        "has a label beside prompt and completion, for the kto recipes; to learn every completion whatever its label, "
-        "set data.format=prompt-completion")),
-    Format("prompt-completion", ("prompt", "completion"), _completion, (*_SYSTEM, *_BESIDE), "prompt"),
-    Format("alpaca", ("instruction", "output"), _pair("instruction", "output", "input"),
-           ("input", "history", *_SYSTEM, *_BESIDE), "instruction"),
-    Format("dolly", ("instruction", "response"), _pair("instruction", "response", "context"),
-           ("context", *_SYSTEM, *_BESIDE), "instruction"),
-    *(Format(f"{one}-{other}", (one, other), _pair(one, other), (*_SYSTEM, *_BESIDE), one) for one, other in _PAIRS),
-    Format("text", ("text",), lambda columns: {"text": columns.text("text")}, field="text"),
-)  # fmt: skip
-DEFAULT_LAYOUT = Layout()
+    Format("messages", ("messages",), _conversation("messages"), _AROUND),
+    Format("llava", ("conversations", "image"), _conversation("conversations"), _AROUND),
+    Format("llava-images", ("conversations", "images"), _conversation("conversations"), _AROUND),
+    Format("sharegpt", ("conversations",), _conversation("conversations"), _AROUND),
+    Format("conversation", ("conversation",), _conversation("conversation"), _AROUND),
+    Format("texts", ("images", "texts"), _cauldron, _BESIDE, field="texts"),
+    Format("preference", ("chosen", "rejected"), _refused(_NO_PREFERENCE)),
+    Format("unpaired-preference", ("prompt", "completion", "label"), _refused(_NO_LABEL)),
+    Format("prompt-completion", ("prompt", "completion"), _completion, _AROUND),
+    Format(
+        "alpaca", ("instruction", "output"), _pair("instruction", "output", "input"), ("input", "history", *_AROUND)
+    ),
+    Format("dolly", ("instruction", "response"), _pair("instruction", "response", "context"), ("context", *_AROUND)),
+    *(Format(f"{asked}-{said}", (asked, said), _pair(asked, said), _AROUND) for asked, said in _PAIRS),
+    Format("text", ("text",), lambda columns: {"text": columns.text("text")}),
+)
+DEFAULT_FORMAT = FormatOptions()
 _BY_NAME = {one.name: one for one in FORMATS}
 
 
-def recognised(record: Any, where: object, layout: Layout) -> Recognised:
+def recognised(record: Any, where: object, format_options: FormatOptions) -> Recognised:
     """The record in the form that is checked further. Raises DataError that says which columns there are."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object, found {kind_of(record)}")
-    columns = Columns(record, where, layout.columns)
-    chosen = _BY_NAME.get(layout.format or "")
+    columns = Columns(record, where, format_options.columns)
+    chosen = _BY_NAME.get(format_options.format or "")
     if chosen is None:
         chosen = next((one for one in FORMATS if columns.may_have(one.columns[0]) and columns.has(*one.columns)), None)
         if chosen is None:
@@ -274,7 +286,7 @@ def recognised(record: Any, where: object, layout: Layout) -> Recognised:
         )
     found = chosen.to_record(columns)
     unread = tuple(name for name in columns.given if name not in columns.read)
-    return Recognised(chosen.name, found, columns.theirs(chosen.field), unread)
+    return Recognised(chosen.name, found, columns.theirs(chosen.field or chosen.columns[0]), unread)
 
 
 def _unlike(columns: Columns) -> str:
@@ -294,9 +306,9 @@ def _unlike(columns: Columns) -> str:
     )
 
 
-def loaded_function(layout: Layout) -> Callable[[Any, object], Any]:
+def loaded_function(format_options: FormatOptions) -> Callable[[Any, object], Any]:
     """`data.function`, which says the record where it raises. Raises UsageError."""
-    name = layout.function
+    name = format_options.function
     if name is None:
         return lambda record, where: record
     module_name, _, function_name = name.partition(":")
@@ -315,8 +327,8 @@ def loaded_function(layout: Layout) -> Callable[[Any, object], Any]:
     return applied
 
 
-def function_digest(layout: Layout) -> str:
+def function_digest(format_options: FormatOptions) -> str:
     """Of the file that `data.function` is in: another one gives other records. Raises UsageError."""
-    loaded_function(layout)
-    file = getattr(sys.modules[str(layout.function).partition(":")[0]], "__file__", None)
+    loaded_function(format_options)
+    file = getattr(sys.modules[str(format_options.function).partition(":")[0]], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""

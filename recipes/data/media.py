@@ -228,8 +228,8 @@ def decode_video(media: Media, blobs: list[bytes], at: str) -> Video:
     data = blobs[0]
     if data[:3] == b"GIF" or data[8:12] == b"WEBP":
         frames, durations = _frames_of(data, at, only_first=False)
-        shown = sum(durations) / 1000
-        return Video(_stacked(frames, at), len(frames) / shown if shown else 10.0)
+        seconds = sum(durations) / 1000
+        return Video(_stacked(frames, at), len(frames) / seconds if seconds else 10.0)
     return _with_transformers(data, at)
 
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from bridge.errors import DataError, UsageError
 from bridge.megatron.silence import silence_warnings
-from recipes.data.blocks import Block, Record
 from recipes.data.formats import MEGATRON
+from recipes.data.record_batches import Record, RecordBatch
 from recipes.data.sample import Where
 
 _SUFFIXES = (".bin", ".idx")
-# A block ends with whichever comes first.
+# A batch of records ends with whichever comes first.
 _SEQUENCES, _TOKENS = 1024, 1 << 18
 # Of the tokens themselves, what is read to know the file again: so much at either end.
 _READ = 1 << 20
@@ -38,7 +38,7 @@ def prefix_of(name: str) -> str | None:
 
 
 class MegatronFile:
-    """The two files of a prefix, as a `recipes.data.sources.Source`; a record's line is the sequence, from 1."""
+    """The two files of a prefix, as a `RecordSource`; a record's line is the sequence, from 1."""
 
     def __init__(self, prefix: str) -> None:
         self.name, self.root, self.share = prefix, None, 0.0
@@ -62,7 +62,7 @@ class MegatronFile:
             raise DataError(f"{self.name}: cannot be read ({error.strerror})") from None
         return digest.hexdigest()
 
-    def blocks(self) -> Iterator[Block]:
+    def record_batches(self) -> Iterator[RecordBatch]:
         """All sequences in order. Raises DataError."""
         lengths = _opened(self.name).sequence_lengths
         first, tokens = 0, 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import UsageError
-from recipes.data.formats import DEFAULT_LAYOUT, Layout
+from recipes.data.formats import DEFAULT_FORMAT, FormatOptions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Supervise:
 class CorpusOptions:
     """Where the data is and how it becomes tokens.
 
-    `path`: files (`recipes.data.sources`), folders of them, globs, or the name of a dataset on the Hugging Face hub.
+    `path`: files, folders of them, globs, or the name of a dataset on the Hugging Face hub (`find_sources`).
     `split`, `subset`: of a hub dataset.
     `seq_length`: the longest sample, in tokens.
     `on_error`: "fail" at the first bad record, or "skip" and count.
@@ -49,7 +49,7 @@ class CorpusOptions:
     `one_row`: all samples of a record have to fit into `seq_length` together: pairs that are packed.
     `cache`: the folder of caches; default: gemma4-bridge/data in the user's cache folder.
     `workers`: processes that tokenise, threads that decode.
-    `layout`: how records are read, where they do not show it.
+    `format`: how records are read, where they do not show it.
     """
 
     path: str | tuple[str, ...]
@@ -68,7 +68,7 @@ class CorpusOptions:
     one_row: bool = False
     cache: str | None = None
     workers: int = 2
-    layout: Layout = DEFAULT_LAYOUT
+    format: FormatOptions = DEFAULT_FORMAT
 
     def __post_init__(self) -> None:
         one_of("data.on_error", self.on_error, ("fail", "skip"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.packing import Plan
+from recipes.data.packing import PackingPlan
 
 _KEPT_PLANS = 3
 # Smaller sources are planned in less time than a thread takes to begin.
@@ -49,14 +49,19 @@ class Plans:
     """
 
     def __init__(
-        self, plan: Callable[[int], Plan], tokens: np.ndarray, *, fixed: int | None = None, epochs: int | None = None
+        self,
+        plan: Callable[[int], PackingPlan],
+        tokens: np.ndarray,
+        *,
+        fixed: int | None = None,
+        epochs: int | None = None,
     ) -> None:
         self._plan, self._tokens, self._fixed, self._epochs = plan, tokens, fixed, epochs
-        self._plans: dict[int, Future[Plan]] = {}
+        self._plans: dict[int, Future[PackingPlan]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def __getitem__(self, epoch: int) -> Plan:
+    def __getitem__(self, epoch: int) -> PackingPlan:
         """Raises DataError as `plan_epoch` does."""
         future, mine = self._asked(epoch)
         if mine:
@@ -73,7 +78,7 @@ class Plans:
             self._thread = threading.Thread(target=self._fill, args=(future, epoch), name="plan", daemon=True)
             self._thread.start()
 
-    def _asked(self, epoch: int) -> tuple[Future[Plan], bool]:
+    def _asked(self, epoch: int) -> tuple[Future[PackingPlan], bool]:
         """The plan of an epoch, and whether the caller has to make it."""
         with self._lock:
             if epoch in self._plans:
@@ -83,7 +88,7 @@ class Plans:
                 del self._plans[old]
             return future, True
 
-    def _fill(self, future: Future[Plan], epoch: int) -> None:
+    def _fill(self, future: Future[PackingPlan], epoch: int) -> None:
         try:
             future.set_result(self._plan(epoch))
         except BaseException as error:

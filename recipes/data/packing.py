@@ -14,7 +14,7 @@ from bridge.errors import DataError
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """The rows of one epoch: row i holds the samples `order[starts[i]:starts[i + 1]]`.
 
     `efficiency`: real tokens in all that the rows hold; None where rows are not packed.
@@ -44,7 +44,7 @@ def plan_epoch(
     document_multiple: int = 1,
     pack_buffer: int = 4096,
     source: int = 0,
-) -> Plan:
+) -> PackingPlan:
     """Plan an epoch over samples of `lengths` [n], or [n, k] of which the k of a row of it stay in one row.
 
     `source`: its number among several, each of which has an order of its own.
@@ -76,10 +76,10 @@ def plan_epoch(
     return _of_samples(flat, starts, lengths.shape[1], float(lengths.sum()) / max(1, len(rows) * seq_length))
 
 
-def _of_samples(order: np.ndarray, starts: np.ndarray, together: int, efficiency: float | None) -> Plan:
+def _of_samples(order: np.ndarray, starts: np.ndarray, together: int, efficiency: float | None) -> PackingPlan:
     """A plan of samples from one of groups of so many."""
     samples = (order[:, None] * together + np.arange(together)).flatten()
-    return Plan(samples, starts * together, efficiency)
+    return PackingPlan(samples, starts * together, efficiency)
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -13,10 +13,10 @@ from itertools import chain
 from typing import Any
 
 from bridge.errors import DataError
-from recipes.data.formats import Layout
+from recipes.data.formats import FormatOptions
 from recipes.data.options import CorpusOptions
+from recipes.data.record_sources import find_sources
 from recipes.data.sample import Sample, Where, parse_record
-from recipes.data.sources import find_sources
 
 # What a record holds: a sample to learn, a pair of a chosen and a rejected answer, or an answer with a label.
 SAMPLES, PAIRS, LABELLED = "samples", "pairs", "labelled"
@@ -31,8 +31,8 @@ def parse(value: Any, where: Where, options: CorpusOptions) -> tuple[tuple[Sampl
     Raises DataError.
     """
     if options.records == SAMPLES:
-        return (parse_record(value, where, options.layout),), False
-    names, columns = options.layout.columns, _COLUMNS[options.records]
+        return (parse_record(value, where, options.format),), False
+    names, columns = options.format.columns, _COLUMNS[options.records]
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: expected an object")
     renamed = {theirs: ours for ours, theirs in names.items() if ours not in ("role", "content")}
@@ -42,7 +42,7 @@ def parse(value: Any, where: Where, options: CorpusOptions) -> tuple[tuple[Sampl
         raise DataError(f"{where}: has no {missing[0]}; a record of preferences has {', '.join(columns)}")
     if options.records == LABELLED and not isinstance(record["label"], bool):
         raise DataError(f"{where}: label: expected true or false, found {record['label']!r}")
-    of_messages = Layout("messages", {name: names[name] for name in ("role", "content") if name in names})
+    of_messages = FormatOptions("messages", {name: names[name] for name in ("role", "content") if name in names})
     prompt, answers = _prompt_and_answers(record, options.records, where)
     samples = tuple(
         _conversation(record, prompt, answer, f"{where}: {name}", of_messages, where)
@@ -67,8 +67,10 @@ def _prompt_and_answers(record: Mapping[str, Any], kind: str, where: Where) -> t
     return prompt, {name: answer[-1:] for name, answer in answers.items()}
 
 
-def _conversation(record: Mapping[str, Any], prompt: Any, answer: Any, at: str, layout: Layout, where: Where) -> Sample:
-    role, content = layout.columns.get("role", "role"), layout.columns.get("content", "content")
+def _conversation(
+    record: Mapping[str, Any], prompt: Any, answer: Any, at: str, format_options: FormatOptions, where: Where
+) -> Sample:
+    role, content = format_options.columns.get("role", "role"), format_options.columns.get("content", "content")
     asked = [{role: "user", content: prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(asked, list | tuple) or not asked:
         raise DataError(f"{where}: prompt: expected a string or a list of messages")
@@ -80,7 +82,7 @@ def _conversation(record: Mapping[str, Any], prompt: Any, answer: Any, at: str, 
         for name, each in record.items()
         if name not in ("prompt", "chosen", "rejected", "completion", "label", "messages")
     }
-    sample = parse_record({"messages": [*asked, *said], **beside}, where, layout)
+    sample = parse_record({"messages": [*asked, *said], **beside}, where, format_options)
     if [message.role for message in sample.messages[-2:]] != ["user", "assistant"]:
         raise DataError(f"{at}: expected an answer of the assistant behind a message of the user")
     return sample
@@ -89,11 +91,11 @@ def _conversation(record: Mapping[str, Any], prompt: Any, answer: Any, at: str, 
 def of_its_kind(options: CorpusOptions) -> CorpusOptions:
     """The options of data that no recipe says the kind of: by its first record. Raises DataError."""
     sources = find_sources(options.paths, split=options.split, subset=options.subset)
-    for record in chain.from_iterable(block.records() for source in sources for block in source.blocks()):
+    for record in chain.from_iterable(batch.records() for source in sources for batch in source.record_batches()):
         if isinstance(record.value, Mapping):
             given = {key for key, value in record.value.items() if value is not None}
             kind = next((kind for kind, columns in _COLUMNS.items() if given.issuperset(columns)), SAMPLES)
-            if kind == SAMPLES or options.layout != Layout():
+            if kind == SAMPLES or options.format != FormatOptions():
                 break
             return replace(options, records=kind, supervise=replace(options.supervise, turns="last"))
     return options

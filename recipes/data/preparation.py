@@ -14,14 +14,14 @@ from recipes.data.blend import blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.megatron import check_target, prefix_of, write
 from recipes.data.options import CorpusOptions
-from recipes.data.part import Whole, whole
 from recipes.data.preference import of_its_kind
-from recipes.data.sources import is_data
+from recipes.data.record_sources import is_data
+from recipes.data.selection import CorpusSamples, underlying_corpus
 from recipes.data.training import corpora, corpus_options, model_folder, say
 
 
 @dataclass(frozen=True)
-class Asked:
+class DataArguments:
     """A recipe, by its name, or else the names of data; with keys of recipes."""
 
     recipe: str | None
@@ -29,7 +29,7 @@ class Asked:
     overrides: tuple[str, ...]
 
 
-def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
+def asked(arguments: Sequence[str], paths: Sequence[str]) -> DataArguments:
     """What arguments of a command name, beside the `paths` that are certainly data. Raises UsageError."""
     overrides = tuple(one for one in arguments if "=" in one and not Path(one).exists())
     names = [one for one in arguments if one not in overrides]
@@ -38,17 +38,17 @@ def asked(arguments: Sequence[str], paths: Sequence[str]) -> Asked:
             raise UsageError(f"{names[1]}: beside a recipe come its keys, KEY=VALUE")
         if paths:
             raise UsageError("a recipe names data and model itself: write data.path=... and model.hf=...")
-        return Asked(names[0], (), overrides)
+        return DataArguments(names[0], (), overrides)
     absent = [name for name in names if not Path(name).exists() and prefix_of(name) is None]
     if absent:
         beside = "; without a recipe, what stands beside --data is data too" if paths else ""
         raise UsageError(f"{absent[0]}: no such file{beside}")
     if not names and not paths:
         raise UsageError("name a recipe, or data: a file, or --data")
-    return Asked(None, (*paths, *names), overrides)
+    return DataArguments(None, (*paths, *names), overrides)
 
 
-def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: int | None) -> Recipe:
+def recipe_of(given: DataArguments, model: str | None, seq_length: int | None, workers: int | None) -> Recipe:
     """The recipe that is asked for, or one that says of the data what a recipe would. Raises UsageError."""
     keys = {"model.hf": model, "train.seq_length": seq_length, "data.workers": workers}
     overrides = [*given.overrides, *(f"{key}={value}" for key, value in keys.items() if value is not None)]
@@ -60,13 +60,13 @@ def recipe_of(given: Asked, model: str | None, seq_length: int | None, workers: 
     return recipe
 
 
-def prepare(recipe: Recipe, *, alone: bool) -> tuple[Mapping[str, Whole], tuple[str, ...]]:
+def prepare(recipe: Recipe, *, of_unknown_kind: bool) -> tuple[Mapping[str, CorpusSamples], tuple[str, ...]]:
     """What a run trains on and is evaluated on, by the names of the sets, all of it prepared, and what there is to say.
 
-    `alone`: it is data that no recipe names: its first record shows whether it is preferences. Raises DataError and
-    UsageError.
+    `of_unknown_kind`: it is data that no recipe names: its first record shows whether it is preferences. Raises
+    DataError and UsageError.
     """
-    if alone:
+    if of_unknown_kind:
         return {"train": opened(recipe, of_its_kind(corpus_options(recipe)))}, ()
     every = corpora(recipe)
     sets = {f"eval/{name}" if name else "eval": samples for name, samples in every.evaluation.items()}
@@ -90,7 +90,7 @@ def targets(recipe: Recipe, out: str, seq_length: int | None) -> Recipe:
     return replace(recipe, train=replace(recipe.train, seq_length=_WHOLE))
 
 
-def to_megatron(sets: Mapping[str, Whole], out: str) -> tuple[dict[str, Any], list[str]]:
+def to_megatron(sets: Mapping[str, CorpusSamples], out: str) -> tuple[dict[str, Any], list[str]]:
     """Write every set, `train` to the prefix `out`, others with their names behind it; what was written, and what there
     is to say. Raises DataError and UsageError."""
     written: dict[str, Any] = {}
@@ -115,17 +115,17 @@ def to_megatron(sets: Mapping[str, Whole], out: str) -> tuple[dict[str, Any], li
 
 def opened(recipe: Recipe, options: CorpusOptions) -> Corpus:
     """One corpus for the model of a recipe. Raises DataError and UsageError."""
-    progress = report.Progress(say)
+    progress = report.ProgressLines(say)
     return open_corpus(options, model_folder(recipe), progress=progress.read, notify=progress.line)
 
 
-def to_json(sets: Mapping[str, Whole]) -> dict[str, Any]:
+def to_json(sets: Mapping[str, CorpusSamples]) -> dict[str, Any]:
     """What there is now, by the names of the sets."""
     return {"sets": {name: _facts(samples) for name, samples in sets.items()}}
 
 
-def _facts(samples: Whole) -> dict[str, Any]:
-    corpus = whole(samples)
+def _facts(samples: CorpusSamples) -> dict[str, Any]:
+    corpus = underlying_corpus(samples)
     return {
         **report.facts(corpus.statistics, corpus.options, corpus.files),
         "samples": len(samples),
@@ -134,11 +134,11 @@ def _facts(samples: Whole) -> dict[str, Any]:
     }
 
 
-def lines(sets: Mapping[str, Whole]) -> list[str]:
+def lines(sets: Mapping[str, CorpusSamples]) -> list[str]:
     """The same for people."""
     said: list[str] = []
     for name, samples in sets.items():
-        corpus = whole(samples)
+        corpus = underlying_corpus(samples)
         known = (corpus.statistics, corpus.options)
         said += [f"{name}: {len(samples)} samples, {int(samples.lengths.sum())} tokens: {corpus.folder}"]
         said += report.lines(*known, corpus.files)

@@ -64,12 +64,12 @@ class Questions:
 
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's text: without thoughts, control tokens, and white space around it."""
-        kept, inside = [], False
+        visible, inside = [], False
         for token in tokens:
             inside = token == self._thought or (inside and token != self._thought_end)
             if not inside:
-                kept.append(token)
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+                visible.append(token)
+        return str(self.tokenizer.decode(visible, skip_special_tokens=True)).strip()
 
     def _answer(self, encoded: Encoded, number: int) -> tuple[int, int]:
         """Where the last run of learnt tokens begins and ends."""

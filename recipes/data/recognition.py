@@ -13,8 +13,8 @@ from recipes.data.encoding import INVALID, LEFT_OUT
 from recipes.data.formats import loaded_function
 from recipes.data.options import CorpusOptions
 from recipes.data.preference import parse
+from recipes.data.record_sources import find_sources
 from recipes.data.sample import Sample
-from recipes.data.sources import find_sources
 
 _SHOWN = 20
 
@@ -56,8 +56,8 @@ def recognise(options: CorpusOptions, count: int, progress: Callable[[int], None
     Raises DataError: data that cannot be read on, and with `on_error="fail"` the first bad record; UsageError.
     """
     sources = find_sources(options.paths, split=options.split, subset=options.subset)
-    function, found = loaded_function(options.layout), Recognition([source.name for source in sources])
-    for record in chain.from_iterable(block.records() for source in sources for block in source.blocks()):
+    function, found = loaded_function(options.format), Recognition([source.name for source in sources])
+    for record in chain.from_iterable(batch.records() for source in sources for batch in source.record_batches()):
         if record.blank:
             continue
         found.read += 1
@@ -66,7 +66,7 @@ def recognise(options: CorpusOptions, count: int, progress: Callable[[int], None
             if record.error is not None:
                 raise record.error
             value = function(record.value, record.where)
-            if value is None and options.layout.function is not None:
+            if value is None and options.format.function is not None:
                 found.dropped[LEFT_OUT] += 1
                 continue
             samples, _ = parse(value, record.where, options)

@@ -18,7 +18,7 @@ _EVERY_S = 10.0
 _FIRST_LINES = 5
 
 
-class Progress:
+class ProgressLines:
     """Lines now and then while records are tokenised, and for the first of those that are skipped."""
 
     def __init__(self, say: Say, doing: str = "tokenising") -> None:

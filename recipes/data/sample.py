@@ -28,7 +28,7 @@ from recipes.data.checks import (
     unknown_key,
 )
 from recipes.data.dialects import MEDIA_KINDS, ROLES, is_plain
-from recipes.data.formats import DEFAULT_LAYOUT, Layout, recognised
+from recipes.data.formats import DEFAULT_FORMAT, FormatOptions, recognised
 from recipes.data.tokens import Tokens, parse_tokens
 
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -135,9 +135,9 @@ class Sample:
         return tuple([part for message in self.messages for part in message.parts if isinstance(part, Media)])
 
 
-def parse_record(record: Any, where: Where, layout: Layout = DEFAULT_LAYOUT) -> Sample:
-    """Check a record of any of `recipes.data.formats`, or of the one that `layout` says. Raises DataError."""
-    found = recognised(record, where, layout)
+def parse_record(record: Any, where: Where, format_options: FormatOptions = DEFAULT_FORMAT) -> Sample:
+    """Check a record of any of `recipes.data.formats`, or of the one that `format_options` says. Raises DataError."""
+    found = recognised(record, where, format_options)
     if "text" in found.record:
         return Sample(where, found.format, text=found.record["text"], unread=found.unread)
     if "input_ids" in found.record:
@@ -163,7 +163,7 @@ def parse_prompt(record: Any, where: Where) -> Sample:
     if isinstance(record.get("prompt"), str):
         prompt = Message("user", (text_of(record["prompt"], f"{where}: prompt"),))
         return Sample(where, "prompt", (prompt,), _tools(record.get("tools"), where))
-    found = recognised({"messages": record[given[0]], **record}, where, Layout(format="messages"))
+    found = recognised({"messages": record[given[0]], **record}, where, FormatOptions(format="messages"))
     messages = _messages(found.record, where, given[0], [])
     if messages[-1].role not in ("user", "tool"):
         raise DataError(f"{where}: the last message is of role {messages[-1].role}; the model answers a user or a tool")

@@ -130,5 +130,5 @@ def packing_figures(corpus: Corpus) -> dict[str, Any]:
     length = corpus.options.seq_length
     lengths = corpus.lengths.reshape(-1, corpus.options.together)
     plan = plan_epoch(lengths[lengths.sum(1) <= length], epoch=0, seed=0, shuffle=True, packing=True, seq_length=length)
-    alone = float(corpus.lengths.sum()) / (len(corpus) * length)
-    return {"rows": len(plan), "efficiency": plan.efficiency, "unpacked_efficiency": alone}
+    unpacked = float(corpus.lengths.sum()) / (len(corpus) * length)
+    return {"rows": len(plan), "efficiency": plan.efficiency, "unpacked_efficiency": unpacked}

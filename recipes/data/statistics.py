@@ -55,7 +55,7 @@ class Statistics:
 
 
 @dataclass
-class Counts:
+class StatisticsBuilder:
     """Statistics in the making."""
 
     read: int = 0

@@ -176,12 +176,12 @@ def around(length: int, spans: Sequence[Span], steps: Sequence[Step]) -> list[Sp
             left_out.append((position, start))
             position = end
         left_out.append((position, step.end))
-    kept, position = [], 0
+    outside, position = [], 0
     for start, end in left_out:
         if end > start:
-            kept.append((position, start))
+            outside.append((position, start))
             position = end
-    return [span for span in [*kept, (position, length)] if span[1] > span[0]]
+    return [span for span in [*outside, (position, length)] if span[1] > span[0]]
 
 
 def with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix: str) -> tuple[str, list[Span], int]:
@@ -194,10 +194,10 @@ def with_prefix(text: str, spans: Sequence[Span], steps: Sequence[Step], prefix:
         turns.setdefault(step.turn, step.start)
     there = [at for at in turns.values() if text.startswith(prefix, at)]
     bare = [at for at in turns.values() if at not in there and not text.startswith(THOUGHT, at)]
-    cut = [(start + len(prefix) if start in there else start, stop) for start, stop in spans]
+    trimmed = [(start + len(prefix) if start in there else start, stop) for start, stop in spans]
     starts = {start for start, _ in spans}
     last = turns[steps[-1].turn]
     if last not in bare:
-        return text, cut, sum(at in starts for at in bare)
-    moved = [(start + len(prefix), stop + len(prefix)) if start >= last else (start, stop) for start, stop in cut]
+        return text, trimmed, sum(at in starts for at in bare)
+    moved = [(start + len(prefix), stop + len(prefix)) if start >= last else (start, stop) for start, stop in trimmed]
     return text[:last] + prefix + text[last:], moved, sum(at in starts for at in bare if at != last)

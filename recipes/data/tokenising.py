@@ -1,4 +1,4 @@
-"""Blocks of records -> parts of a cache: in this process, and where that takes long in others beside it."""
+"""Batches of records -> parts of a cache: in this process, and where that takes long in others beside it."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from bridge.errors import DataError
-from recipes.data.blocks import Block
-from recipes.data.cache import Parts, write_part
+from recipes.data.cache import CacheParts, write_part
 from recipes.data.chat import ChatModel
-from recipes.data.encoding import INVALID, Encoder, Outcome
+from recipes.data.encoding import INVALID, Encoder, RecordOutcome
 from recipes.data.garbage import seldom_collected
 from recipes.data.media import read_blob
 from recipes.data.options import CorpusOptions
 from recipes.data.processes import Processes
 from recipes.data.processing import ReadMedia
+from recipes.data.record_batches import RecordBatch
+from recipes.data.record_sources import RecordSource
 from recipes.data.sample import Blob, Media
-from recipes.data.sources import Source
 from recipes.data.statistics import Statistics
 from recipes.data.threads import ordered_map
 
 # Other processes take seconds to start: they are begun when this one has worked so long, and it works on meanwhile.
 _ALONE_S = 5.0
-# What a process does at a time takes about so long, or is so many blocks: it is what an end of the run may cost, and
+# What a process does at a time takes about so long, or is so many batches: it is what an end of the run may cost, and
 # how long the last process may work alone.
-_GROUP_S, _GROUP_BLOCKS = 1.0, 32
+_GROUP_S, _GROUP_BATCHES = 1.0, 32
 
 # The number of a source, and consecutive records of it.
-Numbered = tuple[int, Block]
+Numbered = tuple[int, RecordBatch]
 
 
-class Work:
+class RecordEncoder:
     """What is done to records, in whichever process. `roots`: the folder of the media of each source."""
 
     def __init__(self, chat: ChatModel, options: CorpusOptions, roots: Sequence[Path | None]) -> None:
         self._encoder, self._options, self._roots = Encoder(chat, options), options, roots
 
-    def outcomes(self, source: int, block: Block, skip: int = 0) -> Iterator[Outcome]:
+    def outcomes(self, source: int, batch: RecordBatch, skip: int = 0) -> Iterator[RecordOutcome]:
         """What each record gives, in order, behind the first `skip`. Raises UsageError where it is due."""
-        records = list(islice(block.records(), skip, None))
+        records = list(islice(batch.records(), skip, None))
         fetched: list[dict[str, bytes]] = [{} for _ in records]
         reads = [self._reader(self._roots[source], of_record) for of_record in fetched]
         for outcome, of_record in zip(self._encoder.outcomes(records, reads), fetched, strict=True):
             yield _with_fetched(outcome, of_record) if of_record else outcome
 
-    def part(self, folder: Path, group: Sequence[Numbered]) -> Made:
+    def part(self, folder: Path, group: Sequence[Numbered]) -> WrittenPart:
         """Write a part of them all, up to the first error where that ends the run. Raises OSError, UsageError."""
         said: list[str] = []
         error: DataError | None = None
 
-        def outcomes() -> Iterator[tuple[int, Outcome]]:
+        def outcomes() -> Iterator[tuple[int, RecordOutcome]]:
             nonlocal error
-            for source, block in group:
-                for outcome in self.outcomes(source, block):
+            for source, batch in group:
+                for outcome in self.outcomes(source, batch):
                     if outcome.error is not None and self._options.on_error == "fail":
                         error = outcome.error
                         return
@@ -68,7 +68,7 @@ class Work:
 
         place = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
         records, statistics = write_part(place, outcomes())
-        return Made(place, records, statistics, tuple(said), error)
+        return WrittenPart(place, records, statistics, tuple(said), error)
 
     def _reader(self, root: Path | None, fetched: dict[str, bytes]) -> ReadMedia:
         allow_urls = self._options.allow_urls
@@ -84,7 +84,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Made:
+class WrittenPart:
     """A part that a process has written. `skipped`: its bad records; `error`: the one that ends the run."""
 
     place: Path
@@ -95,10 +95,10 @@ class Made:
 
 
 def tokenise(
-    parts: Parts,
+    parts: CacheParts,
     chat: ChatModel,
     options: CorpusOptions,
-    sources: Sequence[Source],
+    sources: Sequence[RecordSource],
     progress: Callable[[int, float], None],
     notify: Callable[[str], None],
 ) -> None:
@@ -106,16 +106,16 @@ def tokenise(
     if parts.records:
         notify(f"tokenising goes on behind the {parts.records} records of an interrupted run")
     roots = [Path(options.media_root) if options.media_root is not None else source.root for source in sources]
-    share = Share(sources)
-    blocks = _behind(sources, parts.records)
+    share = ReadShare(sources)
+    batches = _behind(sources, parts.records)
     with seldom_collected(), ExitStack() as stack:
         processes: Processes | None = None
         try:
             clock = _Clock(parts.records)
-            work, read = Work(chat, options, roots), parts.records
-            for source, block, skip in blocks:
+            work, read = RecordEncoder(chat, options, roots), parts.records
+            for source, batch, skip in batches:
                 done = share.read(source)
-                for outcome in work.outcomes(source, block, skip):
+                for outcome in work.outcomes(source, batch, skip):
                     if outcome.error is not None and options.on_error == "fail":
                         raise outcome.error
                     parts.add(source, outcome)
@@ -132,12 +132,12 @@ def tokenise(
         finally:
             parts.flush()
         if processes is not None:
-            groups = groups_of(((source, block) for source, block, _ in blocks), clock.speed)
+            groups = groups_of(((source, batch) for source, batch, _ in batches), clock.speed)
             with_processes(parts, processes, options.workers, groups, progress, notify, share)
 
 
 class _Clock:
-    """How fast records are worked on, but for those of the first block, whose time is that of what is imported."""
+    """How fast records are worked on, but for those of the first batch, whose time is that of what is imported."""
 
     def __init__(self, records: int) -> None:
         self._records, self._since, self._last = records, 0.0, 0.0
@@ -156,13 +156,13 @@ class _Clock:
 
 
 def with_processes(
-    parts: Parts,
+    parts: CacheParts,
     processes: Processes,
     workers: int,
     groups: Iterator[Sequence[Numbered]],
     progress: Callable[[int, float], None],
     notify: Callable[[str], None],
-    share: Share,
+    share: ReadShare,
 ) -> None:
     """Each process makes a part at a time; here they are put into their order. Raises DataError."""
     # Of the groups that are being worked on, how much of the data was read with them.
@@ -183,10 +183,10 @@ def with_processes(
             progress(parts.records, shares.popleft())
 
 
-class Share:
+class ReadShare:
     """Which part of all data has been read, 0 to 1, while its sources are read one after another."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[RecordSource]) -> None:
         self._sources = sources
         self._sizes = [source.size() for source in sources]
         self._before = [0, *accumulate(self._sizes)]
@@ -197,28 +197,28 @@ class Share:
         return (self._before[source] + self._sizes[source] * self._sources[source].share) / whole
 
 
-def _behind(sources: Sequence[Source], behind: int) -> Iterator[tuple[int, Block, int]]:
-    """Blocks with the number of their source, and how many of a block's records are among the first `behind`."""
+def _behind(sources: Sequence[RecordSource], behind: int) -> Iterator[tuple[int, RecordBatch, int]]:
+    """Batches with the number of their source, and how many of a batch's records are among the first `behind`."""
     for number, source in enumerate(sources):
-        for block in source.blocks():
-            if behind < len(block):
-                yield number, block, behind
-            behind = max(0, behind - len(block))
+        for batch in source.record_batches():
+            if behind < len(batch):
+                yield number, batch, behind
+            behind = max(0, behind - len(batch))
 
 
-def groups_of(blocks: Iterator[Numbered], speed: float) -> Iterator[Sequence[Numbered]]:
-    """Blocks that one process takes at a time; `speed`: records a second."""
+def groups_of(batches: Iterator[Numbered], speed: float) -> Iterator[Sequence[Numbered]]:
+    """Batches that one process takes at a time; `speed`: records a second."""
     group: list[Numbered] = []
-    for numbered in blocks:
+    for numbered in batches:
         group.append(numbered)
-        if len(group) >= _GROUP_BLOCKS or sum(len(block) for _, block in group) >= speed * _GROUP_S:
+        if len(group) >= _GROUP_BATCHES or sum(len(batch) for _, batch in group) >= speed * _GROUP_S:
             yield group
             group = []
     if group:
         yield group
 
 
-def _with_fetched(outcome: Outcome, fetched: dict[str, bytes]) -> Outcome:
+def _with_fetched(outcome: RecordOutcome, fetched: dict[str, bytes]) -> RecordOutcome:
     """The outcome with bytes in place of URLs: training never goes to the network."""
 
     def stored(blob: Blob) -> Blob:

@@ -24,16 +24,16 @@ from recipes.data.blend import Blend, Samples, blend_of
 from recipes.data.corpus import Corpus, open_corpus
 from recipes.data.epochs import with_steps
 from recipes.data.evaluation import Opened, open_sets
-from recipes.data.formats import Layout
+from recipes.data.formats import FormatOptions
 from recipes.data.options import CorpusOptions, Supervise
-from recipes.data.part import whole
 from recipes.data.preference import LABELLED, PAIRS, SAMPLES
 from recipes.data.questions import Questions, check_questions
+from recipes.data.selection import underlying_corpus
 from recipes.environment import rank_from_environment
 from recipes.losses.names import ANSWERS, KTO, loss_names
 from recipes.metrics.named import find_metrics
 from recipes.sources import all_paths
-from recipes.train.data import Answers, DataFactory, Streams
+from recipes.train.data import AnswerBatches, DataFactory, Streams
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -67,7 +67,7 @@ def corpus_options(recipe: Recipe) -> CorpusOptions:
         one_row=records == PAIRS and data.packing,
         cache=data.cache,
         workers=data.workers,
-        layout=Layout(data.format, dict(data.columns), data.function),
+        format=FormatOptions(data.format, dict(data.columns), data.function),
     )
 
 
@@ -80,7 +80,7 @@ def corpora(recipe: Recipe) -> Opened:
 
     def opened(options: CorpusOptions) -> Corpus:
         say(f"reading data: {', '.join(options.paths)}")
-        progress = report.Progress(say)
+        progress = report.ProgressLines(say)
         return open_corpus(options, folder, progress=progress.read, notify=progress.line, asked_by=recipe.output)
 
     return open_sets(recipe, corpus_options(recipe), opened)
@@ -151,8 +151,8 @@ def streams(
     sources = blend_of(opened.train).sources
     asked = records_of(recipe) != SAMPLES or recipe.distill.cache
     sets = (*(each.samples for each in sources), *opened.evaluation.values()) if asked else ()
-    answers = tuple(Answers(samples, partial(once, samples, batch)) for samples in sets)
-    found = [_said(whole(each.samples)) for each in sources]
+    answers = tuple(AnswerBatches(samples, partial(once, samples, batch)) for samples in sets)
+    found = [_said(underlying_corpus(each.samples)) for each in sources]
     facts = found[0][0] if len(found) == 1 else {}
     notes = [line for _, said in found for line in said]
     if isinstance(opened.train, Blend):

@@ -34,7 +34,7 @@ def parts_of(cache: Path) -> Path:
     return cache.with_name(f".{cache.name}.parts")
 
 
-class Use:
+class CacheUse:
     """That this process uses a cache, whose lock it holds as it says so; `said`: for what, as `data list` shows it.
 
     A folder that cannot be written is used all the same: who cannot say so cannot have it cleaned either.

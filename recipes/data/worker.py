@@ -1,4 +1,4 @@
-"""What a process of `recipes.data.tokenising` does: groups of blocks -> parts."""
+"""What a process of `recipes.data.tokenising` does: groups of batches -> parts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from recipes.data.chat import ChatModel
 from recipes.data.options import CorpusOptions
-from recipes.data.tokenising import Made, Numbered, Work
+from recipes.data.tokenising import Numbered, RecordEncoder, WrittenPart
 
 
 def opened(
     model: Path, options: CorpusOptions, roots: Sequence[Path | None], folder: Path
-) -> Callable[[Sequence[Numbered]], Made]:
+) -> Callable[[Sequence[Numbered]], WrittenPart]:
     """A function of a group, which writes a part into `folder`. Raises UsageError."""
-    return partial(Work(ChatModel(model, options), options, roots).part, folder)
+    return partial(RecordEncoder(ChatModel(model, options), options, roots).part, folder)

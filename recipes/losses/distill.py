@@ -20,14 +20,15 @@ from recipes.losses.objective import Batch, Sums, by_source, source_ids
 class DistillLoss:
     """The mean over tokens with a label. Its `losses` are [b, s / cp, 2]: what is minimised, and the cross entropy.
 
-    `top_k`: of the teacher's tokens, 0: all. `own`: some answers are the model's, which their `sequence_ids` show.
+    `top_k`: of the teacher's tokens, 0: all. `on_policy`: some answers are the model's: they have
+    `sequence_ids`.
     """
 
     asked: Distillation
     top_k: int = 0
-    own: bool = False
+    on_policy: bool = False
     counted: str = "supervised"
-    names: tuple[str, ...] = ("loss", "supervised", "cross_entropy", "own")
+    names: tuple[str, ...] = ("loss", "supervised", "cross_entropy", "on_policy")
     referenced: bool = False
 
     def count(self, batch: Batch) -> Tensor:
@@ -36,15 +37,15 @@ class DistillLoss:
     def sums(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup, sources: int = 1) -> Sums:
         tokens, ids = take(batch["labels"], cp) != IGNORE, source_ids(batch, cp)
         loss, entropy = losses.detach().unbind(-1)
-        own = tokens if "sequence_ids" in batch else torch.zeros_like(tokens)
-        figures = [by_source(each, ids, sources) for each in (loss, tokens, entropy, own)]
+        on_policy = tokens if "sequence_ids" in batch else torch.zeros_like(tokens)
+        figures = [by_source(each, ids, sources) for each in (loss, tokens, entropy, on_policy)]
         return losses[..., 0].sum(), tokens.sum(), torch.stack(figures, 1)
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         tokens = sums["supervised"]
         loss, entropy = sums["loss"] / tokens, sums["cross_entropy"] / tokens
         figures = {"loss": loss, "divergence": loss - self.asked.cross_entropy * entropy, "cross_entropy": entropy}
-        return figures | {"on_policy": sums["own"] / tokens} if self.own else figures
+        return figures | {"on_policy": sums["on_policy"] / tokens} if self.on_policy else figures
 
 
 def distill_loss(config: DistillConfig) -> DistillLoss:

@@ -19,7 +19,7 @@ _STD_EPS = 1e-4
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerLogps:
     """Log-probabilities of the tokens of sampled answers, [n, t] each; `mask` bool [n, t] says where there are any.
 
     `logps`: under the policy, with a gradient; `old_logps`: under the policy that the ratio is to; `ref_logps`: under
@@ -35,15 +35,15 @@ class Answers:
     importance: Tensor | None = None
 
 
-def rows_of(answers: Answers, which: Tensor) -> Answers:
+def rows_of(answers: AnswerLogps, which: Tensor) -> AnswerLogps:
     """Some of the answers, by a mask: bool [n]."""
     parts = {each.name: getattr(answers, each.name) for each in fields(answers)}
     chosen: dict[str, Any] = {name: None if part is None else part[which] for name, part in parts.items()}
-    return Answers(**chosen)
+    return AnswerLogps(**chosen)
 
 
 @dataclass(frozen=True)
-class Options:
+class PolicyOptions:
     """Ratios are clipped to [1 - `epsilon`, 1 + `epsilon_high`]; `beta`: factor of the KL to the reference;
     `max_length`: the longest answer there may be, which Dr. GRPO divides by; tokens behind it would not count."""
 
@@ -55,21 +55,21 @@ class Options:
 
 # (the sum that is differentiated, what it is divided by): [] each.
 Sum = tuple[Tensor, Tensor]
-PolicyLoss = Callable[[Answers, Options], Sum]
+PolicyLoss = Callable[[AnswerLogps, PolicyOptions], Sum]
 
 
-def token_ratios(answers: Answers) -> Tensor:
+def token_ratios(answers: AnswerLogps) -> Tensor:
     """π / π_old of every token [n, t]."""
     return (answers.logps - answers.old_logps).exp()
 
 
-def sequence_ratios(answers: Answers) -> Tensor:
+def sequence_ratios(answers: AnswerLogps) -> Tensor:
     """(π / π_old)^(1 / tokens) of every answer, [n, 1] (GSPO, arXiv 2507.18071, eq. 7)."""
     differences = ((answers.logps - answers.old_logps) * answers.mask).sum(-1)
     return (differences / _lengths(answers)).exp()[:, None]
 
 
-def clipped(ratios: Tensor, answers: Answers, options: Options) -> Tensor:
+def clipped(ratios: Tensor, answers: AnswerLogps, options: PolicyOptions) -> Tensor:
     """Where the surrogate of `ratios` [n, t or 1] is held by its bound, and has no gradient; bool, of the same shape.
 
     Behind the mask it means nothing.
@@ -80,36 +80,36 @@ def clipped(ratios: Tensor, answers: Answers, options: Options) -> Tensor:
     return (high & good) | (low & (answers.advantages[:, None] < 0))
 
 
-def divergence(answers: Answers) -> Tensor:
+def divergence(answers: AnswerLogps) -> Tensor:
     """An estimate of the KL to the reference from every token (k3, http://joschu.net/blog/kl-approx.html), [n, t]."""
     assert answers.ref_logps is not None
     away = answers.ref_logps - answers.logps
     return away.exp() - away - 1
 
 
-def grpo(answers: Answers, options: Options) -> Sum:
+def grpo(answers: AnswerLogps, options: PolicyOptions) -> Sum:
     """GRPO (arXiv 2402.03300): the mean over answers of the mean over their tokens."""
     return _of_answers(_token_losses(token_ratios(answers), answers, options), answers)
 
 
-def gspo(answers: Answers, options: Options) -> Sum:
+def gspo(answers: AnswerLogps, options: PolicyOptions) -> Sum:
     """GSPO (arXiv 2507.18071): one ratio for an answer."""
     return _of_answers(_token_losses(sequence_ratios(answers), answers, options), answers)
 
 
-def dapo(answers: Answers, options: Options) -> Sum:
+def dapo(answers: AnswerLogps, options: PolicyOptions) -> Sum:
     """DAPO (arXiv 2503.14476): the mean over all tokens; meant for an `epsilon_high` above `epsilon`."""
     losses = _token_losses(token_ratios(answers), answers, options)
     return (losses * answers.mask).sum(), answers.mask.sum()
 
 
-def dr_grpo(answers: Answers, options: Options) -> Sum:
+def dr_grpo(answers: AnswerLogps, options: PolicyOptions) -> Sum:
     """Dr. GRPO (arXiv 2503.20783): a sum over tokens, divided by a constant, so that length has no weight."""
     losses = _token_losses(token_ratios(answers), answers, options)
     return (losses * answers.mask).sum() / options.max_length, _count(answers)
 
 
-def rloo(answers: Answers, options: Options) -> Sum:
+def rloo(answers: AnswerLogps, options: PolicyOptions) -> Sum:
     """RLOO (arXiv 2402.14740): REINFORCE of whole answers, clipped. Without a KL term: TRL's is part of the reward."""
     ratios = ((answers.logps - answers.old_logps) * answers.mask).sum(-1, keepdim=True).exp()
     surrogate = _surrogate(ratios, answers, options)[:, 0]
@@ -156,13 +156,13 @@ def _std(rewards: Tensor) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _surrogate(ratios: Tensor, answers: Answers, options: Options) -> Tensor:
+def _surrogate(ratios: Tensor, answers: AnswerLogps, options: PolicyOptions) -> Tensor:
     advantages = answers.advantages[:, None]
     bounded = ratios.clamp(1 - options.epsilon, 1 + options.epsilon_high)
     return -torch.min(ratios * advantages, bounded * advantages)
 
 
-def _token_losses(ratios: Tensor, answers: Answers, options: Options) -> Tensor:
+def _token_losses(ratios: Tensor, answers: AnswerLogps, options: PolicyOptions) -> Tensor:
     """[n, t], or [n, 1] where the ratios are and nothing is added to them token by token."""
     losses = _surrogate(ratios, answers, options)
     if answers.importance is not None:
@@ -170,13 +170,13 @@ def _token_losses(ratios: Tensor, answers: Answers, options: Options) -> Tensor:
     return losses + options.beta * divergence(answers) if options.beta else losses
 
 
-def _of_answers(losses: Tensor, answers: Answers) -> Sum:
+def _of_answers(losses: Tensor, answers: AnswerLogps) -> Sum:
     return ((losses * answers.mask).sum(-1) / _lengths(answers)).sum(), _count(answers)
 
 
-def _lengths(answers: Answers) -> Tensor:
+def _lengths(answers: AnswerLogps) -> Tensor:
     return answers.mask.sum(-1).clamp(min=1)
 
 
-def _count(answers: Answers) -> Tensor:
+def _count(answers: AnswerLogps) -> Tensor:
     return answers.mask.new_full((), len(answers.mask), dtype=torch.int64)

@@ -33,7 +33,7 @@ from bridge.token_ids import IGNORE
 from recipes.config import PreferenceConfig
 from recipes.losses import names as known
 from recipes.losses import preference
-from recipes.losses.preference import Options, PairLoss, Pairs
+from recipes.losses.preference import PairLogps, PairLoss, PreferenceOptions
 
 Batch = Mapping[str, Tensor]
 # (the sum that is differentiated, float [], what it is divided by in the end, int [], and the sums of `names` of each
@@ -138,7 +138,7 @@ class PreferenceLoss:
     """
 
     terms: tuple[tuple[float, PairLoss], ...]
-    options: Options
+    options: PreferenceOptions
     nll: float = 0.0
     referenced: bool = True
     per_token: bool = False
@@ -162,7 +162,7 @@ class PreferenceLoss:
         logps = answer_logps(losses, batch, cp)
         reference = batch["ref_logps"] if self.referenced else torch.zeros_like(logps)
         lengths = batch["completion_lengths"].double()
-        pairs = Pairs(*(each[half::2] for each in (logps, reference, lengths) for half in (0, 1)))
+        pairs = PairLogps(*(each[half::2] for each in (logps, reference, lengths) for half in (0, 1)))
         of_pairs = sum((weight * term(pairs, self.options) for weight, term in self.terms), 0.0 * pairs.chosen)
         loss, count, ids = of_pairs.sum(), self.count(batch), batch.get("answer_sources")
         ids = None if ids is None else ids[::2]
@@ -180,7 +180,7 @@ class PreferenceLoss:
         return loss.float(), count, torch.stack(figures, 1)
 
     @torch.no_grad()
-    def _rewards(self, pairs: Pairs) -> list[Tensor]:
+    def _rewards(self, pairs: PairLogps) -> list[Tensor]:
         chosen, rejected = pairs.chosen_ratios, pairs.rejected_ratios
         logps = (pairs.chosen, pairs.rejected)
         if self.per_token:
@@ -209,7 +209,7 @@ class AnswerLoss:
     """The mean of `answer_losses` over answers that are wanted or not. `kl` []: of the step (KTO)."""
 
     name: str
-    options: Options
+    options: PreferenceOptions
     kl: Tensor | None = None
     referenced: bool = True
     counted: str = "answers"
@@ -254,7 +254,7 @@ class AnswerLoss:
 def objective_of(config: PreferenceConfig) -> TokenLoss | PreferenceLoss | AnswerLoss:
     """What a recipe that has been checked minimises."""
     names = known.loss_names(config)
-    options = Options(
+    options = PreferenceOptions(
         config.beta,
         config.label_smoothing,
         config.simpo_gamma,

@@ -24,8 +24,8 @@ from recipes.config import GrpoConfig, Recipe
 from recipes.losses.distill import distill_loss
 from recipes.losses.grpo import (
     LOSSES,
-    Answers,
-    Options,
+    AnswerLogps,
+    PolicyOptions,
     clipped,
     divergence,
     rows_of,
@@ -43,7 +43,7 @@ class PolicyLoss:
     """
 
     loss: str
-    options: Options
+    options: PolicyOptions
     rewards: tuple[str, ...]
     on_policy: bool = True
     importance_cap: float = 0.0
@@ -80,15 +80,17 @@ class PolicyLoss:
         if ids is None:
             figures = self._figures(answers, sampled, scores)[None]
         else:
-            own = [ids == source for source in range(sources)]
-            figures = torch.stack([self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in own])
+            from_source = [ids == source for source in range(sources)]
+            figures = torch.stack(
+                [self._figures(rows_of(answers, each), sampled[each], scores[each]) for each in from_source]
+            )
         if cp.rank():
             # Answers are whole on every rank of the group: the first one counts them.
             count, figures = torch.zeros_like(count), torch.zeros_like(figures)
         return loss.float(), count, figures
 
     @torch.no_grad()
-    def _figures(self, answers: Answers, sampled: Tensor, scores: Tensor) -> Tensor:
+    def _figures(self, answers: AnswerLogps, sampled: Tensor, scores: Tensor) -> Tensor:
         """The sums of `names`, float64."""
         loss, count = LOSSES[self.loss](answers, self.options)
         figures = [loss, count, count.new_full((), len(answers.mask)), answers.mask.sum()]
@@ -101,7 +103,7 @@ class PolicyLoss:
             figures += [score.nansum(), (~score.isnan()).sum()]
         return torch.stack([figure.double() for figure in figures])
 
-    def _answers(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> tuple[Answers, Tensor]:
+    def _answers(self, losses: Tensor, batch: Batch, cp: dist.ProcessGroup) -> tuple[AnswerLogps, Tensor]:
         """The answers of a microbatch, and what the sampler said of them: [answers, `options.max_length`] each."""
         places, mask = answer_places(batch["sequence_ids"], batch["completion_lengths"], self.options.max_length)
 
@@ -114,7 +116,7 @@ class PolicyLoss:
             importance = (logps.detach() - sampled).exp().clamp(max=self.importance_cap)
         reference = of_answers(batch["ref_logps"]) if self.referenced else None
         old = logps.detach() if self.on_policy else sampled
-        return Answers(logps, old, batch["advantages"], mask, reference, importance), sampled
+        return AnswerLogps(logps, old, batch["advantages"], mask, reference, importance), sampled
 
     def values(self, sums: Mapping[str, float]) -> dict[str, float]:
         found = {"loss": sums["loss"] / sums["count"]}
@@ -142,7 +144,7 @@ def answer_places(numbers: Tensor, lengths: Tensor, longest: int) -> tuple[Tenso
 def policy_loss(config: GrpoConfig) -> PolicyLoss:
     """What a recipe that has been checked minimises."""
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    options = Options(config.max_new_tokens, config.epsilon, high, config.beta)
+    options = PolicyOptions(config.max_new_tokens, config.epsilon, high, config.beta)
     return PolicyLoss(config.loss, options, tuple(config.rewards), config.updates == 1, config.importance_cap)
 
 

@@ -84,9 +84,9 @@ def layer_bytes(sizes: Sizes, layer: LayerGeometry) -> Bytes:
     # The norms around attention and FFN.
     found["norms"] = 4 * _norm(e, hidden, sizes.tokens)
     # The projection's input; its output, which the norms of q, k and v keep; what they make of it, rotated.
-    kinds = _kinds(layer)
-    found["attention"] = e * hidden + _norm(e, full * (q + kinds * kv), full * (q // layer.head_dim + 2 * groups))
-    found["attention"] += e * full * (q + (2 * kv if kinds else 0))
+    projections = _kv_projections(layer)
+    found["attention"] = e * hidden + _norm(e, full * (q + projections * kv), full * (q // layer.head_dim + 2 * groups))
+    found["attention"] += e * full * (q + (2 * kv if projections else 0))
     if sizes.parallel.cp > 1:
         found["context parallelism"] = 2 * e * kv * (sizes.columns(layer) - (0 if layer.shares_kv else full))
     found["attention"] += core_attention_bytes(sizes, layer)
@@ -128,7 +128,7 @@ def fp8_weight_bytes(sizes: Sizes, layer: LayerGeometry) -> tuple[int, int]:
 def linear_weights(sizes: Sizes, layer: LayerGeometry) -> dict[str, int]:
     """Elements of the weights that a rank multiplies by: of attention's linears, the dense FFN's and the experts'."""
     hidden_size, tp, moe = sizes.geometry.hidden_size, sizes.parallel.tp, sizes.geometry.moe
-    rows = 2 * layer.q_size + _kinds(layer) * layer.kv_size
+    rows = 2 * layer.q_size + _kv_projections(layer) * layer.kv_size
     found = {"attention": hidden_size * rows // tp, "mlp": 3 * hidden_size * layer.ffn_hidden_size // tp}
     if moe is not None:
         ways = sizes.parallel.ep * sizes.parallel.etp
@@ -168,19 +168,19 @@ def loss_bytes(sizes: Sizes, train_head: bool, added: bool) -> tuple[int, int]:
     e, tp, hidden_size = sizes.e, sizes.parallel.tp, sizes.geometry.hidden_size
     vocab = -(-sizes.geometry.vocab_size // tp)
     head = vocab * hidden_size if train_head else 0
-    kept = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size
+    until_backward = _norm(e, sizes.hidden, sizes.tokens) + 2 * e * sizes.full * hidden_size
     chunk = min(sizes.full, max(1, _LOSS_CHUNK // (vocab * e)))
     blocks = 2 * 4 * vocab * min(chunk, max(1, _LOSS_BLOCK // (4 * vocab)))
     making = e * chunk * (vocab + 2 * hidden_size) + blocks
     if e == 4:
         # The forward pass sums the head's gradient.
-        return kept + e * head, making
+        return until_backward + e * head, making
     if head:
         # The backward pass makes it of some words at a time, of copies of the states that have a label.
         words = min(vocab, max(1, _LOSS_CHUNK // (sizes.full * e + hidden_size * 4)))
         again = words * (sizes.full * e + hidden_size * 4) + e * sizes.full * hidden_size + blocks
         making = max(making, again + (0 if added else e * head))
-    return kept, making
+    return until_backward, making
 
 
 def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
@@ -200,8 +200,13 @@ def backward_bytes(sizes: Sizes, layer: LayerGeometry) -> int:
         tile = _TILE * min(_TILE, sizes.load.length, seen) * groups * sizes.load.rows
         attention += 4 * (3 * full * q + 2 * kv) + 2 * 4 * tile
     # By then the layer has let go of all that comes behind attention; its first norm is still there.
-    kept = layer_bytes(sizes, layer)
-    attention -= kept.total() - kept["attention"] - kept["context parallelism"] - _norm(e, sizes.hidden, sizes.tokens)
+    until_backward = layer_bytes(sizes, layer)
+    attention -= (
+        until_backward.total()
+        - until_backward["attention"]
+        - until_backward["context parallelism"]
+        - _norm(e, sizes.hidden, sizes.tokens)
+    )
     mlp = 3 * e * full * layer.ffn_hidden_size // tp
     if sizes.load.fp8:
         # Gradients of gate and up once more, as they are and transposed.
@@ -243,8 +248,8 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
         if load.recompute == "selective":
             if "core_attn" in load.recompute_modules:
                 # The context that the output projection is given stays.
-                kept = sizes.e * sizes.full * layer.q_size // sizes.parallel.tp
-                found["attention"] -= core_attention_bytes(sizes, layer) - kept
+                attention_output = sizes.e * sizes.full * layer.q_size // sizes.parallel.tp
+                found["attention"] -= core_attention_bytes(sizes, layer) - attention_output
                 found["context parallelism"] = 0
             if "mlp" in load.recompute_modules:
                 found["mlp"] -= mlp_bytes(sizes, layer)
@@ -261,7 +266,7 @@ def stage_bytes(sizes: Sizes, layers: Sequence[LayerGeometry]) -> Bytes:
     return found
 
 
-def _kinds(layer: LayerGeometry) -> int:
+def _kv_projections(layer: LayerGeometry) -> int:
     """How many of keys and values a layer projects for itself."""
     return 0 if layer.shares_kv else 1 if layer.k_eq_v else 2
 

@@ -20,14 +20,14 @@ from recipes.memory.activations import (
     loss_bytes,
     stage_bytes,
 )
-from recipes.memory.parameters import Counts, Trained, count, everything, stages_of_rank
+from recipes.memory.parameters import ParameterCounts, Trained, count, everything, stages_of_rank
 
 # CUDA's context, NCCL's buffers and what the allocator cannot use. An assumption: it has not been measured here.
 RESERVE = 3 << 30
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What is trained, how, over how many ranks.
 
     `lora_rank`: adapters of that rank, the model frozen; 0: none. `adapters`: their table; by default they are those of
@@ -65,7 +65,7 @@ class Estimate:
     optimizer: int
     activations: Bytes
     peaks: dict[str, int]
-    counts: Counts
+    counts: ParameterCounts
     trained: int
 
     @property
@@ -82,19 +82,19 @@ class Estimate:
         return self.persistent + self.peak
 
 
-def estimate(table: Table, plan: Plan) -> Estimate:
+def estimate(table: Table, plan: TrainingPlan) -> Estimate:
     """The rank of the pipeline that needs most. Raises ParallelError where the layout does not fit the model."""
     check_layout(table.geometry, plan.parallel)
     plan.parallel.dp(plan.world_size)
     return max((of_rank(table, plan, rank) for rank in range(plan.parallel.pp)), key=lambda found: found.total)
 
 
-def of_rank(table: Table, plan: Plan, pp_rank: int) -> Estimate:
+def of_rank(table: Table, plan: TrainingPlan, pp_rank: int) -> Estimate:
     """One pipeline rank's estimate."""
     parallel, load = plan.parallel, plan.load
     lora = plan.lora_rank > 0
     counts = count(table, parallel, pp_rank, plan.trains)
-    adapters = adapter_counts(table, plan, pp_rank) if lora else Counts()
+    adapters = adapter_counts(table, plan, pp_rank) if lora else ParameterCounts()
     dense, experts = counts.dense + adapters.dense, counts.experts + adapters.experts
     copies = plan.world_size // (parallel.tp * parallel.pp)
     expert_copies = plan.world_size // (parallel.etp * parallel.ep * parallel.pp)
@@ -114,14 +114,16 @@ def of_rank(table: Table, plan: Plan, pp_rank: int) -> Estimate:
     )
 
 
-def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: Counts) -> tuple[Bytes, dict[str, int]]:
+def _activations(
+    table: Table, plan: TrainingPlan, sizes: Sizes, pp_rank: int, counts: ParameterCounts
+) -> tuple[Bytes, dict[str, int]]:
     """Kept for the backward passes of all microbatches under way, and what each moment holds in all."""
     parallel, geometry, e = plan.parallel, table.geometry, plan.load.e
     stages = stages_of_rank(geometry, parallel, pp_rank)
     layers = [geometry.layers[index] for _, indices in stages for index in indices]
     under_way = passes_under_way(parallel, pp_rank, plan.microbatches)
-    kept = stage_bytes(sizes, layers)
-    activations: Bytes = Counter({kind: round(size * under_way) for kind, size in kept.items() if size})
+    for_backward = stage_bytes(sizes, layers)
+    activations: Bytes = Counter({kind: round(size * under_way) for kind, size in for_backward.items() if size})
     last = stages[-1][0] == parallel.pp * parallel.vpp - 1
     total = activations.total()
     head = e * geometry.vocab_size // parallel.tp * geometry.hidden_size
@@ -150,8 +152,10 @@ def _activations(table: Table, plan: Plan, sizes: Sizes, pp_rank: int, counts: C
             tables = head
         if geometry.ple is not None:
             share = len(layers) / geometry.num_layers
-            own = round(e * geometry.ple.vocab_size // parallel.tp * geometry.num_layers * geometry.ple.dim * share)
-            tables = max(tables, own)
+            embedding = round(
+                e * geometry.ple.vocab_size // parallel.tp * geometry.num_layers * geometry.ple.dim * share
+            )
+            tables = max(tables, embedding)
     peaks = {
         "loss": total + loss + making if last else 0,
         "backward pass of a layer": total + worst,
@@ -177,7 +181,7 @@ def passes_under_way(parallel: Parallel, pp_rank: int, microbatches: int) -> flo
     return min(microbatches * parallel.vpp, chunks) / parallel.vpp
 
 
-def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
+def adapter_counts(table: Table, plan: TrainingPlan, pp_rank: int) -> ParameterCounts:
     """Elements of a rank's adapters; without a table of them, A [r, in] and B [out, r] of what has one by default."""
     if plan.adapters is not None:
         return count(plan.adapters, plan.parallel, pp_rank)
@@ -190,7 +194,7 @@ def adapter_counts(table: Table, plan: Plan, pp_rank: int) -> Counts:
         out, into = entry.row.shard
         for source in entry.sources:
             dense += plan.lora_rank * (source.shape[-1] // ways[into] + source.shape[-2] // ways[out])
-    return Counts(dense=dense)
+    return ParameterCounts(dense=dense)
 
 
 def _linear(entry: Entry) -> bool:
@@ -198,10 +202,10 @@ def _linear(entry: Entry) -> bool:
     return entry.row.stack is DECODER and len(entry.shape) == 2 and any(entry.row.shard)
 
 
-def advice(table: Table, plan: Plan, budget: int) -> list[str]:
+def advice(table: Table, plan: TrainingPlan, budget: int) -> list[str]:
     """What would bring the estimate within `budget` bytes, the least change first."""
     found = []
-    tries: Sequence[tuple[str, Plan]] = [
+    tries: Sequence[tuple[str, TrainingPlan]] = [
         ("parallel.recompute=full", replace(plan, load=replace(plan.load, recompute="full"))),
         ("train.micro_batch_size=1", replace(plan, load=replace(plan.load, rows=1))),
         ("lora.rank=16 instead of all weights", replace(plan, lora_rank=16)),

@@ -25,7 +25,7 @@ def nothing(entry: Entry) -> bool:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Elements on one rank. Experts are counted apart: other ranks hold copies of them than of the rest.
 
     `largest`: of its trained tensors, whose gradient exists twice for a moment.
@@ -52,7 +52,7 @@ def stages_of_rank(geometry: Geometry, parallel: Parallel, pp_rank: int) -> list
     return [(number, stages[number]) for number in range(pp_rank, len(stages), parallel.pp)]
 
 
-def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = everything) -> Counts:
+def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = everything) -> ParameterCounts:
     """The elements of one pipeline rank, any of its tensor-parallel and expert-parallel ranks (all are alike)."""
     last = parallel.pp * parallel.vpp - 1
     dense = experts = frozen = buffers = largest = 0
@@ -72,7 +72,7 @@ def count(table: Table, parallel: Parallel, pp_rank: int, trained: Trained = eve
                 dense += numel
             if entry.row.trainable and trained(entry):
                 largest = max(largest, numel)
-    return Counts(dense, experts, frozen, buffers, largest)
+    return ParameterCounts(dense, experts, frozen, buffers, largest)
 
 
 def _copies(entry: Entry, table: Table, number: int, layers: range, last: int) -> bool:

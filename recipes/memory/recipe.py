@@ -24,7 +24,7 @@ from recipes.config import Recipe
 from recipes.groups import FREEZABLE, compiled
 from recipes.losses.names import ANSWERS, loss_names
 from recipes.memory.activations import Load
-from recipes.memory.estimate import RESERVE, Estimate, Plan, advice, estimate
+from recipes.memory.estimate import RESERVE, Estimate, TrainingPlan, advice, estimate
 from recipes.memory.parameters import count, everything, nothing
 
 _PUBLISHED = re.compile(r"(?:google/)?gemma-4-(.+?)(?:-it)?", re.IGNORECASE)
@@ -47,7 +47,7 @@ def geometry_of(model: str) -> Geometry:
     raise UsageError(f"{model}: neither a folder here nor a published model ({', '.join(VARIANTS)})")
 
 
-def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
+def plan_of(recipe: Recipe, world_size: int, table: Table) -> TrainingPlan:
     """What the recipe asks of `world_size` ranks, for the model of `table`. Raises a BridgeError."""
     microbatches = check_recipe(recipe, world_size)
     parallel, optimizer = recipe.parallel, recipe.optimizer
@@ -75,7 +75,7 @@ def plan_of(recipe: Recipe, world_size: int, table: Table) -> Plan:
         fp8_experts=model.fp8_experts,
         fake_quant=model.fake_quant != "none" and not rank,
     )
-    return Plan(
+    return TrainingPlan(
         parallel.layout(),
         world_size,
         load,
@@ -113,8 +113,8 @@ def _answers(recipe: Recipe) -> tuple[int, int]:
     )
     evaluated = (MAX_ROWS, recipe.train.seq_length + longest) if longest else (0, 0)
     sampled = (recipe.grpo.max_rows, recipe.train.seq_length) if recipe.grpo.rewards else (0, 0)
-    own = (recipe.distill.max_rows, recipe.train.seq_length) if recipe.distill.lmbda else (0, 0)
-    return max(evaluated, sampled, own, key=math.prod)
+    on_policy = (recipe.distill.max_rows, recipe.train.seq_length) if recipe.distill.lmbda else (0, 0)
+    return max(evaluated, sampled, on_policy, key=math.prod)
 
 
 def _adapted(recipe: Recipe, table: Table) -> tuple[Table | None, int, frozenset[str]]:
@@ -168,12 +168,12 @@ def report(recipe: Recipe, world_size: int, gpu_memory: float | None) -> tuple[l
     return lines, False
 
 
-def _dp_rows(plan: Plan) -> int:
+def _dp_rows(plan: TrainingPlan) -> int:
     """Sequences that go through at once, over all replicas."""
     return plan.load.rows * plan.parallel.dp(plan.world_size)
 
 
-def describe(found: Estimate, plan: Plan) -> Iterator[str]:
+def describe(found: Estimate, plan: TrainingPlan) -> Iterator[str]:
     """An estimate, line by line; GB are 10⁹ bytes."""
 
     def gb(size: int) -> str:
@@ -188,6 +188,6 @@ def describe(found: Estimate, plan: Plan) -> Iterator[str]:
         f"  weights {gb(found.weights)}, gradients {gb(found.gradients)}, optimizer {gb(found.optimizer)}; "
         f"{found.counts.parameters / 1e9:.3f} B parameters, {found.trained / 1e9:.3f} B trained"
     )
-    kinds = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
-    yield f"  activations: {kinds}"
+    by_kind = ", ".join(f"{kind} {gb(size)}" for kind, size in found.activations.most_common())
+    yield f"  activations: {by_kind}"
     yield f"  worst moment: {moment}, {gb(found.peak)} with its activations"

@@ -10,7 +10,7 @@ from bridge.mapping.table import Table
 from bridge.megatron.layout import check_layout
 from bridge.megatron.parallel import Parallel
 from recipes.config import ParallelConfig
-from recipes.memory.estimate import RESERVE, Estimate, Plan, estimate
+from recipes.memory.estimate import RESERVE, Estimate, TrainingPlan, estimate
 from recipes.simulate.hardware import Hardware, nearest_hardware
 from recipes.simulate.predict import predicted_parts
 
@@ -31,7 +31,7 @@ _RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
 class Proposal:
     """A layout that fits. `parts`: predicted seconds of a step by what they go into."""
 
-    plan: Plan
+    plan: TrainingPlan
     estimate: Estimate
     parts: dict[str, float]
 
@@ -62,7 +62,7 @@ def _written(value: object) -> str:
 
 
 def search(
-    table: Table, wanted: Plan, budget: int, global_batch: int, hardware: Hardware | None = None
+    table: Table, wanted: TrainingPlan, budget: int, global_batch: int, hardware: Hardware | None = None
 ) -> list[Proposal]:
     """Proposals for `wanted.world_size` GPUs of `budget` bytes, best first; its layout and recompute are replaced.
 

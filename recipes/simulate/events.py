@@ -95,7 +95,6 @@ class SimulatedRank:
 
     rank: int
     pp_rank: int
-    cp_rank: int
     microbatches: int
     memory: Memory
     peaks: dict[str, int]

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from recipes.simulate.stand_ins import DEVICE, as_a_gpu, standing_in
+from recipes.simulate.stand_ins import DEVICE, standing_in
 from recipes.simulate.trace import Trace
 
 _aten = torch.ops.aten
@@ -145,7 +145,7 @@ class FakeDevice(TorchDispatchMode):
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=DEVICE)
 
     def _count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
-        formula = _formula(func._overloadpacket)
+        formula = flops_formula(func._overloadpacket)
         results = [x for x in _tensors((result,)) if x.is_meta]
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=result)
@@ -189,7 +189,7 @@ class FakeDevice(TorchDispatchMode):
     def __enter__(self) -> FakeDevice:
         if self._stack is None:
             with ExitStack() as stack:
-                stack.enter_context(as_a_gpu(self.trace) if self.gpu else standing_in())
+                stack.enter_context(standing_in(self.trace if self.gpu else None))
                 self._stack = stack.pop_all()
         super().__enter__()
         return self
@@ -228,7 +228,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @functools.cache
-def _formula(packet: Any) -> Callable[..., int] | None:
+def flops_formula(packet: Any) -> Callable[..., int] | None:
     """FLOPs of an operation's products, by its arguments and its result."""
     found: Callable[..., int] | None = flop_registry.get(packet) or _FLOPS.get(packet)
     return found

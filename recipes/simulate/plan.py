@@ -12,7 +12,7 @@ from bridge.geometry import Geometry
 from bridge.mapping import table_for
 from bridge.mapping.table import Table
 from recipes.config import CONFIGS, ParallelConfig, Recipe, load_recipe, resolve
-from recipes.memory.estimate import RESERVE, Plan, estimate
+from recipes.memory.estimate import RESERVE, TrainingPlan, estimate
 from recipes.memory.recipe import geometry_of, plan_of
 from recipes.memory.search import Proposal, layouts, search
 from recipes.simulate.hardware import Hardware
@@ -63,8 +63,8 @@ def proposals(question: Question) -> list[Proposal]:
     """Layouts that fit, by their predicted seconds. Raises UsageError where none does."""
     recipe = question.recipe
     # Of the whole batch on one GPU: what the recipe says of its layout is what is looked for.
-    alone = replace(recipe, parallel=ParallelConfig(dispatcher=recipe.parallel.dispatcher))
-    wanted = replace(plan_of(alone, 1, question.table), world_size=question.gpus)
+    one_gpu = replace(recipe, parallel=ParallelConfig(dispatcher=recipe.parallel.dispatcher))
+    wanted = replace(plan_of(one_gpu, 1, question.table), world_size=question.gpus)
     batch = recipe.train.global_batch_size
     found = search(question.table, wanted, question.budget, batch, question.hardware)
     if not found:
@@ -72,7 +72,7 @@ def proposals(question: Question) -> list[Proposal]:
     return found
 
 
-def _nothing_fits(question: Question, wanted: Plan) -> str:
+def _nothing_fits(question: Question, wanted: TrainingPlan) -> str:
     tries = [
         replace(wanted, parallel=parallel, load=replace(wanted.load, recompute="full"))
         for parallel in layouts(question.table, question.gpus)

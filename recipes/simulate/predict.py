@@ -13,7 +13,7 @@ from bridge.geometry import Geometry, LayerGeometry
 from bridge.mapping.table import Table
 from bridge.megatron.parallel import Parallel
 from recipes.memory.activations import Load
-from recipes.memory.estimate import Plan, adapter_counts
+from recipes.memory.estimate import TrainingPlan, adapter_counts
 from recipes.memory.parameters import count
 from recipes.simulate.hardware import Hardware
 
@@ -25,7 +25,7 @@ _ELEMENTWISE = 220
 _UPDATE = 28
 
 
-def predicted_parts(table: Table, plan: Plan, hardware: Hardware) -> dict[str, float]:
+def predicted_parts(table: Table, plan: TrainingPlan, hardware: Hardware) -> dict[str, float]:
     """Seconds of a step by what they go into, the most first."""
     geometry, parallel, load = table.geometry, plan.parallel, plan.load
     found: Seconds = defaultdict(float)
@@ -56,7 +56,7 @@ def _ranks(stride: int, stop: int) -> tuple[int, ...]:
     return tuple(range(0, stop, stride))
 
 
-def _microbatch(geometry: Geometry, plan: Plan, hardware: Hardware) -> Seconds:
+def _microbatch(geometry: Geometry, plan: TrainingPlan, hardware: Hardware) -> Seconds:
     """Of the last stage, which has the head: forward and backward pass of one microbatch."""
     parallel, load, found = plan.parallel, plan.load, Seconds(float)
     full = load.rows * load.length / parallel.cp

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import wraps
-from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bridge import Gemma4Bridge
@@ -86,7 +83,7 @@ def simulate_rank(
         device.restart()
         device.trace.restart()
         peaks = {}
-        with _marks(device.trace):
+        with _marks(run.models, device.trace):
             clear_gradients(run)
             sums = run_microbatches(run, [_batch(recipe, geometry)] * microbatches, train=True)
             peaks["passes"] = device.snapshot()
@@ -100,9 +97,8 @@ def simulate_rank(
         weights, gradients, optimizer = _persistent(run, sum(before.values()))
         at_peak = _by_kind(peaks[moment].at_peak, before)
         memory = Memory(weights, gradients, round(optimizer * of_optimizer), at_peak, moment)
-        own = {name: found.peak - sum(before.values()) for name, found in peaks.items()}
-        place = run.groups.pp.rank(), run.groups.cp.rank()
-        return SimulatedRank(rank, *place, microbatches, memory, own, device.trace.events)
+        peak_beyond = {name: found.peak - sum(before.values()) for name, found in peaks.items()}
+        return SimulatedRank(rank, run.groups.pp.rank(), microbatches, memory, peak_beyond, device.trace.events)
 
 
 def _without_precision_aware(recipe: Recipe) -> tuple[Recipe, float]:
@@ -155,23 +151,42 @@ def _without_collector() -> Iterator[None]:
         gc.collect()
 
 
+class _Marks:
+    """Megatron's `config.timers`, which its schedules start and stop: where a pass of a microbatch begins and ends."""
+
+    def __init__(self, trace: Trace) -> None:
+        passes = {"forward-compute": "forward", "backward-compute": "backward"}
+        self._timers = {name: _Mark(trace, said) for name, said in passes.items()}
+
+    def __call__(self, name: str, log_level: int | None = None) -> _Mark:
+        return self._timers.get(name) or _Mark()
+
+
+class _Mark:
+    """One of these timers; without a trace it does nothing."""
+
+    def __init__(self, trace: Trace | None = None, name: str = "") -> None:
+        self._trace, self._name, self._stack = trace, name, ExitStack()
+
+    def start(self, barrier: bool = False) -> None:
+        if self._trace is not None:
+            self._stack.enter_context(self._trace.marked(self._name))
+
+    def stop(self, barrier: bool = False) -> None:
+        self._stack.close()
+
+
 @contextmanager
-def _marks(trace: Trace) -> Iterator[None]:
-    """Note where Megatron's schedules begin and end a pass of a microbatch."""
-
-    def marking(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            with trace.marked(name):
-                return function(*args, **kwargs)
-
-        return marked
-
-    with ExitStack() as stack:
-        for name, what in (("forward_step", "forward"), ("backward_step", "backward")):
-            original = getattr(schedules, name)
-            stack.enter_context(mock.patch.object(schedules, name, marking(what, original)))
+def _marks(models: Sequence[torch.nn.Module], trace: Trace) -> Iterator[None]:
+    """Have Megatron's schedules mark the passes."""
+    configs, timers = [get_model_config(model) for model in models], _Marks(trace)
+    for config in configs:
+        config.timers = timers
+    try:
         yield
+    finally:
+        for config in configs:
+            config.timers = None
 
 
 def _persistent(run: Run, held: int) -> tuple[int, int, int]:

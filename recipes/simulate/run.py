@@ -97,8 +97,8 @@ class Simulator:
         found, ranks = [], iter(done[i] for i in range(len(tasks)))
         for recipe in recipes:
             layout = recipe.parallel.layout()
-            own = tuple(next(ranks) for _ in range(layout.pp))
-            found.append(Simulation(recipe, layout, world_size, check_recipe(recipe, world_size), own))
+            replica = tuple(next(ranks) for _ in range(layout.pp))
+            found.append(Simulation(recipe, layout, world_size, check_recipe(recipe, world_size), replica))
         return found
 
 
@@ -131,9 +131,9 @@ def _simulate(tasks: Sequence[tuple[Recipe, int]], geometry: Geometry, world_siz
 
     # Each leaves this group for one of its own: not before the others are in it.
     dist.barrier()
-    own = range(dist.get_rank(), len(tasks), dist.get_world_size())
+    assigned = range(dist.get_rank(), len(tasks), dist.get_world_size())
     done = {}
-    for number in own:
+    for number in assigned:
         recipe, rank = tasks[number]
         layout = recipe.parallel.layout()
         all_of_them = check_recipe(recipe, world_size)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
-from bridge.megatron import attention_backends, cpu_runtime
-from bridge.megatron.attention_backends.blockwise import TILE
+from bridge.megatron import cpu_runtime
+from bridge.megatron.attention_backends import Backend
 from bridge.megatron.attention_backends.flex import block_mask, block_size
+from bridge.megatron.cpu_runtime import Patch
 from bridge.megatron.mask import Mask
 from recipes.simulate.trace import Trace
 
@@ -31,40 +27,52 @@ _H100 = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiproces
 
 
 @contextmanager
-def standing_in(*more: tuple[Any, str, Any]) -> Iterator[None]:
-    """What the device needs, whatever it stands for; and `more`: (owner, name, value)."""
+def standing_in(gpu: Trace | None) -> Iterator[None]:
+    """The CPU runtime for the device, with what stands in for what it cannot do; `gpu`: it is a GPU, whose kernels are
+    noted there, or else a CPU."""
     was_enabled = cpu_runtime.is_enabled()
     cpu_runtime.disable()
-    cpu_runtime.enable(DEVICE)
-    supported = "_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"
     try:
-        with ExitStack() as stack:
-            for where, name, value in (
-                # Made on the host and moved into its parameter, which no real tensor of a fake one can do.
-                (TopKRouter, "__init__", _made_there(TopKRouter.__init__)),
-                (MoEAlltoAllTokenDispatcher, "preprocess", spread_evenly(MoEAlltoAllTokenDispatcher.preprocess)),
-                # A step leaves its loss scale there.
-                (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
-                (torch, "autocast", _Autocast),
-                *more,
-            ):
-                stack.enter_context(mock.patch.object(where, name, value, create=True))
-            for name in supported:
-                found = [*getattr(torch.utils._foreach_utils, name)(), DEVICE.type]
-                for module in map(
-                    importlib.import_module, ("torch.utils._foreach_utils", "torch.optim.optimizer", "torch.optim.adam")
-                ):
-                    stack.enter_context(mock.patch.object(module, name, lambda found=found: found, create=True))
-            stack.enter_context(mock.patch.dict(TILE, {DEVICE.type: TILE["cpu"]}))
-            yield
+        cpu_runtime.enable(DEVICE, [*_stand_ins(), *(() if gpu is None else _of_a_gpu(gpu))])
+        yield
     finally:
         cpu_runtime.disable()
         if was_enabled:
             cpu_runtime.enable()
 
 
-@contextmanager
-def as_a_gpu(trace: Trace) -> Iterator[None]:
+def _stand_ins() -> Iterator[Patch]:
+    moe = "megatron.core.transformer.moe"
+    yield Patch(
+        f"{moe}.router.TopKRouter",
+        "__init__",
+        _made_there,
+        "makes a tensor on the host and moves it into a parameter, which no real tensor of a fake one can do",
+    )
+    yield Patch(
+        f"{moe}.token_dispatcher.MoEAlltoAllTokenDispatcher",
+        "preprocess",
+        spread_evenly,
+        "reads on the host how many tokens go where, which the device does not know",
+    )
+    yield Patch(
+        f"{moe}.moe_utils.MoEAuxLossAutoScaler",
+        "main_loss_backward_scale",
+        lambda _: None,
+        "a step leaves its scale there",
+    )
+    yield Patch("torch", "autocast", lambda _: _Autocast, "does not know the device")
+    for name in ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"):
+        for module in ("torch.utils._foreach_utils", "torch.optim.optimizer", "torch.optim.adam"):
+            if hasattr(importlib.import_module(module), name):
+                yield Patch(module, name, _and_the_device, "optimizers do for each parameter what a GPU does for all")
+
+
+def _and_the_device(supported: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    return lambda: [*supported(), DEVICE.type]
+
+
+def _of_a_gpu(trace: Trace) -> Iterator[Patch]:
     """What code asks of a GPU before it goes its way, and what stands in for what only a GPU can run."""
 
     def launch(*args: Any, **kwargs: Any) -> None:
@@ -73,17 +81,15 @@ def as_a_gpu(trace: Trace) -> Iterator[None]:
     def attend_there(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend(query, key, value, mask, trace)
 
-    stand_in = attention_backends.BACKENDS["flex"]._replace(attend=attend_there)
-    with (
-        mock.patch.dict(attention_backends.BACKENDS, {"flex": stand_in}),
-        standing_in(
-            (Tensor, "is_cuda", property(lambda x: x.is_meta)),
-            (JITFunction, "run", launch),
-            (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-            (torch.cuda, "get_device_properties", lambda *_: _H100),
-        ),
-    ):
-        yield
+    def with_flex(backends: dict[str, Backend]) -> dict[str, Backend]:
+        return backends | {"flex": backends["flex"]._replace(attend=attend_there)}
+
+    asked = "what kernels and backends are chosen by"
+    yield Patch("bridge.megatron.attention_backends", "BACKENDS", with_flex, "is compiled for a GPU")
+    yield Patch("torch.Tensor", "is_cuda", lambda _: property(lambda x: x.is_meta), asked)
+    yield Patch("torch.cuda", "get_device_capability", lambda _: lambda *_: (9, 0), asked)
+    yield Patch("torch.cuda", "get_device_properties", lambda _: lambda *_: _H100, asked)
+    yield Patch("triton.runtime.jit.JITFunction", "run", lambda _: launch, "needs a GPU")
 
 
 def spread_evenly(preprocess: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,13 +103,13 @@ def spread_evenly(preprocess: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # What is left over goes to experts of different ranks in turn.
         places = torch.arange(experts, device="cpu").view(self.ep_size, -1).T.flatten()
         each[places[: total % experts]] += 1
-        own = each[self.local_expert_indices]
+        local = each[self.local_expert_indices]
         self.input_splits = each.view(self.ep_size, self.num_local_experts).sum(1)
-        self.output_splits = own.sum().expand(self.ep_size).clone()
-        self.output_splits_tp = (own.sum() * self.ep_size).expand(self.tp_size).clone()
+        self.output_splits = local.sum().expand(self.ep_size).clone()
+        self.output_splits_tp = (local.sum() * self.ep_size).expand(self.tp_size).clone()
         if self.num_local_experts > 1:
-            self.num_global_tokens_per_local_expert = own.expand(self.tp_size * self.ep_size, -1).clone()
-        return own * self.tp_size * self.ep_size
+            self.num_global_tokens_per_local_expert = local.expand(self.tp_size * self.ep_size, -1).clone()
+        return local * self.tp_size * self.ep_size
 
     return evenly
 

@@ -44,33 +44,33 @@ HEAD = ("| recipe | GPUs × GB | as shipped | best layout found | slower by | ov
 
 @dataclass(frozen=True)
 class Line:
-    """A recipe (`case`: its name, or one of `LONG`) on a cluster. `own`: as it is shipped, None where it cannot be laid
+    """A recipe (`case`: its name, or one of `LONG`) on a cluster. `as_shipped`: as it is, None where it cannot be laid
     out there. `best`: a proposal and its forecast, None where nothing fits."""
 
     case: str
     cluster: str
-    own: Forecast | None
+    as_shipped: Forecast | None
     best: tuple[Proposal, Forecast] | None
     why_not: str = ""
 
     @property
     def good(self) -> bool:
         """Whether the recipe fits, and is near enough to the best."""
-        if self.own is None or not self.own.fits:
+        if self.as_shipped is None or not self.as_shipped.fits:
             return False
-        return self.best is None or self.own.seconds <= WITHIN * self.best[1].seconds
+        return self.best is None or self.as_shipped.seconds <= WITHIN * self.best[1].seconds
 
     def row(self) -> str:
-        own = "cannot be laid out so" if self.own is None else _figures(self.own)
+        figures = "cannot be laid out so" if self.as_shipped is None else _figures(self.as_shipped)
         if self.best is None:
-            return f"| {self.case} | {self.cluster} | {own} | nothing fits: {self.why_not} | | |"
+            return f"| {self.case} | {self.cluster} | {figures} | nothing fits: {self.why_not} | | |"
         best, behind, change = _figures(self.best[1]), "", ""
-        if self.own is not None and self.own.fits:
-            behind = f"{max(0.0, self.own.seconds / self.best[1].seconds - 1):.0%}"
-            best = "this one" if self.own.seconds <= self.best[1].seconds else best
+        if self.as_shipped is not None and self.as_shipped.fits:
+            behind = f"{max(0.0, self.as_shipped.seconds / self.best[1].seconds - 1):.0%}"
+            best = "this one" if self.as_shipped.seconds <= self.best[1].seconds else best
         if not self.good:
             change = f"`{shlex.join(self.best[0].overrides(_recipe(self.case).parallel))}`"
-        return f"| {self.case} | {self.cluster} | {own} | {best} | {behind} | {change} |"
+        return f"| {self.case} | {self.cluster} | {figures} | {best} | {behind} | {change} |"
 
 
 def _figures(one: Forecast) -> str:
@@ -103,10 +103,10 @@ def line(simulator: Simulator, case: str, cluster: str, tries: int, overrides: S
     told = [
         forecast(one, question.geometry, question.hardware) for one in simulator.run(asked, question.geometry, gpus)
     ]
-    own = told.pop(0) if laid_out else None
+    as_shipped = told.pop(0) if laid_out else None
     fitting = [pair for pair in zip(found, told, strict=True) if pair[1].fits]
     best = min(fitting, key=lambda pair: pair[1].seconds, default=None)
-    return Line(case, cluster, own, best, why_not)
+    return Line(case, cluster, as_shipped, best, why_not)
 
 
 def _can_be_laid_out(question: Question, recipe: Recipe) -> bool:
@@ -129,9 +129,9 @@ def merged(text: str, rows: Sequence[str]) -> str:
     """A document with `rows` in its table, in the place of those of the same recipe and cluster."""
     before, begin, rest = text.partition("<!-- table: begin -->\n")
     table, end, after = rest.partition("<!-- table: end -->")
-    kept = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith("| recipe ")]
+    existing = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith("| recipe ")]
     places = [(case, cluster) for case in (*SHIPPED, *LONG) for cluster in CLUSTERS]
-    found = dict(sorted(((_place(row), row) for row in (*kept, *rows)), key=lambda each: places.index(each[0])))
+    found = dict(sorted(((_place(row), row) for row in (*existing, *rows)), key=lambda each: places.index(each[0])))
     return f"{before}{begin}\n" + "\n".join([*HEAD, *found.values()]) + f"\n\n{end}{after}"
 
 

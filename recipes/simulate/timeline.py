@@ -173,7 +173,7 @@ class _Clock:
         return self._at > before
 
     def _begin(self, event: Collective, posts: dict[tuple[int, int], deque[float]]) -> None:
-        own = self.rank.rank
+        rank = self.rank.rank
         self._purpose[event.number] = purpose_of(event)
         if event.kind == "recv":
             assert event.peer is not None
@@ -182,11 +182,11 @@ class _Clock:
             return
         channel = f"{event.kind} {event.peer}" if event.kind == "send" else event.group.name
         start = max(self.now, self._busy.get(channel, 0.0))
-        end = self._busy[channel] = start + self.hardware.collective_seconds(event, own)
+        end = self._busy[channel] = start + self.hardware.collective_seconds(event, rank)
         self._ends[event.number] = end
         if event.kind == "send":
             assert event.peer is not None
-            posts[own, event.peer].append(end)
+            posts[rank, event.peer].append(end)
 
     def _wait(self, number: int, posts: dict[tuple[int, int], deque[float]]) -> bool:
         """Let the clock go to the end of a collective; False where that is not known yet."""

@@ -23,7 +23,7 @@ LAUNCHERS = ("srun", "torchrun")
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One task of a sweep: its overrides, the folder of its run, and the one that it exports to."""
 
     overrides: tuple[str, ...]
@@ -61,7 +61,7 @@ class Job:
     container: str = ""
     runtime: str = "pyxis"
     mounts: tuple[str, ...] = ()
-    sweep: tuple[Point, ...] = ()
+    sweep: tuple[SweepPoint, ...] = ()
     notes: tuple[str, ...] = ()
     command_line: tuple[str, ...] = ()
 

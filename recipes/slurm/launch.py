@@ -10,11 +10,11 @@ from bridge.errors import BridgeError, UsageError
 from recipes.check import check_startable
 from recipes.config import Recipe, load_recipe
 from recipes.memory.recipe import geometry_of, report
-from recipes.slurm.job import Job, Point, read_sweep
+from recipes.slurm.job import Job, SweepPoint, read_sweep
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LaunchOptions:
     """The options of `gemma4-bridge launch`; see there. `exports` are NAME=VALUE."""
 
     recipe: str
@@ -39,7 +39,7 @@ class Wanted:
     command_line: tuple[str, ...]
 
 
-def make_job(wanted: Wanted) -> Job:
+def make_job(wanted: LaunchOptions) -> Job:
     """Check the recipe, and every point of a sweep, against the ranks of the job. Raises a BridgeError."""
     world_size = wanted.nodes * wanted.ranks
     recipe = _check(wanted.recipe, wanted.overrides, world_size)
@@ -50,7 +50,7 @@ def make_job(wanted: Wanted) -> Job:
                 if folder is not None and not any(word.startswith(f"{key}=") for word in line):
                     line = (*line, f"{key}={folder}-{number}")
             one = _check(wanted.recipe, (*wanted.overrides, *line), world_size)
-            points.append(Point(line, one.output, one.export.hf))
+            points.append(SweepPoint(line, one.output, one.export.hf))
     if wanted.setup and not Path(wanted.setup).is_file():
         raise UsageError(f"--setup {wanted.setup}: no such file")
     return Job(
@@ -86,7 +86,7 @@ def _check(name: str, overrides: tuple[str, ...], world_size: int) -> Recipe:
     return recipe
 
 
-def _memory(wanted: Wanted, recipe: Recipe, world_size: int) -> tuple[str, ...]:
+def _memory(wanted: LaunchOptions, recipe: Recipe, world_size: int) -> tuple[str, ...]:
     """What a GPU needs, as far as the model is known here. Raises UsageError where it has less."""
     if not wanted.gpus:
         return ()
@@ -122,7 +122,7 @@ def _export(said: str) -> tuple[str, str]:
     return name, value
 
 
-def _program(wanted: Wanted) -> tuple[str, ...]:
+def _program(wanted: LaunchOptions) -> tuple[str, ...]:
     """A container brings its own `gemma4-bridge`; an environment is the one named, or this one."""
     if wanted.container:
         return ("gemma4-bridge",)
@@ -132,6 +132,6 @@ def _program(wanted: Wanted) -> tuple[str, ...]:
     return (str(program),)
 
 
-def _environment(wanted: Wanted) -> Path:
+def _environment(wanted: LaunchOptions) -> Path:
     folder = Path(wanted.venv) if wanted.venv is not None else Path(sys.prefix)
     return folder.absolute() / "bin"

@@ -77,7 +77,7 @@ class AnswerMetrics:
         Rank 0 measures. None where any rank was told to stop. Raises DataError where a user's function fails.
         """
         sums: dict[str, list[float]] = {}
-        total, cut = 0, 0
+        total, truncated = 0, 0
         for name, questions in self.sets.items():
             found = answers(
                 run, questions.prompt, len(questions), self.options, questions.text, signalled, progress, max_rows
@@ -85,9 +85,9 @@ class AnswerMetrics:
             if found is None:
                 return None
             sums[name] = self._sums(questions, found)
-            total, cut = total + len(found), cut + sum(answer.finish_reason == "length" for answer in found)
-        if cut:
-            say(f"{cut} of {total} answers to questions were cut off at {self.options.max_new_tokens} tokens")
+            total, truncated = total + len(found), truncated + sum(answer.finish_reason == "length" for answer in found)
+        if truncated:
+            say(f"{truncated} of {total} answers to questions were cut off at {self.options.max_new_tokens} tokens")
         values = {}
         for place, metric in enumerate(self.metrics):
             values[metric.name] = sum(of[place] for of in sums.values()) / total

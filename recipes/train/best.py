@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recipes.config import Recipe
-from recipes.train.checkpoint import Progress, checkpoints
+from recipes.train.checkpoint import RunProgress, checkpoints
 
 
 def logged_name(measure: str) -> str:
@@ -18,7 +18,7 @@ def logged_name(measure: str) -> str:
 class BestEvaluation:
     """By `eval.best` and `train.patience`; what it knows is in the run's progress. `say`: who is told in words."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, say: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe, progress: RunProgress, say: Callable[[str], None]) -> None:
         self._recipe, self._progress, self._say = recipe, progress, say
 
     @property

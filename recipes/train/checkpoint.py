@@ -50,7 +50,7 @@ _REPLACED = ".replaced"
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is. `step`: of the schedule; `updates`: Adam's, less those left out; `data`: the position in it.
 
     `sense_updates`: those of the towers, by modality: fewer than `updates` where steps were without media for them.
@@ -168,7 +168,7 @@ class Save:
         _prune(output, self.keep, self.best)
 
 
-def begin_save(run: Run, progress: Progress) -> Save:
+def begin_save(run: Run, progress: RunProgress) -> Save:
     """Write the checkpoint of `progress.step`, or begin to (`checkpoint.async`). Collective. Raises CheckpointError."""
     record = json.dumps(asdict(progress) | {"world_size": dist.get_world_size()}, indent=1)
     wanted, best = run.recipe.checkpoint, progress.best_step if run.recipe.train.patience else 0
@@ -183,8 +183,8 @@ def begin_save(run: Run, progress: Progress) -> Save:
     state: dict[str, Any] = {"iteration": progress.step, "checkpoint_version": 3.0}
     for number, model in enumerate(run.stored):
         items = model.sharded_state_dict(metadata=dict(METADATA)).items()
-        kept = {name: item for name, item in items if run.table.covers(item.key) or item.key.startswith(DRAFTER)}
-        state[f"model{number}"] = kept
+        stored = {name: item for name, item in items if run.table.covers(item.key) or item.key.startswith(DRAFTER)}
+        state[f"model{number}"] = stored
     state["optimizer"] = sharded_state(run.optimizer, run.stored, fill=True)
     state["rng"] = _rng_object(_random_states())
     with save.reported():
@@ -199,12 +199,12 @@ def live_of(run: Run) -> Live:
     return Live([*parameters, *live_tensors(run.optimizer)], buffers)
 
 
-def load(run: Run, folder: Path) -> Progress:
+def load(run: Run, folder: Path) -> RunProgress:
     """Bring a run to where a checkpoint was made, in whatever layout. Collective. Raises CheckpointError."""
     try:
         said = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
         world_size = said.pop("world_size")
-        progress = Progress(**said)
+        progress = RunProgress(**said)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / _PROGRESS_FILE}: not a record of a run ({error})") from None
     adapters = (folder.parent / ADAPTER_FILE).is_file()

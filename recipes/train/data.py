@@ -37,7 +37,7 @@ Evaluation = Mapping[str, Callable[[], Iterator[dict[str, Tensor]]]]
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerBatches:
     """The answers of a set of data; `batches` begins one round of them, in which `sample_ids` number them (of
     preferences), or `label_ids` their labels."""
 
@@ -61,7 +61,7 @@ class Streams:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     evaluated: Mapping[str, Samples] = field(default_factory=dict)
-    answers: tuple[Answers, ...] = ()
+    answers: tuple[AnswerBatches, ...] = ()
     ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
     trained: Samples | None = None
     taught: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)

@@ -57,13 +57,13 @@ class Drafting:
         batch: Mapping[str, Tensor],
         packed: PackedSeqParams | None,
         visibility: Visibility,
-        own: LossContext,
+        model_losses: LossContext,
         **given: Any,
     ) -> Tensor:
         """Of a microbatch: a payload, on the last stage float32 [b, s / cp] of drafts, see `draft_loss`; where the
-        model is trained [2, b, s / cp], its own and those. `own`: how its own are made."""
+        model is trained [2, b, s / cp], its own and those. `model_losses`: how its own are made."""
         if not self.frozen:
-            given |= {"labels": batch["labels"], "loss": own}
+            given |= {"labels": batch["labels"], "loss": model_losses}
         passed = run_target(
             chunk,
             batch["input_ids"],
@@ -111,11 +111,11 @@ def with_drafter(
     overrides = {
         key: value for key, value in provider.overrides.items() if key in ("perform_initialization", "kernels")
     }
-    own, alone = found.provider(layout, provider.dtype, overrides=overrides), drafter_groups(groups)
+    drafter_provider, single_rank = found.provider(layout, provider.dtype, overrides=overrides), drafter_groups(groups)
     drafter, embed, last = None, None, models[-1]
     with together():
         if last.post_process:
-            drafter, embed = _built(own, alone, said), TargetEmbedding(models)
+            drafter, embed = _built(drafter_provider, single_rank, said), TargetEmbedding(models)
             if load:
                 found.load_hf_weights([drafter])
     asked = DraftLoss(said.steps, said.cross_entropy, said.kl, said.centroids)
@@ -129,8 +129,8 @@ def with_drafter(
     return drafting
 
 
-def _built(provider: Gemma4Provider, alone: ProcessGroupCollection, said: DrafterConfig) -> Gemma4Drafter:
-    (drafter,) = provider.build(alone)
+def _built(provider: Gemma4Provider, single_rank: ProcessGroupCollection, said: DrafterConfig) -> Gemma4Drafter:
+    (drafter,) = provider.build(single_rank)
     assert isinstance(drafter, Gemma4Drafter)
     if drafter.masked_embedding is not None and not said.centroids:
         drafter.masked_embedding.requires_grad_(False)

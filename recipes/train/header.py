@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bridge.megatron.fake_quant_schemes import fake_quantized
-from recipes.memory.estimate import RESERVE, Plan, estimate
+from recipes.memory.estimate import RESERVE, TrainingPlan, estimate
 from recipes.memory.recipe import plan_of, teacher_bytes
 from recipes.train.log import LOG_FILE
 from recipes.train.setup import Run
@@ -99,7 +99,7 @@ def _rounding(said: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _trained(run: Run, plan: Plan) -> int:
+def _trained(run: Run, plan: TrainingPlan) -> int:
     """How many elements are trained, over all ranks."""
     entries = [entry for entry in run.table.entries.values() if entry.row.trainable]
     if run.lora is None and not run.drafts_alone:

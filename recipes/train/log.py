@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from recipes.config import Recipe, to_yaml
-from recipes.train.sinks import Sink, Values, open_tensorboard, open_wandb
+from recipes.train.sinks import LogSink, Values, open_tensorboard, open_wandb
 
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "recipe.yaml"
@@ -26,11 +26,11 @@ class Log:
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG_FILE).write_text(to_yaml(recipe), encoding="utf-8")
         path = output / LOG_FILE
-        kept = []
+        earlier = []
         if resumed_at and path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_at]
+            earlier = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resumed_at]
         self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
+        self._file.writelines(line + "\n" for line in earlier)
         self._file.flush()
         self._steps = recipe.train.steps
         self._first, self._start = resumed_at, time.perf_counter()
@@ -38,7 +38,7 @@ class Log:
         self._status = self._console.status("starting") if self._console.is_terminal else None
         if self._status is not None:
             self._status.start()
-        self._sinks: list[Sink] = []
+        self._sinks: list[LogSink] = []
         if recipe.log.tensorboard:
             self._sinks.append(open_tensorboard(output, resumed_at))
         if recipe.log.wandb is not None:
@@ -54,10 +54,12 @@ class Log:
         self._file.flush()
         for sink in self._sinks:
             sink.write(step, every)
-        shown = [f"{name} {value:.6g}" for name, value in values.items()]
+        columns = [f"{name} {value:.6g}" for name, value in values.items()]
         if "loss" in values and step > self._first:
-            shown.append(f"eta {remaining(time.perf_counter() - self._start, step - self._first, self._steps - step)}")
-        text = f"step {step}/{self._steps}  " + "  ".join(shown)
+            columns.append(
+                f"eta {remaining(time.perf_counter() - self._start, step - self._first, self._steps - step)}"
+            )
+        text = f"step {step}/{self._steps}  " + "  ".join(columns)
         if self._status is not None and "loss" in values:
             self._status.update(text)
         else:

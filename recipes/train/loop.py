@@ -23,7 +23,7 @@ from recipes.losses.policy import training_objective
 from recipes.train import checkpoint, header
 from recipes.train.answers import AnswerMetrics
 from recipes.train.best import BestEvaluation, logged_name
-from recipes.train.checkpoint import Progress
+from recipes.train.checkpoint import RunProgress
 from recipes.train.data import DataFactory, Streams
 from recipes.train.engine import WeightPushes
 from recipes.train.evaluate import evaluate
@@ -52,7 +52,7 @@ _NORM_MEMORY, _NORM_WARM = 0.95, 20
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run ended: after which step, with which mean loss of its last step, and whether a signal stopped it.
 
     `interrupted`: it was Ctrl-C.
@@ -68,7 +68,7 @@ class Outcome:
         return (INTERRUPTED if self.interrupted else STOPPED) if self.stopped else 0
 
 
-def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal | None = None) -> Outcome:
+def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal | None = None) -> RunOutcome:
     """Run a recipe on every rank: from its model, or from its latest checkpoint, to its last step.
 
     `data`: what to train on in the place of the recipe's data; the recipe says `train.steps` then.
@@ -95,7 +95,7 @@ def train(recipe: Recipe, data: DataFactory | None = None, signalled: StopSignal
             start_logps(run, streams, begin, say_once)
         if teacher is not None:
             streams = with_teacher(run, teacher, streams, signalled)
-        progress = Progress()
+        progress = RunProgress()
         if resumable:
             progress = checkpoint.load(run, resumable[max(resumable)])
             streams.train.load_state_dict(progress.data)
@@ -141,7 +141,7 @@ def _resumable(recipe: Recipe) -> dict[int, Path]:
     return found
 
 
-def _say_first(run: Run, streams: Streams, progress: Progress, say: Callable[[str], None]) -> None:
+def _say_first(run: Run, streams: Streams, progress: RunProgress, say: Callable[[str], None]) -> None:
     """What the run is about to do, on rank 0."""
     said = header.header(run, streams.facts, progress.step)
     notices = dict.fromkeys((*run.bridge.notices, *run.trained.notices))
@@ -168,7 +168,7 @@ class _Loop:
         self,
         run: Run,
         streams: Streams,
-        progress: Progress,
+        progress: RunProgress,
         log: Log | None,
         signalled: StopSignal,
         samples: Samples | None = None,
@@ -192,7 +192,7 @@ class _Loop:
         self._modalities = modality_of(run.models)
         self._frozen = set(MODALITIES) - set(self._modalities.values())
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Steps until the last one, a signal, or an early stop; a checkpoint is the last thing in any case.
 
         A signal leaves an evaluation that is due, or under way, to the run that goes on.
@@ -202,7 +202,7 @@ class _Loop:
         finally:
             self._saver.abandon()
 
-    def _run(self) -> Outcome:
+    def _run(self) -> RunOutcome:
         progress, steps, every = self.progress, self.recipe.train.steps, self.recipe.checkpoint.every
         loss, stop = math.nan, False
         saved = asdict(progress)
@@ -223,7 +223,7 @@ class _Loop:
         stop = stop or not written or self._told()
         if self.best.too_long_ago():
             self.best.say_why()
-        return Outcome(progress.step, loss, stop, self.signalled.interrupted)
+        return RunOutcome(progress.step, loss, stop, self.signalled.interrupted)
 
     def _say(self, text: str) -> None:
         if self.log is not None:

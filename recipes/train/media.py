@@ -18,11 +18,11 @@ from torch import Tensor
 from bridge.geometry import Geometry
 from bridge.mapping.modalities import MODALITIES
 from bridge.megatron.model import Gemma4Model
-from bridge.megatron.multimodal import Gemma4MultimodalModel, Media
+from bridge.megatron.multimodal import Gemma4MultimodalModel, MediaTensors
 from bridge.megatron.visibility import FORWARD, vision_masks
 
 # What of a batch only the first pipeline stage takes.
-MEDIA_NAMES = frozenset(field.name for field in fields(Media))
+MEDIA_NAMES = frozenset(field.name for field in fields(MediaTensors))
 
 
 def modalities_in(batches: Sequence[dict[str, Tensor]]) -> list[float]:

@@ -203,7 +203,7 @@ def _hand_out(part: DistributedOptimizer, held: _Held, whole: dict[str, Tensor] 
     rank = group.rank()
     start, stop = held.ranges[rank]
     device = torch.cuda.current_device()
-    own = None
+    received = None
     if whole is not None:
         for target, (low, high) in enumerate(held.ranges):
             if low == high:
@@ -214,9 +214,9 @@ def _hand_out(part: DistributedOptimizer, held: _Held, whole: dict[str, Tensor] 
                     dist.send(piece.to(device), group=group, group_dst=target)
             # Transformer Engine's Adam takes them apart on the GPU; elsewhere they are copied to where they belong.
             elif part.config.use_precision_aware_optimizer:
-                own = {key: piece.to(device) for key, piece in pieces.items()}
+                received = {key: piece.to(device) for key, piece in pieces.items()}
             else:
-                own = pieces
+                received = pieces
     elif start < stop:
-        own = dict(zip(held.keys, _received(part, stop - start, held.owner, len(held.keys)), strict=True))
-    return own
+        received = dict(zip(held.keys, _received(part, stop - start, held.owner, len(held.keys)), strict=True))
+    return received

@@ -138,11 +138,11 @@ def through(
     if run.provider.parallel.pp > 1 and len(lengths) > 1:
         raise UsageError(f"microbatches of different shapes {sorted(map(tuple, lengths))} under pipeline parallelism")
     # A frozen model has no backward pass for stages to hand on: its drafter has its own, behind each forward pass.
-    own, counts = train and run.drafts_alone, list[Tensor]()
+    drafter_only, counts = train and run.drafts_alone, list[Tensor]()
     for chunk in run.chunks:
-        if chunk.training != (train and not own):  # it walks all modules
-            chunk.train(train and not own)
-    total = partial(_with_backward, total=total, counts=counts) if own else total
+        if chunk.training != (train and not drafter_only):  # it walks all modules
+            chunk.train(train and not drafter_only)
+    total = partial(_with_backward, total=total, counts=counts) if drafter_only else total
     cp = run.groups.cp.size()
     step = partial(_forward_step, total=total, z_loss=z_loss, accuracy=accuracy, drafting=run.drafting, cp=cp)
     iterators = [map(_with_masks_of_its_own, microbatches) for _ in run.chunks]
@@ -154,9 +154,9 @@ def through(
             num_microbatches=len(microbatches),
             seq_length=length * run.config.pipeline_payload,
             micro_batch_size=rows,
-            forward_only=own or not train,
+            forward_only=drafter_only or not train,
         )
-    if own:
+    if drafter_only:
         count = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int, device=run.device)
         run.config.finalize_model_grads_func(list(run.chunks), count.to(torch.int), pg_collection=run.groups)
     return reports

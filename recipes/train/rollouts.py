@@ -53,7 +53,7 @@ class RolloutStopped(Exception):
 
 
 @dataclass(frozen=True)
-class OwnAnswer:
+class SampledAnswer:
     """An answer that was sampled to a prompt. `sample`: of the data."""
 
     sample: int
@@ -62,7 +62,7 @@ class OwnAnswer:
 
 
 @dataclass(frozen=True)
-class Row(OwnAnswer):
+class RewardedAnswer(SampledAnswer):
     """One that is rewarded. `logprobs`: of `tokens`, as they were sampled. `scores`: see `recipes.losses.policy`."""
 
     logprobs: tuple[float, ...]
@@ -70,20 +70,20 @@ class Row(OwnAnswer):
     scores: tuple[float, ...]
 
 
-def len_of(answer: OwnAnswer) -> int:
+def len_of(answer: SampledAnswer) -> int:
     """Tokens of a prompt and its answer."""
     return len(answer.prompt) + len(answer.tokens)
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: RewardedAnswer) -> dict[str, Any]:
     """For JSON, which has no NaN."""
     return asdict(row) | {"scores": [None if math.isnan(score) else score for score in row.scores]}
 
 
-def _row_of(plain: dict[str, Any]) -> Row:
+def _row_of(plain: dict[str, Any]) -> RewardedAnswer:
     scores = tuple(math.nan if score is None else score for score in plain["scores"])
     prompt, tokens, logprobs = (tuple(plain[name]) for name in ("prompt", "tokens", "logprobs"))
-    return Row(plain["sample"], prompt, tokens, logprobs, plain["advantage"], scores)
+    return RewardedAnswer(plain["sample"], prompt, tokens, logprobs, plain["advantage"], scores)
 
 
 def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float]], config: GrpoConfig) -> Tensor:
@@ -101,13 +101,13 @@ def rewarded(completions: Sequence[Completion], rewards: Sequence[Sequence[float
         if scale == "auto":
             scale = "none" if config.loss == "dr_grpo" else "group"
         advantages = group_advantages(total, size, scale)
-    cut = each.new_tensor([float(answer.finish_reason == "length") for answer in completions])
-    columns = torch.stack([advantages, total, group_std(total, size), cut], dim=1)
+    truncated = each.new_tensor([float(answer.finish_reason == "length") for answer in completions])
+    columns = torch.stack([advantages, total, group_std(total, size), truncated], dim=1)
     return torch.cat([columns, each], dim=1)
 
 
 def answers_batch(
-    rows: Sequence[OwnAnswer],
+    rows: Sequence[SampledAnswer],
     questions: Questions,
     geometry: Geometry,
     pad_id: int,
@@ -144,7 +144,7 @@ def answers_batch(
 
 
 def batch_of(
-    rows: Sequence[Row],
+    rows: Sequence[RewardedAnswer],
     questions: Questions,
     geometry: Geometry,
     pad_id: int,
@@ -162,7 +162,7 @@ def batch_of(
     return batch
 
 
-def packed_length(rows: Sequence[OwnAnswer], rollout: Sequence[OwnAnswer], recipe: Recipe) -> int:
+def packed_length(rows: Sequence[SampledAnswer], rollout: Sequence[SampledAnswer], recipe: Recipe) -> int:
     """Tokens of a packed microbatch of `rows`; 0: they are not packed. Stages expect the same of all of a `rollout`."""
     size = recipe.train.micro_batch_size
     if not recipe.data.packing:
@@ -206,7 +206,7 @@ class Rollouts:
             stop_token_ids=stop_token_ids(Path(model_folder(run.recipe))),
         )
         self._answers = self._sampler()
-        self._rows: list[Row] = []
+        self._rows: list[RewardedAnswer] = []
         self._taken = 0  # rows of the rollout that were taken, every time they were
         self._asked = self._steps = 0  # prompts, and steps that their answers are for, so far
         check_lengths(self._questions, self._recipe, self._config.max_new_tokens, "grpo.max_new_tokens")
@@ -289,7 +289,7 @@ class Rollouts:
         if bool(values[:, 1].isnan().all()):
             raise TrainingError(f"step {self._steps + 1}: not one of {len(found)} answers could be rewarded")
         self._rows = [
-            Row(sample, answer.prompt_tokens, answer.tokens, answer.logprobs, value[0], tuple(value[1:]))
+            RewardedAnswer(sample, answer.prompt_tokens, answer.tokens, answer.logprobs, value[0], tuple(value[1:]))
             for sample, answer, value in zip(asked, found, values.tolist(), strict=True)
         ]
         self._write(found)
@@ -328,13 +328,15 @@ class Rollouts:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         partial.rename(path)
-        shown = lines[:_SHOWN]
-        for line in shown:
+        first_lines = lines[:_SHOWN]
+        for line in first_lines:
             text = " ".join(str(line["text"]).split())
             log.say(f"rollout: reward {line['reward']}: {text[:_SHOWN_CHARACTERS]}")
-        log.texts(step, {f"rollout {place}": f"[{line['reward']}] {line['text']}" for place, line in enumerate(shown)})
+        log.texts(
+            step, {f"rollout {place}": f"[{line['reward']}] {line['text']}" for place, line in enumerate(first_lines)}
+        )
 
-    def _line(self, answer: Completion, row: Row) -> dict[str, Any]:
+    def _line(self, answer: Completion, row: RewardedAnswer) -> dict[str, Any]:
         total, _, _, *each = (None if math.isnan(score) else score for score in row.scores)
         return {
             "prompt": self._questions.text(row.prompt),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.train.checkpoint import Progress, Save, begin_save, checkpoints
+from recipes.train.checkpoint import RunProgress, Save, begin_save, checkpoints
 from recipes.train.setup import Run
 from recipes.train.step import any_rank
 
@@ -37,7 +37,7 @@ class Saver:
         """Whether this rank writes one."""
         return self._save is not None and self._save.writing.going_on
 
-    def save(self, progress: Progress) -> bool:
+    def save(self, progress: RunProgress) -> bool:
         """Write one, or begin to, when the last one is there; False where time is up. Collective."""
         if not self.finish():
             return False

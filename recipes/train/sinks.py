@@ -26,7 +26,7 @@ _ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
-class Sink:
+class LogSink:
     """Where the values of a step also go, and the answers to `train.samples`, by the numbers of the prompts."""
 
     write: Callable[[int, Values], None]
@@ -73,7 +73,7 @@ def _in_netrc(host: str) -> bool:
         return False
 
 
-def open_tensorboard(output: Path, resumed_at: int) -> Sink:
+def open_tensorboard(output: Path, resumed_at: int) -> LogSink:
     """Steps beyond `resumed_at`, of an earlier process, are no longer shown: they come again."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -87,10 +87,10 @@ def open_tensorboard(output: Path, resumed_at: int) -> Sink:
         for name, text in answers.items():
             writer.add_text(f"samples/{name}", text, step)
 
-    return Sink(write, texts, writer.close)
+    return LogSink(write, texts, writer.close)
 
 
-def open_wandb(recipe: Recipe, output: Path, say: Callable[[str], None]) -> Sink:
+def open_wandb(recipe: Recipe, output: Path, say: Callable[[str], None]) -> LogSink:
     """A run that goes on is the same run there. Offline as `wandb_mode` says, or where W&B refuses, which is said."""
     import wandb
     from omegaconf import OmegaConf
@@ -127,4 +127,4 @@ def open_wandb(recipe: Recipe, output: Path, say: Callable[[str], None]) -> Sink
         table = wandb.Table(columns=["prompt", "answer"], data=[list(row) for row in answers.items()])
         run.log({"samples": table}, step=step)
 
-    return Sink(write, texts, run.finish)
+    return LogSink(write, texts, run.finish)

@@ -43,11 +43,11 @@ def source_values(objective: Objective, names: Sequence[str], figures: Sequence[
     """
     losses, counts, size = Values(), Values(), len(objective.names)
     for number, name in enumerate(names):
-        own = dict(zip(objective.names, figures[number * size : (number + 1) * size], strict=True))
-        count = own[objective.names[1]]
+        sums = dict(zip(objective.names, figures[number * size : (number + 1) * size], strict=True))
+        count = sums[objective.names[1]]
         counts[f"{objective.counted}/{name}"] = int(count)
         if count:
-            losses[f"loss/{name}"] = objective.values(own)["loss"]
+            losses[f"loss/{name}"] = objective.values(sums)["loss"]
     return (losses, counts) if len(losses) <= _SHOWN else (Values(), losses | counts)
 
 

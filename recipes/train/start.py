@@ -21,7 +21,7 @@ from bridge.together import together
 from recipes.config import Recipe
 from recipes.data.training import model_folder
 from recipes.losses.names import KTO, loss_names
-from recipes.train.data import Answers, Streams
+from recipes.train.data import AnswerBatches, Streams
 from recipes.train.passes import in_groups, mismatched_rows, prepare
 from recipes.train.reference import log_probabilities
 from recipes.train.setup import Run
@@ -53,7 +53,7 @@ def start_logps(run: Run, streams: Streams, load: Callable[[], None] | None, say
         streams.ref_logps[samples.fingerprint] = values.cpu().numpy()
 
 
-def _computed(run: Run, answers: Answers, shape: tuple[int, int]) -> torch.Tensor:
+def _computed(run: Run, answers: AnswerBatches, shape: tuple[int, int]) -> torch.Tensor:
     """float64 [1 or 2, samples], on every rank."""
     values = torch.zeros(shape, dtype=torch.float64, device=run.device)
     once = run.groups.tp.rank() == 0 and run.groups.cp.rank() == 0

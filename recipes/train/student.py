@@ -19,7 +19,7 @@ from recipes.data.questions import Questions
 from recipes.data.training import batch_options, model_folder, say
 from recipes.train.answers import answers
 from recipes.train.data import Streams
-from recipes.train.rollouts import OwnAnswer, RolloutStopped, answers_batch, check_lengths
+from recipes.train.rollouts import RolloutStopped, SampledAnswer, answers_batch, check_lengths
 from recipes.train.setup import Run
 from recipes.train.signals import StopSignal
 from recipes.train.teacher import build_teacher, check_media
@@ -65,19 +65,19 @@ class StudentAnswers:
             stop_token_ids=stop_token_ids(Path(model_folder(run.recipe))),
         )
         self._steps = self._taken = 0  # steps that were begun; microbatches of this one that were taken
-        self._own: list[OwnAnswer] = []
+        self._rollout: list[SampledAnswer] = []
         check_lengths(self._questions, self._recipe, self._config.max_new_tokens, "distill.max_new_tokens")
 
     def __next__(self) -> dict[str, Tensor]:
         if self._taken in (0, self._run.microbatches):
             self._begin()
         number, self._taken = self._taken, self._taken + 1
-        if not self._own:
+        if not self._rollout:
             return next(self._batches)
         size, dp = self._recipe.train.micro_batch_size, self._run.groups.dp
         first = size * (number * dp.size() + dp.rank())
         samples, geometry = self._samples, self._run.bridge.geometry
-        rows = self._own[first : first + size]
+        rows = self._rollout[first : first + size]
         return answers_batch(rows, self._questions, geometry, samples.pad_id, samples.has_media, samples)
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,10 +95,10 @@ class StudentAnswers:
     def _begin(self) -> None:
         """A step: its answers, where they are own. Collective. Raises RolloutStopped before anything is changed."""
         draw = np.random.default_rng([self._recipe.train.seed, self._steps]).random()
-        self._own = self._sampled() if draw < self._config.lmbda else []
+        self._rollout = self._sampled() if draw < self._config.lmbda else []
         self._steps, self._taken = self._steps + 1, 0
 
-    def _sampled(self) -> list[OwnAnswer]:
+    def _sampled(self) -> list[SampledAnswer]:
         count, questions = self._recipe.train.global_batch_size, self._questions
         chosen, behind = self._batches.ahead(count, self._batches.position)
         samples = [row[0] for row in chosen]
@@ -116,4 +116,4 @@ class StudentAnswers:
             raise RolloutStopped
         self._batches.go_to(behind)
         first = self._steps * count
-        return [OwnAnswer(samples[each.index - first], each.prompt_tokens, each.tokens) for each in found]
+        return [SampledAnswer(samples[each.index - first], each.prompt_tokens, each.tokens) for each in found]

@@ -24,7 +24,7 @@ from bridge.together import together
 from recipes.config import Recipe
 from recipes.data.batches import first_labels
 from recipes.losses.distill import DistillLoss, distill_loss
-from recipes.train.data import Answers, Streams
+from recipes.train.data import AnswerBatches, Streams
 from recipes.train.passes import Batch, in_groups, prepare
 from recipes.train.setup import BuiltModel, Run
 from recipes.train.start import files_fingerprint
@@ -62,16 +62,16 @@ def ask_once(run: Run, bridge: Gemma4Bridge, streams: Streams, say: Say) -> None
         streams.taught[samples.fingerprint] = found
 
 
-def _ask(teacher: BuiltModel, answers: Answers, labels: int, paths: tuple[Path, Path]) -> None:
+def _ask(teacher: BuiltModel, answers: AnswerBatches, labels: int, paths: tuple[Path, Path]) -> None:
     """Write both files, on rank 0. Collective."""
     objective = distill_loss(teacher.recipe.distill)
-    count, kinds = objective.top_k, (np.dtype(np.int32), np.dtype(np.float32))
+    count, dtypes = objective.top_k, (np.dtype(np.int32), np.dtype(np.float32))
     held: list[np.memmap] = []
     partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
     try:
         with together():
             if dist.get_rank() == 0:
-                for path, kind, width in zip(partials, kinds, (count, count + 1), strict=True):
+                for path, kind, width in zip(partials, dtypes, (count, count + 1), strict=True):
                     held.append(_allocated(path, kind, (labels, width)))
         for group in in_groups(teacher, answers.batches()):
             for found in _gathered(teacher, group, objective):

@@ -52,7 +52,9 @@ class Writing:
         or in `finish`.
         """
         # What the writer reports goes from thread to thread. Megatron would start a process to carry it, which a
-        # signal to the job ends, and which outlives a rank that is killed.
+        # signal to the job ends, and which outlives a rank that is killed. It asks nobody for another: the strategy
+        # that `save` takes makes its writer by a name, and the writer its queue in the midst of what a subclass would
+        # have to write again. So the module's queue, which it makes once for the process, is this one.
         filesystem_async._results_queue = queue.Queue()
         self._copies = [] if live is None else _detach(state, live)
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")

@@ -79,7 +79,7 @@ def our_batch(rows: list[Row], geometry: Geometry) -> dict[str, Tensor]:
 def our_step(folder: Path, rows_file: Path, parallel: dict[str, Any], out: Path) -> float:
     """On a rank: one GRPO step of all rows; the loss. The model is saved to `out`."""
     from recipes.config import resolve
-    from recipes.losses.grpo import Options
+    from recipes.losses.grpo import PolicyOptions
     from recipes.losses.policy import PolicyLoss
     from recipes.train.setup import assemble, start_ranks
     from recipes.train.step import clear_gradients, reduce_sums, run_microbatches, update
@@ -112,7 +112,7 @@ def our_step(folder: Path, rows_file: Path, parallel: dict[str, Any], out: Path)
     run = assemble(resolve(said), 1, load=True)
     dp = run.groups.dp
     mine = rows[dp.rank() * len(rows) // dp.size() : (dp.rank() + 1) * len(rows) // dp.size()]
-    objective = PolicyLoss("grpo", Options(max_length=max(row["answer"] for row in rows)), (), on_policy=False)
+    objective = PolicyLoss("grpo", PolicyOptions(max_length=max(row["answer"] for row in rows)), (), on_policy=False)
     clear_gradients(run)
     sums = run_microbatches(run, [our_batch(mine, run.bridge.geometry)], train=True, objective=objective)
     loss, count, *_ = reduce_sums(sums)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from bridge.geometry import Geometry
 from bridge.verify.reference import LOGITS, load_hf, with_masks
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 # PEFT's options by variant, where tests need no others.
@@ -51,7 +51,7 @@ def make_adapter(folder: Path, target: Path, seed: int = 0, dtype: torch.dtype =
     return model
 
 
-def peft_logits(folder: Path, adapter: Path, sample: Sample, out: Path) -> Path:
+def peft_logits(folder: Path, adapter: Path, sample: VerificationSample, out: Path) -> Path:
     """The logits of PEFT with an adapter, as a reference that `bridge.verify` compares with."""
     model = peft.PeftModel.from_pretrained(load_model(folder), adapter, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def saved_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[s
     from bridge.lora.inject import fill
     from bridge.lora.table import AdapterTable
     from recipes.config import resolve
-    from recipes.train.checkpoint import Progress, prepare_output
+    from recipes.train.checkpoint import RunProgress, prepare_output
     from recipes.train.optimizer_state import make_states
     from recipes.train.saver import Saver
     from recipes.train.setup import assemble, start_ranks
@@ -94,5 +94,5 @@ def saved_run(folder: Path, output: Path, parallel: dict[str, Any], lora: dict[s
     run.optimizer.reload_model_params()
     make_states(run.optimizer)
     prepare_output(run)
-    Saver(run, lambda said: None).save(Progress(step=7))
+    Saver(run, lambda said: None).save(RunProgress(step=7))
     return run

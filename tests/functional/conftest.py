@@ -13,7 +13,7 @@ from bridge.geometry import Geometry
 from bridge.ranks import PRELOAD, RankPool
 from bridge.toy import write_toy
 from bridge.verify.on_ranks import run_reference
-from bridge.verify.sample import Sample, random_sample
+from bridge.verify.sample import VerificationSample, random_sample
 from tests.functional.command_server import CommandServer
 
 Toy = Callable[..., Path]
@@ -64,9 +64,9 @@ class References:
     def __init__(self, ranks: RankPool, base: Path) -> None:
         self._ranks, self._base = ranks, base
         self._made: dict[tuple[Path, torch.dtype], Path] = {}
-        self._samples: dict[Path, Sample] = {}
+        self._samples: dict[Path, VerificationSample] = {}
 
-    def sample(self, folder: Path) -> Sample:
+    def sample(self, folder: Path) -> VerificationSample:
         if folder not in self._samples:
             self._samples[folder] = random_sample(Geometry.from_folder(folder), seed=0)
         return self._samples[folder]

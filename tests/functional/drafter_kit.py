@@ -22,7 +22,7 @@ from bridge import Gemma4Bridge
 from bridge.convert.live import Gatherer, iter_hf, load_from_hf
 from bridge.generate import speculative
 from bridge.generate.loop import Generator
-from bridge.generate.row import Row
+from bridge.generate.row import GeneratedRow
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions, draw
 from bridge.generate.task import ModelTask, build_model, build_speculator
@@ -154,7 +154,7 @@ def answer_accepting_all(
 ) -> list[Completion]:
     """`answer_with_drafter` that is wrong: every token that is drafted counts as accepted."""
 
-    def sampled(wanted: Tensor, proposed: list[int], own: Any, row: Row, options: SamplingOptions) -> list[int]:
+    def sampled(wanted: Tensor, proposed: list[int], _: Any, row: GeneratedRow, options: SamplingOptions) -> list[int]:
         return [*proposed, int(draw(wanted[-1:], [row.drawn(options, len(proposed))]))]
 
     with unittest.mock.patch.object(speculative, "sampled", sampled):

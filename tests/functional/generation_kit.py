@@ -79,6 +79,17 @@ def answer(
     return Answers(completions, {index: torch.stack(rows) for index, rows in generator.recorded.items()})
 
 
+def prefill_flops(asked: ModelTask, prompt: Prompt) -> int:
+    """On a rank: of the products of a prompt's prefill, without those of attention."""
+    from benchmarks.generation import CountedFlops
+
+    model, groups = build_model(asked)
+    generator = Generator(model, groups)
+    with CountedFlops(weights_only=True) as counted:
+        generator.generate([prompt], SamplingOptions(max_new_tokens=1))
+    return counted.total
+
+
 def random_prompts(geometry: Geometry, lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Prompt]:
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.tensor([i for i in range(8, geometry.vocab_size) if i not in geometry.placeholder_ids])

@@ -23,7 +23,7 @@ from bridge.lora.spec import Factor, LoraSpec, Target
 from bridge.lora.table import Values, adapter_table, part_name
 from bridge.lora.targets import resolve
 from bridge.mapping import table_for
-from bridge.verify.sample import IGNORE, Sample
+from bridge.verify.sample import IGNORE, VerificationSample
 
 from .training_kit import RouterMargins
 
@@ -78,7 +78,7 @@ class Training:
 
     toy: Path
     spec: LoraSpec
-    samples: Sequence[Sample]
+    samples: Sequence[VerificationSample]
     steps: int
     moved: bool = False
     seed: int = SEED
@@ -87,7 +87,7 @@ class Training:
     def rows(self) -> int:
         return self.samples[0].input_ids.shape[0]
 
-    def sample(self, step: int) -> Sample:
+    def sample(self, step: int) -> VerificationSample:
         return self.samples[step % len(self.samples)]
 
     def values(self) -> Values:
@@ -308,13 +308,13 @@ def our_training(training: Training, parallel: dict[str, Any], micro_batch_size:
     return result if dist.get_rank() == 0 else None
 
 
-def _passes(run: Any, batches: Sequence[Sample]) -> Tensor:
+def _passes(run: Any, batches: Sequence[VerificationSample]) -> Tensor:
     """Forward and backward passes over microbatches; this rank's part of the sum of losses and of tokens."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from bridge.megatron.context_parallel import take
 
-    def forward_step(iterator: Iterator[Sample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[VerificationSample], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
         losses = chunk(batch.input_ids, None, batch.attention_mask, labels=batch.labels, **batch.features())
 

@@ -11,7 +11,7 @@ import torch
 
 from bridge.geometry import Geometry
 from bridge.megatron.visibility import GENERATE
-from bridge.verify.sample import Sample
+from bridge.verify.sample import VerificationSample
 
 from .training_kit import CLIP, GLOBAL_BATCH, LR, WEIGHT_DECAY, Trouble, fall_into, rate
 
@@ -49,7 +49,7 @@ class MediaCorpus:
         start = self.taken + self.dp_rank * self.rows
         self.taken += self.rows * self.dp_size
         rows = [self._row(index) for index in range(start, start + self.rows)]
-        sample = Sample(
+        sample = VerificationSample(
             *(torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "attention_mask", "labels")),
             torch.cat([row.mm_token_type_ids for row in rows if row.mm_token_type_ids is not None]),
             tuple(media for row in rows for media in row.media),
@@ -61,7 +61,7 @@ class MediaCorpus:
             **sample.features(),
         }
 
-    def _row(self, index: int) -> Sample:
+    def _row(self, index: int) -> VerificationSample:
         from bridge.verify.media import media_sample
 
         step, row = divmod(index, GLOBAL_BATCH)

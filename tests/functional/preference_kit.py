@@ -29,7 +29,7 @@ TIMED = ("tokens_per_s", "tflops_per_device", "memory_gb", "data_efficiency")
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerBatches:
     """A prompt with its answers, as ids: of a pair the chosen one first; or one answer and whether it is wanted."""
 
     prompt: tuple[int, ...]
@@ -52,7 +52,7 @@ class Preferences:
     def single(self) -> bool:
         return self.said["loss"] in ("kto", "apo_zero_unpaired")
 
-    def records(self) -> list[Answers]:
+    def records(self) -> list[AnswerBatches]:
         """Of all steps, in order."""
         generator = torch.Generator().manual_seed(SEED)
 
@@ -63,13 +63,13 @@ class Preferences:
         # So few that they are learnt: of new ones every time rewards stay near 0, where sums of log-probabilities
         # in float32 (TRL's: -100, rounded to 4e-6) differ by more than a hundred-thousandth.
         few = [
-            Answers(some(3, 14), tuple(some(2, 22) for _ in range(1 if self.single else 2)), index % 3 != 1)
+            AnswerBatches(some(3, 14), tuple(some(2, 22) for _ in range(1 if self.single else 2)), index % 3 != 1)
             for index in range(2 * self.batch)
         ]
         return [few[index % len(few)] for index in range(self.steps * self.batch)]
 
 
-def encoded(records: Sequence[Answers]) -> list[Any]:
+def encoded(records: Sequence[AnswerBatches]) -> list[Any]:
     """As the data has them: each answer behind its prompt."""
     from recipes.data.chat import Encoded
 
@@ -109,7 +109,7 @@ def streams(work: Preferences, recipe: Any, dp_rank: int, dp_size: int) -> Any:
     """What the loop asks of data."""
     from recipes.data.batches import Batches
     from recipes.data.training import batch_options, once
-    from recipes.train.data import Answers, Streams
+    from recipes.train.data import AnswerBatches, Streams
 
     folder = Path(recipe.output).with_name("ref_logps")
     folder.mkdir(exist_ok=True)
@@ -118,7 +118,9 @@ def streams(work: Preferences, recipe: Any, dp_rank: int, dp_size: int) -> Any:
     known: dict[str, np.ndarray] = {}
     train = Batches(records, options, ref_logps=known)
     evaluation = {"": partial(once, records, options, known)}
-    return Streams(train, evaluation, answers=(Answers(records, partial(once, records, options)),), ref_logps=known)
+    return Streams(
+        train, evaluation, answers=(AnswerBatches(records, partial(once, records, options)),), ref_logps=known
+    )
 
 
 def recipe(work: Preferences, output: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class FixedRollouts:
         return batch_of(rows, self.questions, self.geometry, 0, self.samples.has_media, self.samples, packed)
 
     def _row(self, index: int) -> Any:
-        from recipes.train.rollouts import Row
+        from recipes.train.rollouts import RewardedAnswer
 
         generator = torch.Generator().manual_seed(index)
 
@@ -148,7 +148,7 @@ class FixedRollouts:
         # A toy's are about as likely as that.
         logprobs = (-5 + 0.5 * torch.randn(len(tokens), generator=generator)).tolist()
         reward, advantage = torch.randn(2, generator=generator, dtype=torch.float64).tolist()
-        return Row(
+        return RewardedAnswer(
             sample, self.questions.prompt(sample).ids, tokens, tuple(logprobs), advantage, (reward, 1.0, 0.0, reward)
         )
 

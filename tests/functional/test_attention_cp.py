@@ -19,7 +19,7 @@ from bridge.ranks import RankPool
 from bridge.toy import VARIANTS
 from bridge.verify.parity import run_parity
 from bridge.verify.reference import compute_reference
-from bridge.verify.sample import Sample, random_sample
+from bridge.verify.sample import VerificationSample, random_sample
 from bridge.verify.task import ParityTask
 
 BLOCKWISE = {"sliding": "blockwise", "global": "blockwise"}
@@ -33,7 +33,7 @@ class Model:
 
     folder: Path
     geometry: Geometry
-    sample: Sample
+    sample: VerificationSample
     reference: Path
 
 
@@ -146,7 +146,7 @@ def pack_and_documents(toy: Model, leak: str | None) -> tuple[float, float]:
         load_from_hf([model], table_for(toy.geometry), folder)
     model.train()
 
-    def run(sample: Sample) -> tuple[Tensor, list[Tensor]]:
+    def run(sample: VerificationSample) -> tuple[Tensor, list[Tensor]]:
         """Token losses, and the gradient of their sum, of all tokens that have a label."""
         model.zero_grad()
         packed = PackedSeqParams("thd", sample.cu_seqlens, sample.cu_seqlens)
@@ -174,11 +174,11 @@ def pack_and_documents(toy: Model, leak: str | None) -> tuple[float, float]:
     )
 
 
-def cut(sample: Sample, row: int, length: int) -> Sample:
+def cut(sample: VerificationSample, row: int, length: int) -> VerificationSample:
     """One document without padding."""
     types = sample.mm_token_type_ids
     parts = (sample.input_ids, sample.attention_mask, sample.labels, *(() if types is None else (types,)))
-    return Sample(*(part[row : row + 1, :length] for part in parts))
+    return VerificationSample(*(part[row : row + 1, :length] for part in parts))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridge.megatron.distillation import Distillation, TopK, Whole, head_of, linear_distillation, top_k
+from bridge.megatron.distillation import Distillation, TeacherStates, TopK, head_of, linear_distillation, top_k
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.ranks import RankPool
 
@@ -146,7 +146,7 @@ def fused(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     main_grad = torch.zeros(weight.shape) if case.main_grad else None
     positions = loss.positions_with_labels(inputs.labels)
     with mock.patch.object(loss, "_CHUNK_BYTES", 7 * local_rows * 4):
-        whole = Whole(states, head_of(part(inputs.words), case.vocab, SOFTCAP, groups.tp), sp)
+        whole = TeacherStates(states, head_of(part(inputs.words), case.vocab, SOFTCAP, groups.tp), sp)
         teacher: Any = top_k(whole, positions, case.k, case.asked.temperature) if case.k else whole
         found = linear_distillation(
             hidden,
@@ -198,10 +198,10 @@ def test_nothing_to_learn() -> None:
     inputs = Inputs.make(case)
     hidden = inputs.hidden.clone().requires_grad_()
     none = torch.full_like(inputs.labels, -100)
-    whole = Whole(inputs.states, head_of(inputs.words, 96, None, None), False)
+    whole = TeacherStates(inputs.states, head_of(inputs.words, 96, None, None), False)
     positions = torch.empty(0, dtype=torch.int64)
     for teacher in (whole, top_k(whole, positions, 4, 1.0)):
-        assert isinstance(teacher, TopK | Whole)
+        assert isinstance(teacher, TopK | TeacherStates)
         found = linear_distillation(hidden, inputs.weight, none, teacher, HOT, label_positions=positions, vocab_size=96)
         found.sum().backward()
         assert not found.any() and hidden.grad is not None and not hidden.grad.any()

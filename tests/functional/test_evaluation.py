@@ -219,18 +219,18 @@ def test_the_best_by_a_metric_is_the_highest() -> None:
     from types import SimpleNamespace
 
     from recipes.train.best import BestEvaluation
-    from recipes.train.checkpoint import Progress
+    from recipes.train.checkpoint import RunProgress
 
     said: list[str] = []
 
-    def after(progress: Progress, best: str, *values: float) -> tuple[float | None, int, int]:
+    def after(progress: RunProgress, best: str, *values: float) -> tuple[float | None, int, int]:
         for value in values:
             progress.step += 1
             recipe: Any = SimpleNamespace(eval=SimpleNamespace(best=best))
             BestEvaluation(recipe, progress, said.append).compare(value)
         return progress.best_eval, progress.best_step, progress.evals_since_best
 
-    one = Progress()
+    one = RunProgress()
     assert after(one, "loss", 3.0, 1.0, 2.0, float("nan")) == (1.0, 2, 2) and not said
     assert after(one, "json_tree", 0.5, 0.9, 0.9, 0.1) == (0.9, 6, 2)
     assert said == ["eval.best was loss and is json_tree: the best evaluation is looked for anew"]

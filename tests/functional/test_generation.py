@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.flops import decoder_flops, head_flops, layer_flops
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions
 from bridge.geometry import Geometry
@@ -25,6 +26,7 @@ from .generation_kit import (
     generate_with_transformers,
     letters,
     media_prompts,
+    prefill_flops,
     random_prompts,
     save_adapter,
     task,
@@ -85,6 +87,20 @@ def assert_teacher_forced(
         assert (ours - wanted).abs().max() / wanted.abs().max() <= BOUND, f"row {index}"
         logprobs = wanted.log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_a_prefill_multiplies_what_the_geometry_says(ranks: RankPool, toy: Toy, variant: str) -> None:
+    """Every token where keys and values are made; the last one in layers that read those of others, and the head."""
+    folder = toy(variant)
+    geometry, tokens = Geometry.from_folder(folder), 40
+    [prompt] = random_prompts(geometry, [tokens])
+    last_only = [layer.shares_kv for layer in geometry.layers]
+    assert any(last_only) == (variant == "e2b")
+    layers = sum(layer_flops(geometry, layer) * (1 if layer.shares_kv else tokens) for layer in geometry.layers)
+    embedded = decoder_flops(geometry) - sum(layer_flops(geometry, layer) for layer in geometry.layers)
+    [found] = ranks.run(prefill_flops, task(folder), prompt, world_size=1)
+    assert found == layers + embedded * tokens + head_flops(geometry)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

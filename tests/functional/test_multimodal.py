@@ -22,7 +22,7 @@ from bridge.verify.media import kinds_of, media_sample
 from bridge.verify.parity import LOGITS_RELATIVE, ParityTask, run_parity
 from bridge.verify.reference import LOGITS, compute_reference, load_hf, with_masks
 from bridge.verify.result import Check
-from bridge.verify.sample import IGNORE, Sample
+from bridge.verify.sample import IGNORE, VerificationSample
 
 pytest.importorskip("torchvision", reason="transformers' Gemma 4 processors need torchvision")
 
@@ -31,9 +31,11 @@ pytest.importorskip("torchvision", reason="transformers' Gemma 4 processors need
 class Toy:
     folder: Path
     geometry: Geometry
-    samples: dict[tuple[str, ...], tuple[Sample, Path]] = field(default_factory=dict)
+    samples: dict[tuple[str, ...], tuple[VerificationSample, Path]] = field(default_factory=dict)
 
-    def sample(self, kinds: tuple[str, ...] | None = None, vision_mask: str = GENERATE) -> tuple[Sample, Path]:
+    def sample(
+        self, kinds: tuple[str, ...] | None = None, vision_mask: str = GENERATE
+    ) -> tuple[VerificationSample, Path]:
         """A batch and what transformers makes of it under its `vision_mask`, computed once."""
         kinds = kinds or kinds_of(self.geometry)
         key = (*kinds, vision_mask)
@@ -60,7 +62,7 @@ def parity(
     kinds: tuple[str, ...] | None = None,
     world: int = 0,
     run: Callable[[ParityTask], list[Check]] = run_parity,
-    batch: tuple[Sample, Path] | None = None,
+    batch: tuple[VerificationSample, Path] | None = None,
     **options: Any,
 ) -> list[Check]:
     """`batch`: in the place of what `Toy.sample` gives for `kinds`."""
@@ -173,7 +175,7 @@ def test_images_and_video_in_every_layout(layout: str, toys: dict[str, Toy], ran
     assert_passed(parity(toys["12b"], ranks, parallel, SEEN, packed=packed, micro_batch_size=micro))
 
 
-def generated(toy: Toy, kind: str, tokens: int) -> tuple[Sample, Path]:
+def generated(toy: Toy, kind: str, tokens: int) -> tuple[VerificationSample, Path]:
     """A row and what transformers generates after it: logits of the new tokens by its static cache, the rest by it too
     where it has them, that is by its `forward` under the masks that it makes for such a cache."""
     prompt = media_sample(toy.folder, toy.geometry, seed=3, kinds=[kind], multiple_of=1)
@@ -190,7 +192,7 @@ def generated(toy: Toy, kind: str, tokens: int) -> tuple[Sample, Path]:
     assert type(output.cache).__name__ == "StaticCache"
     ids, length = output.sequences, prompt.input_ids.shape[1]
     types = torch.nn.functional.pad(prompt.mm_token_type_ids, (0, tokens))
-    row = Sample(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE), types, prompt.media, prompt.names)
+    row = VerificationSample(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE), types, prompt.media, prompt.names)
     reference = toy.folder.parent / f"{toy.folder.name}-generated.safetensors"
     compute_reference(toy.folder, row, torch.float32, False, reference)
     logits = load_file(reference)[LOGITS]

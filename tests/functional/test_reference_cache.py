@@ -32,7 +32,7 @@ def reference(said: dict[str, Any], folder: Path) -> tuple[list[float] | str, in
     from bridge.megatron.parallel import Parallel, initialize
     from recipes.config import resolve
     from recipes.train import start
-    from recipes.train.data import Answers, Streams
+    from recipes.train.data import AnswerBatches, Streams
 
     initialize(Parallel())
     computed: list[tuple[int, int]] = []
@@ -43,7 +43,7 @@ def reference(said: dict[str, Any], folder: Path) -> tuple[list[float] | str, in
 
     samples: Any = Samples(folder)
     unused: Any = None
-    streams = Streams(unused, answers=(Answers(samples, unused),))
+    streams = Streams(unused, answers=(AnswerBatches(samples, unused),))
     run: Any = SimpleNamespace(recipe=resolve(said), device=torch.device("cpu"))
     with mock.patch.object(start, "_computed", values):
         try:

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ from bridge.convert.folders import import_hf
 from bridge.torch_dist.reader import DistReader
 from bridge.toy import write_toy
 from tests.functional.adapter_kit import make_adapter
-from tests.functional.seams_kit import Nursery, contents, emptied
+from tests.functional.command_server import Command, CommandServer
+from tests.functional.seams_kit import contents, emptied
 
 ROOT = os.getuid() == 0
+LIMIT_S = 240.0
 STEPS = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 KINDS = ("signal", "signal", "two signals", "full disk", "large file", "read-only", "missing file", "second process")
@@ -50,19 +53,20 @@ class Seam:
 
 
 class Place:
-    """The folder in which targets are: a small disk of its own where that can be had."""
+    """The folder in which targets are: a small disk of its own, which only commands see, where that can be had."""
 
-    def __init__(self, nursery: Nursery, folder: Path) -> None:
-        self.nursery, self.given = nursery, folder
+    def __init__(self, commands: CommandServer, folder: Path) -> None:
+        self.commands, self.given = commands, folder
         folder.mkdir()
-        self.mounted = ROOT and not nursery.ask(mount=True, options="size=64m", at=str(folder))["failed"]
-        self.folder = nursery.seen(folder) if self.mounted else folder
+        self.mounted = ROOT and self._mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder))
+        self.folder = Path(f"/proc/{commands.pid}/root{folder}") if self.mounted else folder
+
+    def _mount(self, *arguments: str) -> bool:
+        command = ["nsenter", f"--mount=/proc/{self.commands.pid}/ns/mnt", "mount", *arguments]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
     def set(self, options: str) -> bool:
-        return (
-            self.mounted
-            and not self.nursery.ask(mount=True, options=f"remount,{options}", at=str(self.given))["failed"]
-        )
+        return self.mounted and self._mount("-o", f"remount,{options}", str(self.given))
 
     def used(self) -> int:
         return sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*"))
@@ -70,39 +74,28 @@ class Place:
 
 @dataclass
 class World:
-    nursery: Nursery
+    commands: CommandServer
     place: Place
     seams: dict[str, Seam]
     logs: Path
 
-    def start(self, seam: Seam, **limits: Any) -> tuple[int, Path]:
+    def start(self, seam: Seam, **limits: Any) -> tuple[Command, Path]:
         log = self.logs / f"{len(list(self.logs.iterdir()))}.log"
-        log.touch()  # a signal may come before the command has opened it
-        target = self.place.given / "out"
-        pid = self.nursery.ask(command=seam.arguments(target), log=str(log), **limits)["pid"]
-        return pid, log
-
-    def wait(self, pid: int) -> int:
-        ended = self.nursery.ask(wait=pid)
-        assert not ended["hang"], "it hangs"
-        return int(ended["code"])
+        arguments = seam.arguments(self.place.given / "out")
+        return self.commands.start(arguments, log, "tests.functional.seams_kit:limit", **limits), log
 
     def run(self, seam: Seam, **limits: Any) -> tuple[int, str]:
-        pid, log = self.start(seam, **limits)
-        return self.wait(pid), log.read_text(errors="replace")
+        command, log = self.start(seam, **limits)
+        return command.wait(LIMIT_S), log.read_text(errors="replace")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    base = tmp_path_factory.mktemp("seams")
-    nursery = Nursery()
-    try:
-        yield _world(base, nursery)
-    finally:
-        nursery.close()
+    with CommandServer(("unshare", "--mount", "--propagation", "private") if ROOT else ()) as commands:
+        yield _world(tmp_path_factory.mktemp("seams"), commands)
 
 
-def _world(base: Path, nursery: Nursery) -> World:
+def _world(base: Path, commands: CommandServer) -> World:
     hf, other = base / "hf", base / "other"
     write_toy("e2b", hf, text_only=True, dtype="float32", dead_kv=False)
     write_toy("31b", other, text_only=True, dtype="float32")
@@ -111,7 +104,7 @@ def _world(base: Path, nursery: Nursery) -> World:
     export_hf(base / "other-megatron", base / "other-hf", max_shard_size=400_000)
     make_adapter(hf, base / "peft", target_modules=["q_proj", "v_proj", "down_proj"])
     (base / "logs").mkdir()
-    world = World(nursery, Place(nursery, base / "place"), _seams(base), base / "logs")
+    world = World(commands, Place(commands, base / "place"), _seams(base), base / "logs")
     for seam in world.seams.values():
         started = time.monotonic()
         code, log = world.run(seam)
@@ -219,9 +212,9 @@ def disturb(world: World, seam: Seam, kind: str, dice: random.Random) -> list[tu
             missing.rename(away)
         for _ in range({"signal": 1, "two signals": 2}.get(kind, 0)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(running[0][0], dice.choice(SIGNALS if seam.name != "train" else (*SIGNALS, signal.SIGUSR1)))
+                os.kill(running[0][0].pid, dice.choice(SIGNALS if seam.name != "train" else (*SIGNALS, signal.SIGUSR1)))
             time.sleep(dice.uniform(0, 0.02))
-        return [(world.wait(pid), log.read_text(errors="replace")) for pid, log in running]
+        return [(command.wait(LIMIT_S), log.read_text(errors="replace")) for command, log in running]
     finally:
         if missing is not None and away is not None:
             away.rename(missing)

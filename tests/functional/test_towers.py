@@ -78,11 +78,11 @@ def reference_soft_tokens(folder: Path, media: dict[str, Tensor], dtype: torch.d
 
 def our_soft_tokens(folder: Path, media: dict[str, Tensor], dtype: torch.dtype, tp: int = 1) -> dict[str, Tensor]:
     """The same from the model of this project, loaded live. Runs on every rank."""
-    from bridge.megatron.multimodal import Media
+    from bridge.megatron.multimodal import MediaTensors
 
     model = loaded(folder, dtype, tp)
     with torch.no_grad():
-        return {kind: tokens.clone() for kind, tokens in model.soft_tokens(Media(**media)).items()}
+        return {kind: tokens.clone() for kind, tokens in model.soft_tokens(MediaTensors(**media)).items()}
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32, tp: int = 1, frozen: tuple[str, ...] = ()) -> Any:
@@ -166,10 +166,10 @@ def test_the_model_has_the_keys_of_the_table(variant: str, folders: dict[str, Pa
 def trained_after(folder: Path, media: dict[str, Tensor], frozen: tuple[str, ...]) -> dict[str, bool]:
     """Which parameters of towers and projectors got a gradient, by name."""
     from bridge.mapping.modalities import MODULES
-    from bridge.megatron.multimodal import Media
+    from bridge.megatron.multimodal import MediaTensors
 
     model = loaded(folder, frozen=frozen)
-    sum(tokens.square().sum() for tokens in model.soft_tokens(Media(**media)).values()).backward()
+    sum(tokens.square().sum() for tokens in model.soft_tokens(MediaTensors(**media)).values()).backward()
     return {
         name: bool(p.grad is not None and p.grad.any())
         for name, p in model.named_parameters()

@@ -13,7 +13,7 @@ from bridge.megatron.parallel import Parallel
 from bridge.ranks import RankPool
 from bridge.toy import write_toy
 from bridge.verify.on_ranks import run, run_reference
-from bridge.verify.sample import Sample, random_sample
+from bridge.verify.sample import VerificationSample, random_sample
 from bridge.verify.task import ParityTask
 
 from .kernel_kit import DEVICE
@@ -35,7 +35,7 @@ def test_a_model_of_kernels_is_that_of_transformers(ranks: RankPool, tmp_path: P
     write_toy(variant, tmp_path / "toy", dtype="float32")
     geometry = Geometry.from_folder(tmp_path / "toy")
     whole, reference = random_sample(geometry, seed=0, batch=2), tmp_path / "reference.safetensors"
-    sample = Sample(whole.input_ids[:, -8:], whole.attention_mask[:, -8:], whole.labels[:, -8:])
+    sample = VerificationSample(whole.input_ids[:, -8:], whole.attention_mask[:, -8:], whole.labels[:, -8:])
     ranks.run(run_reference, tmp_path / "toy", sample, torch.float32, True, reference, world_size=1)
     parallel = Parallel(tp=ranks.size, sequence_parallel=ranks.size > 1)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -53,7 +53,7 @@ class Kill:
 def prepare(path: str, model: str, folder: str, workers: int, records: int, step: int | str) -> None:
     # A part is a number of records and nothing else: not what a slow machine does in some seconds.
     cache._PART_RECORDS, cache._PART_SECONDS = 16, 1e9
-    tokenising._ALONE_S, tokenising._GROUP_BLOCKS = 0.0, 1
+    tokenising._ALONE_S, tokenising._GROUP_BATCHES = 0.0, 1
     # There is no telling how far this process gets until the others are ready: it waits for them.
     Processes.ready = True  # type: ignore[assignment,method-assign]
     options = CorpusOptions(path, 256, on_error="skip", workers=workers, cache=folder)

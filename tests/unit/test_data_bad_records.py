@@ -24,7 +24,6 @@ from .data_helpers import (
     chat,
     corpus_of,
     messages,
-    model_folder,
     part,
     picture_folder,
     write_jsonl,
@@ -147,11 +146,6 @@ BAD: list[tuple[Any, str]] = [
     (messages(USER, {"role": "gpt", "content": "<image>"}) | {"images": ["good.png"]}, "holds text only"),
     ({**GOOD, "images": "good.png"}, "images: expected a list, found a string"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
 
 
 @pytest.fixture

@@ -18,18 +18,7 @@ from recipes.data import Batches
 from recipes.data.blend import Blend
 from recipes.data.training import batch_options, corpora, rows_of_run, streams
 
-from .blend_cases import CHATS_AND_CODE, said, write_sources
-from .data_helpers import model_folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("files"))
+from .blend_cases import CHATS_AND_CODE, said
 
 
 def test_sources_of_a_recipe(model: Path, files: Path) -> None:

@@ -16,13 +16,13 @@ import pytest
 
 from bridge.errors import DataError, UsageError
 from recipes.data import Batches
-from recipes.data.blend import Blend, Source
+from recipes.data.blend import Blend, BlendSource
 from recipes.data.order import ALL, WEIGHTED_ROWS, Order, Plans, Position, Share, apportioned, interleave
 from recipes.data.packing import plan_epoch
 from recipes.data.training import batch_options, corpora
 
-from .blend_cases import CHATS_AND_CODE, said, write_sources
-from .data_helpers import chat, corpus_of, model_folder
+from .blend_cases import CHATS_AND_CODE, said
+from .data_helpers import chat, corpus_of
 
 WIDTH = 96
 # Weights as people give them, even, uneven, tiny, no round numbers.
@@ -229,16 +229,6 @@ def test_the_next_epoch_is_planned_while_one_is_used() -> None:
     assert "plan" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("files"))
-
-
 def test_more_tokens_than_there_are(model: Path, files: Path) -> None:
     sources = "[{path: DIR/chats.jsonl}, {path: DIR/facts.jsonl, tokens: 5000REPEAT}]"
     with pytest.raises(
@@ -337,7 +327,7 @@ def test_a_source_needs_no_other_to_be_read_again(model: Path, files: Path) -> N
     assert corpus_of(files, model, [chat("a", "b")]).folder.parent == next(iter(after)).parent
 
 
-def _sources(recipe: Any) -> tuple[Source, ...]:
+def _sources(recipe: Any) -> tuple[BlendSource, ...]:
     train = corpora(recipe).train
     assert isinstance(train, Blend)
     return train.sources

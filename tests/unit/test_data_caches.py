@@ -19,12 +19,7 @@ from bridge.errors import UsageError
 from recipes.data import Corpus, CorpusOptions, open_corpus
 from recipes.data.uses import FOLDER, lock_of
 
-from .data_helpers import caches, chat, model_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+from .data_helpers import caches, chat, write_jsonl
 
 
 @pytest.fixture

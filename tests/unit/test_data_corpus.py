@@ -33,19 +33,8 @@ from .data_helpers import (
     messages,
     model_folder,
     part,
-    picture_folder,
     write_jsonl,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return picture_folder(tmp_path)
 
 
 def test_long_conversations_are_dropped_or_split_between_turns(folder: Path, model: Path) -> None:
@@ -65,8 +54,10 @@ def test_long_conversations_are_dropped_or_split_between_turns(folder: Path, mod
     assert max(split.lengths) <= 64
     # Exactly at the limit is kept, one less is not.
     length = int(split.lengths[0])
-    assert len(corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])],
-                         seq_length=length)) == 1  # fmt: skip
+    assert (
+        len(corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])], seq_length=length))
+        == 1
+    )
     with pytest.raises(DataError, match=f"1 too long; first: .*data.jsonl:1: longer than {length - 1} tokens"):
         corpus_of(folder, model, [messages(system, *chat("aa", "bb", "cc", "dd")["messages"])], seq_length=length - 1)
 
@@ -224,8 +215,9 @@ def test_parts_of_other_data_are_not_gone_on_with(
 
     def opened(name: str, at: Path = model, **changed: Any) -> Corpus:
         options = replace(CorpusOptions(str(path), 64, cache=str(folder / name)), **changed)
-        return open_corpus(options, at, progress=interrupt if name == "cut" and not changed else None,
-                           notify=told.append)  # fmt: skip
+        return open_corpus(
+            options, at, progress=interrupt if name == "cut" and not changed else None, notify=told.append
+        )
 
     with pytest.raises(KeyboardInterrupt):
         opened("cut")

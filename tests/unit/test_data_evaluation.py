@@ -16,17 +16,12 @@ from bridge.geometry import Geometry
 from recipes.config import load_recipe, resolve
 from recipes.data.evaluation import Opened, open_sets
 from recipes.data.options import CorpusOptions
-from recipes.data.part import first, held_out
+from recipes.data.selection import first_samples, held_out
 from recipes.data.training import corpora, streams
 
-from .data_helpers import chat, corpus_of, model_folder, write_jsonl
+from .data_helpers import chat, corpus_of, write_jsonl
 
 ROWS = [chat(f"what is {number}", f"it is {number * number}") for number in range(30)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def texts(corpus: Any) -> set[bytes]:
@@ -35,11 +30,14 @@ def texts(corpus: Any) -> set[bytes]:
 
 def test_a_part_is_a_corpus(tmp_path: Path, model: Path) -> None:
     corpus = corpus_of(tmp_path, model, ROWS)
-    part = first(corpus, 4)
+    part = first_samples(corpus, 4)
     assert len(part) == 4 and part.lengths.tolist() == corpus.lengths[:4].tolist()
     assert [str(part.where(n)) for n in range(4)] == [str(corpus.where(n)) for n in range(4)]
-    assert first(corpus, 0) is corpus is first(corpus, 30) and len(first(first(corpus, 4), 2)) == 2
-    assert len({corpus.fingerprint, part.fingerprint, first(corpus, 5).fingerprint}) == 3
+    assert (
+        first_samples(corpus, 0) is corpus is first_samples(corpus, 30)
+        and len(first_samples(first_samples(corpus, 4), 2)) == 2
+    )
+    assert len({corpus.fingerprint, part.fingerprint, first_samples(corpus, 5).fingerprint}) == 3
 
 
 def test_what_is_held_out_is_held_out(tmp_path: Path, model: Path) -> None:
@@ -63,7 +61,7 @@ def test_which_ones_does_not_change(tmp_path: Path, model: Path) -> None:
     rows = [*ROWS, *ROWS[:9], chat(*[f"{number} {'and so on ' * 6}" for number in range(8)])]
     corpus = corpus_of(tmp_path, model, rows, seq_length=160, overlong="split")
     assert len(corpus) > len(rows) and corpus.where(39) == corpus.where(len(corpus) - 1)
-    for samples in (corpus, first(corpus, 33)):
+    for samples in (corpus, first_samples(corpus, 33)):
         digests: dict[bytes, list[int]] = {}
         for line in dict.fromkeys(samples.where(sample).line for sample in range(len(samples))):
             of_line = [sample for sample in range(len(samples)) if samples.where(sample).line == line]

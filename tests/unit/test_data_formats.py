@@ -25,24 +25,19 @@ from bridge.errors import DataError, UsageError
 from bridge.generate import output
 from bridge.generate.rows import Completion
 from recipes.data import Corpus, CorpusOptions, Supervise, open_corpus
-from recipes.data.blocks import Record
 from recipes.data.chat import ChatModel
 from recipes.data.encoding import Encoder
 from recipes.data.files import DataFile
-from recipes.data.formats import FORMATS, Layout
+from recipes.data.formats import FORMATS, FormatOptions
 from recipes.data.media import decode_audio, read_blob, resampled
+from recipes.data.record_batches import Record
+from recipes.data.record_sources import find_sources
 from recipes.data.sample import Where
-from recipes.data.sources import find_sources
 
-from .data_helpers import corpus_of, model_folder, write_jsonl
+from .data_helpers import corpus_of, write_jsonl
 from .format_records import CALLED, IMAGE, RECORDS, TOOLS, picture, said
 
 pyarrow = pytest.importorskip("pyarrow", reason="writes Parquet and Zstandard")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +47,20 @@ def template(model: Path) -> Any:
     return AutoProcessor.from_pretrained(model)
 
 
+def with_picture(part: Any) -> Any:
+    return {**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
+
+
 def expected(template: Any, messages: Sequence[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
     """transformers' own ids, and a mask from what it renders: the model's turns, with their end, by characters."""
-    media = [part for row in messages if isinstance(row.get("content"), list) for part in row["content"]]
+    lists = [isinstance(row.get("content"), list) for row in messages]
     filled = [
-        {**row, "content": [{**part, "image": Image.open(io.BytesIO(picture()))} if part == IMAGE else part
-                            for part in row["content"]]} if isinstance(row.get("content"), list) else row
-        for row in messages
-    ]  # fmt: skip
+        {**row, "content": [*map(with_picture, row["content"])]} if is_list else row
+        for row, is_list in zip(messages, lists, strict=True)
+    ]
     text = template.apply_chat_template(messages, tools=tools, tokenize=False)
-    ids = template.apply_chat_template(
-        filled if media else messages, tools=tools, tokenize=True, return_dict=True
-    )["input_ids"][0]  # fmt: skip
-    ids = [int(token) for token in ids]
+    found = template.apply_chat_template(filled, tools=tools, tokenize=True, return_dict=True)
+    ids = [int(token) for token in found["input_ids"][0]]
     # Soft tokens are no characters: the mask of the text, where an image is one token.
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [match.span(1) for match in re.finditer(r"<\|turn>model\n(.*?<turn\|>)", text, re.S)]
@@ -104,9 +100,16 @@ def test_records_of_public_data_sets(tmp_path: Path, model: Path, template: Any)
         assert (sample.ids.tolist(), sample.supervised.tolist()) == expected(template, messages, tools), name
         assert (outcome.form, sorted(outcome.unread)) == (form, sorted(unread)), name
     assert {row[2] for row in RECORDS} >= {one.name for one in FORMATS} - {
-        "input_ids", "answer", "megatron", "text", "preference", "unpaired-preference", "prompt-response",
-        "inputs-targets", "input-output",
-    }  # fmt: skip
+        "input_ids",
+        "answer",
+        "megatron",
+        "text",
+        "preference",
+        "unpaired-preference",
+        "prompt-response",
+        "inputs-targets",
+        "input-output",
+    }
 
 
 def test_text_and_tokens(tmp_path: Path, model: Path, template: Any) -> None:
@@ -245,7 +248,7 @@ def made(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def test_what_a_record_does_not_show_is_said(tmp_path: Path, model: Path, template: Any) -> None:
     def learnt(rows: list[Any], **layout: Any) -> Corpus:
-        return corpus_of(tmp_path, model, rows, layout=Layout(**layout))
+        return corpus_of(tmp_path, model, rows, format=FormatOptions(**layout))
 
     asked = expected(template, said("q", "a"))
     assert of(learnt([{"q": "q", "a": "a"}], columns={"prompt": "q", "completion": "a"})) == asked

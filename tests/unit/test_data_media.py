@@ -10,17 +10,7 @@ from PIL import Image
 
 from bridge.errors import DataError
 
-from .data_helpers import GOOD, corpus_of, model_folder, part, picture_folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return picture_folder(tmp_path)
+from .data_helpers import GOOD, corpus_of, part
 
 
 def test_media_root(folder: Path, model: Path, tmp_path: Path) -> None:

@@ -19,12 +19,7 @@ from bridge.megatron import cpu_runtime
 from recipes.data import Batches, BatchOptions, CorpusOptions, open_corpus
 from recipes.data.recognition import recognise
 
-from .data_helpers import chat, model_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+from .data_helpers import chat, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from bridge.errors import DataError
 from recipes.data import Corpus, CorpusOptions, open_corpus
 
-from .data_helpers import model_folder, write_jsonl
+from .data_helpers import write_jsonl
 
 pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet")
 datasets = pytest.importorskip("datasets", reason="reads datasets")
@@ -88,11 +88,6 @@ def as_jsonl(rows: list[dict[str, Any]], path: Path) -> Path:
         return [plain(inner) for inner in value] if isinstance(value, list) else value
 
     return write_jsonl(path, plain(rows))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
 
 
 @pytest.mark.parametrize("rows", [ROWS, SEEN], ids=["text", "images"])

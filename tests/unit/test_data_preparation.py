@@ -18,15 +18,10 @@ from bridge.errors import DataError, UsageError
 from recipes.config import load_recipe
 from recipes.data import CorpusOptions, fingerprints, open_corpus, report
 from recipes.data.files import DataFile
-from recipes.data.tokenising import Share
+from recipes.data.tokenising import ReadShare
 from recipes.data.training import corpora
 
-from .data_helpers import chat, model_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+from .data_helpers import chat, write_jsonl
 
 
 def never(*arguments: Any) -> Any:
@@ -45,7 +40,7 @@ def test_a_second_start_reads_no_data(tmp_path: Path, model: Path, monkeypatch: 
     monkeypatch.setattr(fingerprints, "_SETTLED_S", 0.0)
     opened.append(open_corpus(options, model).folder)
     with monkeypatch.context() as patch:
-        for name in ("fingerprint", "blocks"):
+        for name in ("fingerprint", "record_batches"):
             patch.setattr(DataFile, name, never)
         opened.append(open_corpus(options, model).folder)
     assert len(set(opened)) == 1
@@ -107,14 +102,14 @@ def test_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "c.csv"
     rows.write_text("prompt,completion\n" + "a,b\n" * 500)
     sources = [DataFile(plain), DataFile(packed), DataFile(rows)]
-    share, seen = Share(sources), list[float]()
+    share, seen = ReadShare(sources), list[float]()
     for number, source in enumerate(sources):
-        seen += [share.read(number) for _ in source.blocks()]
+        seen += [share.read(number) for _ in source.record_batches()]
     assert seen == sorted(seen) and seen[0] < 0.3 and seen[-1] == 1.0
     said: list[str] = []
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    progress = report.Progress(said.append)
+    progress = report.ProgressLines(said.append)
     progress.read(1, 0.2)
     now = 105.0
     progress.read(2, 0.3)

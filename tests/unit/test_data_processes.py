@@ -27,11 +27,6 @@ from recipes.data.processes import Processes
 from .data_helpers import caches, chat, files_of, model_folder, write_jsonl
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusOptions:
     """A thousand records, of which other processes make all but the first block."""
@@ -41,7 +36,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusOptions:
     rows: list[Any] = [seen if n % 100 == 7 else "" if n % 100 == 8 else chat("q", f"a {n}") for n in range(1000)]
     rows[500] = "not JSON"
     monkeypatch.setattr(tokenising, "_ALONE_S", 0.0)
-    monkeypatch.setattr(tokenising, "_GROUP_BLOCKS", 2)
+    monkeypatch.setattr(tokenising, "_GROUP_BATCHES", 2)
     # There is no telling how far this process gets until the others are ready: it waits for them.
     monkeypatch.setattr(Processes, "ready", True)
     path = write_jsonl(tmp_path / "a.jsonl", rows)

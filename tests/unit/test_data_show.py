@@ -16,12 +16,7 @@ from bridge.errors import UsageError
 from recipes.data import Supervise, report
 from recipes.data.report import warnings
 
-from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
+from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, write_jsonl
 
 
 def shown(*arguments: str) -> dict[str, Any]:

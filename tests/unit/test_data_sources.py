@@ -16,17 +16,7 @@ from bridge.errors import DataError, UsageError
 from recipes.data import CorpusOptions, open_corpus
 from recipes.data.files import DataFile
 
-from .data_helpers import ANSWER, GOOD, USER, chat, corpus_of, model_folder, picture_folder, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return picture_folder(tmp_path)
+from .data_helpers import ANSWER, GOOD, USER, chat, corpus_of, write_jsonl
 
 
 def test_blank_lines_and_byte_order_marks(folder: Path, model: Path) -> None:

@@ -25,11 +25,6 @@ from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
 from .supervision_cases import BY_HAND, say
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model") / "e2b")
-
-
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with media in it, which is also the current one."""

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_reads_what_safetensors_wrote(folder: Path) -> None:
     with HfFolder(folder) as hf:
-        assert hf.file_metadata == {"format": "pt"} and hf.index_metadata == {}
+        assert hf.file_metadata == {"format": "pt"}
         assert hf.assets == [Path("config.json"), Path("sub/chat_template.jinja"), Path("tokenizer.json")]
         assert hf.ignored == [Path("pytorch_model.bin")]
         assert set(hf.tensors) == set(TENSORS)

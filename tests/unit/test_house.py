@@ -1,9 +1,12 @@
-"""A function fits on a screen, a file holds one concept."""
+"""A function fits on a screen, a file holds one concept, and links lead to files of the tree."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator, Sequence
+
+import pytest
 
 from .source_trees import ROOT, text_of, tree_of
 
@@ -48,3 +51,23 @@ def test_a_long_function_is_seen() -> None:
     inner = "\n".join(f"            a{number} = 0" for number in range(70))
     tree = ast.parse(f"class C:\n    def f(self):\n        def g():\n{inner}\n        return g\n")
     assert dict(functions(tree.body)) == {"f": 73, "g": 71}
+
+
+def test_a_class_has_its_name_alone() -> None:
+    """A public class of the product means one thing: no two are called the same."""
+    found: dict[str, list[str]] = {}
+    for package in PACKAGES[:3]:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in tree_of(file).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}
+
+
+def test_links_lead_into_the_tree() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not (names := listed.split("\n")[:-1]):
+        pytest.skip("not a clone")
+    links = [ROOT / name for name in names if (ROOT / name).is_symlink()]
+    assert links, "scripts/slurm/env.sh is one"
+    assert [link for link in links if not link.exists() or not link.resolve().is_relative_to(ROOT.resolve())] == []

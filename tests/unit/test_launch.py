@@ -21,7 +21,7 @@ from bridge.megatron.parallel import Parallel
 from bridge.toy.config import VARIANTS, published
 from recipes.config import load_recipe
 from recipes.memory.activations import Load
-from recipes.memory.estimate import RESERVE, Plan, estimate, passes_under_way
+from recipes.memory.estimate import RESERVE, TrainingPlan, estimate, passes_under_way
 from recipes.memory.recipe import geometry_of, plan_of, report
 from recipes.memory.search import search
 from recipes.slurm.job import Job, read_sweep, seconds
@@ -158,7 +158,7 @@ def test_a_sweep(tmp_path: Path) -> None:
 def test_the_published_sizes(variant: str, billions: float) -> None:
     """One rank holds every parameter, each once."""
     table = table_for(Geometry.from_dict(published(variant)))
-    found = estimate(table, Plan(Parallel(), 1, Load(1, 1024)))
+    found = estimate(table, TrainingPlan(Parallel(), 1, Load(1, 1024)))
     assert found.counts.parameters == pytest.approx(billions * 1e9, abs=1e6)
     assert found.weights == 2 * (found.counts.parameters + found.counts.buffers)
     assert (found.gradients, found.optimizer) == (4 * found.counts.trained, 12 * found.counts.trained)
@@ -174,11 +174,11 @@ def test_the_pipeline_holds_more_microbatches_in_front() -> None:
 
 def test_proposals_fit_and_the_best_is_first() -> None:
     table = table_for(geometry_of("google/gemma-4-26B-A4B-it"))
-    found = search(table, Plan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
+    found = search(table, TrainingPlan(Parallel(), 16, Load(1, 8192)), 80 * 10**9, 64)
     assert found and all(one.estimate.total + RESERVE <= 80e9 for one in found)
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(16 % one.plan.parallel.world_size == 0 for one in found)
-    assert not search(table, Plan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
+    assert not search(table, TrainingPlan(Parallel(), 1, Load(1, 8192)), 80 * 10**9, 64)
 
 
 @pytest.mark.parametrize("asked", [["train.samples=8"], ["eval.metrics=[exact_match]", "eval.metric_tokens=128"]])

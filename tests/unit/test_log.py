@@ -16,7 +16,7 @@ from recipes.config import Recipe, resolve
 from recipes.train.log import LOG_FILE, Log, remaining
 from recipes.train.meter import Meter
 from recipes.train.samples import acceptance_values
-from recipes.train.sinks import Sink, check_sinks, wandb_mode
+from recipes.train.sinks import LogSink, check_sinks, wandb_mode
 
 
 def test_the_rest_of_a_run_takes_as_long_a_step_as_what_was() -> None:
@@ -41,7 +41,7 @@ def test_who_watches_sees_when_a_resumed_run_will_end(tmp_path: Path, capsys: py
 def test_the_acceptance_of_a_drafter_is_in_every_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file, the terminal, and what W&B and TensorBoard are told: mean length, and the rate at each place."""
     log, told = Log(logged(tmp_path), resumed_at=0), list[tuple[int, dict[str, float]]]()
-    log._sinks.append(Sink(lambda step, values: told.append((step, values)), lambda step, texts: None, lambda: None))
+    log._sinks.append(LogSink(lambda step, values: told.append((step, values)), lambda step, texts: None, lambda: None))
     rounds = ((3, 3), (3, 1), (1, 0))
     log.write(6, acceptance_values([Completion(0, 0, (5,), (6, 7), (-1.0, -1.0), "length", rounds=rounds)]))
     log.close()

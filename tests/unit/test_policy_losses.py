@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.losses.grpo import LOSSES, Answers, Options, group_advantages, group_std, leave_one_out
+from recipes.losses.grpo import LOSSES, AnswerLogps, PolicyOptions, group_advantages, group_std, leave_one_out
 from recipes.losses.policy import PolicyLoss
-from recipes.train.rollouts import Row, batch_of
+from recipes.train.rollouts import RewardedAnswer, batch_of
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the losses are compared with TRL's")
 
@@ -23,7 +23,7 @@ THEIRS = {"grpo": ("grpo", "token"), "dapo": ("dapo", "token"), "dr_grpo": ("dr_
 THEIRS["gspo"] = ("grpo", "sequence")
 
 
-def rollouts(seed: int = 0, importance: bool = False) -> tuple[Answers, Options]:
+def rollouts(seed: int = 0, importance: bool = False) -> tuple[AnswerLogps, PolicyOptions]:
     """Answers of 1 to LENGTH tokens whose policy has moved so far that some ratios are clipped on either side."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -32,7 +32,7 @@ def rollouts(seed: int = 0, importance: bool = False) -> tuple[Answers, Options]
 
     lengths = torch.tensor([1, 13, 5, 9, 2, 13, 7, 4])[:, None]
     logps = -some(ROWS, LENGTH).abs() - 0.1
-    answers = Answers(
+    answers = AnswerLogps(
         logps=logps.requires_grad_(),
         old_logps=(logps + 0.3 * some(ROWS, LENGTH)).detach(),
         advantages=some(ROWS),
@@ -40,7 +40,7 @@ def rollouts(seed: int = 0, importance: bool = False) -> tuple[Answers, Options]
         ref_logps=(logps + 0.5 * some(ROWS, LENGTH)).detach(),
         importance=some(ROWS, LENGTH).exp().clamp(max=2.0) if importance else None,
     )
-    return answers, Options(epsilon=0.2, epsilon_high=0.28, beta=0.04, max_length=LENGTH)
+    return answers, PolicyOptions(epsilon=0.2, epsilon_high=0.28, beta=0.04, max_length=LENGTH)
 
 
 class _Accelerator:
@@ -54,7 +54,7 @@ class _Accelerator:
         return value
 
 
-def their_loss(name: str, answers: Answers, options: Options) -> Tensor:
+def their_loss(name: str, answers: AnswerLogps, options: PolicyOptions) -> Tensor:
     """What TRL's trainer makes of the same rollouts."""
     kind, level = THEIRS.get(name, ("", ""))
     trainer_class = trl.RLOOTrainer if name == "rloo" else trl.GRPOTrainer
@@ -121,7 +121,7 @@ def test_a_batch_in_parts_is_the_batch(name: str) -> None:
     sums, counts = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     for part in (slice(0, 3), slice(3, ROWS)):
         fields = {key: None if value is None else value[part] for key, value in vars(answers).items()}
-        more, of = LOSSES[name](Answers(**fields), options)
+        more, of = LOSSES[name](AnswerLogps(**fields), options)
         sums, counts = sums + more, counts + of
     torch.testing.assert_close(sums / counts, total / count)
 
@@ -146,8 +146,8 @@ def test_packed_answers_are_the_answers(name: str) -> None:
         tokens, logprobs = torch.randint(1, 90, (length,), generator=dice), -torch.rand(length, generator=dice) - 0.1
         tokens[-1] = 99
         asked, said = tuple(range(2, 4 + number)), (tuple(tokens.tolist()), tuple(logprobs.tolist()))
-        rows.append(Row(0, asked, *said, (-1.0) ** number, (0.5, 1.0, 0.0, 0.5)))
-    objective = PolicyLoss(name, Options(epsilon=0.1, max_length=7), ("length",), on_policy=False)
+        rows.append(RewardedAnswer(0, asked, *said, (-1.0) ** number, (0.5, 1.0, 0.0, 0.5)))
+    objective = PolicyLoss(name, PolicyOptions(epsilon=0.1, max_length=7), ("length",), on_policy=False)
     found = []
     for packed in (0, 32):
         questions: Any = None

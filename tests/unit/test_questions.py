@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bridge.errors import DataError
-from recipes.data.part import first, held_out
 from recipes.data.prompts import PromptEncoder
 from recipes.data.questions import Questions, check_questions
 from recipes.data.sample import Where
+from recipes.data.selection import first_samples, held_out
 from recipes.metrics.named import METRICS
 
-from .data_helpers import MERGING_TEMPLATE, chat, corpus_of, model_folder
+from .data_helpers import MERGING_TEMPLATE, chat, corpus_of
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
 IMAGE = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what is it"}]
@@ -40,11 +40,6 @@ ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "a cat"}]},
 ]
 REFERENCES = ['{"a": 1}', "the answer\nof two lines", "Grüße", "warm", "done", "a cat"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_what_is_asked_and_what_is_wanted(tmp_path: Path, model: Path) -> None:
@@ -76,7 +71,7 @@ def test_a_template_with_a_prefix_asks_with_it(tmp_path: Path, model: Path) -> N
 
 def test_parts_of_a_corpus(tmp_path: Path, model: Path) -> None:
     corpus = corpus_of(tmp_path, model, ROWS[:5])
-    assert len(Questions(corpus, 2)) == len(Questions(first(corpus, 2))) == 2
+    assert len(Questions(corpus, 2)) == len(Questions(first_samples(corpus, 2))) == 2
     rest, held = held_out(corpus, 0.4)
     wanted = [Questions(held).reference(number) for number in range(len(held))]
     assert wanted == [REFERENCES[number] for number in held.samples] and len(rest) + len(held) == 5

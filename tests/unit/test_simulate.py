@@ -82,7 +82,7 @@ def one_f_one_b(pp: int, stage: int, microbatches: int, size: int = 0) -> list[E
 
 def stages(pp: int, microbatches: int, size: int = 0) -> list[SimulatedRank]:
     memory = Memory(4, 8, 12, {"attention": 3}, "passes")
-    return [SimulatedRank(i, i, 0, microbatches, memory, {}, one_f_one_b(pp, i, microbatches, size)) for i in range(pp)]
+    return [SimulatedRank(i, i, microbatches, memory, {}, one_f_one_b(pp, i, microbatches, size)) for i in range(pp)]
 
 
 @pytest.mark.parametrize(("pp", "microbatches"), [(1, 4), (2, 2), (4, 8), (4, 3), (8, 64)])
@@ -115,7 +115,7 @@ def test_a_collective_hides_behind_work_until_it_is_waited_for() -> None:
         Collective("all_reduce", group, 4, None, 3),
         Wait(3),
     ]
-    rank = SimulatedRank(0, 0, 0, 1, Memory(0, 0, 0, {}, "passes"), {}, events)
+    rank = SimulatedRank(0, 0, 1, Memory(0, 0, 0, {}, "passes"), {}, events)
     found = step_time([rank], Parallel(cp=2), 1, UNIT)
     # Half of the six bytes go to the other rank, two seconds of them behind the work; all four of the sum.
     assert found.parts == {"context parallelism": 1 + 4, "products": 2} and found.seconds == 7

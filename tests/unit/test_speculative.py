@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bridge.generate.acceptance import Acceptance
-from bridge.generate.row import Row
+from bridge.generate.row import GeneratedRow
 from bridge.generate.rows import Completion, Prompt
 from bridge.generate.sampling import SamplingOptions, distribution, draw
 from bridge.generate.speculative import sampled
@@ -21,8 +21,8 @@ WORDS = 6
 SEEN = Visibility.of(torch.zeros(1, 2, dtype=torch.int64))
 
 
-def row(sample: int) -> Row:
-    return Row(0, sample, Prompt((1, 2)), SEEN, tokens=[3])
+def row(sample: int) -> GeneratedRow:
+    return GeneratedRow(0, sample, Prompt((1, 2)), SEEN, tokens=[3])
 
 
 @pytest.mark.parametrize(

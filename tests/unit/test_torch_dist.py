@@ -25,7 +25,7 @@ from bridge.errors import CheckpointError
 from bridge.hf.tensors import TensorSpec
 from bridge.torch_dist import pickles
 from bridge.torch_dist.format import DTYPES, item_sizes, object_item, parse_item, tensor_item
-from bridge.torch_dist.pickles import Global, New, Pairs
+from bridge.torch_dist.pickles import DictItems, Global, Instance
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from bridge.torch_dist.writer import DistWriter
 
@@ -179,7 +179,7 @@ def save_boxes(folder: Path, boxes: Any) -> None:
                 chunks.append(meta("ChunkStorageMetadata", offsets=size(offsets), sizes=size(tuple(part.shape))))
                 index = meta("MetadataIndex", fqn=key, index=None, offset=size(offsets))
                 place = {"relative_path": file.name, "offset": start, "length": out.tell() - start}
-                storage.append((index, New(Global(FILESYSTEM, "_StorageInfo"), (), place)))
+                storage.append((index, Instance(Global(FILESYSTEM, "_StorageInfo"), (), place)))
             entries.append((key, tensor_meta(chunks, tuple(tensor.shape), Global("torch", str(tensor.dtype)[6:]))))
     finish_boxes(folder, entries, storage)
 
@@ -188,22 +188,25 @@ FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 META = "torch.distributed.checkpoint.metadata"
 
 
-def meta(name: str, **state: Any) -> New:
-    return New(Global(META, name), (), state)
+def meta(name: str, **state: Any) -> Instance:
+    return Instance(Global(META, name), (), state)
 
 
 def size(shape: tuple[int, ...]) -> pickles.Call:
     return pickles.Call(Global("torch", "Size"), (shape,))
 
 
-def tensor_meta(chunks: list[New], shape: tuple[int, ...], dtype: Global) -> New:
-    properties = New(Global(META, "TensorProperties"), (), (dtype, None, False, None, False))
+def tensor_meta(chunks: list[Instance], shape: tuple[int, ...], dtype: Global) -> Instance:
+    properties = Instance(Global(META, "TensorProperties"), (), (dtype, None, False, None, False))
     return meta("TensorStorageMetadata", properties=properties, size=size(shape), chunks=chunks)
 
 
-def finish_boxes(folder: Path, entries: list[tuple[str, New]], storage: list[tuple[New, New]]) -> None:
+def finish_boxes(folder: Path, entries: list[tuple[str, Instance]], storage: list[tuple[Instance, Instance]]) -> None:
     tree = meta(
-        "Metadata", state_dict_metadata=Pairs(list(entries)), planner_data=None, storage_data=Pairs(list(storage))
+        "Metadata",
+        state_dict_metadata=DictItems(list(entries)),
+        planner_data=None,
+        storage_data=DictItems(list(storage)),
     )
     (folder / ".metadata").write_bytes(pickles.dumps(tree))
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
@@ -230,7 +233,7 @@ def one_box(folder: Path, **change: Any) -> None:
         if facts["descriptors"]:
             place["transform_descriptors"] = facts["descriptors"]
         index = meta("MetadataIndex", fqn="w", index=None, offset=size(offsets))
-        storage.append((index, New(Global(FILESYSTEM, "_StorageInfo"), (), place)))
+        storage.append((index, Instance(Global(FILESYSTEM, "_StorageInfo"), (), place)))
     finish_boxes(folder, [("w", tensor_meta(chunks, facts["shape"], facts["dtype"]))], storage)
 
 
@@ -281,7 +284,7 @@ def test_planted_code_never_runs(tmp_path: Path) -> None:
     chunk = meta("ChunkStorageMetadata", offsets=size((0,)), sizes=size((2,)))
     index = meta("MetadataIndex", fqn="w", index=None, offset=size((0,)))
     entries = [("w", tensor_meta([chunk], (2,), Global("torch", "float32")))]
-    finish_boxes(tmp_path, entries, [(index, New(Global(FILESYSTEM, "_StorageInfo"), (), place))])
+    finish_boxes(tmp_path, entries, [(index, Instance(Global(FILESYSTEM, "_StorageInfo"), (), place))])
     with pytest.raises(CheckpointError, match="refused as unsafe"), DistReader(tmp_path) as reader:
         read(reader, "w")
     assert not (tmp_path / "planted").exists()

@@ -120,7 +120,7 @@ class _Tiling:
 
     def __init__(self, mask: Mask, q: Tensor) -> None:
         self.mask, self.repeat = mask, q.shape[2]
-        rows, self.piece = TILE[q.device.type]
+        rows, self.piece = TILE.get(q.device.type, TILE["cpu"])
         self.rows = max(1, rows // self.repeat)
 
     def __iter__(self) -> Any:

@@ -77,9 +77,9 @@ def _attend(
     aux: AuxRequest | None = None,
     options: Mapping[str, int | bool] = MappingProxyType({}),
 ) -> Any:
-    head_dim, own = query.shape[-1], None
+    head_dim, device_options = query.shape[-1], None
     if query.is_cuda:
-        own = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
+        device_options = kernel_options(head_dim, query.dtype, torch.cuda.get_device_capability(query.device))
     if not torch.is_grad_enabled():
         # On a CPU torch looks at requires_grad even where nothing is recorded.
         query, key, value = query.detach(), key.detach(), value.detach()
@@ -90,7 +90,7 @@ def _attend(
             block_mask=block_mask(mask, block_size(head_dim)),
             scale=1.0,
             enable_gqa=query.shape[2] != key.shape[2],
-            kernel_options={**(own or {}), **options} or None,
+            kernel_options={**(device_options or {}), **options} or None,
             return_aux=aux,
         )
 

@@ -115,12 +115,12 @@ def attention_weights_kernel(
         depth = tl.arange(0, DEPTH)[None, :]
         there, here = (row < rows)[:, None], (column < columns)[:, None]
         group = head // REPEAT
-        own, other = row_tile.to(tl.int64) * TILE, column_tile.to(tl.int64) * TILE
+        first_row, first_column = row_tile.to(tl.int64) * TILE, column_tile.to(tl.int64) * TILE
         inner = tl.arange(0, TILE)[:, None]
-        q_at = query + batch * query_b + head * query_h + own * query_s + (inner * query_s + depth)
-        g_at = d_output + batch * d_output_b + head * d_output_h + own * d_output_s + (inner * d_output_s + depth)
-        k_at = key + batch * key_b + group * key_h + other * key_s + (inner * key_s + depth)
-        v_at = value + batch * value_b + group * value_h + other * value_s + (inner * value_s + depth)
+        q_at = query + batch * query_b + head * query_h + first_row * query_s + (inner * query_s + depth)
+        g_at = d_output + batch * d_output_b + head * d_output_h + first_row * d_output_s + (inner * d_output_s + depth)
+        k_at = key + batch * key_b + group * key_h + first_column * key_s + (inner * key_s + depth)
+        v_at = value + batch * value_b + group * value_h + first_column * value_s + (inner * value_s + depth)
         scores = tl.zeros((TILE, TILE), tl.float32)
         d_weights = tl.zeros((TILE, TILE), tl.float32)
         for start in range(0, D, DEPTH):

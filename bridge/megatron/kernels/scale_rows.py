@@ -64,10 +64,10 @@ def scale_rows_backward_kernel(
 
 def scale_rows(x: Tensor, weights: Tensor) -> Tensor:
     """`x` [t, n] times `weights` [t] float32, in the dtype of `x`."""
-    return _Weigh.apply(x, weights)
+    return _ScaleRows.apply(x, weights)
 
 
-class _Weigh(torch.autograd.Function):
+class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         rows, output = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -40,9 +40,9 @@ class AudioTower(TowerModule):
         check_clips(features, mask, self.geometry.features)
         frames = self.subsample_conv_projection(features, send(mask, features.device))
         # What the two convolutions leave of each clip.
-        kept = mask.bool()[:, ::2][:, ::2]
-        hidden = frames.flatten(0, 1).index_select(0, send(kept.flatten().nonzero().squeeze(1), features.device))
-        clip = send(kept.nonzero()[:, 0], features.device)
+        real = mask.bool()[:, ::2][:, ::2]
+        hidden = frames.flatten(0, 1).index_select(0, send(real.flatten().nonzero().squeeze(1), features.device))
+        clip = send(real.nonzero()[:, 0], features.device)
         distances = relative_positions(self.geometry, hidden.dtype, hidden.device)
         recompute = self.config.recompute_granularity == "full" and self.training
         for layer in self.layers.children():

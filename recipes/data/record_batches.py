@@ -22,7 +22,7 @@ class Record(NamedTuple):
     blank: bool = False
 
 
-class Block(Protocol):
+class RecordBatch(Protocol):
     """Can be pickled. Its length is the number of its records."""
 
     def __len__(self) -> int: ...
@@ -33,7 +33,7 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True)
-class Lines:
+class JsonLines:
     """Lines of JSON, from number `first` on; None for one that is longer than `longest` bytes."""
 
     name: str
@@ -54,7 +54,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Table:
+class ArrowRows:
     """Rows of an Arrow table or batch, from number `first` on. Nulls are taken out: Arrow gives every struct of a
     column all the keys that any row has."""
 
@@ -75,16 +75,16 @@ class Table:
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, self.rows.schema) as stream:
             stream.write(self.rows)
-        return _read_table, (self.name, self.first, sink.getvalue().to_pybytes())
+        return _read_rows, (self.name, self.first, sink.getvalue().to_pybytes())
 
 
-def _read_table(name: str, first: int, data: bytes) -> Table:
+def _read_rows(name: str, first: int, data: bytes) -> ArrowRows:
     pyarrow = importlib.import_module("pyarrow")
-    return Table(name, first, pyarrow.ipc.open_stream(data).read_all())
+    return ArrowRows(name, first, pyarrow.ipc.open_stream(data).read_all())
 
 
 @dataclass(frozen=True)
-class Read:
+class ParsedRecords:
     """Records that were parsed where they were read."""
 
     of: Sequence[Record]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bridge.errors import DataError
-from recipes.data.blocks import Block, Record
-from recipes.data.files import ROWS, DataFile, first_line, kind_of_file, needed, tables
+from recipes.data.files import ROWS, DataFile, arrow_batches, first_line, kind_of_file, needed
 from recipes.data.megatron import MegatronFile, prefix_of
+from recipes.data.record_batches import Record, RecordBatch
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What is read of a folder: other .json there is mostly somebody's configuration.
@@ -24,9 +24,9 @@ _ROW_BYTES = 1024
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test")
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """One file or dataset. `root`: the folder of its media, None where it has no folder. `share`: how much of it was
-    read by the last of `blocks`, 0 to 1."""
+    read by the last of `record_batches`, 0 to 1."""
 
     share: float
 
@@ -44,18 +44,18 @@ class Source(Protocol):
         """About how many bytes it has. Raises DataError."""
         ...
 
-    def blocks(self) -> Iterator[Block]:
+    def record_batches(self) -> Iterator[RecordBatch]:
         """All records in order, bad ones too. Raises DataError where it cannot be read on."""
         ...
 
 
-def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | None = None) -> list[Source]:
+def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | None = None) -> list[RecordSource]:
     """The sources that `paths` name, in order, a folder's and a glob's files sorted by name.
 
     Of a folder that has splits, those of `split`. Raises DataError: nothing there, a file of another kind, a dataset
     without the `datasets` package.
     """
-    found: list[Source] = []
+    found: list[RecordSource] = []
     for name in paths:
         path = Path(name)
         if (prefix := prefix_of(name)) is not None:
@@ -76,7 +76,7 @@ def find_sources(paths: Sequence[str], *, split: str = "train", subset: str | No
     return found
 
 
-def _matched(files: Sequence[Path]) -> list[Source]:
+def _matched(files: Sequence[Path]) -> list[RecordSource]:
     """The files of a glob; of the two that Megatron makes of a text, both are one."""
     prefixes = {file: prefix_of(str(file)) for file in files}
     both = dict.fromkeys(prefix for prefix in prefixes.values() if prefix is not None)
@@ -121,7 +121,7 @@ def local_splits(name: str) -> list[str]:
     return list(dict.fromkeys(split for file in _files(Path(name)) if (split := _split_of(file)) is not None))
 
 
-def _folder(path: Path, split: str) -> list[Source]:
+def _folder(path: Path, split: str) -> list[RecordSource]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [HubDataset(str(path), split, None, saved=True)]
     files = _files(path)
@@ -155,9 +155,9 @@ def _files(folder: Path) -> list[Path]:
         )
 
     try:
-        own = here(folder)
+        direct = here(folder)
         inner = sorted(one for one in folder.iterdir() if one.is_dir() and (one.name == "data" or _called(one.name)))
-        return own or [file for one in inner for file in here(one)]
+        return direct or [file for one in inner for file in here(one)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 
@@ -214,17 +214,17 @@ class HubDataset:
     def size(self) -> int:
         return len(self._dataset()) * _ROW_BYTES
 
-    def blocks(self) -> Iterator[Block]:
+    def record_batches(self) -> Iterator[RecordBatch]:
         rows, read = max(1, len(self._dataset())), 0
-        for block in tables(self._dataset().iter(batch_size=ROWS), self.name):
-            read += len(block)
+        for batch in arrow_batches(self._dataset().iter(batch_size=ROWS), self.name):
+            read += len(batch)
             self.share = read / rows
-            yield block
+            yield batch
 
     def records(self) -> Iterator[Record]:
         """All records in order, one by one."""
-        for block in self.blocks():
-            yield from block.records()
+        for batch in self.record_batches():
+            yield from batch.records()
 
 
 def _datasets(name: str) -> Any:

@@ -13,7 +13,7 @@ from recipes.data.corpus import Corpus
 from recipes.data.sample import Where
 
 
-class Part:
+class SelectedSamples:
     """The `samples` (int64, in order) of a corpus. What is not said here is as in `Corpus`."""
 
     def __init__(self, corpus: Corpus, samples: np.ndarray) -> None:
@@ -46,32 +46,36 @@ class Part:
 
 
 # The samples of one corpus.
-Whole = Corpus | Part
+CorpusSamples = Corpus | SelectedSamples
 
 
-def whole(samples: Whole) -> Corpus:
+def underlying_corpus(samples: CorpusSamples) -> Corpus:
     """The corpus that samples are of."""
-    return samples.corpus if isinstance(samples, Part) else samples
+    return samples.corpus if isinstance(samples, SelectedSamples) else samples
 
 
-def first(corpus: Whole, count: int) -> Whole:
+def first_samples(corpus: CorpusSamples, count: int) -> CorpusSamples:
     """The first `count` samples (of pairs so many pairs); all, where `count` is 0 or there are no more."""
     count *= corpus.options.together
-    return corpus if not count or count >= len(corpus) else _taken(corpus, np.arange(count, dtype=np.int64))
+    return corpus if not count or count >= len(corpus) else _selected(corpus, np.arange(count, dtype=np.int64))
 
 
-def _taken(samples: Whole, which: np.ndarray) -> Part:
-    return Part(samples.corpus, samples.samples[which]) if isinstance(samples, Part) else Part(samples, which)
+def _selected(samples: CorpusSamples, which: np.ndarray) -> SelectedSamples:
+    return (
+        SelectedSamples(samples.corpus, samples.samples[which])
+        if isinstance(samples, SelectedSamples)
+        else SelectedSamples(samples, which)
+    )
 
 
-def held_out(corpus: Whole, fraction: float) -> tuple[Part, Part]:
+def held_out(corpus: CorpusSamples, fraction: float) -> tuple[SelectedSamples, SelectedSamples]:
     """(the rest, about `fraction` of the samples): by the content of records alone, whatever their order or a seed.
 
     Pieces of one record, and records that say the same, are on the same side. Raises DataError where nothing would be
     left of either side.
     """
-    starts, digests = whole(corpus).records(
-        corpus.samples if isinstance(corpus, Part) else np.arange(len(corpus), dtype=np.int64)
+    starts, digests = underlying_corpus(corpus).records(
+        corpus.samples if isinstance(corpus, SelectedSamples) else np.arange(len(corpus), dtype=np.int64)
     )
     order = np.lexsort(digests.T[::-1])
     sizes = np.diff(starts, append=len(corpus))[order]
@@ -87,4 +91,4 @@ def held_out(corpus: Whole, fraction: float) -> tuple[Part, Part]:
     records = np.empty(len(order), bool)
     records[order] = taken[alike]
     chosen = records.repeat(np.diff(starts, append=len(corpus)))
-    return _taken(corpus, np.flatnonzero(~chosen)), _taken(corpus, np.flatnonzero(chosen))
+    return _selected(corpus, np.flatnonzero(~chosen)), _selected(corpus, np.flatnonzero(chosen))
