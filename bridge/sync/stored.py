@@ -116,7 +116,7 @@ def push_adapter(
 
 
 def _check_served(server: VllmServer, geometry: Geometry, notify: Notify | None) -> None:
-    """Raise EngineError where another model is served: vLLM fills a smaller adapter up with zeros, without a word."""
+    """Raise EngineError where another model is served: by its code vLLM compares no shapes."""
     answer = server.get("/v1/models", absent="no vLLM server: it has no /v1/models")
     roots = [str(card["root"]) for card in answer["data"] if card.get("parent") is None]
     for root in roots:
