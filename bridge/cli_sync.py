@@ -53,7 +53,7 @@ def sync(
             raise UsageError(f"{run}: no folder here; say with --adapter-dir where the server is to read the adapter")
         folder = Path(run).absolute().with_name(f"{Path(run).absolute().name}-vllm")
         folder = folder if adapter_dir is None else adapter_dir
-        server = push_adapter(run, url, name=name, folder=folder, base=base)
+        server = push_adapter(run, url, name=name, folder=folder, base=base, notify=err.print)
         if not wrote_json(json_file, {"url": server, "adapter": name, "folder": str(folder)}):
             out.print(f"{server}: serves the adapter as {name}, from {folder}")
         return

@@ -72,6 +72,7 @@ _ELSEWHERE = {
     "reward_funcs": "grpo.rewards",
     "max_completion_length": "grpo.max_new_tokens",
     "use_vllm": "grpo.engine",
+    "vllm_server_base_url": "grpo.engine_url",
     "precompute_ref_log_probs": "preference.reference",
     "ref_model": "preference.reference",
 }

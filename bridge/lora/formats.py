@@ -27,6 +27,7 @@ from torch import Tensor
 from bridge.errors import UsageError
 from bridge.lora.spec import Factor, Target
 from bridge.mapping import Table
+from bridge.mapping.modalities import MODULES
 from bridge.mapping.transforms import Shape
 
 PREFIX = "base_model.model."
@@ -108,6 +109,18 @@ def check_servable(adapter_format: str, targets: Sequence[Target]) -> None:
                 f"{target.module}: scaled by {target.scaling:g}, {first.module} by {first.scaling:g}; "
                 f"{adapter_format} knows one scaling for all, so merge this adapter instead"
             )
+
+
+def note_for_engine(adapter_format: str, targets: Sequence[Target]) -> str | None:
+    """What an engine has to be told lest it leaves a part of an adapter out, without a word."""
+    found = [target.module for target in targets if not {*target.module.split(".")}.isdisjoint(MODULES)]
+    if adapter_format != "vllm" or not found:
+        return None
+    return (
+        f"{found[0]}{'' if len(found) == 1 else f' and {len(found) - 1} more'}: vLLM serves adapters of towers and "
+        "projectors with --enable-tower-connector-lora, of an encoder-free model (12B) not at all; else it leaves them "
+        "out without a word. `adapter merge` makes a folder that has everything"
+    )
 
 
 def engine_targets(adapter_format: str, targets: Sequence[Target], table: Table) -> list[str]:

@@ -26,7 +26,7 @@ from bridge.hf.folder import INDEX_FILE, HfFolder
 from bridge.hf.tensors import TensorSpec, num_rows, printable, row_bytes
 from bridge.hf.writer import HfWriter, write_text
 from bridge.lora.adapter import Adapter, BaseCopy, adapter_assets
-from bridge.lora.formats import StoredTensor, check_servable, stored_tensors
+from bridge.lora.formats import StoredTensor, check_servable, note_for_engine, stored_tensors
 from bridge.lora.peft_config import CONFIG_FILE, PeftConfig, config_json
 from bridge.lora.spec import Factor, Target
 from bridge.lora.stored import read_names
@@ -145,6 +145,9 @@ def write_peft(
         for note in adapter.notes:
             notify(note)
     check_servable(adapter_format, adapter.targets)
+    left_out = note_for_engine(adapter_format, adapter.targets)
+    if notify is not None and left_out is not None:
+        notify(left_out)
     planned = list(stored_tensors(adapter_format, adapter.targets, adapter.table))
     dtypes = {(t.name, part): adapter.dtype(t, part) for t in adapter.targets for part in t.parts}
     specs = [TensorSpec(p.key, dtypes[p.target.name, p.part], p.shape) for p in planned]

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bridge.convert.atomic import Notify
 from bridge.convert.live import CHUNK_BYTES
 from bridge.convert.manifest import ADAPTER_FILE, MegatronFolder, is_megatron_folder
 from bridge.convert.torch_dtypes import TORCH_DTYPES
+from bridge.errors import BridgeError, EngineError
+from bridge.geometry import Geometry
 from bridge.hf.hub import resolve
 from bridge.hf.tensors import RowReader, num_rows, row_bytes
 from bridge.lora.merge import MergedReader, check_copies, open_base
 from bridge.lora.peft_folder import write_peft
-from bridge.lora.source import is_peft_folder, open_both, open_megatron, open_with_table
+from bridge.lora.source import is_peft_folder, open_both, open_megatron, open_with_table, table_of
 from bridge.mapping import Table
 from bridge.sync.buckets import BUCKET_BYTES, Bucket, SyncTensor, plan_buckets
 from bridge.sync.send import Sent, send
-from bridge.sync.vllm import VllmServer, VllmSink
+from bridge.sync.vllm import VllmServer, VllmSink, model_facts
 
 Progress = Callable[[int, int, str], None]
 
@@ -88,7 +91,9 @@ def push(
         )
 
 
-def push_adapter(run: str, url: str, *, name: str, folder: Path, base: str | None = None) -> str:
+def push_adapter(
+    run: str, url: str, *, name: str, folder: Path, base: str | None = None, notify: Notify | None = None
+) -> str:
     """Write an adapter to `folder` as vLLM reads it, and let a server load it under `name`, in the place of another.
 
     The server keeps reading the folder, whenever it has dropped the adapter from its memory. Returns the server's URL.
@@ -99,7 +104,8 @@ def push_adapter(run: str, url: str, *, name: str, folder: Path, base: str | Non
     path = resolve(run)
     with ExitStack() as stack:
         adapter = open_with_table(stack, path, base) if is_peft_folder(path) else open_megatron(stack, path)
-        write_peft(folder, adapter, adapter_format="vllm", overwrite=True)
+        _check_served(server, adapter.table.geometry, notify)
+        write_peft(folder, adapter, adapter_format="vllm", overwrite=True, notify=notify)
     server.post(
         "/v1/load_lora_adapter",
         {"lora_name": name, "lora_path": str(folder.absolute()), "load_inplace": True},
@@ -107,6 +113,25 @@ def push_adapter(run: str, url: str, *, name: str, folder: Path, base: str | Non
         "--enable-lora",
     )
     return server.url
+
+
+def _check_served(server: VllmServer, geometry: Geometry, notify: Notify | None) -> None:
+    """Raise EngineError where another model is served: by its code vLLM compares no shapes."""
+    answer = server.get("/v1/models", absent="no vLLM server: it has no /v1/models")
+    roots = [str(card["root"]) for card in answer["data"] if card.get("parent") is None]
+    for root in roots:
+        try:
+            served = model_facts(table_of(root).geometry)
+        except BridgeError as error:
+            if notify is not None:
+                notify(f"{server.url}: whether the adapter is of the model that is served was not compared: {error}")
+            continue
+        for name, ours in model_facts(geometry).items():
+            if served[name] != ours:
+                raise EngineError(
+                    f"{server.url}: another model is served, {root}: its {name} is {served[name]}, "
+                    f"that of the adapter's {ours}"
+                )
 
 
 def _is_adapter(path: Path) -> bool:

@@ -130,7 +130,8 @@ def write_part(folder: Path, outcomes: Iterable[tuple[int, RecordOutcome]]) -> t
             writer.add(source, outcome)
             records += 1
     statistics = writer.counts.frozen()
-    (folder / "meta.json").write_text(json.dumps({"records": records, "statistics": statistics.to_json()}), "utf-8")
+    meta = {"records": records, "statistics": statistics.to_json(), "sizes": _sizes(folder)}
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
     return records, statistics
 
 
@@ -223,15 +224,18 @@ def _complete(part: Path) -> tuple[int, Statistics] | None:
         return None
     try:
         meta = json.loads((part / "meta.json").read_text(encoding="utf-8"))
-        statistics = Statistics.from_json(meta["statistics"])
-        sizes = {"ids.bin": 4 * statistics.tokens, "flags.bin": statistics.tokens, "index.bin": 24 * statistics.samples}
-        if all((part / name).stat().st_size == size for name, size in sizes.items()):
-            return int(meta["records"]), statistics
+        if _sizes(part) == meta["sizes"]:
+            return int(meta["records"]), Statistics.from_json(meta["statistics"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     # A machine that lost its power may have kept a name and not the bytes.
     shutil.rmtree(part, ignore_errors=True)
     return None
+
+
+def _sizes(part: Path) -> dict[str, int]:
+    """In bytes, of its files. Raises OSError."""
+    return {name: (part / name).stat().st_size for name in _FILES}
 
 
 def _append(path: Path, target: IO[bytes], update: Callable[[bytes], None] | None) -> None:

@@ -39,10 +39,10 @@ from bridge.mapping.table import DRAFTER
 from bridge.torch_dist.reader import DistReader, is_dist_checkpoint
 from recipes.train.lora import describe
 from recipes.train.media import modality_of
-from recipes.train.optimizer_state import make_states, set_state, sharded_state
+from recipes.train.optimizer_state import live_tensors, make_states, set_state, sharded_state
 from recipes.train.setup import Run
 from recipes.train.sole import check_sole
-from recipes.train.writing import Writing
+from recipes.train.writing import Live, Writing
 
 _NAME = re.compile(r"iter_(\d{7,})")
 _PROGRESS_FILE = "progress.json"
@@ -188,8 +188,15 @@ def begin_save(run: Run, progress: RunProgress) -> Save:
     state["optimizer"] = sharded_state(run.optimizer, run.stored, fill=True)
     state["rng"] = _rng_object(_random_states())
     with save.reported():
-        save.writing = Writing(state, save.partial, run.stored if wanted.async_ else None)
+        save.writing = Writing(state, save.partial, live_of(run) if wanted.async_ else None)
     return save
+
+
+def live_of(run: Run) -> Live:
+    """What goes on changing while a checkpoint is written."""
+    parameters = [parameter for model in run.stored for parameter in model.parameters()]
+    buffers = [buffer for model in run.stored for buffer in model.buffers()]
+    return Live([*parameters, *live_tensors(run.optimizer)], buffers)
 
 
 def load(run: Run, folder: Path) -> RunProgress:

@@ -34,9 +34,12 @@ def on_its_own(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
+def room_for(tensor: Tensor) -> Tensor:
+    """Memory for a copy, not initialised, with the strides that `clone` gives."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return empty(tensor.numel(), tensor.dtype).as_strided(tensor.shape, strides)
+
+
 def copy_of(tensor: Tensor) -> Tensor:
     """A copy with the strides that `clone` gives; of a GPU's tensor in pinned memory, there when it is waited for."""
-    if tensor.is_cuda:
-        return tensor.to("cpu", non_blocking=True)
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return empty(tensor.numel(), tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+    return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else room_for(tensor).copy_(tensor)

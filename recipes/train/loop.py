@@ -258,6 +258,7 @@ class _Loop:
         if math.isfinite(loss):
             unused = [modality for modality, count in zip(MODALITIES, used, strict=True) if not count]
             idle = [parameter for parameter, modality in self._modalities.items() if modality in unused]
+            self._saver.before_update()
             norm, changed = update(run, self._largest_norm(), idle)
         self._count(norm, changed, used)
         if progress.step % self.recipe.log.every == 0 or progress.step == self.recipe.train.steps or not changed:

@@ -71,7 +71,8 @@ def sharded_state(
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """What this rank saves or loads, by a name of its own. Collective; with `fill`, the values are collected.
 
-    The tensors are on the CPU, of the shapes of whole parameters (of this rank's tensor-parallel shard).
+    The tensors are on the CPU, of the shapes of whole parameters (of this rank's tensor-parallel shard): copies, or the
+    optimizer's own where this rank has all of a parameter's (`live_tensors`).
     """
     shardings = _shardings(models)
     result: dict[str, ShardedTensor | ShardedTensorFactory] = {}
@@ -115,6 +116,15 @@ def set_state(optimizer: MegatronOptimizer, loaded: dict[str, Tensor], updates: 
             part._set_main_param_and_optimizer_states(held.parameter, piece)
 
 
+def live_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """What an update changes of this rank's state."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for piece in group["params"]:
+                yield piece
+                yield from (each for each in part.optimizer.state.get(piece, {}).values() if isinstance(each, Tensor))
+
+
 def make_states(optimizer: MegatronOptimizer) -> None:
     """Let moments exist before the first step. Weights may decay: load them afterwards."""
     for part in _parts(optimizer):
@@ -146,7 +156,8 @@ def _like(item: ShardedTensor | ShardedTensorFactory, key: str, data: Tensor) ->
 def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | None:
     """The whole state of a parameter on its owner, float32, flat, on the CPU; None elsewhere.
 
-    One tensor of it after the other: all of them, once more, may be more than a GPU has left.
+    Where the owner has it so, that is what it gets, and no copy. Else one tensor of it after the other: all of them,
+    once more, may be more than a GPU has left.
     """
     group = part.data_parallel_group
     rank = group.rank()
@@ -155,6 +166,10 @@ def _collect(part: DistributedOptimizer, held: _Held) -> dict[str, Tensor] | Non
         for value in _state(part, held) if start < stop else ():
             dist.send(value.detach().float(), group=group, group_dst=held.owner)
         return None
+    if (start, stop) == (0, held.parameter.numel()):
+        own = [value.detach() for value in _state(part, held)]
+        if all(value.device.type == "cpu" and value.dtype is torch.float32 and value.is_contiguous() for value in own):
+            return dict(zip(held.keys, own, strict=True))
     whole = [empty(held.parameter.numel(), torch.float32) for _ in held.keys]
     for source, (low, high) in enumerate(held.ranges):
         if low == high:

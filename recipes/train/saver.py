@@ -46,6 +46,11 @@ class Saver:
             self._appear(progress.step)
         return True
 
+    def before_update(self) -> None:
+        """Wait until what is written reads nothing any more that an update changes. Of this rank."""
+        if self._save is not None:
+            self._save.writing.copied()
+
     def stepped(self, step: int, writing: bool) -> None:
         """Let one appear that no rank writes any more (not `writing`). Collective, between steps."""
         if self._save is not None and not writing:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.engines.kit import ENGINES
+from tests.engines.kit import ROOT
 from tests.functional.conftest import ranks, toy
 
 __all__ = ["ranks", "toy"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def engines() -> Path:
-    """The environment of the engines. Without it nothing here says anything: that is a failure, not a skip."""
-    assert (ENGINES / ".ready").exists(), f"{ENGINES} is not there: `make engines` makes it"
-    return ENGINES
+@pytest.fixture(scope="module", autouse=True)
+def environment(request: pytest.FixtureRequest) -> None:
+    """What a file's tests run in: its `NEEDS`, or vLLM's. Without it nothing is said: a failure, not a skip."""
+    needed = ROOT / getattr(request.module, "NEEDS", ".venv-engines/.ready")
+    assert needed.exists(), f"{needed} is not there: `make engines` makes it, or says why it cannot"

@@ -132,14 +132,24 @@ class Server:
 
 
 @contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile: of a socket that does not listen, so that a server may bind it too.
+
+    Servers ask for SO_REUSEADDR or SO_REUSEPORT, which both have to.
+    """
+    with socket.socket() as held:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, option, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@contextmanager
 def serving(
     command: Callable[[int], Sequence[str]], said: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """A server that a command starts on a free port, once its /health answers. Raises EngineFailed where it ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with said.open("w") as log:
+    with reserved_port() as port, said.open("w") as log:
         process = subprocess.Popen(
             command(port),
             stdout=log,

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from bridge.geometry import Geometry
 from bridge.toy import write_toy
 from bridge.verify.media import load_processor
 from bridge.verify.reference import load_hf
-from tests.engines.kit import ENGINES, HEAD_DIM, ROOT, SECONDS, answered
+from tests.engines.kit import ENGINES, HEAD_DIM, ROOT, SECONDS, answered, reserved_port
 from tests.engines.openai_kit import FLAGS, SERVER_ENVIRONMENT
 
 pytestmark = pytest.mark.engine
@@ -64,15 +63,12 @@ def test_they_serve_what_was_trained(tmp_path: Path) -> None:
     """The adapter answers in the server what the merged folder answers in transformers, and not what the base does."""
     write_toy("e4b", tmp_path / "model", dtype="float32", head_dim=HEAD_DIM)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = commands().replace("8000", port)
-    assert len([line for line in script.splitlines() if line and not line.startswith((" ", "#"))]) == 5
+    assert len([line for line in commands().splitlines() if line and not line.startswith((" ", "#"))]) == 5
     path = f"{command_vllm(tmp_path / 'bin')}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | SERVER_ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(ROOT)}
     answer = tmp_path / "answer.json"
-    with (tmp_path / "said.log").open("w") as log, answer.open("w") as out:
+    with reserved_port() as port, (tmp_path / "said.log").open("w") as log, answer.open("w") as out:
+        script = commands().replace("8000", str(port))
         process = subprocess.Popen(
             ["bash", "-eu", "-c", script],
             cwd=tmp_path,

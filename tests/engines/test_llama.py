@@ -15,6 +15,7 @@ from tests.engines.test_vllm import trained
 from tests.functional.conftest import Toy
 
 pytestmark = pytest.mark.engine
+NEEDS = ".venv-engines/bin/llama-server"
 
 # What a table of float16 makes of GELU, at most.
 ROUNDING = 5e-3

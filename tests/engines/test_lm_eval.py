@@ -19,6 +19,7 @@ from tests.functional.conftest import Toy
 from tests.functional.generation_kit import run_recipe
 
 pytestmark = pytest.mark.engine
+NEEDS = ".venv/.lm-eval"
 
 WORDS = [f"{animal} in the {place}" for animal in ("cat", "dog", "owl") for place in ("barn", "house", "wood", "sea")]
 # Printed figures have four digits; these are of sums of log-probabilities, in which noise is of 1e-5.

@@ -20,6 +20,7 @@ from tests.engines.verl_kit import Row, make_rows, our_step
 from tests.functional.conftest import Toy
 
 pytestmark = pytest.mark.engine
+NEEDS = ".venv-verl/.ready"
 
 VERL = ROOT / ".venv-verl" / "bin" / "python"
 BOUND, APART = 1e-5, 1e-4

@@ -27,7 +27,7 @@ class Gate:
     that it will make."""
 
     def __init__(self, last: int) -> None:
-        self.last, self.updates, self.begun = last, 0, 0
+        self.last, self.updates, self.begun, self.awaited = last, 0, 0, False
         self.changed = threading.Condition()
 
     def count(self) -> None:
@@ -38,6 +38,16 @@ class Gate:
     def wait(self) -> None:
         with self.changed:
             self.changed.wait_for(lambda: self.updates > self.begun or self.updates >= self.last)
+
+    def ask(self) -> None:
+        with self.changed:
+            self.awaited = True
+            self.changed.notify_all()
+
+    def wait_to_copy(self) -> None:
+        """Copies are made when the run waits for them, or, where it does not, behind its next update."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.awaited or self.updates > self.begun or self.updates >= self.last)
 
     def open(self) -> None:
         with self.changed:
@@ -62,8 +72,9 @@ def held_back(gate: Gate, kill: tuple[int, int] | None = None, stuck: bool = Fal
     import torch
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from recipes.train import checkpoint, loop, saver
+    from recipes.train import checkpoint, loop, saver, writing
 
+    fill, copied = writing._fill, writing.Writing.copied
     write, update, begin = filesystem_async._write_item, loop.update, saver.begin_save
     give_up = checkpoint.Save.give_up
 
@@ -83,7 +94,16 @@ def held_back(gate: Gate, kill: tuple[int, int] | None = None, stuck: bool = Fal
 
     def begins(run: Any, progress: Any) -> Any:
         gate.begun = gate.updates = progress.step  # of a run that was resumed too
+        gate.awaited = False
         return begin(run, progress)
+
+    def fills(*pair: Any) -> None:
+        gate.wait_to_copy()
+        fill(*pair)
+
+    def waits(of: Any) -> None:
+        gate.ask()
+        copied(of)
 
     def gives_up(save: Any) -> None:
         gate.open()
@@ -95,6 +115,8 @@ def held_back(gate: Gate, kill: tuple[int, int] | None = None, stuck: bool = Fal
             (loop, "update", updates),
             (saver, "begin_save", begins),
             (checkpoint.Save, "give_up", gives_up),
+            (writing, "_fill", fills),
+            (writing.Writing, "copied", waits),
         ):
             stack.enter_context(replaced(owner, name, value))
         yield

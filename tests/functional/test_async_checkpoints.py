@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge.convert.manifest import TRACKER_FILE
 from bridge.errors import CheckpointError, ParallelError
 from bridge.ranks import RankPool
 from recipes.train.checkpoint import checkpoints
@@ -62,6 +63,7 @@ def test_killed_while_one_is_written(ranks: RankPool, toy: Callable[..., Path], 
     ranks.run(train_toy, recipe(toy("e2b"), tmp_path / "whole", STEPS), OVERRIDES, world_size=2)
     assert (tmp_path / "killed" / ".iter_0000004.partial").is_dir() and len(losses(tmp_path / "killed")) >= 4
     assert list(checkpoints(tmp_path / "killed")) == [2]
+    assert (tmp_path / "killed" / TRACKER_FILE).read_text() == "2"
     assert_same(tmp_path / "killed" / "iter_0000002", tmp_path / "whole" / "iter_0000002")
     ranks.run(train_beside, said, [*OVERRIDES, "checkpoint.keep=2"], STEPS, world_size=2)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -115,6 +117,7 @@ def test_killed_twenty_times_while_a_gigabyte_is_written(ranks: RankPool, tmp_pa
             ranks.run(killed_writing, recipe(tmp_path / "toy", run, 200), overrides, rank, at, world_size=2)
         step, last = 2 * number + 2, checkpoints(run)
         assert list(last) == [step] and (run / f".iter_{step + 2:07d}.partial").is_dir()
+        assert (run / TRACKER_FILE).read_text() == str(step)
         seen[step] = digests(last[step])
     assert sum(path.stat().st_size for path in last[step].iterdir()) > 1e9
     stop = Trouble(2 * KILLS, 0, signal.SIGTERM)

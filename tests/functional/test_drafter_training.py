@@ -57,6 +57,8 @@ RUNS = {
     "both, one rank": (TRAINED, ONE, ONE),
     "both, TP2 PP2": (TRAINED, LAYOUTS["TP2 PP2"], LAYOUTS["TP2 PP2"]),
     "both, PP2 and DP2": (TRAINED, LAYOUTS["PP2"], LAYOUTS["DP2"]),
+    "drafter, CP2": ([], LAYOUTS["CP2"], ONE),
+    "both, CP2": (TRAINED, LAYOUTS["CP2"], LAYOUTS["CP2"]),
     "LoRA, one rank": (LORA, ONE, ONE),
     "LoRA, TP2 PP2": (LORA, ONE, LAYOUTS["TP2 PP2"]),
 }

@@ -32,17 +32,21 @@ from .conftest import Toy
 
 @dataclass
 class Stub:
-    """A server that answers as vLLM does. `failing`: (code, message) by path; what is not in `paths` is a 404."""
+    """A server that answers as vLLM does. `failing`: (code, message) by path; what is not in `paths` is a 404.
+
+    `model`: what is served, for adapters.
+    """
 
     paths: tuple[str, ...] = (
         *("/version", "/init_weight_transfer_engine", "/pause", "/start_weight_update", "/update_weights"),
-        *("/finish_weight_update", "/resume", "/v1/load_lora_adapter"),
+        *("/finish_weight_update", "/resume", "/v1/models", "/v1/load_lora_adapter"),
     )
     failing: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[tuple[str, Any]] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     url: str = ""
+    model: str = ""
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         bare = path.partition("?")[0]
@@ -54,7 +58,9 @@ class Stub:
             return code, {"error": {"message": message, "code": code}}
         if bare == "/update_weights":
             self.take(body["update_info"])
-        return 200, {"version": "0.32.0"} if bare == "/version" else {"message": "done"}
+        cards = [{"id": "served", "root": self.model, "parent": None}, {"id": "x", "root": "x", "parent": "served"}]
+        said: dict[str, Any] = {"/version": {"version": "0.32.0"}, "/v1/models": {"data": cards}}
+        return 200, said.get(bare, {"message": "done"})
 
     def take(self, info: dict[str, Any]) -> None:
         """A bucket, as the back end of `integrations.vllm` reads it."""
@@ -146,7 +152,7 @@ def test_an_adapter(toy: Toy, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "adapter", target_modules=r".*language_model\.layers\.\d+\.self_attn\.[qv]_proj")
     with ExitStack() as stack:
         merge_adapter(*open_both(stack, tmp_path / "adapter", None), tmp_path / "merged")
-    with serving(Stub()) as stub:
+    with serving(Stub(model=str(base))) as stub:
         run(tmp_path / "adapter", stub.url)
         run(tmp_path / "adapter", stub.url, "--adapter-only", "--name", "tuned")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -159,6 +165,22 @@ def test_an_adapter(toy: Toy, tmp_path: Path) -> None:
         {"lora_name": "tuned", "lora_path": str(folder), "load_inplace": True},
     )
     assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_of_another_model(toy: Toy, tmp_path: Path) -> None:
+    """vLLM compares no shapes; where it serves what is not here, that is said."""
+    make_adapter(toy("31b", text_only=True), tmp_path / "adapter", target_modules=["q_proj"])
+    options = (tmp_path / "adapter", "--adapter-only", "--adapter-dir", tmp_path / "written")
+    with serving(Stub(model=str(toy("26b-a4b", text_only=True)))) as stub:
+        with pytest.raises(
+            EngineError, match=r"another model is served, .*: its \w+ is \d+, that of the adapter's \d+"
+        ):
+            run(options[0], stub.url, *options[1:])
+        assert not (tmp_path / "written").exists()
+        stub.model = str(tmp_path / "elsewhere")
+        said = run(options[0], stub.url, *options[1:]).stderr
+    assert "the model that is served was not compared: " in " ".join(said.split())
+    assert (tmp_path / "written").is_dir() and stub.asked[-1][0] == "/v1/load_lora_adapter"
 
 
 OTHER = "another model is served: its hidden_size is 48, that of the weights 64"
@@ -185,7 +207,7 @@ CASES: dict[str, tuple[Stub, list[str], str]] = {
         "URL/update_weights: 500, out of memory; the server stays paused, with a part of the new weights",
     ),
     "no room for adapters": (
-        Stub(paths=("/version",)),
+        Stub(paths=("/version", "/v1/models")),
         ["--adapter-only"],
         "URL: vLLM 0.32.0 takes no adapters while it runs; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -162,7 +163,9 @@ def test_what_was_tokenised_is_kept_and_gone_on_with(
 def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that lost its bytes is made again; of two builders that know nothing of each other both are right."""
     monkeypatch.setattr(cache, "_PART_RECORDS", 4)
-    rows = [chat("q", f"a {number}") for number in range(20)]
+    rows: list[Any] = [chat("q", f"a {number}") for number in range(20)]
+    picture = base64.b64encode((folder / "good.png").read_bytes()).decode()
+    rows[5], rows[6] = part(type="image", base64=picture), "not JSON"
     path = write_jsonl(folder / "data.jsonl", rows)
 
     def opened(name: str, at: int = 0, then: Callable[[Path], None] = lambda parts: None) -> Corpus:
@@ -170,18 +173,23 @@ def test_parts_that_were_damaged_or_made_by_others(folder: Path, model: Path, mo
             if at and read == at:
                 then(next((folder / name).glob(".*.parts")))
 
-        return open_corpus(CorpusOptions(str(path), 64, cache=str(folder / name)), model, progress=progress)
+        options = CorpusOptions(str(path), 256, on_error="skip", cache=str(folder / name))
+        return open_corpus(options, model, progress=progress)
 
     def interrupted(parts: Path) -> None:
         raise KeyboardInterrupt
 
     whole = files_of(opened("whole").folder)
-    with pytest.raises(KeyboardInterrupt):
-        opened("damaged", 10, interrupted)
-    (parts,) = (folder / "damaged").glob(".*.parts")
-    assert sorted(entry.name for entry in parts.iterdir()) == ["000000000000", "000000000004", "000000000008"]
-    (parts / "000000000004" / "ids.bin").write_bytes(b"")
-    assert files_of(opened("damaged").folder) == whole
+    assert len(whole) == 7
+    for file in whole:
+        with pytest.raises(KeyboardInterrupt):
+            opened(file, 10, interrupted)
+        (parts,) = (folder / file).glob(".*.parts")
+        assert sorted(entry.name for entry in parts.iterdir()) == ["000000000000", "000000000004", "000000000008"]
+        damaged = parts / "000000000004" / file
+        assert damaged.stat().st_size > 1
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        assert files_of(opened(file).folder) == whole
 
     def another(parts: Path) -> None:
         """Who was cut off behind record 5 left another part where the next one is to be."""

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from bridge.errors import UsageError
 from bridge.geometry import Geometry
+from bridge.lora.formats import note_for_engine
 from bridge.lora.spec import LoraSpec
 from bridge.lora.targets import module_name, resolve
 from bridge.mapping import Table, table_for
@@ -264,6 +265,17 @@ def test_module_names_are_those_in_memory(variant: str) -> None:
     table = toy_table(variant)
     linears = [n for n in table.by_hf_name if n.endswith(".weight")]
     assert [n for n in linears if module_name(table, n) not in names] == []
+
+
+@pytest.mark.parametrize("variant", ["e4b", "12b", "26b-a4b"])
+def test_what_vllm_leaves_out_is_said(variant: str) -> None:
+    table = toy_table(variant)
+    everything = resolve(LoraSpec(4, 8.0, "all-linear"), table)
+    towers = [target.module for target in everything if ".language_model." not in target.module]
+    said = note_for_engine("vllm", everything)
+    assert towers and said is not None and said.startswith(f"{towers[0]} and {len(towers) - 1} more: vLLM serves")
+    assert note_for_engine("peft", everything) is None
+    assert note_for_engine("vllm", resolve(LoraSpec(4, 8.0, LANGUAGE), table)) is None
 
 
 def test_a_spec_goes_through_json() -> None:

@@ -67,6 +67,7 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], message: str
         ("grpo.max_completion_length=4", "did you mean grpo.max_new_tokens?"),
         ("reward_funcs=[number]", "did you mean grpo.rewards?"),
         ("grpo.use_vllm=true", "did you mean grpo.engine?"),
+        ("grpo.vllm_server_base_url=http://h:1", "did you mean grpo.engine_url?"),
         ("preference.loss_type=sigmoid", "did you mean preference.loss?"),
         ("grpo.temperature=0.7", "unknown key grpo.temperature; there are rewards"),
     ],
