@@ -1,6 +1,6 @@
 """Receipts, drawn: pictures of 96 x 96 pixels, and what stands on them as JSON with the keys of CORD-v2.
 
-python examples/receipts/draw.py FOLDER [--train 8000] [--test 200] [--seed 0]
+python examples/receipts/draw.py FOLDER [--train 6000] [--cells 6400] [--test 200] [--seed 0]
 
 Till printers have one width for all characters: 8 in a line here. Prices are like those of CORD-v2, from Indonesian
 shops: whole thousands and five hundreds. Shop, number of dishes, currency, mark of the thousands, ink, paper, place on
@@ -24,10 +24,14 @@ from PIL import Image, ImageDraw, ImageFont
 QUESTION, LETTERS = "Read the receipt.", "What is printed?"
 # What the toys' image processor takes as it is: 8 x 8 soft tokens of 12 x 12 pixels.
 _CELL, _COLUMNS, _ROWS = 12, 8, 8
+_RULE = "-" * _COLUMNS
 _DISHES = ("TEA", "COLA", "SOUP", "RICE", "BREAD", "PIE", "HAM", "EGGS")
 _SHOPS = ("CAFE 7", "BAR 21", "DELI", "NOODLES", "THE INN")
 # Before a total, and mark of the thousands.
 _CURRENCIES = (("Rp", "."), ("Rp", ","), ("", "."), ("", ","))
+_TOTALS = ("TOTAL", "SUM")
+# All that is printed on receipts, but blanks and the rule.
+_CHARACTERS = sorted({*"".join((*_DISHES, *_SHOPS, *_TOTALS, "Rp.,0123456789"))} - {" "})
 # Prices are multiples of 500, up to 49.500. One in so many is of held-out receipts alone.
 _STEP, _PRICES, _HELD_OUT_EVERY = 500, range(2, 100), 7
 
@@ -80,8 +84,13 @@ def printed(receipt: Receipt, dice: random.Random) -> list[str]:
     lines = [f"{receipt.shop:^{_COLUMNS}}"]
     for count, dish, price in receipt.lines:
         lines += [f"{count} {dish}", f"{receipt.amount(price):>{_COLUMNS}}"]
-    lines += ["-" * _COLUMNS, dice.choice(("TOTAL", "SUM")), f"{receipt.total:>{_COLUMNS}}"]
+    lines += [_RULE, dice.choice(_TOTALS), f"{receipt.total:>{_COLUMNS}}"]
     return [line.ljust(_COLUMNS) for line in lines] + [" " * _COLUMNS] * (_ROWS - len(lines))
+
+
+def cells(dice: random.Random) -> list[str]:
+    """Lines of characters at random, half of them none: nothing can be guessed, each has to be read where it stands."""
+    return ["".join(dice.choice((" ", dice.choice(_CHARACTERS))) for _ in range(_COLUMNS)) for _ in range(_ROWS)]
 
 
 def draw(lines: list[str], dice: random.Random) -> Image.Image:
@@ -92,7 +101,7 @@ def draw(lines: list[str], dice: random.Random) -> Image.Image:
     left, top = dice.randint(-1, 1), dice.randint(-1, 0)
     for row, line in enumerate(lines):
         middle = top + (row + 0.5) * _CELL
-        if line.startswith("--"):
+        if line == _RULE:
             pen.line((2, middle, _CELL * _COLUMNS - 2, middle), ink)
             continue
         for column, character in enumerate(line):
@@ -111,26 +120,28 @@ def blank(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (230, 230, 230))
 
 
-def write(folder: Path, train: int, test: int, seed: int) -> None:
-    """train.jsonl and test.jsonl; of the pictures of the former letters.jsonl, which asks for what stands in every
-    cell; blank.jsonl is test.jsonl with nothing on the pictures.
+def write(folder: Path, train: int, letters: int, test: int, seed: int) -> None:
+    """train.jsonl, test.jsonl, and blank.jsonl, which is the latter with nothing on the pictures; cells.jsonl asks for
+    every character of pictures of `cells`.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[str]] = {"train": [], "letters": [], "test": [], "blank": []}
+    rows: dict[str, list[str]] = {"train": [], "test": [], "blank": [], "cells": []}
     for number in range(train + test):
         dice = random.Random(f"{seed} {number}")
         receipt = invent(dice, held_out=number >= train)
-        lines = printed(receipt, dice)
-        image, answer = draw(lines, dice), json.dumps(receipt.answer, separators=(",", ":"))
+        image = draw(printed(receipt, dice), dice)
+        answer = json.dumps(receipt.answer, separators=(",", ":"))
         name = _save(folder, f"{number:05d}", image)
-        if number < train:
-            rows["train"].append(_row(name, QUESTION, answer))
-            rows["letters"].append(_row(name, LETTERS, "".join(lines).replace(" ", "_")))
-        else:
-            rows["test"].append(_row(name, QUESTION, answer))
+        rows["train" if number < train else "test"].append(_row(name, QUESTION, answer))
+        if number >= train:
             rows["blank"].append(_row(_save(folder, f"{number:05d}-blank", blank(image)), QUESTION, answer))
-    for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for number in range(letters):
+        dice = random.Random(f"{seed} cells {number}")
+        lines = cells(dice)
+        name = _save(folder, f"cells-{number:05d}", draw(lines, dice))
+        rows["cells"].append(_row(name, LETTERS, "".join(lines).replace(" ", "_")))
+    for name, written in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(written), encoding="utf-8")
 
 
 def _save(folder: Path, name: str, image: Image.Image) -> str:
@@ -148,11 +159,12 @@ def _row(image: str, asked: str, answer: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=8000)
+    parser.add_argument("--train", type=int, default=6000)
+    parser.add_argument("--cells", type=int, default=6400)
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     said = parser.parse_args()
-    write(said.folder, said.train, said.test, said.seed)
+    write(said.folder, said.train, said.cells, said.test, said.seed)
 
 
 if __name__ == "__main__":
