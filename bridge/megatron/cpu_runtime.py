@@ -14,7 +14,7 @@ import logging
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -161,13 +161,9 @@ def _distributed_patches() -> Iterator[Patch]:
     yield Patch("torch.distributed", "barrier", _barrier, "gloo refuses device_ids=[torch.cuda.current_device()]")
     yield Patch("torch.distributed", "all_gather", _uneven_all_gather, "ETP > 1 with EP > 1: unequal token counts")
     yield Patch("torch.distributed", "reduce_scatter", _uneven_reduce_scatter, "the same, on the way back")
-    buffers, why = (
-        "megatron.core.distributed.param_and_grad_buffer",
-        "a group of one rank: gloo copies all of it to itself",
-    )
-    yield Patch(buffers, "_coalescing_manager", _coalesced_alone, why)
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        yield Patch(buffers, name, _alone, why)
+        owner = "megatron.core.distributed.param_and_grad_buffer"
+        yield Patch(owner, name, _alone, "gloo copies all that a group of one rank has to itself")
     for owner in ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"):
         yield Patch(owner, "maybe_move_tensor_to_cpu", _move_from_cpu_too, "alltoall: split sizes stayed tensors")
 
@@ -369,19 +365,6 @@ def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., 
         dist.all_reduce(everything, op, group)
         output.copy_(everything.split(rows)[dist.get_rank(group)])
         return _Done() if async_op else None
-
-    return on_gloo
-
-
-def _coalesced_alone(manager: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(manager)
-    @contextmanager
-    def on_gloo(group: Any, async_ops: bool = False) -> Iterator[Any]:
-        if dist.get_world_size(group) == 1:
-            yield _Done()
-            return
-        with manager(group, async_ops=async_ops) as coalesced:
-            yield coalesced
 
     return on_gloo
 
