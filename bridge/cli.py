@@ -35,6 +35,7 @@ from bridge.cli_kit import (
     wrote_json,
 )
 from bridge.errors import BridgeError, UsageError
+from bridge.megatron.silence import silence_warnings
 
 if TYPE_CHECKING:
     from bridge.verify.result import Check
@@ -284,12 +285,10 @@ def verify(
     """
     from bridge.hf.hub import resolve
     from bridge.megatron.parallel import Parallel
-    from bridge.megatron.silence import silence_warnings
     from bridge.progress import shown_progress
     from bridge.verify.run import verify as run
     from bridge.verify.streamed_run import verify_streamed
 
-    silence_warnings()
     parallel = Parallel(tp, pp, vpp, ep, etp, cp, sequence_parallel)
     if layers is not None and not streamed:
         raise UsageError("--layers is a part of --streamed")
@@ -377,6 +376,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    silence_warnings()
     signal.signal(signal.SIGTERM, _on_sigterm)
     sys.unraisablehook = _on_unraisable
     try:

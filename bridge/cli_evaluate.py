@@ -129,10 +129,8 @@ def evaluate(
 
 def _open(model: str, adapter: str | None, parallel: Parallel, dtype: str, metrics: Sequence[str]) -> OpenedModel:
     from bridge.generate.opened import open_model
-    from bridge.megatron.silence import silence_warnings
     from recipes.metrics.named import find_metrics
 
-    silence_warnings()
     find_metrics(metrics, "--metrics")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)
     for notice in opened.notices:

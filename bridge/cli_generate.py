@@ -137,9 +137,7 @@ def _open(
     model: str, adapter: str | None, parallel: Parallel, dtype: str, drafter: str | None, draft_tokens: int | None
 ) -> OpenedModel:
     from bridge.generate.opened import open_model, with_drafter
-    from bridge.megatron.silence import silence_warnings
 
-    silence_warnings()
     if drafter is None and draft_tokens is not None:
         raise UsageError("--draft-tokens goes with --drafter")
     opened = open_model(model, adapter=adapter, parallel=parallel, dtype=dtype)

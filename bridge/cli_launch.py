@@ -134,11 +134,9 @@ def _print_or_submit(wanted: LaunchOptions, submit: bool) -> None:
 
 def dry_run(recipe: str, overrides: list[str], ranks: int | None, gpu_memory: float | None) -> None:
     """`train --dry-run`: check the recipe and print its memory estimate; exit code 1 where it does not fit."""
-    from bridge.megatron.silence import silence_warnings
     from recipes.config import load_recipe
     from recipes.memory.recipe import report
 
-    silence_warnings()
     loaded = load_recipe(recipe, overrides)
     lines, fits = report(loaded, ranks or loaded.parallel.layout().world_size, gpu_memory)
     for line in lines:

@@ -60,11 +60,9 @@ def plan(
     Memory is estimated from the model's geometry, seconds of a step from its counts and a profile of the hardware;
     with --simulate both are counted on simulated ranks, and what is said of the best tells why it is. Nothing is run.
     """
-    from bridge.megatron.silence import silence_warnings
     from recipes.simulate.hardware import load_hardware, nearest_hardware
     from recipes.simulate.plan import ask, proposals, recipe_of, simulated
 
-    silence_warnings()
     if hardware is None and gpu_memory is None:
         raise UsageError("give --hardware NAME (h100, h200, b200 or a YAML file) or --gpu-memory GB")
     if plot is not None and not simulate:

@@ -161,6 +161,9 @@ def _distributed_patches() -> Iterator[Patch]:
     yield Patch("torch.distributed", "barrier", _barrier, "gloo refuses device_ids=[torch.cuda.current_device()]")
     yield Patch("torch.distributed", "all_gather", _uneven_all_gather, "ETP > 1 with EP > 1: unequal token counts")
     yield Patch("torch.distributed", "reduce_scatter", _uneven_reduce_scatter, "the same, on the way back")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        owner = "megatron.core.distributed.param_and_grad_buffer"
+        yield Patch(owner, name, _alone, "gloo copies all that a group of one rank has to itself")
     for owner in ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"):
         yield Patch(owner, "maybe_move_tensor_to_cpu", _move_from_cpu_too, "alltoall: split sizes stayed tensors")
 
@@ -362,6 +365,17 @@ def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., 
         dist.all_reduce(everything, op, group)
         output.copy_(everything.split(rows)[dist.get_rank(group)])
         return _Done() if async_op else None
+
+    return on_gloo
+
+
+def _alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def on_gloo(output: torch.Tensor, given: torch.Tensor, *, group: Any, async_op: bool, **options: Any) -> Any:
+        in_place = output.shape == given.shape and output.data_ptr() == given.data_ptr()
+        if in_place and dist.get_world_size(group) == 1:
+            return _Done() if async_op else None
+        return collective(output, given, group=group, async_op=async_op, **options)
 
     return on_gloo
 

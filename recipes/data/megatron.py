@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import DataError, UsageError
-from bridge.megatron.silence import silence_warnings
 from recipes.data.formats import MEGATRON
 from recipes.data.record_batches import Record, RecordBatch
 from recipes.data.sample import Where
@@ -147,7 +146,6 @@ def _size(path: str) -> int:
 
 
 def _megatron() -> Any:
-    silence_warnings()
     from megatron.core.datasets import indexed_dataset
 
     return indexed_dataset

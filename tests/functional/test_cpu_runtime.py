@@ -95,6 +95,35 @@ def test_uneven_collectives(ranks: RankPool) -> None:
     ranks.run(uneven_collectives)
 
 
+def buffers_of_one_rank_and_of_several() -> None:
+    """A rank alone sends nothing to itself where all is in place; elsewhere, and with others, it is as ever."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone = [dist.new_group([each]) for each in range(size)][rank]
+    for group, ranks in ((alone, 1), (dist.group.WORLD, size)):
+        sent = []
+        for async_op in (False, True):
+            whole = torch.full([2 * size], float(rank + 1))
+            part = whole.chunk(ranks)[dist.get_rank(group)]
+            with torch.profiler.profile() as profile:
+                with buffers._coalescing_manager(group, async_ops=async_op) as coalesced:
+                    buffers.dist_reduce_scatter_func(part, whole, op=dist.ReduceOp.SUM, group=group, async_op=async_op)
+                if async_op:
+                    coalesced.wait()
+            total = float(rank + 1) if ranks == 1 else size * (size + 1) / 2
+            assert torch.equal(part, torch.full_like(part, total))
+            sent.append(any("reduce_scatter" in event.key for event in profile.key_averages()))
+        assert sent == [ranks > 1] * 2
+    elsewhere, given = torch.zeros(3), torch.full([3], float(rank))
+    buffers.dist_all_gather_func(elsewhere, given, group=alone, async_op=False)
+    assert torch.equal(elsewhere, given)
+
+
+def test_buffers_of_one_rank_and_of_several(ranks: RankPool) -> None:
+    ranks.run(buffers_of_one_rank_and_of_several, world_size=2)
+
+
 def tensors_that_ask_for_cuda() -> None:
     """What Megatron and its users write on a GPU gives tensors on the device there is."""
     device = torch.cuda.current_device()

@@ -338,7 +338,9 @@ def test_auto_takes_tiles_for_long_rows_and_one_product_for_short_ones() -> None
     halves = torch.tensor([0, 150, 300])
     for length, window, bounds, expected in (
         (32, None, None, "dense"),
-        (128, 8, None, "dense"),
+        (64, 8, None, "dense"),
+        (128, None, None, "dense"),
+        (128, 8, None, "banded"),
         (300, 8, None, "banded"),
         (300, 8, halves, "banded"),
         (300, 200, None, "blockwise"),

@@ -47,7 +47,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 # What "auto" tries, by device, the fastest first (docs/benchmarks-attention.md); `blockwise` takes everything.
-_CPU_ORDER = ("dense", "banded", "sdpa", "blockwise")
+_CPU_ORDER = ("banded", "dense", "sdpa", "blockwise")
 _GPU_ORDER = ("ffpa", "flex", "blockwise")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from bridge.megatron.attention_backends import blockwise
+from bridge.megatron.attention_backends import blockwise, dense
 from bridge.megatron.mask import Mask
 
 # Queries of a tile are a multiple of this.
@@ -58,9 +58,12 @@ def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
         return "it is for a CPU"
     if len(mask.rows) > 1 or mask.rows != mask.columns:
         return "queries are a part of the row"
-    size = _size(mask)
-    if len(mask.row_places) * sum(size) > blockwise.computed(mask, query.shape[2] // key.shape[2]):
+    length, keys = len(mask.row_places), sum(_size(mask))
+    if length * keys > blockwise.computed(mask, query.shape[2] // key.shape[2]):
         return "some query sees so far that tiles one by one have less to compute"
+    # To cut bands and to put them together takes a part of the time of a short row.
+    if length <= dense.SHORT and 2 * keys > length:
+        return "the row is so short that one product is faster"
     return None
 
 

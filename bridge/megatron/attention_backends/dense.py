@@ -11,7 +11,7 @@ from torch import Tensor
 from bridge.megatron.mask import Mask
 
 # Keys up to which one product is faster than tiles of it (benchmarks/attention.py --lengths 128); a mask is [s, s].
-_SHORT = 128
+SHORT = 128
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
@@ -27,6 +27,6 @@ def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """Short rows, and a CPU: a GPU has no linear-memory kernel for every head dim under a mask."""
     if query.is_cuda:
         return "it is for a CPU"
-    if key.shape[0] > _SHORT:
-        return f"its mask is dense: it takes rows of at most {_SHORT} tokens"
+    if key.shape[0] > SHORT:
+        return f"its mask is dense: it takes rows of at most {SHORT} tokens"
     return None
