@@ -1,6 +1,6 @@
 """Receipts, drawn: pictures of 96 x 96 pixels, and what stands on them as JSON with the keys of CORD-v2.
 
-python examples/receipts/draw.py FOLDER [--train 6000] [--cells 6400] [--test 200] [--seed 0]
+python examples/receipts/draw.py FOLDER [--train 8000] [--cells 6400] [--test 200] [--seed 0]
 
 Till printers have one width for all characters: 8 in a line here. Prices are like those of CORD-v2, from Indonesian
 shops: whole thousands and five hundreds. Shop, number of dishes, currency, mark of the thousands, ink, paper, place on
@@ -159,7 +159,7 @@ def _row(image: str, asked: str, answer: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=6000)
+    parser.add_argument("--train", type=int, default=8000)
     parser.add_argument("--cells", type=int, default=6400)
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--variant", default="e4b")
     parser.add_argument("--work", type=Path, default=Path(".receipts"))
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks, one thread each")
-    parser.add_argument("--train", type=int, default=6000, help="receipts to learn from")
+    parser.add_argument("--train", type=int, default=8000, help="receipts to learn from")
     parser.add_argument("--cells", type=int, default=6400, help="pictures of characters at random to learn from before")
     parser.add_argument("--test", type=int, default=200, help="receipts that are held out")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
@@ -74,8 +74,8 @@ def make_toy(variant: str, folder: Path) -> None:
 def evaluate(model: Path, data: Path, work: Path) -> dict[str, float]:
     """What `gemma4-bridge evaluate` measures: token accuracy and the metrics."""
     target = work / "found.json"
-    given = ["--data", str(data), "--metrics", METRICS, "--dtype", "float32", "--max-new-tokens", "120"]
-    given += ["--seq-length", "192", "--max-rows", "50", "--cache", str(work / "cache"), "--json", str(target)]
+    given = ["--data", str(data), "--metrics", METRICS, "--dtype", "float32", "--max-new-tokens", "160"]
+    given += ["--seq-length", "256", "--max-rows", "50", "--cache", str(work / "cache"), "--json", str(target)]
     subprocess.run([*BRIDGE, "evaluate", str(model), *given], check=True)
     found = json.loads(target.read_text(encoding="utf-8"))
     return {"loss": found["loss"], "token_accuracy": found["token_accuracy"], **found["metrics"]}
