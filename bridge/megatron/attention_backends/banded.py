@@ -49,7 +49,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         enable_gqa=True,
     )
     tiles = output.unflatten(0, (-1, batch)).permute(0, 3, 1, 2, 4)
-    return tiles.reshape(-1, batch, heads, query.shape[3])[:length]
+    whole = tiles.reshape(-1, batch, heads, query.shape[3])
+    return whole if len(whole) == length else whole[:length]
 
 
 def refuse(query: Tensor, key: Tensor, mask: Mask) -> str | None:
@@ -111,6 +112,7 @@ def _tiles(x: Tensor, tile: int) -> Tensor:
 
 def _with_neighbours(tiles: Tensor, size: _Size) -> Tensor:
     """[tiles, b, groups, tile, d] -> [tiles * b, groups, before + tile + behind, d]; nothing sees what is no key."""
-    before = pad(tiles[:-1, :, :, size.tile - size.before :], (0, 0) * 4 + (1, 0))
-    behind = pad(tiles[1:, :, :, : size.behind], (0, 0) * 4 + (0, 1))
+    # To pad by less than nothing is to cut, and one operation as its gradient is too; of slices it would be two.
+    before = pad(tiles, (0, 0, size.before - size.tile, 0, 0, 0, 0, 0, 1, -1))
+    behind = pad(tiles, (0, 0, 0, size.behind - size.tile, 0, 0, 0, 0, -1, 1))
     return torch.cat([before, tiles, behind], 3).flatten(0, 1)
