@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.megatron.silence import silence_warnings
 from recipes.check import check_startable
 from recipes.config import load_recipe
 from recipes.environment import rank_from_environment, world_size_from_environment
@@ -49,7 +48,6 @@ def _run(name: str, overrides: Sequence[str], signalled: StopSignal) -> int:
     check_startable(recipe, world_size_from_environment())
     for note in check_sinks(recipe, rank):
         say(note)
-    silence_warnings()
     import torch.distributed as dist
 
     from bridge.megatron import cpu_runtime

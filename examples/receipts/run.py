@@ -21,7 +21,6 @@ HERE = Path(__file__).parent
 METRICS = "exact_match,json_valid,json_tree"
 # Of the toys it is 8 tokens; of the published models it holds a picture and more.
 WINDOW = 256
-DATA = {"cells": "cells.jsonl", "recipe": "train.jsonl"}
 
 
 def main() -> None:
@@ -39,8 +38,10 @@ def main() -> None:
     start = time.perf_counter()
     draw.write(work, said.train, said.cells, said.test, seed=0)
     make_toy(said.variant, work / "toy")
-    train("cells", said.ranks, work, [f"model.hf={work / 'toy'}", *said.overrides])
-    train("recipe", said.ranks, work, [f"model.megatron={work / 'cells'}", *said.overrides])
+    reading = [f"model.hf={work / 'toy'}", f"data.path={work / 'cells.jsonl'}"]
+    train("cells", said.ranks, work, [*reading, *said.overrides])
+    receipts = [f"model.megatron={work / 'cells'}", f"data.path={work / 'train.jsonl'}"]
+    train("recipe", said.ranks, work, [*receipts, f"data.eval={work / 'test.jsonl'}", *said.overrides])
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = {"clock": time.perf_counter() - start, "processor": used.ru_utime + used.ru_stime + time.process_time()}
     found = {
@@ -57,8 +58,7 @@ def main() -> None:
 def train(recipe: str, ranks: int, work: Path, given: list[str]) -> None:
     """One of the recipes beside this file, in data-parallel ranks; its run is `work` / the recipe's name."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    given = [f"data.path={work / DATA[recipe]}", f"data.cache={work / 'cache'}", f"output={work / recipe}", *given]
-    given += [f"data.eval={work / 'test.jsonl'}"] if recipe == "recipe" else []
+    given = [f"data.cache={work / 'cache'}", f"output={work / recipe}", *given]
     subprocess.run([*launcher, "bridge.cli", "train", str(HERE / f"{recipe}.yaml"), *given], check=True)
 
 
