@@ -71,11 +71,16 @@ class ReplicatedLinear(torch.nn.Linear):
 
     def __init__(self, config: TransformerConfig, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias, device=init_device(config), dtype=config.params_dtype)
-        if config.perform_initialization and config.init_method is not None:
-            config.init_method(self.weight)
+        if config.perform_initialization:
+            super().reset_parameters()
+            if config.init_method is not None:
+                config.init_method(self.weight)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.adapters = torch.nn.ModuleDict()
+
+    def reset_parameters(self) -> None:
+        """Nothing, where torch would fill it: a model whose weights are read has no values before."""
 
     def forward(self, input: Tensor) -> Tensor:
         return adapted(self, input, super().forward(input), self.bias)

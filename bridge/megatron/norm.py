@@ -30,13 +30,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | No
     return normed
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of the last axis, which stays as one, of float32 `x`."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """For the backward pass `x` is kept as it is, and one float32 number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
         wide = x.float()
-        scale = torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+        scale = inverse_rms(wide, eps)
         ctx.save_for_backward(x, weight, scale)
         output = wide * scale
         if weight is not None:
@@ -48,18 +53,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
         x, weight, scale = ctx.saved_tensors
-        normed, wide = x.float() * scale, grad.float()
-        parts = (wide * normed).flatten(0, -2)
+        wide, d_wide = x.float(), grad.float()
+        products = (d_wide * wide).flatten(0, -2)
         d_weight = None
         if weight is None:
-            along = parts.sum(-1)
+            along, d_normed = products.sum(-1), d_wide.clone()
         else:
+            along, d_normed = products @ weight.float(), d_wide * weight.float()
             if ctx.needs_input_grad[1]:
-                d_weight = parts.sum(0).to(weight.dtype)
-            wide, along = wide * weight.float(), parts @ weight.float()
-        # The mean of squares turns with x: its part lies along the normed row.
-        along = along.div_(-x.shape[-1]).view_as(scale)
-        d_x = torch.addcmul(wide, normed, along).mul_(scale).type_as(x)
+                d_weight = (scale.flatten() @ products).to(weight.dtype)
+        # The mean of squares turns with x: its part lies along the row.
+        along = along.view_as(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])
+        d_x = d_normed.addcmul_(wide, along).mul_(scale).type_as(x)
         return d_x, d_weight, None, grad if ctx.needs_input_grad[3] else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +13,31 @@ from bridge.errors import VerificationError
 from bridge.hf.folder import HfFolder
 from bridge.hf.tensors import RowReader, num_rows
 from bridge.mapping.table import Table
+from bridge.megatron.towers.linear import Layers
+
+# Of a tensor's first byte: what torch's own allocator gives.
+_ALIGNMENT = 64
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of decoder and towers: what lists of modules hold, outermost lists alone."""
+    """The layers of decoder and towers, of either side: what lists of modules hold, outermost lists alone."""
     found: list[nn.Module] = []
     for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+        found += child.children() if isinstance(child, nn.ModuleList | Layers) else layers_of(child)
     return found
 
 
 def come_and_go(layers: Sequence[nn.Module], load: Callable[[nn.Module], None]) -> None:
-    """From now on the weights of each of `layers` are there while it runs: `load` fills them just before."""
+    """From now on the weights of each of `layers` are there while it runs: `load` fills them just before.
+
+    They lie in the same memory, one layer's after the other's, which is given back when all have run.
+    """
+    memory = _LayerMemory(max(map(_layer_bytes, layers), default=0))
+    waiting = set(map(id, layers))
 
     def enter(layer: nn.Module, args: Any) -> None:
-        for tensor in tensors_of(layer).values():
-            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for tensor, data in zip(tensors_of(layer).values(), memory.like(tensors_of(layer).values()), strict=True):
+            tensor.data = data
         load(layer)
 
     def leave(layer: nn.Module, args: Any = None, output: Any = None) -> None:
@@ -36,10 +45,45 @@ def come_and_go(layers: Sequence[nn.Module], load: Callable[[nn.Module], None]) 
             # It keeps its shape, by which it is found among the keys of a checkpoint.
             tensor.data = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
+    def left(layer: nn.Module, args: Any, output: Any) -> None:
+        leave(layer)
+        waiting.discard(id(layer))
+        if not waiting:
+            memory.give_back()
+
     for layer in layers:
         leave(layer)
         layer.register_forward_pre_hook(enter)
-        layer.register_forward_hook(leave)
+        layer.register_forward_hook(left)
+
+
+def _layer_bytes(layer: nn.Module) -> int:
+    return sum(map(_aligned_bytes, tensors_of(layer).values()))
+
+
+def _aligned_bytes(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+class _LayerMemory:
+    """Memory of one layer, for one after the other: what is freed piece by piece the allocator keeps, in fragments."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._held = size, torch.empty(0, dtype=torch.uint8)
+
+    def like(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Room for each of `tensors`, in its shape and dtype, with any values."""
+        if not len(self._held):
+            self._held = torch.empty(self._size, dtype=torch.uint8)
+        start = 0
+        for tensor in tensors:
+            room = self._held[start : start + tensor.numel() * tensor.element_size()]
+            yield room.view(tensor.dtype).view(tensor.shape)
+            start += _aligned_bytes(tensor)
+
+    def give_back(self) -> None:
+        """Until it is asked for again."""
+        self._held = torch.empty(0, dtype=torch.uint8)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -66,10 +66,12 @@ def run_transformers(task: StreamedTask) -> None:
         head = "lm_head.weight"
         if head not in folder.tensors:
             head = table_for(task.geometry).entries[EMBEDDING].sources[0].name
-        _prepare(model, tables, [model.lm_head.weight], task, weights)
-        model.lm_head = _HeadByWords(lambda: weights.rows_of(head))
+        _prepare(model, decoder.layers, tables, [model.lm_head.weight], task, weights)
+        model.lm_head = _HeadByWords(lambda: weights.rows_of(head) if task.layers is None else ())
         inputs = with_masks(model, task.sample.inputs())
-        found[LOGITS] = model(**inputs, use_cache=False).logits.contiguous()
+        logits = model(**inputs, use_cache=False).logits
+        if task.layers is None:
+            found[LOGITS] = logits.contiguous()
     part = task.theirs.with_suffix(".part")
     save_file(found, part)
     part.replace(task.theirs)
@@ -142,11 +144,11 @@ def _our_logits(model: Any, task: StreamedTask, weights: OurWeights) -> Tensor:
         tables.append(model.decoder.ple.embed_tokens.weight)
     head = EMBEDDING if task.geometry.tied else "output_layer.weight"
     unused = [] if model.output_layer.weight is None else [model.output_layer.weight]
-    _prepare(model, tables, unused, task, weights)
+    _prepare(model, model.decoder.layers, tables, unused, task, weights)
+    by_words = _HeadByWords(lambda: weights.rows_of(head) if task.layers is None else ())
 
     def logits(*, hidden_states: Tensor, scale_logits: Any, **others: Any) -> Tensor:
-        by_words = torch.cat([hidden_states @ rows.t() for rows in weights.rows_of(head)], dim=-1)
-        return scale_logits(by_words).transpose(0, 1)
+        return scale_logits(by_words(hidden_states)).transpose(0, 1)
 
     sample = task.sample
     output: Tensor = model(sample.input_ids, None, sample.attention_mask, output_processor=logits, **sample.features())
@@ -169,14 +171,17 @@ def _empty_transformers(task: StreamedTask) -> Any:
 
 def _prepare(
     model: nn.Module,
+    decoder_layers: Sequence[nn.Module],
     tables: Sequence[Tensor],
     head: Sequence[Tensor],
     task: StreamedTask,
     weights: OurWeights | TheirWeights,
 ) -> None:
-    """Layers come and go; `tables` have the rows that are looked up; `head` is read by words; all else stays."""
+    """Layers come and go, or are not read where they do not run; `tables` have the rows that are looked up; `head` is
+    read by words; all else stays."""
     layers = [layer for layer in layers_of(model) if tensors_of(layer)]
-    come_and_go(layers, lambda layer: weights.load(list(tensors_of(layer).values())))
+    idle = {id(layer) for i, layer in enumerate(decoder_layers) if i not in task.run}
+    come_and_go([x for x in layers if id(x) not in idle], lambda layer: weights.load(list(tensors_of(layer).values())))
     apart = {id(x) for layer in layers for x in tensors_of(layer).values()} | {id(x) for x in (*tables, *head)}
     weights.load([tensor for tensor in tensors_of(model).values() if id(tensor) not in apart])
     rows = {0, task.geometry.pad_token_id or 0, *task.sample.input_ids.flatten().tolist()}
@@ -186,15 +191,15 @@ def _prepare(
 
 
 class _HeadByWords(nn.Module):
-    """The head of transformers' class, some words at a time."""
+    """A linear to the vocabulary, some words at a time."""
 
     def __init__(self, rows: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
         self.rows = rows
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, vocab]."""
-        return torch.cat([hidden_states @ rows.t() for rows in self.rows()], dim=-1)
+        """[.., h] -> [.., vocab], or [.., 0] without any rows."""
+        return torch.cat([hidden_states[..., :0], *(hidden_states @ rows.t() for rows in self.rows())], dim=-1)
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:

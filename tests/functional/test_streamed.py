@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from bridge.convert.folders import import_hf
 from bridge.errors import BridgeError, UsageError
+from bridge.geometry import Geometry
+from bridge.megatron.parallel import Parallel, initialize
+from bridge.megatron.provider import Gemma4Provider
 from bridge.ranks import RankPool
+from bridge.verify.one_layer import come_and_go, layers_of, tensors_of
 from bridge.verify.result import Check
 from bridge.verify.streamed_run import parse_layers, verify_streamed
 
@@ -95,6 +99,55 @@ def test_some_layers(ranks: RankPool, toy: Toy) -> None:
     checks = verify_streamed(toy("e2b"), layers="2,8-9", pool=ranks)
     assert [check.name for check in checks if check.name.startswith("layer")] == ["layer 2", "layer 8", "layer 9"]
     assert not failing(checks)
+
+
+def test_layers_that_do_not_run_are_not_read(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy("31b"), tmp_path / "folder"))
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop(LAYER + "mlp.up_proj.weight", None)
+
+    edited(folder, drop)
+    assert not failing(verify_streamed(folder, layers="2", pool=ranks))
+    with pytest.raises(BridgeError, match=rf"layers\.{DEEP}\.mlp\.up_proj"):
+        verify_streamed(folder, layers=str(DEEP), pool=ranks)
+
+
+def names_outside_layers(folder: Path) -> tuple[list[str], int]:
+    """Of a Megatron model, whole and on one rank; and how many layers it has."""
+    groups = initialize(Parallel())
+    [model] = Gemma4Provider(Geometry.from_folder(folder), Parallel(), torch.float32).build(groups)
+    layers = layers_of(model)
+    inside = {id(tensor) for layer in layers for tensor in tensors_of(layer).values()}
+    return [name for name, tensor in tensors_of(model).items() if id(tensor) not in inside], len(layers)
+
+
+@pytest.mark.parametrize("variant", ["e2b", "26b-a4b"])
+def test_layers_of_towers_come_and_go_too(ranks: RankPool, toy: Toy, variant: str) -> None:
+    geometry = Geometry.from_folder(toy(variant))
+    names, count = ranks.run(names_outside_layers, toy(variant), world_size=1)[0]
+    assert names and not [name for name in names if ".layers." in name]
+    towers = [tower for tower in (geometry.vision, geometry.audio) if tower is not None]
+    assert count >= geometry.num_layers + sum(tower.num_layers for tower in towers)
+
+
+def test_memory_of_layers_is_given_back() -> None:
+    """One layer's after the other's in the same place; none of it is left when all have run."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    places: list[int] = []
+
+    def load(layer: torch.nn.Module) -> None:
+        weight, bias = layer.parameters()
+        weight.data.copy_(torch.eye(8))
+        bias.data.fill_(1.0)
+        places.append(weight.data_ptr())
+
+    with torch.no_grad():
+        come_and_go(list(model), load)
+        for _ in range(2):
+            torch.testing.assert_close(model(torch.zeros(2, 8)), torch.full((2, 8), 3.0))
+    assert len(places) == 6 and len(set(places[:3])) == 1
+    assert all(parameter.untyped_storage().nbytes() == 4 for parameter in model.parameters())
 
 
 def test_a_folder_that_lacks_a_tensor(ranks: RankPool, toy: Toy, tmp_path: Path) -> None:

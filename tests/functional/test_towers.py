@@ -11,6 +11,9 @@ from torch import Tensor
 
 from bridge.errors import BridgeError, UsageError
 from bridge.geometry import Geometry
+from bridge.megatron.linear import ColumnLinear, ReplicatedLinear
+from bridge.megatron.parallel import Parallel, initialize
+from bridge.megatron.provider import Gemma4Provider
 from bridge.ranks import RankPool
 from bridge.toy import VARIANTS, write_toy
 
@@ -295,3 +298,22 @@ def test_an_unknown_part_cannot_be_frozen(folders: dict[str, Path]) -> None:
 
     with pytest.raises(UsageError, match="language_model cannot be frozen"):
         Gemma4Provider(Geometry.from_folder(folders["e2b"]), frozen=("language_model",))
+
+
+def filled_linears(folder: Path, perform_initialization: bool) -> set[bool]:
+    """Whether linears of a model, just built, hold numbers: torch fills what it makes empty with NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        groups, overrides = initialize(Parallel()), {"perform_initialization": perform_initialization}
+        provider = Gemma4Provider(Geometry.from_folder(folder), Parallel(), torch.float32, overrides=overrides)
+        [model] = provider.build(groups)
+        linears = [module for module in model.modules() if isinstance(module, ReplicatedLinear | ColumnLinear)]
+        return {bool(module.weight.isfinite().all()) for module in linears}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_read_is_not_filled_before(ranks: RankPool, tmp_path: Path) -> None:
+    write_toy("e2b", tmp_path)
+    for wanted in (False, True):
+        assert ranks.run(filled_linears, tmp_path, wanted, world_size=1)[0] == {wanted}
