@@ -34,10 +34,8 @@ def both(function: Function, inputs: Sequence[Tensor | None], gradients: Sequenc
     return [y.detach() for y in outputs] + list(found)
 
 
-def compare(
-    kernel: Function, torch_code: Function, inputs: Sequence[Tensor | None], outputs: int = 1, bits: bool = True
-) -> None:
-    """Outputs and gradients of both. Without `bits` the kernel may round less often than torch does."""
+def compare(kernel: Function, torch_code: Function, inputs: Sequence[Tensor | None], outputs: int = 1) -> None:
+    """Outputs and gradients of both."""
     dtype = next(x for x in inputs if x is not None).dtype
     wide = [None if x is None else x.double() for x in inputs]
     with torch.no_grad():
@@ -59,8 +57,7 @@ def compare(
         assert a.shape == b.shape
         if a.numel():
             assert (a - c).norm() <= 1.02 * (b - c).norm() + 1e-6 * c.norm()
-            if bits:
-                one_rounding(a.float(), b.float())
+            one_rounding(a.float(), b.float())
 
 
 def one_rounding(found: Tensor, expected: Tensor) -> None:
