@@ -329,7 +329,8 @@ def _report(checks: Sequence[Check], json_file: str | None) -> None:
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name under recipes/configs, or a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200; cluster=8x141 for its layout there."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, and say what it needs of a GPU.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="With --dry-run: of how many ranks.")] = None,

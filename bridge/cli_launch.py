@@ -25,7 +25,8 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name un
 NodesOption = Annotated[int, typer.Option(min=1, help="How many nodes.")]
 GpusOption = Annotated[int, typer.Option(min=0, help="GPUs of each, one rank per GPU; 0: ranks on CPUs.")]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=200; cluster=8x141 for its layout there."),
 ]
 SubmitOption = Annotated[bool, typer.Option("--submit", help="Submit it; else it is printed.")]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Without GPUs: ranks of each node.")]

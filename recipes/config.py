@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bridge.errors import UsageError
 from bridge.generate.memory import MAX_ROWS
 from bridge.megatron.parallel import Parallel
+from recipes.clusters import SECTION, choose_cluster, clusters_of
 from recipes.keys import by_field, by_key, check_keys, key_of, meant
 from recipes.training_config import DrafterConfig, LoraConfig, OptimizerConfig, TrainConfig
 
@@ -320,7 +321,8 @@ class Recipe:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by its name under `recipes/configs` or by its YAML file, with `key=value` overrides.
 
-    Raises UsageError naming the key, and the one that was probably meant.
+    `cluster=8x141` among them takes the layout that the file has for it (`clusters.py`). Raises UsageError naming the
+    key, and the one that was probably meant.
     """
     path = find_recipe(name)
     try:
@@ -329,7 +331,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
     if not isinstance(said, DictConfig):
         raise UsageError(f"{path}: a recipe is a mapping of keys")
-    return resolve(OmegaConf.to_container(said), overrides, str(path))
+    where, plain = str(path), OmegaConf.to_container(said)
+    assert isinstance(plain, dict)
+    for cluster, keys in clusters_of(plain, where).items():
+        check_keys(keys, Recipe, f"{where}: {SECTION}.{cluster}")
+    chosen, others = choose_cluster(plain, overrides, where)
+    return resolve(chosen, others, where)
 
 
 def resolve(said: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:

@@ -4,8 +4,8 @@
     python -m recipes.simulate.table docs/recipes-simulated.md --only sft/31b --clusters 64x80   # that line, anew
     python -m recipes.simulate.table - --only sft/31b --clusters 64x80 --set parallel.cp=2       # as if it said that
 
-Each line has the recipe as it is and the best layout found: the quickest of `--try` that are simulated, which are those
-that predictions put first (`predict.py`). No figure is measured.
+Each line has the recipe as it is for that cluster (`cluster=`), and the best layout found: the quickest of `--try` that
+are simulated, which are those that predictions put first (`predict.py`). No figure is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.megatron.silence import silence_warnings
+from recipes.clusters import SELECTOR
 from recipes.config import Recipe, load_recipe
 from recipes.memory.recipe import plan_of
 from recipes.memory.search import Proposal
@@ -69,7 +70,7 @@ class Line:
             behind = f"{max(0.0, self.as_shipped.seconds / self.best[1].seconds - 1):.0%}"
             best = "this one" if self.as_shipped.seconds <= self.best[1].seconds else best
         if not self.good:
-            change = f"`{shlex.join(self.best[0].overrides(_recipe(self.case).parallel))}`"
+            change = f"`{shlex.join(self.best[0].overrides(_recipe(self.case, self.cluster).parallel))}`"
         return f"| {self.case} | {self.cluster} | {figures} | {best} | {behind} | {change} |"
 
 
@@ -81,18 +82,18 @@ def _figures(one: Forecast) -> str:
     return f"{one.simulation.parallel}{again}: {fits}, {one.seconds:.2f} s, MFU {one.mfu:.0%}"
 
 
-def _recipe(case: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Of a name among `SHIPPED` or `LONG`."""
+def _recipe(case: str, cluster: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Of a name among `SHIPPED`, for a cluster, or `LONG`, whose rows its layouts are not for."""
     name, *long = LONG.get(case, (case,))
     keys = ("train.seq_length", "train.global_batch_size")
-    said = [f"{key}={value}" for key, value in zip(keys, long, strict=False)]
+    said = [f"{key}={value}" for key, value in zip(keys, long, strict=False)] or [f"{SELECTOR}={cluster}"]
     return load_recipe(str(name), ["output=unused", *said, *overrides])
 
 
 def line(simulator: Simulator, case: str, cluster: str, tries: int, overrides: Sequence[str] = ()) -> Line:
     """A recipe on a cluster: as it is, and the best of so many layouts."""
     gpus, hardware = CLUSTERS[cluster]
-    recipe = _recipe(case, overrides)
+    recipe = _recipe(case, cluster, overrides)
     question = ask(recipe, gpus, load_hardware(hardware), None)
     try:
         found, why_not = proposals(question)[:tries], ""

@@ -14,6 +14,7 @@ from recipes.config import CONFIGS, DataConfig, Recipe, load_recipe, resolve, to
 from recipes.data import CorpusOptions
 from recipes.data.training import corpus_options
 from recipes.keys import key_of
+from recipes.simulate.table import CLUSTERS, SHIPPED
 from recipes.training_config import LoraConfig
 
 ROOT = Path(__file__).parents[2]
@@ -90,23 +91,57 @@ def test_shipped_layouts_fit_the_real_models(path: Path) -> None:
     check_layout(Geometry.from_dict(config), load_recipe(str(path)).parallel.layout())
 
 
-def test_documented_layouts_for_more_memory() -> None:
-    """The overrides that docs/training.md names fit the recipes, eight ranks and the published models."""
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_layouts_for_clusters(name: str, cluster: str) -> None:
+    """Each recipe of the simulated table can be laid out on each of its clusters, for the published model."""
     import json
-    import re
 
     import bridge
     from bridge.geometry import Geometry
     from bridge.megatron.provider import check_layout
 
-    text = Path(__file__).parents[2].joinpath("docs", "training.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(sft/[^`]+)` \| `([^`]+=[^`]+)` \|$", text, re.MULTILINE)
-    assert [name for name, _ in rows] == ["sft/e2b", "sft/e4b", "sft/12b", "sft/26b-a4b", "sft/31b"]
-    for name, overrides in rows:
-        recipe = load_recipe(name, overrides.split())
-        check_recipe(recipe, 8)
-        config = Path(bridge.__file__).parent / "variants" / f"{name.removeprefix('sft/')}.json"
-        check_layout(Geometry.from_dict(json.loads(config.read_text(encoding="utf-8"))), recipe.parallel.layout())
+    recipe = load_recipe(name, [f"cluster={cluster}"])
+    assert check_recipe(recipe, CLUSTERS[cluster][0]) >= 1
+    config = Path(bridge.__file__).parent / "variants" / f"{name.partition('/')[2]}.json"
+    check_layout(Geometry.from_dict(json.loads(config.read_text(encoding="utf-8"))), recipe.parallel.layout())
+
+
+def test_a_cluster_of_a_recipe(tmp_path: Path) -> None:
+    """Its keys come behind the file's own and before overrides, wherever among those it is named."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "output: x\nmodel: {hf: y}\ntrain: {steps: 3}\nparallel: {cp: 2, recompute: full}\n"
+        "clusters: {4x80: {parallel: {cp: 4, tp: 2}}, 1x80: }\n"
+    )
+
+    def layout(*overrides: str) -> tuple[int, int, str]:
+        parallel = load_recipe(str(file), overrides).parallel
+        return parallel.cp, parallel.tp, parallel.recompute
+
+    assert layout() == layout("cluster=1x80") == (2, 1, "full")
+    assert layout("cluster=4x80") == (4, 2, "full")
+    assert layout("parallel.tp=1", "cluster=4x80", "parallel.recompute=none") == (4, 1, "none")
+    with pytest.raises(UsageError, match=r"cluster=4x8 .*plan RECIPE.*it has 4x80, 1x80; did you mean 4x80"):
+        layout("cluster=4x8")
+    with pytest.raises(UsageError, match=r"no layout for cluster=8x80 .*; it has none"):
+        load_recipe("sft/smoke", ["cluster=8x80"])
+
+
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [
+        ("{8x80: {parallel: {tpp: 2}}}", r"mine\.yaml: clusters\.8x80: unknown key parallel\.tpp"),
+        ("{8x80: 3}", r"clusters\.8x80 is a mapping"),
+        ("[8x80]", "clusters is a mapping"),
+    ],
+)
+def test_wrong_clusters(tmp_path: Path, clusters: str, message: str) -> None:
+    """Refused whether or not they are asked for."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"output: x\nmodel: {{hf: y}}\ntrain: {{steps: 3}}\nclusters: {clusters}\n")
+    with pytest.raises(UsageError, match=message):
+        load_recipe(str(file))
 
 
 def test_the_resolved_recipe_is_a_recipe(tmp_path: Path) -> None:
