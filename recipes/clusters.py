@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bridge.errors import UsageError
-from recipes.keys import meant
 
 SELECTOR, SECTION = "cluster", "clusters"
 
@@ -25,7 +24,7 @@ def choose_cluster(said: Mapping[Any, Any], overrides: Sequence[str], where: str
         return recipe, others
     layouts = clusters_of(said, where)
     if (name := named[-1]) not in layouts:
-        known = f"it has {', '.join(layouts)}{meant(name, list(layouts))}" if layouts else "it has none"
+        known = f"it has {', '.join(layouts) or 'none'}"
         search = "gemma4-bridge plan RECIPE --gpus N --simulate looks for one"
         raise UsageError(f"{where}: no layout for {SELECTOR}={name} ({search}); {known}")
     chosen = OmegaConf.to_container(OmegaConf.merge(recipe, layouts[name]))

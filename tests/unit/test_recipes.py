@@ -122,7 +122,7 @@ def test_a_cluster_of_a_recipe(tmp_path: Path) -> None:
     assert layout() == layout("cluster=1x80") == (2, 1, "full")
     assert layout("cluster=4x80") == (4, 2, "full")
     assert layout("parallel.tp=1", "cluster=4x80", "parallel.recompute=none") == (4, 1, "none")
-    with pytest.raises(UsageError, match=r"cluster=4x8 .*plan RECIPE.*it has 4x80, 1x80; did you mean 4x80"):
+    with pytest.raises(UsageError, match=r"cluster=4x8 .*plan RECIPE.*it has 4x80, 1x80$"):
         layout("cluster=4x8")
     with pytest.raises(UsageError, match=r"no layout for cluster=8x80 .*; it has none"):
         load_recipe("sft/smoke", ["cluster=8x80"])
