@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bridge.megatron.attention import KeyValue
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
+from bridge.verify.expert_choices import OVERRIDES, GivenChoices, Ties, forget_choices, record_choices
 from bridge.verify.one_layer import OurWeights, TheirWeights, come_and_go, layers_of, tensors_of
 from bridge.verify.reference import LOGITS, Reference, with_masks
 from bridge.verify.result import Check
@@ -60,6 +62,7 @@ def run_transformers(task: StreamedTask) -> None:
             layer.register_forward_pre_hook(begins(i))
             if i in task.run:
                 layer.register_forward_hook(ends(i))
+                record_choices(layer, partial(found.__setitem__, f"experts.{i}"))
             else:
                 layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
         tables = [m.weight for m in decoder.modules() if isinstance(m, nn.Embedding)]
@@ -82,12 +85,13 @@ def compare(task: StreamedTask) -> list[Check]:
     """Run the Megatron model and hold it against `task.theirs`: a row for each layer, in order, and the logits."""
     theirs, real = Reference(task.theirs), task.sample.attention_mask.bool()
     groups = initialize(Parallel())
-    overrides = {"perform_initialization": False}
+    overrides = {"perform_initialization": False, **(OVERRIDES if task.geometry.moe is not None else {})}
     [model] = Gemma4Provider(task.geometry, Parallel(), torch.float32, overrides=overrides).build(groups)
     model.eval()
     say = _Progress("Megatron", task)
     checks: list[Check] = []
     shared: dict[int, KeyValue] = {}
+    choices: dict[int, GivenChoices] = {}
 
     def row(name: str, value: float, detail: str) -> None:
         checks.append(Check(name, task.variant, Parallel(), "float32", "relative", value, RELATIVE, detail))
@@ -103,6 +107,7 @@ def compare(task: StreamedTask) -> list[Check]:
     def ends(i: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: tuple[Tensor, KeyValue]) -> None:
             expected = theirs[f"out.{i}"]
+            ties = choices[i].last() if i in choices else Ties(0, 0.0)
             source = module.layer.kv_source
             given = shared[source] if module.layer.shares_kv else None
             on_theirs, kv = module.forward(theirs[f"in.{i}"].transpose(0, 1).contiguous(), *args[1:4], given)
@@ -110,7 +115,12 @@ def compare(task: StreamedTask) -> list[Check]:
             accumulated_error = _apart(output[0].transpose(0, 1)[real], expected[real])
             value = _apart(on_theirs.transpose(0, 1)[real], expected[real])
             if task.layers is None or i in task.layers:
-                row(f"layer {i}", value, f"{module.layer.kind}; {accumulated_error:.1e} on our own layers' output")
+                # What our router would choose of transformers' input is a matter of this layer alone.
+                value = max(value, choices[i].last().widest if i in choices else 0.0)
+                detail = f"{module.layer.kind}; {accumulated_error:.1e} on our own layers' output"
+                if ties.tokens:
+                    detail += f", where {ties.tokens} chose experts by {ties.widest:.0e} of a logit"
+                row(f"layer {i}", value, detail)
             say.layer()
 
         return hook
@@ -123,9 +133,12 @@ def compare(task: StreamedTask) -> list[Check]:
         for i, layer in enumerate(model.decoder.layers):
             if i in task.run:
                 layer.register_forward_hook(ends(i))
+                if layer.moe is not None:
+                    choices[i] = GivenChoices(layer.moe.router, theirs[f"experts.{i}"], real)
             else:
                 layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
         ours = _our_logits(model, task, weights)
+    forget_choices()
     if task.layers is None:
         ours = ours[..., : task.geometry.vocab_size]
         expected = theirs[LOGITS]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bridge.verify.sample import VerificationSample
 
 _TOKENS = 96
+# Of the file of transformers' side: 2 has the choices of experts too.
+_FORMAT = 2
 
 
 def verify_streamed(
@@ -108,7 +110,7 @@ def our_side(task: StreamedTask) -> list[Check]:
 def _fingerprint(folder: Path, layers: str | None, sample: VerificationSample) -> str:
     """Of all that transformers' side depends on: the files by size and time, and what it is given."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
-    said = repr((str(folder.resolve()), files, layers, metadata.version("transformers")))
+    said = repr((_FORMAT, str(folder.resolve()), files, layers, metadata.version("transformers")))
     digest = hashlib.sha256(said.encode())
     for name, tensor in sample.inputs().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())

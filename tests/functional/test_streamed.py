@@ -94,6 +94,33 @@ def test_what_is_wrong_is_named(ranks: RankPool, toy: Toy, tmp_path: Path, monke
     assert len(list((tmp_path / "work").iterdir())) == 1
 
 
+ROUTER = LAYER + "router.proj.weight"
+
+
+@pytest.mark.parametrize(("factor", "failed"), [(1 + 1e-6, []), (1.01, [f"layer {DEEP}"])])
+def test_experts_that_are_all_but_equal(
+    ranks: RankPool, toy: Toy, tmp_path: Path, factor: float, failed: list[str]
+) -> None:
+    """Two experts that the router cannot tell apart: which of them a token goes to is a matter of rounding, and no
+    error. Where it is not one of rounding the layer is named, though it is given transformers' choice."""
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        if ROUTER in tensors:
+            tensors[ROUTER][1] = tensors[ROUTER][0]
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        if ROUTER in tensors:
+            tensors[ROUTER][1] *= factor
+
+    folder = edited(Path(shutil.copytree(toy("26b-a4b"), tmp_path / "tied")), tie)
+    import_hf(edited(Path(shutil.copytree(folder, tmp_path / "nudged")), nudge), tmp_path / "megatron")
+    checks = verify_streamed(folder, megatron_dir=tmp_path / "megatron", pool=ranks)
+    assert [name for name in failing(checks) if name != "logits"] == failed
+    assert failed or "logits" not in failing(checks)
+    [detail] = [check.detail for check in checks if check.name == f"layer {DEEP}"]
+    assert "chose experts by" in detail
+
+
 def test_some_layers(ranks: RankPool, toy: Toy) -> None:
     """Those that were asked for have rows; E2B's layer 9 reads keys and values of layer 4, which runs unseen."""
     checks = verify_streamed(toy("e2b"), layers="2,8-9", pool=ranks)
