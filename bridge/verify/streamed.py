@@ -107,20 +107,16 @@ def compare(task: StreamedTask) -> list[Check]:
     def ends(i: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: tuple[Tensor, KeyValue]) -> None:
             expected = theirs[f"out.{i}"]
-            ties = choices[i].last() if i in choices else Ties(0, 0.0)
-            source = module.layer.kv_source
-            given = shared[source] if module.layer.shares_kv else None
+            ties = choices[i].last() if i in choices else None
+            given = shared[module.layer.kv_source] if module.layer.shares_kv else None
             on_theirs, kv = module.forward(theirs[f"in.{i}"].transpose(0, 1).contiguous(), *args[1:4], given)
-            shared.setdefault(source, kv)
+            shared.setdefault(module.layer.kv_source, kv)
             accumulated_error = _apart(output[0].transpose(0, 1)[real], expected[real])
             value = _apart(on_theirs.transpose(0, 1)[real], expected[real])
             if task.layers is None or i in task.layers:
                 # What our router would choose of transformers' input is a matter of this layer alone.
                 value = max(value, choices[i].last().widest if i in choices else 0.0)
-                detail = f"{module.layer.kind}; {accumulated_error:.1e} on our own layers' output"
-                if ties.tokens:
-                    detail += f", where {ties.tokens} chose experts by {ties.widest:.0e} of a logit"
-                row(f"layer {i}", value, detail)
+                row(f"layer {i}", value, _layer_detail(module.layer.kind, accumulated_error, ties))
             say.layer()
 
         return hook
@@ -144,10 +140,20 @@ def compare(task: StreamedTask) -> list[Check]:
         expected = theirs[LOGITS]
         largest = expected[real].abs().max().item()
         row(LOGITS, (ours[real] - expected[real]).abs().max().item() / largest, f"of {largest:.3g} at most")
-    # In KiB; of both sides, where one process ran them.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    checks.append(Check("memory", task.variant, Parallel(), "float32", "peak GB", peak, None, "of the process"))
-    return checks
+    return [*checks, _peak_memory(task)]
+
+
+def _peak_memory(task: StreamedTask) -> Check:
+    """Of both sides, where one process ran them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # it is in KiB
+    return Check("memory", task.variant, Parallel(), "float32", "peak GB", peak, None, "of the process")
+
+
+def _layer_detail(kind: str, accumulated_error: float, ties: Ties | None) -> str:
+    detail = f"{kind}; {accumulated_error:.1e} on our own layers' output"
+    if ties is not None and ties.tokens:
+        detail += f", where {ties.tokens} chose experts by {ties.widest:.0e} of a logit"
+    return detail
 
 
 def _our_logits(model: Any, task: StreamedTask, weights: OurWeights) -> Tensor:
