@@ -12,8 +12,11 @@ from bridge.errors import UsageError
 SELECTOR, SECTION = "cluster", "clusters"
 
 
-def choose_cluster(said: Mapping[Any, Any], overrides: Sequence[str], where: str) -> tuple[dict[str, Any], list[str]]:
-    """A recipe with the keys of the cluster that `overrides` name and without its other ones; the other overrides.
+def choose_cluster(
+    said: Mapping[Any, Any], layouts: Mapping[str, Mapping[str, Any]], overrides: Sequence[str], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """A recipe with the keys of `layouts` (`clusters_of`) that `overrides` name and without the others; the other
+    overrides.
 
     Raises UsageError, naming the clusters there are, where it is none of them.
     """
@@ -22,7 +25,6 @@ def choose_cluster(said: Mapping[Any, Any], overrides: Sequence[str], where: str
     others = [one for one in overrides if one.partition("=")[0] != SELECTOR]
     if not named:
         return recipe, others
-    layouts = clusters_of(said, where)
     if (name := named[-1]) not in layouts:
         known = f"it has {', '.join(layouts) or 'none'}"
         search = "gemma4-bridge plan RECIPE --gpus N --simulate looks for one"

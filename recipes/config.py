@@ -333,9 +333,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: a recipe is a mapping of keys")
     where, plain = str(path), OmegaConf.to_container(said)
     assert isinstance(plain, dict)
-    for cluster, keys in clusters_of(plain, where).items():
+    layouts = clusters_of(plain, where)
+    for cluster, keys in layouts.items():
         check_keys(keys, Recipe, f"{where}: {SECTION}.{cluster}")
-    chosen, others = choose_cluster(plain, overrides, where)
+    chosen, others = choose_cluster(plain, layouts, overrides, where)
     return resolve(chosen, others, where)
 
 

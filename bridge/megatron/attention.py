@@ -17,7 +17,7 @@ from bridge.megatron.config import Gemma4TransformerConfig
 from bridge.megatron.kernels import fused
 from bridge.megatron.kv_cache import CachedStep
 from bridge.megatron.norm import rms_norm
-from bridge.megatron.qkv_norm_rope import qkv_norm_rope
+from bridge.megatron.qkv_norm_rope import QkvNormRope
 from bridge.megatron.rope import Rotary, rotate
 from bridge.megatron.visibility import Visibility
 
@@ -58,12 +58,15 @@ def norm_and_rotate(
     and rotated, v is normed without one.
     """
     if fused(kernels, mixed_qkv):
-        from bridge.megatron.kernels import qkv_norm_rope as triton
+        from bridge.megatron.kernels.qkv_norm_rope import qkv_norm_rope
 
-        return triton.qkv_norm_rope(mixed_qkv, query_rows, kv_rows, query_weight, key_weight, *rotary, eps)
+        return qkv_norm_rope(mixed_qkv, query_rows, kv_rows, query_weight, key_weight, *rotary, eps)
     if not torch.is_inference_mode_enabled():
         tables = rotary.cos, rotary.signed_sin
-        return qkv_norm_rope(mixed_qkv, query_rows, kv_rows, query_weight, key_weight, *tables, eps)
+        made: tuple[Tensor, ...] = QkvNormRope.apply(
+            mixed_qkv, query_weight, key_weight, *tables, query_rows, kv_rows, eps
+        )
+        return made
     query, *rest = mixed_qkv.split([mixed_qkv.shape[3] - kv_rows, *[1] * kv_rows], dim=3)
     # Groups are joined after the norm, which keeps its input: before, that would be a copy.
     query = rms_norm(query[:, :, :, query_rows.start : query_rows.stop], query_weight, eps, kernels=kernels)

@@ -57,14 +57,16 @@ class _RMSNorm(torch.autograd.Function):
         products = (d_wide * wide).flatten(0, -2)
         d_weight = None
         if weight is None:
-            along, d_normed = products.sum(-1), d_wide.clone()
+            along, d_normed = products.sum(-1), d_wide
         else:
             along, d_normed = products @ weight.float(), d_wide * weight.float()
             if ctx.needs_input_grad[1]:
                 d_weight = (scale.flatten() @ products).to(weight.dtype)
         # The mean of squares turns with x: its part lies along the row.
         along = along.view_as(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])
-        d_x = d_normed.addcmul_(wide, along).mul_(scale).type_as(x)
+        # Without a weight it is the caller's gradient, which is not to be written over.
+        add_product = d_normed.addcmul if weight is None else d_normed.addcmul_
+        d_x = add_product(wide, along).mul_(scale).type_as(x)
         return d_x, d_weight, None, grad if ctx.needs_input_grad[3] else None
 
 

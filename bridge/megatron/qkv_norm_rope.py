@@ -16,21 +16,9 @@ from torch.autograd.function import once_differentiable
 from bridge.megatron.norm import inverse_rms
 
 
-def qkv_norm_rope(
-    mixed_qkv: Tensor,
-    query_rows: range,
-    kv_rows: int,
-    query_weight: Tensor,
-    key_weight: Tensor | None,
-    cos: Tensor,
-    signed_sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """As `norm_and_rotate`; `signed_sin` is that of `Rotary`."""
-    return _QkvNormRope.apply(mixed_qkv, query_weight, key_weight, cos, signed_sin, query_rows, kv_rows, eps)
+class QkvNormRope(torch.autograd.Function):
+    """`norm_and_rotate`, of the same arguments; `signed_sin` is that of `Rotary`."""
 
-
-class _QkvNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -54,10 +42,10 @@ class _QkvNormRope(torch.autograd.Function):
                 heads *= weight.float()
             return heads.type_as(mixed_qkv).flatten(2, 3)
 
-        query = _turn(normed(own, query_weight), cos, signed_sin)
+        query = _rotate(normed(own, query_weight), cos, signed_sin)
         if not kv_rows:
             return (query,)
-        return query, _turn(normed(key, key_weight), cos, signed_sin), normed(value, None)
+        return query, _rotate(normed(key, key_weight), cos, signed_sin), normed(value, None)
 
     @staticmethod
     @once_differentiable
@@ -71,10 +59,10 @@ class _QkvNormRope(torch.autograd.Function):
 
         def through_weight(rows: slice, weight: Tensor, gradient: Tensor, wanted: bool) -> Tensor | None:
             heads = wide[:, :, :, rows]
-            turned = _turn(gradient, cos, signed_sin, back=True).view(heads.shape).float()
-            products = (turned * heads).flatten(0, -2)
+            unrotated = _rotate(gradient, cos, signed_sin, back=True).view(heads.shape).float()
+            products = (unrotated * heads).flatten(0, -2)
             along[:, :, :, rows] = (products @ weight.float()).view(*heads.shape[:-1], 1)
-            torch.mul(turned, weight.float(), out=d_normed[:, :, :, rows])
+            torch.mul(unrotated, weight.float(), out=d_normed[:, :, :, rows])
             return (scale[:, :, :, rows].flatten() @ products).to(weight.dtype) if wanted else None
 
         d_query_weight = through_weight(own, query_weight, d_query, ctx.needs_input_grad[1])
@@ -101,7 +89,7 @@ def _rows(mixed_qkv: Tensor, query_rows: range, kv_rows: int) -> tuple[slice, sl
     return slice(query_rows.start, query_rows.stop), slice(key, key + 1), slice(rows - 1, rows)
 
 
-def _turn(x: Tensor, cos: Tensor, signed_sin: Tensor, back: bool = False) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor, back: bool = False) -> Tensor:
     """`bridge.megatron.rope.rotate` of `x` [s, b, heads, d], or the gradient of what it was made of."""
     output = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
     half = x.shape[-1] // 2

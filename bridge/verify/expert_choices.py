@@ -65,6 +65,6 @@ class GivenChoices:
         self._seen.append(Ties(int(apart.sum()), widths.max().item() if len(widths) else 0.0))
 
 
-def forget_choices() -> None:
-    """Megatron keeps every router that was told a choice, for as long as the process lives."""
+def forget_routers() -> None:
+    """Megatron lists every router that can be told a choice, for the life of the process; nothing here reads it."""
     RouterReplay.clear_global_router_replay_instances()

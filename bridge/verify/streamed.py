@@ -22,7 +22,7 @@ from bridge.megatron.attention import KeyValue
 from bridge.megatron.parallel import Parallel, initialize
 from bridge.megatron.provider import Gemma4Provider
 from bridge.torch_dist.reader import DistReader
-from bridge.verify.expert_choices import OVERRIDES, GivenChoices, Ties, forget_choices, record_choices
+from bridge.verify.expert_choices import OVERRIDES, GivenChoices, Ties, forget_routers, record_choices
 from bridge.verify.one_layer import OurWeights, TheirWeights, come_and_go, layers_of, tensors_of
 from bridge.verify.reference import LOGITS, Reference, with_masks
 from bridge.verify.result import Check
@@ -87,6 +87,7 @@ def compare(task: StreamedTask) -> list[Check]:
     groups = initialize(Parallel())
     overrides = {"perform_initialization": False, **(OVERRIDES if task.geometry.moe is not None else {})}
     [model] = Gemma4Provider(task.geometry, Parallel(), torch.float32, overrides=overrides).build(groups)
+    forget_routers()
     model.eval()
     say = _Progress("Megatron", task)
     checks: list[Check] = []
@@ -134,7 +135,6 @@ def compare(task: StreamedTask) -> list[Check]:
             else:
                 layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
         ours = _our_logits(model, task, weights)
-    forget_choices()
     if task.layers is None:
         ours = ours[..., : task.geometry.vocab_size]
         expected = theirs[LOGITS]

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
-from bridge.verify.expert_choices import GivenChoices, forget_choices
+from bridge.verify.expert_choices import GivenChoices, forget_routers
 
 LOGITS = torch.tensor([[[4.0, 3.0, 2.0, 1.0]], [[1.0, 2.0, 3.0, 4.0]], [[4.0, 2.0, 2.0 + 2e-6, 1.0]]])
 
@@ -51,7 +51,7 @@ def test_a_rule_of_choice(rule: Callable[[Tensor], Tensor], tokens: int, widest:
     router = Router(rule)
     given = GivenChoices(router, torch.tensor([[0, 1], [3, 2], [0, 1]]), torch.ones(1, 3, dtype=torch.bool))
     router(LOGITS)
-    forget_choices()
+    forget_routers()
     assert given.last().tokens == tokens
     assert given.last().widest == pytest.approx(widest, rel=0.1)
 
@@ -60,5 +60,5 @@ def test_padding_is_not_counted() -> None:
     router = Router(largest(2))
     given = GivenChoices(router, torch.tensor([[0, 1], [3, 2], [0, 1]]), torch.tensor([[True, True, False]]))
     router(LOGITS)
-    forget_choices()
+    forget_routers()
     assert given.last() == (0, 0.0) and not RouterReplay.global_router_replay_instances
